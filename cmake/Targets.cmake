@@ -1,0 +1,20 @@
+# How our own targets are made.
+include_guard(GLOBAL)
+
+# Warnings are errors, on our own targets only.
+function(dualpipe_warnings target)
+  target_compile_options(${target} PRIVATE -Wall -Wextra -Wpedantic -Wshadow -Wnon-virtual-dtor -Woverloaded-virtual -Werror)
+endfunction()
+
+# dualpipe_library(name sources...): library dualpipe_<name>, alias dualpipe::<name>
+function(dualpipe_library name)
+  add_library(dualpipe_${name} ${ARGN})
+  add_library(dualpipe::${name} ALIAS dualpipe_${name})
+  set_target_properties(dualpipe_${name} PROPERTIES EXPORT_NAME ${name} POSITION_INDEPENDENT_CODE ON)
+  target_compile_features(dualpipe_${name} PUBLIC cxx_std_20)
+  target_include_directories(dualpipe_${name} PUBLIC
+    $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>
+    $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
+  target_include_directories(dualpipe_${name} PRIVATE ${PROJECT_SOURCE_DIR}/src)
+  dualpipe_warnings(dualpipe_${name})
+endfunction()

@@ -1,0 +1,42 @@
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "dualpipe/schedule/op.hpp"
+
+namespace dualpipe {
+
+/// The order of work of one training step, as data: what each rank does, first to last.
+struct Schedule {
+  std::string name;
+  int num_stages = 0;
+  int num_micro_batches = 0;
+  std::vector<std::vector<Step>> ranks;  ///< ranks[r]: the steps of rank r, in order
+  bool operator==(const Schedule&) const = default;
+};
+
+/// One CSV row per rank, one cell per step, in the text form of torch.distributed.pipelining.
+std::string to_csv(const Schedule& schedule);
+
+/// Reads to_csv's form, and what torch dumps: CRLF line ends and empty cells (idle slots) are accepted. Numbers of stages and
+/// micro-batches are the highest named plus one. Reads only; `check` proves.
+///
+/// @throws InvalidArgument  naming row (the rank) and cell.
+Schedule from_csv(std::string_view text, std::string name = "custom");
+
+/// The rank that runs micro-batch `micro_batch` of `stage`. @throws InvalidArgument  where no rank does.
+int rank_of(const Schedule& schedule, int stage, int micro_batch);
+
+/// Ranks that hold a copy of the stage, ascending.
+std::vector<int> holders(const Schedule& schedule, int stage);
+
+/// Stages that a rank holds, ascending.
+std::vector<int> stages_of(const Schedule& schedule, int rank);
+
+/// Only the forwards, for `num_micro_batches` micro-batches (any number >= 1): micro-batch m is placed like micro-batch m*N/M of
+/// `training`, so both directions stay in use, and each rank runs its forwards in the order in which they become ready.
+Schedule forward_only(const Schedule& training, int num_micro_batches);
+
+}  // namespace dualpipe

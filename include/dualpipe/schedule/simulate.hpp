@@ -1,0 +1,52 @@
+#pragma once
+
+#include <vector>
+
+#include "dualpipe/schedule/schedule.hpp"
+#include "dualpipe/schedule/timeline.hpp"
+
+namespace dualpipe {
+
+/// When results leave a step. early: as soon as they exist: a B hands its input gradient on before its weight part, a pair both of its
+/// results; atomic: when the step ends, as published.
+enum class Publish { early, atomic };
+
+/// Durations in one unit of the caller's choice.
+struct Costs {
+  double forward = 1;
+  double backward = 2;  ///< I costs backward - weight
+  double weight = 1;
+  double pair = 3;
+  double send = 0;  ///< from publication to arrival on another rank; nothing on the same rank
+};
+
+/// What travels between two ranks: the output of F(stage, micro_batch) to stage + 1, or the input gradient that the backward of
+/// (stage, micro_batch) hands to stage - 1. `stage` is the producer.
+enum class Payload { activation, gradient };
+struct Transfer {
+  Payload payload = Payload::activation;
+  int stage = 0;
+  int micro_batch = 0;
+  int from = 0;
+  int to = 0;
+  auto operator<=>(const Transfer&) const = default;
+};
+
+struct TimedTransfer {
+  Transfer transfer;
+  double ready = 0;    ///< published by its producer
+  double arrival = 0;  ///< ready + send
+};
+
+struct Simulation {
+  Timeline timeline;
+  std::vector<TimedTransfer> transfers;  ///< boundary transfers between different ranks, by ready time (ties: in an order that respects what depends on what)
+};
+
+/// Runs the schedule with an unlimited number of asynchronous transfers: a step starts when the one before it on its rank has ended
+/// and its inputs have arrived; a pair waits for both. Takes training and forward-only schedules.
+///
+/// @throws InvalidArgument  negative or non-finite costs, weight > backward, or a schedule that cannot run to its end.
+Simulation simulate(const Schedule& schedule, const Costs& costs = {}, Publish publish = Publish::early);
+
+}  // namespace dualpipe

@@ -1,0 +1,48 @@
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "dualpipe/schedule/op.hpp"
+
+namespace dualpipe {
+
+enum class Lane { compute, send, receive, collective };
+
+/// Something a rank did or will do. In the lanes `send` and `receive`, `step.op` is the op that produced what travels: F for an
+/// activation, I for an input gradient.
+struct Interval {
+  int rank = 0;
+  Lane lane = Lane::compute;
+  Step step;
+  double begin = 0;  ///< in the timeline's unit
+  double end = 0;
+  bool operator==(const Interval&) const = default;
+};
+
+/// What all ranks do over time. The simulator and the tracer both produce one, so every picture and report exists once.
+struct Timeline {
+  std::string name;
+  int num_ranks = 0;
+  double seconds_per_unit = 0;  ///< 0: the unit is abstract (simulated costs); 1: seconds (traced)
+  std::vector<Interval> intervals;
+};
+
+struct RankReport {
+  int rank = 0;
+  double busy = 0;            ///< sum of compute intervals
+  double bubble = 0;          ///< makespan - busy
+  double communication = 0;   ///< time during which this rank sends or receives (union of its send and receive intervals)
+  double hidden = 0;          ///< the part of `communication` that lies under this rank's compute
+  int peak_activations = 0;   ///< forwards held from the start of F to the end of B or I; in a pair both count
+};
+
+struct Report {
+  double makespan = 0;  ///< first begin to last end, over all ranks
+  std::vector<RankReport> ranks;
+};
+
+Report report(const Timeline& timeline);
+
+}  // namespace dualpipe
