@@ -1,0 +1,200 @@
+#include "dualpipe/schedule/schedule.hpp"
+
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <set>
+#include <tuple>
+#include <utility>
+
+#include "dualpipe/error.hpp"
+
+namespace dualpipe {
+namespace {
+
+std::string_view trimmed(std::string_view cell) {
+  constexpr std::string_view kBlank = " \t\r";
+  const std::size_t begin = cell.find_first_not_of(kBlank);
+  if (begin == std::string_view::npos) return {};
+  return cell.substr(begin, cell.find_last_not_of(kBlank) - begin + 1);
+}
+
+// The text up to `separator`, which is taken off `rest` together with it.
+std::string_view take_until(std::string_view& rest, char separator) {
+  const std::size_t end = rest.find(separator);
+  const std::string_view head = rest.substr(0, end);
+  rest = end == std::string_view::npos ? std::string_view{} : rest.substr(end + 1);
+  return head;
+}
+
+// Highest number of one sort (stages, micro-batches) in a file, and where it stands.
+struct Highest {
+  int value = -1;
+  std::size_t row = 0;
+  std::size_t cell = 0;
+
+  void see(int number, std::size_t at_row, std::size_t at_cell) {
+    if (number > value) *this = {number, at_row, at_cell};
+  }
+};
+
+// Every stage and every micro-batch has ops of its own, so a number beyond the count of ops is a slip. Refusing it here
+// keeps tables that are indexed by stage and micro-batch as small as the file.
+int count_of(const Highest& highest, std::size_t ops, const char* what) {
+  DUALPIPE_CHECK(static_cast<std::size_t>(highest.value) < ops, "row ", highest.row, " (rank ", highest.row - 1,
+                 "), cell ", highest.cell, ": ", what, " ", highest.value, " in a schedule of only ", ops,
+                 ops == 1 ? " op" : " ops", "; they are numbered from 0 without gaps");
+  return highest.value + 1;
+}
+
+template <class Visit>
+void for_each_op(const std::vector<Step>& steps, const Visit& visit) {
+  for (const Step& step : steps) {
+    visit(step.op);
+    if (step.overlapped) visit(*step.overlapped);
+  }
+}
+
+}  // namespace
+
+std::string to_csv(const Schedule& schedule) {
+  std::string text;
+  for (const auto& steps : schedule.ranks) {
+    // A lone comma is two idle cells: an empty line at the end of a file would be taken for none.
+    if (steps.empty()) text += ',';
+    for (std::size_t i = 0; i < steps.size(); ++i) {
+      if (i > 0) text += ',';
+      text += to_string(steps[i]);
+    }
+    text += '\n';
+  }
+  return text;
+}
+
+Schedule from_csv(std::string_view text, std::string name) {
+  const std::size_t last = text.find_last_not_of("\r\n");
+  text = text.substr(0, last == std::string_view::npos ? 0 : last + 1);
+  Schedule schedule;
+  schedule.name = std::move(name);
+  Highest stage, micro_batch;
+  std::size_t ops = 0;
+  for (std::string_view rest = text; !rest.empty();) {
+    std::string_view line = take_until(rest, '\n');
+    const std::size_t row = schedule.ranks.size() + 1;
+    auto& steps = schedule.ranks.emplace_back();
+    steps.reserve(static_cast<std::size_t>(std::count(line.begin(), line.end(), ',')) + 1);
+    for (std::size_t cell = 1; !line.empty(); ++cell) {
+      const std::string_view content = trimmed(take_until(line, ','));
+      if (content.empty()) continue;
+      try {
+        steps.push_back(parse_step(content));
+      } catch (const InvalidArgument& error) {
+        throw InvalidArgument(detail::str("row ", row, " (rank ", row - 1, "), cell ", cell, ": ", error.what()));
+      }
+      const auto see = [&](const Op& op) {
+        ++ops;
+        stage.see(op.stage, row, cell);
+        micro_batch.see(op.micro_batch, row, cell);
+      };
+      see(steps.back().op);
+      if (steps.back().overlapped) see(*steps.back().overlapped);
+    }
+  }
+  DUALPIPE_CHECK(ops > 0, "the text of schedule \"", schedule.name,
+                 "\" has no ops; expected one row per rank, as in 0F0,0F1,0B0,0B1");
+  schedule.num_stages = count_of(stage, ops, "stage");
+  schedule.num_micro_batches = count_of(micro_batch, ops, "micro-batch");
+  return schedule;
+}
+
+std::vector<int> placement(const Schedule& schedule) {
+  const std::int64_t places = std::int64_t{schedule.num_stages} * schedule.num_micro_batches;
+  std::int64_t ops = 0;
+  for (const auto& steps : schedule.ranks) for_each_op(steps, [&](const Op&) { ++ops; });
+  DUALPIPE_CHECK(schedule.num_stages >= 0 && schedule.num_micro_batches >= 0 && places <= ops, "schedule \"",
+                 schedule.name, "\" is incomplete: ", schedule.num_stages, " stages and ", schedule.num_micro_batches,
+                 " micro-batches, but only ", ops, " ops");
+  std::vector<int> ranks(static_cast<std::size_t>(places), -1);
+  for (std::size_t rank = 0; rank < schedule.ranks.size(); ++rank) {
+    for_each_op(schedule.ranks[rank], [&](const Op& op) {
+      DUALPIPE_CHECK(op.stage >= 0 && op.stage < schedule.num_stages && op.micro_batch >= 0 &&
+                         op.micro_batch < schedule.num_micro_batches,
+                     to_string(op), " on rank ", rank, " is not among ", schedule.num_stages, " stages and ",
+                     schedule.num_micro_batches, " micro-batches");
+      int& place =
+          ranks[static_cast<std::size_t>(std::int64_t{op.stage} * schedule.num_micro_batches + op.micro_batch)];
+      if (place < 0) place = static_cast<int>(rank);
+    });
+  }
+  return ranks;
+}
+
+int rank_of(const Schedule& schedule, int stage, int micro_batch) {
+  for (std::size_t rank = 0; rank < schedule.ranks.size(); ++rank) {
+    bool found = false;
+    for_each_op(schedule.ranks[rank],
+                [&](const Op& op) { found = found || (op.stage == stage && op.micro_batch == micro_batch); });
+    if (found) return static_cast<int>(rank);
+  }
+  throw InvalidArgument(detail::str("no rank of schedule \"", schedule.name, "\" runs stage ", stage,
+                                    " of micro-batch ", micro_batch, "; it has ", schedule.num_stages, " stages and ",
+                                    schedule.num_micro_batches, " micro-batches"));
+}
+
+std::vector<int> holders(const Schedule& schedule, int stage) {
+  std::vector<int> ranks;
+  for (std::size_t rank = 0; rank < schedule.ranks.size(); ++rank) {
+    bool held = false;
+    for_each_op(schedule.ranks[rank], [&](const Op& op) { held = held || op.stage == stage; });
+    if (held) ranks.push_back(static_cast<int>(rank));
+  }
+  return ranks;
+}
+
+std::vector<int> stages_of(const Schedule& schedule, int rank) {
+  DUALPIPE_CHECK(rank >= 0 && static_cast<std::size_t>(rank) < schedule.ranks.size(), "rank ", rank,
+                 " is not among the ", schedule.ranks.size(), " ranks of schedule \"", schedule.name, "\"");
+  std::set<int> stages;
+  for_each_op(schedule.ranks[static_cast<std::size_t>(rank)], [&](const Op& op) { stages.insert(op.stage); });
+  return {stages.begin(), stages.end()};
+}
+
+Schedule forward_only(const Schedule& training, int num_micro_batches) {
+  DUALPIPE_CHECK(num_micro_batches >= 1, "the number of micro-batches must be at least 1, got ", num_micro_batches);
+  const std::vector<int> ranks = placement(training);
+  Schedule schedule;
+  schedule.name = training.name + " (forward only)";
+  schedule.num_stages = training.num_stages;
+  schedule.num_micro_batches = num_micro_batches;
+  schedule.ranks.resize(training.ranks.size());
+
+  // A forward's slot is its stage plus its turn among the micro-batches that take the same way through the ranks. It is
+  // larger than that of the stage before, so running each rank's forwards by slot cannot deadlock, and ways that meet
+  // on a rank take turns there.
+  std::map<std::vector<int>, int> turns;
+  std::vector<std::vector<std::pair<int, Op>>> slots(training.ranks.size());
+  for (int m = 0; m < num_micro_batches; ++m) {
+    const auto like = static_cast<int>(std::int64_t{m} * training.num_micro_batches / num_micro_batches);
+    std::vector<int> way(static_cast<std::size_t>(training.num_stages));
+    for (std::size_t s = 0; s < way.size(); ++s) {
+      way[s] = ranks[s * static_cast<std::size_t>(training.num_micro_batches) + static_cast<std::size_t>(like)];
+      DUALPIPE_CHECK(way[s] >= 0, "no rank of schedule \"", training.name, "\" runs stage ", s, " of micro-batch ",
+                     like);
+    }
+    const int turn = turns[way]++;
+    for (int s = 0; s < training.num_stages; ++s)
+      slots[static_cast<std::size_t>(way[static_cast<std::size_t>(s)])].emplace_back(turn + s, Op{Pass::Forward, s, m});
+  }
+  for (std::size_t rank = 0; rank < slots.size(); ++rank) {
+    // The later stage first within a slot: it is the one nearer to the end.
+    std::sort(slots[rank].begin(), slots[rank].end(), [](const auto& a, const auto& b) {
+      return std::tuple(a.first, -a.second.stage, a.second.micro_batch) <
+             std::tuple(b.first, -b.second.stage, b.second.micro_batch);
+    });
+    for (const auto& slot : slots[rank]) schedule.ranks[rank].push_back({slot.second, std::nullopt});
+  }
+  return schedule;
+}
+
+}  // namespace dualpipe

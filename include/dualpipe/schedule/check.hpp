@@ -14,9 +14,10 @@ struct Violation {
   std::string message;
 };
 
-/// What keeps the schedule from being run, empty if nothing does. Looks for: each stage and micro-batch having F once and either B
-/// once or I and W once each, all on one rank; a forward before its backward and I before W; and executability across ranks, where
-/// the finding spells the cycle out: which rank waits for what from whom. Linear in the number of ops.
+/// What keeps the schedule from being run, empty if nothing does. Looks for: each stage and micro-batch having F once
+/// and either B once or I and W once each, all on one rank; a forward before its backward and I before W; and
+/// executability across ranks, where the finding spells the cycle out: which rank waits for what from whom. Linear in
+/// the number of ops.
 std::vector<Violation> violations(const Schedule& schedule);
 
 /// @throws InvalidArgument  with the findings and the cells around the first one.

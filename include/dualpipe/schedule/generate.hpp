@@ -17,7 +17,8 @@ struct ScheduleSpec {
 /// "dualpipe", "dualpipev", "1f1b", "zb1p", "gpipe", "interleaved", "zbv".
 const std::vector<std::string>& schedule_kinds();
 
-/// @throws InvalidArgument  a kind, number of ranks or of micro-batches that is not supported; the text names what would work.
+/// @throws InvalidArgument  a kind, number of ranks or of micro-batches that is not supported; the text names what
+/// would work.
 Schedule make_schedule(const ScheduleSpec& spec);
 
 }  // namespace dualpipe

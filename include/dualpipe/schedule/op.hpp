@@ -20,7 +20,8 @@ struct Op {
   auto operator<=>(const Op&) const = default;
 };
 
-/// What a rank does as one unit: an op, or a forward `op` whose run is interleaved with the backward `overlapped` (B or I).
+/// What a rank does as one unit: an op, or a forward `op` whose run is interleaved with the backward `overlapped` (B or
+/// I).
 struct Step {
   Op op;
   std::optional<Op> overlapped;

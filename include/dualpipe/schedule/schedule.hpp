@@ -20,23 +20,31 @@ struct Schedule {
 /// One CSV row per rank, one cell per step, in the text form of torch.distributed.pipelining.
 std::string to_csv(const Schedule& schedule);
 
-/// Reads to_csv's form, and what torch dumps: CRLF line ends and empty cells (idle slots) are accepted. Numbers of stages and
-/// micro-batches are the highest named plus one. Reads only; `check` proves.
+/// Reads to_csv's form, and what torch dumps: CRLF line ends, empty cells (idle slots) and empty lines at the end are
+/// accepted. Numbers of stages and micro-batches are the highest named plus one. Reads only; `check` proves.
 ///
-/// @throws InvalidArgument  naming row (the rank) and cell.
+/// @throws InvalidArgument  naming row (the rank) and cell, both counted from 1 and idle cells included.
 Schedule from_csv(std::string_view text, std::string name = "custom");
 
-/// The rank that runs micro-batch `micro_batch` of `stage`. @throws InvalidArgument  where no rank does.
+/// Where everything runs: the rank of `stage` and `micro_batch` is at [stage * num_micro_batches + micro_batch], -1
+/// where no rank does.
+///
+/// @throws InvalidArgument  if the table would be larger than the schedule, or an op lies outside of it.
+std::vector<int> placement(const Schedule& schedule);
+
+/// The rank that runs micro-batch `micro_batch` of `stage`. Searches: who asks often takes `placement`.
+/// @throws InvalidArgument  where no rank does.
 int rank_of(const Schedule& schedule, int stage, int micro_batch);
 
 /// Ranks that hold a copy of the stage, ascending.
 std::vector<int> holders(const Schedule& schedule, int stage);
 
-/// Stages that a rank holds, ascending.
+/// Stages that a rank holds, ascending. @throws InvalidArgument  if there is no such rank.
 std::vector<int> stages_of(const Schedule& schedule, int rank);
 
-/// Only the forwards, for `num_micro_batches` micro-batches (any number >= 1): micro-batch m is placed like micro-batch m*N/M of
-/// `training`, so both directions stay in use, and each rank runs its forwards in the order in which they become ready.
+/// Only the forwards, for `num_micro_batches` micro-batches (any number >= 1): micro-batch m is placed like micro-batch
+/// m*N/M of `training`, so both directions stay in use, and each rank runs its forwards in the order in which they
+/// become ready.
 Schedule forward_only(const Schedule& training, int num_micro_batches);
 
 }  // namespace dualpipe
