@@ -1,0 +1,228 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "dualpipe/comm/communicator.hpp"
+
+// Back ends without device streams differ only in how a message travels. A Fabric moves messages between the ranks of
+// the world; a MeshCommunicator makes sends, receives, collectives and groups of them, once for all fabrics. Ranks are
+// world ranks here, except in the Communicator interface of a group.
+namespace dualpipe::detail {
+
+/// std::chrono::steady_clock, whose zero all processes of one host share.
+std::int64_t now_ns() noexcept;
+
+/// Collectives and transfers of one group do not match each other: they travel in separate lanes.
+enum class Channel : std::uint8_t { transfer, collective };
+
+/// What both ends of a message must agree on, and when it was sent. Travels before the tensors.
+struct Header {
+  std::int64_t group = 0;
+  Channel channel = Channel::transfer;
+  std::int32_t epoch = 0;
+  std::uint64_t sequence =
+      0;  ///< transfer: the k-th between these two ranks in this direction; collective: the k-th of the group
+  std::int64_t issued_ns = 0;  ///< when the sender came to it
+  std::string operation;       ///< "send", "all_reduce(sum)", "broadcast from rank 2"
+  Signature signature;
+};
+
+/// Remembers the versions of tensors without holding their memory.
+class Watch {
+ public:
+  Watch() = default;
+  explicit Watch(const Tensors& tensors);
+  /// What was written in place since, or nothing.
+  std::optional<std::string> written() const;
+
+ private:
+  std::vector<std::pair<c10::VariableVersion, std::uint32_t>> versions_;
+};
+
+/// The tensors of one message, contiguous, outside autograd, and with version counters of their own. While the sender's
+/// user still holds one of them, both share its memory; settle() ends that. Where sender and receiver live in one
+/// process, both refer to one parcel. Thread-safe.
+class Parcel {
+ public:
+  /// A back end that has copied bytes into fresh `tensors` wraps them so, for the receiver.
+  static std::shared_ptr<Parcel> of_fresh(Tensors tensors);
+  /// For the sender: aliases of the tensors where possible, copies elsewhere. @throws InvalidArgument  not a dense
+  /// tensor on the CPU.
+  static std::shared_ptr<Parcel> of(const Tensors& tensors);
+
+  /// For a back end that copies bytes out: contiguous tensors in host memory, or undefined ones. Not to be called after
+  /// release().
+  const Tensors& tensors() const noexcept { return tensors_; }
+  /// Copies what others still refer to. Afterwards the sender may write to its tensors.
+  void settle();
+  /// settle(), then gives the tensors away.
+  Tensors take();
+  /// Drops the tensors, once their bytes are copied elsewhere.
+  void release();
+  /// What the sender's user wrote in place while the parcel still shared its memory or before it was asked, or nothing.
+  std::optional<std::string> written() const { return watch_.written(); }
+
+ private:
+  std::mutex mutex_;
+  Tensors tensors_;
+  Watch watch_;
+};
+
+struct Message {
+  Header header;
+  std::shared_ptr<Parcel> parcel;  ///< never null; a message without tensors has an empty one
+  /// Optional; run once when a receive has met the message, on the thread that found out, without locks held.
+  std::function<void()> accepted;
+};
+
+/// One end of a message under way. Made by Fabric and guarded by its mutex until `done`, constant afterwards.
+struct Transfer {
+  enum class Kind : std::uint8_t { send, receive };
+  Kind kind = Kind::send;
+  int peer = 0;
+  Header header;               ///< send: what was sent; receive: what is expected, and when it was posted
+  bool any_signature = false;  ///< receive: header.signature is not compared
+  Message message;             ///< send: its parcel; receive: what came
+  bool done = false;
+  std::int64_t completed_ns = 0;
+
+  /// "receive from rank 2", "all_reduce(sum) with rank 2"
+  std::string operation() const;
+  /// "receive from rank 2 (message 17 of group 0)"
+  std::string describe() const;
+};
+
+/// The world of ranks as one of them sees it: matching of messages, waiting, deadlines, and failure. Shared by all
+/// communicators of a family on this rank and by their pending operations; its destruction is this rank's goodbye.
+///
+/// A back end derives from it, implements start() and spread(), and reports what happens by complete(), deliver(),
+/// departed(), failed() and abort(), from any thread and never with a lock of its own held that start() or spread()
+/// take. Its destructor sends what is still queued (for at most two seconds), then the goodbye.
+class Fabric {
+ public:
+  Fabric(int rank, int size, std::chrono::milliseconds timeout, std::int32_t epoch);
+  virtual ~Fabric() = default;
+  Fabric(const Fabric&) = delete;
+  Fabric& operator=(const Fabric&) = delete;
+
+  int rank() const noexcept { return rank_; }
+  int size() const noexcept { return size_; }
+  std::int32_t epoch() const noexcept { return epoch_; }
+
+  /// Messages of one lane (peer, group, channel) arrive in the order of the sends and meet its receives in their order.
+  /// @throws CommError  the family has failed.
+  std::shared_ptr<Transfer> send(int to, Message message);
+  std::shared_ptr<Transfer> receive(int from, Header expected, bool any_signature);
+
+  /// Returns when all are done. @throws CommError  and aborts: the family has failed, a peer has left, or the deadline
+  /// has passed.
+  void wait(std::span<const std::shared_ptr<Transfer>> transfers);
+  /// Whether wait() would return or throw at once.
+  bool done(std::span<const std::shared_ptr<Transfer>> transfers) const;
+
+  /// The first failure wins: all waiting and later calls throw, here and on every other rank. Any thread.
+  void abort(int origin, const std::string& reason) noexcept;
+  /// Aborts because of `transfer` and throws; `problem` completes "rank 3: receive from rank 2 (message 17 of group 0):
+  /// …".
+  [[noreturn]] void raise(int origin, const Transfer& transfer, const std::string& problem);
+
+  /// Ids of groups: every group of two ranks has an id that these two have used for no other group. Used by the rank's
+  /// thread only.
+  std::int64_t next_group() const noexcept { return next_group_; }
+  void set_next_group(std::int64_t id) noexcept { next_group_ = id; }
+
+ protected:
+  /// Moves the message towards `to`. Calls complete(transfer) when it no longer reads the parcel (having called
+  /// release()), or when the receiver has it and both share the parcel. Must not block for the peer. After a failure or
+  /// a departure it may drop the message silently.
+  virtual void start(int to, Message message, std::shared_ptr<Transfer> transfer) = 0;
+  /// Tells every other rank of the failure, as far as they can be reached; they call failed(). Called once at most.
+  virtual void spread(int origin, const std::string& reason) noexcept = 0;
+
+  /// A send is over.
+  void complete(const std::shared_ptr<Transfer>& transfer);
+  /// A message has arrived, its tensors included.
+  void deliver(int from, Message message);
+  /// An orderly goodbye, after everything that `peer` had sent was delivered: operations that still need the peer fail.
+  void departed(int peer);
+  /// Another rank aborted: as abort(), but is not spread again.
+  void failed(int origin, const std::string& reason) noexcept;
+
+ private:
+  struct Lane {
+    std::deque<Message> arrived;
+    std::deque<std::shared_ptr<Transfer>> posted;
+  };
+  struct Failure {
+    int origin = -1;
+    std::string reason;
+  };
+  using LaneKey = std::tuple<int, std::int64_t, Channel>;
+
+  bool fail(int origin, const std::string& reason) noexcept;
+  void throw_if_failed(const std::string& operation, const std::string& description) const;  // mutex held
+  bool settled(const Transfer& transfer) const;  // mutex held: done, or never will be
+  /// Lets a receive and a message meet. Mutex held; returns what they disagree about, empty if nothing.
+  std::string meet(Transfer& receive, Message& message) const;
+
+  const int rank_;
+  const int size_;
+  const std::chrono::milliseconds timeout_;
+  const std::int32_t epoch_;
+  std::int64_t next_group_ = 1;
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::map<LaneKey, Lane> lanes_;
+  std::vector<bool> departed_;
+  std::optional<Failure> failure_;
+};
+
+/// A group of ranks of a fabric.
+class MeshCommunicator final : public Communicator {
+ public:
+  /// `members[r]` is the world rank of rank r.
+  MeshCommunicator(std::shared_ptr<Fabric> fabric, std::int64_t group, std::vector<int> members, int rank);
+  /// All ranks of the world, group 0.
+  static std::shared_ptr<MeshCommunicator> world(std::shared_ptr<Fabric> fabric);
+
+  at::Device device() const override { return at::kCPU; }
+  void connect(const std::vector<Edge>& edges) override;
+  Pending send(int peer, Tensors tensors) override;
+  Pending receive(int peer, const std::optional<Signature>& expected) override;
+  Pending all_reduce(Tensors tensors, Reduce reduce) override;
+  Pending broadcast(Tensors tensors, int root) override;
+  Pending all_gather(at::Tensor tensor) override;
+  Pending all_to_all(Tensors tensors) override;
+  Pending barrier() override;
+  std::shared_ptr<Communicator> split(int color, int key) override;
+  void abort(const std::string& reason) noexcept override;
+
+ private:
+  void check_peer(const char* operation, int peer) const;
+  Header header(Channel channel, std::string operation, std::uint64_t sequence, Signature signature) const;
+  Pending gather(const std::string& operation, const at::Tensor& tensor);
+
+  std::shared_ptr<Fabric> fabric_;
+  std::int64_t group_;
+  std::vector<int> members_;
+  std::vector<std::uint64_t> sends_;     // to each rank so far
+  std::vector<std::uint64_t> receives_;  // from each rank so far
+  std::uint64_t collectives_ = 0;
+};
+
+}  // namespace dualpipe::detail
