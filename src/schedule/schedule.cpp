@@ -160,6 +160,42 @@ std::vector<int> stages_of(const Schedule& schedule, int rank) {
   return {stages.begin(), stages.end()};
 }
 
+std::string cells_around(const Schedule& schedule, int rank, int cell, int radius) {
+  const auto num_ranks = static_cast<int>(schedule.ranks.size());
+  if (rank < 0 || rank >= num_ranks) return {};
+  radius = std::clamp(radius, 0, 100);
+  const auto row_of = [&](int r) -> const std::vector<Step>& { return schedule.ranks[static_cast<std::size_t>(r)]; };
+  const int first_rank = std::max(0, rank - radius);
+  const int last_rank = std::min(num_ranks - 1, rank + radius);
+  const int middle = std::clamp(cell, 0, std::max(0, static_cast<int>(row_of(rank).size()) - 1));
+  const int first_cell = std::max(0, middle - radius);
+  const int last_cell = middle + radius;
+
+  std::vector<std::vector<std::string>> rows = {{""}};  // the head line, then a row per rank
+  for (int c = first_cell; c <= last_cell; ++c) rows[0].push_back(std::to_string(c + 1));
+  for (int r = first_rank; r <= last_rank; ++r) {
+    auto& row = rows.emplace_back();
+    row.push_back("rank " + std::to_string(r));
+    for (int c = first_cell; c <= last_cell && c < static_cast<int>(row_of(r).size()); ++c) {
+      const Step& step = row_of(r)[static_cast<std::size_t>(c)];
+      const std::string text =
+          step.overlapped ? to_string(step.op) + "&" + to_string(*step.overlapped) : to_string(step.op);
+      row.push_back(r == rank && c == cell ? "[" + text + "]" : " " + text);
+    }
+  }
+  std::size_t width = 0;
+  std::string text;
+  for (const auto& row : rows)
+    for (const auto& entry : row) width = std::max(width, entry.size());
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    std::string line;
+    for (const auto& entry : rows[i]) line += entry + std::string(width + 1 - entry.size(), ' ');
+    if (static_cast<int>(i) == rank - first_rank + 1) line += "<-- here";
+    text += line.substr(0, line.find_last_not_of(' ') + 1) + '\n';
+  }
+  return text;
+}
+
 Schedule forward_only(const Schedule& training, int num_micro_batches) {
   DUALPIPE_CHECK(num_micro_batches >= 1, "the number of micro-batches must be at least 1, got ", num_micro_batches);
   const std::vector<int> ranks = placement(training);

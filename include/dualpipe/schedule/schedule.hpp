@@ -42,6 +42,13 @@ std::vector<int> holders(const Schedule& schedule, int stage);
 /// Stages that a rank holds, ascending. @throws InvalidArgument  if there is no such rank.
 std::vector<int> stages_of(const Schedule& schedule, int rank);
 
+/// The part of the grid around one cell, for messages: ranks and cells at most `radius` away, a row per rank, a pair as
+/// 0F7&7B3, and the cell marked as in "[2F0] ... <-- here". Cells are numbered from 1 in the head line. Empty where
+/// there is no such rank; a `cell` outside of the row marks only the row.
+///
+/// @param cell  index into ranks[rank].
+std::string cells_around(const Schedule& schedule, int rank, int cell, int radius);
+
 /// Only the forwards, for `num_micro_batches` micro-batches (any number >= 1): micro-batch m is placed like micro-batch
 /// m*N/M of `training`, so both directions stay in use, and each rank runs its forwards in the order in which they
 /// become ready.
