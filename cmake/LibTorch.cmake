@@ -1,68 +1,114 @@
 # Defines dualpipe::libtorch, LibTorch's CPU libraries as an imported target.
 #
-# find_package(Torch) with a CUDA wheel enables the CUDA language, wants nvcc, and probes GPUs. A CPU program needs none of that: two libraries
-# and two include folders. Looked for, in this order:
+# find_package(Torch) with a CUDA wheel enables the CUDA language, wants nvcc, and probes GPUs. A CPU program needs none of that: two
+# libraries and two include folders. Looked for, in this order:
 #   1. the target `torch`, when a parent project has already found LibTorch
-#   2. Torch_DIR or CMAKE_PREFIX_PATH
-#   3. DUALPIPE_VENV/lib/python*/site-packages/torch, the PyPI wheel (scripts/setup puts it into .venv)
+#   2. Torch_DIR, then CMAKE_PREFIX_PATH, each as a variable or from the environment
+#   3. the places that the caller names, for us the PyPI wheel that scripts/setup puts into .venv
+#
+# Part of the installed package, which finds LibTorch by the same rules. As a script, `cmake [-D...] -P LibTorch.cmake` prints the folder
+# that 2. finds, or nothing: so scripts/setup knows whether the wheel is needed.
 include_guard(GLOBAL)
 
-set(DUALPIPE_TORCH_VERSIONS "2.11 to 2.15")
+# Sets `out` to the folder of a LibTorch, to empty if there is none, and `problem` to what to tell the user then.
+# Further arguments: patterns of folders to look in last.
+function(dualpipe_libtorch_root out problem)
+  set(${out} "" PARENT_SCOPE)
+  set(${problem} "" PARENT_SCOPE)
 
-function(dualpipe_find_libtorch venv)
+  set(torch_dir "${Torch_DIR}")
+  if(NOT torch_dir)
+    set(torch_dir "$ENV{Torch_DIR}")
+  endif()
+  set(candidates "")
+  if(torch_dir)
+    get_filename_component(root "${torch_dir}/../../.." ABSOLUTE)
+    list(APPEND candidates "${root}")
+  endif()
+  string(REPLACE ":" ";" from_environment "$ENV{CMAKE_PREFIX_PATH}")
+  foreach(prefix IN LISTS CMAKE_PREFIX_PATH from_environment)
+    # torch.utils.cmake_prefix_path is <libtorch>/share/cmake.
+    get_filename_component(root "${prefix}/../.." ABSOLUTE)
+    list(APPEND candidates "${prefix}" "${root}")
+  endforeach()
+  foreach(pattern IN LISTS ARGN)
+    file(GLOB matches "${pattern}")
+    list(APPEND candidates ${matches})
+  endforeach()
+
+  foreach(root IN LISTS candidates)
+    if(EXISTS "${root}/lib/libtorch_cpu.so" AND EXISTS "${root}/include/ATen/core/Tensor.h")
+      set(${out} "${root}" PARENT_SCOPE)
+      return()
+    endif()
+    if(torch_dir)
+      set(${problem} "Torch_DIR is ${torch_dir}, but ${root} holds no lib/libtorch_cpu.so with its headers." PARENT_SCOPE)
+      return()
+    endif()
+  endforeach()
+  list(JOIN candidates ", " looked)
+  set(${problem} "LibTorch not found. Looked in: ${looked}${ARGN}\nName one (2.11 to 2.15) by \
+-DTorch_DIR=<libtorch>/share/cmake/Torch or -DCMAKE_PREFIX_PATH=<libtorch>; in a checkout, scripts/setup puts the PyPI wheel into .venv." PARENT_SCOPE)
+endfunction()
+
+# Sets `out` to the version that the headers state, e.g. 2.14.1, or to empty.
+function(dualpipe_libtorch_version out root)
+  set(${out} "" PARENT_SCOPE)
+  foreach(header "torch/headeronly/version.h" "torch/csrc/api/include/torch/version.h")
+    if(NOT EXISTS "${root}/include/${header}")
+      continue()
+    endif()
+    set(numbers "")
+    foreach(part MAJOR MINOR PATCH)
+      file(STRINGS "${root}/include/${header}" line REGEX "define TORCH_VERSION_${part} +[0-9]+")
+      if(line MATCHES "TORCH_VERSION_${part} +([0-9]+)")
+        list(APPEND numbers "${CMAKE_MATCH_1}")
+      endif()
+    endforeach()
+    list(LENGTH numbers count)
+    if(count EQUAL 3)
+      list(JOIN numbers "." version)
+      set(${out} "${version}" PARENT_SCOPE)
+      return()
+    endif()
+  endforeach()
+endfunction()
+
+function(_dualpipe_check_libtorch_version version)
+  if(version AND (version VERSION_LESS 2.11 OR version VERSION_GREATER_EQUAL 2.16))
+    message(WARNING "dualpipe is tested with LibTorch 2.11 to 2.15, this one is ${version}.")
+  endif()
+endfunction()
+
+# Defines dualpipe::libtorch, unless it exists. `problem` is set to empty, or to the reason why that was not possible.
+# Further arguments: as for dualpipe_libtorch_root.
+function(dualpipe_find_libtorch problem)
+  set(${problem} "" PARENT_SCOPE)
   if(TARGET dualpipe::libtorch)
     return()
   endif()
   if(TARGET torch)
     add_library(dualpipe::libtorch INTERFACE IMPORTED GLOBAL)
     target_link_libraries(dualpipe::libtorch INTERFACE torch)
-    message(STATUS "dualpipe: LibTorch from the parent project's target `torch`")
+    target_compile_features(dualpipe::libtorch INTERFACE cxx_std_20)
+    message(STATUS "dualpipe: LibTorch ${Torch_VERSION} from the target `torch`, which exists already")
+    _dualpipe_check_libtorch_version("${Torch_VERSION}")
     return()
   endif()
 
-  set(candidates "")
-  if(Torch_DIR)
-    get_filename_component(root "${Torch_DIR}/../../.." ABSOLUTE)
-    list(APPEND candidates "${root}")
+  dualpipe_libtorch_root(root reason ${ARGN})
+  if(NOT root)
+    set(${problem} "${reason}" PARENT_SCOPE)
+    return()
   endif()
-  set(prefixes ${CMAKE_PREFIX_PATH})
-  if(DEFINED ENV{CMAKE_PREFIX_PATH})
-    string(REPLACE ":" ";" from_environment "$ENV{CMAKE_PREFIX_PATH}")
-    list(APPEND prefixes ${from_environment})
-  endif()
-  list(APPEND candidates ${prefixes})
-  file(GLOB wheels "${venv}/lib/python3*/site-packages/torch")
-  list(APPEND candidates ${wheels})
-
-  foreach(root IN LISTS candidates)
-    if(EXISTS "${root}/lib/libtorch_cpu.so" AND EXISTS "${root}/include/ATen/core/Tensor.h")
-      set(found "${root}")
-      break()
-    endif()
-  endforeach()
-  if(NOT found)
-    message(FATAL_ERROR
-      "LibTorch not found. Looked in: ${candidates}\n"
-      "Run scripts/setup, which puts the PyPI wheel into .venv, or name an existing LibTorch (${DUALPIPE_TORCH_VERSIONS}) by "
-      "-DTorch_DIR=<libtorch>/share/cmake/Torch or -DCMAKE_PREFIX_PATH=<libtorch>.")
-  endif()
-
-  set(version "unknown")
-  if(EXISTS "${found}/include/torch/headeronly/version.h")
-    set(version_header "${found}/include/torch/headeronly/version.h")
-  else()
-    set(version_header "${found}/include/torch/csrc/api/include/torch/version.h")
-  endif()
-  if(EXISTS "${version_header}")
-    file(STRINGS "${version_header}" version_line REGEX "define TORCH_VERSION \"")
-    string(REGEX REPLACE ".*\"([^\"]+)\".*" "\\1" version "${version_line}")
-  endif()
-  message(STATUS "dualpipe: LibTorch ${version} in ${found}")
-  set(DUALPIPE_TORCH_ROOT "${found}" PARENT_SCOPE)
+  dualpipe_libtorch_version(version "${root}")
+  message(STATUS "dualpipe: LibTorch ${version} in ${root}")
+  _dualpipe_check_libtorch_version("${version}")
 
   # The wheel's libraries refer to libcupti and libcudart of the wheels beside it; their own run paths find them, the linker needs telling.
-  get_filename_component(site "${found}/.." ABSOLUTE)
-  file(GLOB cuda_libraries LIST_DIRECTORIES true "${site}/nvidia/cu*/lib" "${site}/nvidia/cuda_runtime/lib" "${site}/nvidia/cuda_cupti/lib")
+  get_filename_component(site "${root}/.." ABSOLUTE)
+  file(GLOB cuda_libraries LIST_DIRECTORIES true
+    "${site}/nvidia/cu*/lib" "${site}/nvidia/cuda_runtime/lib" "${site}/nvidia/cuda_cupti/lib")
   set(link_options "")
   foreach(folder IN LISTS cuda_libraries)
     list(APPEND link_options "LINKER:-rpath-link,${folder}")
@@ -70,11 +116,20 @@ function(dualpipe_find_libtorch venv)
 
   foreach(library c10 torch_cpu)
     add_library(dualpipe::${library} SHARED IMPORTED GLOBAL)
-    set_target_properties(dualpipe::${library} PROPERTIES IMPORTED_LOCATION "${found}/lib/lib${library}.so")
+    set_target_properties(dualpipe::${library} PROPERTIES IMPORTED_LOCATION "${root}/lib/lib${library}.so")
   endforeach()
   add_library(dualpipe::libtorch INTERFACE IMPORTED GLOBAL)
-  target_include_directories(dualpipe::libtorch SYSTEM INTERFACE "${found}/include" "${found}/include/torch/csrc/api/include")
+  target_include_directories(dualpipe::libtorch SYSTEM INTERFACE "${root}/include" "${root}/include/torch/csrc/api/include")
   target_link_libraries(dualpipe::libtorch INTERFACE dualpipe::torch_cpu dualpipe::c10)
   target_link_options(dualpipe::libtorch INTERFACE ${link_options})
   target_compile_features(dualpipe::libtorch INTERFACE cxx_std_20)
 endfunction()
+
+if(CMAKE_SCRIPT_MODE_FILE STREQUAL CMAKE_CURRENT_LIST_FILE)
+  dualpipe_libtorch_root(root problem)
+  if(root)
+    execute_process(COMMAND ${CMAKE_COMMAND} -E echo "${root}")
+  elseif(problem MATCHES "^Torch_DIR")
+    message(FATAL_ERROR "${problem}")
+  endif()
+endif()
