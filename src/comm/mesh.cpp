@@ -1,0 +1,379 @@
+#include "comm/mesh.hpp"
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+
+#include <algorithm>
+#include <numeric>
+#include <utility>
+
+namespace dualpipe::detail {
+namespace {
+
+using Transfers = std::vector<std::shared_ptr<Transfer>>;
+
+double seconds(std::int64_t ns) { return static_cast<double>(ns) * 1e-9; }
+
+/// Gives the tensors of an arrived message as their sender described them.
+Tensors unpack(Parcel& parcel, const Signature& signature) {
+  Tensors tensors = parcel.take();
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i].defined()) tensors[i].set_requires_grad(signature[i].requires_grad);
+  }
+  return tensors;
+}
+
+/// The transfers of one call, and what remains to be done on the caller's thread when all have ended.
+class Operation final : public Pending::State {
+ public:
+  using Finish = std::function<Tensors()>;
+
+  /// @param whole    names the call in errors.
+  /// @param watched  tensors that the caller must not write to before wait().
+  Operation(std::shared_ptr<Fabric> fabric, Transfer whole, Transfers transfers, Watch watched, Finish finish)
+      : fabric_(std::move(fabric)),
+        whole_(std::move(whole)),
+        transfers_(std::move(transfers)),
+        watched_(std::move(watched)),
+        finish_(std::move(finish)) {}
+
+  void wait() override {
+    fabric_->wait(transfers_, whole_);
+    if (std::exchange(finished_, true)) return;
+    settle_sends();
+    if (const auto problem = watched_.written()) fabric_->raise(fabric_->rank(), whole_, *problem);
+    if (finish_) result_ = std::exchange(finish_, nullptr)();
+    for (const auto& transfer : transfers_) {
+      if (transfer->kind != Transfer::Kind::receive) continue;
+      if (const auto problem = transfer->message.parcel->written()) {
+        fabric_->raise(transfer->peer, whole_, str("rank ", transfer->peer, ": ", *problem));
+      }
+    }
+    for (const auto& transfer : transfers_) transfer->message.parcel.reset();
+  }
+
+  bool done() const override {
+    if (!fabric_->done(transfers_)) return false;
+    if (!finished_) settle_sends();
+    return true;
+  }
+
+  Tensors take() override {
+    wait();
+    DUALPIPE_CHECK(!std::exchange(taken_, true), whole_.describe(), ": its tensors were taken before");
+    return std::move(result_);
+  }
+
+  Span span() const override {
+    std::int64_t begin = whole_.header.issued_ns;
+    std::int64_t end = begin;
+    for (const auto& transfer : transfers_) {
+      if (transfer->kind == Transfer::Kind::receive) begin = std::max(begin, transfer->message.header.issued_ns);
+      end = std::max(end, transfer->completed_ns);
+    }
+    return {seconds(begin), seconds(std::max(begin, end))};
+  }
+
+ private:
+  // A send that the receiver has met but not taken yet is over for the sender once both do not share memory.
+  void settle_sends() const {
+    for (const auto& transfer : transfers_) {
+      if (transfer->kind == Transfer::Kind::send && transfer->done && transfer->message.parcel) {
+        transfer->message.parcel->settle();
+      }
+    }
+  }
+
+  std::shared_ptr<Fabric> fabric_;
+  Transfer whole_;
+  Transfers transfers_;
+  Watch watched_;
+  Finish finish_;
+  Tensors result_;
+  bool finished_ = false;
+  bool taken_ = false;
+};
+
+const char* name(Reduce reduce) {
+  switch (reduce) {
+    case Reduce::sum:
+      return "all_reduce(sum)";
+    case Reduce::max:
+      return "all_reduce(max)";
+    case Reduce::min:
+      return "all_reduce(min)";
+  }
+  return "all_reduce";
+}
+
+void combine(at::Tensor& into, const at::Tensor& other, Reduce reduce) {
+  switch (reduce) {
+    case Reduce::sum:
+      into.add_(other);
+      return;
+    case Reduce::max:
+      at::maximum_out(into, into, other);
+      return;
+    case Reduce::min:
+      at::minimum_out(into, into, other);
+      return;
+  }
+}
+
+/// In-place collectives write into the caller's tensors, whose requires_grad is the caller's own affair.
+Signature signature_of_values(const Tensors& tensors) {
+  Signature signature = signature_of(tensors);
+  for (TensorSignature& tensor : signature) tensor.requires_grad = false;
+  return signature;
+}
+
+Transfer collective(const Header& header) {
+  Transfer whole;
+  whole.kind = Transfer::Kind::receive;
+  whole.header = header;
+  return whole;
+}
+
+std::string to_text(const at::Tensor& edges) {
+  std::string text;
+  const auto values = edges.accessor<std::int64_t, 2>();
+  for (std::int64_t i = 0; i < values.size(0); ++i) {
+    text += str(text.empty() ? "" : ", ", values[i][0], "->", values[i][1]);
+  }
+  return text.empty() ? "no edges" : text;
+}
+
+}  // namespace
+
+MeshCommunicator::MeshCommunicator(std::shared_ptr<Fabric> fabric, std::int64_t group, std::vector<int> members,
+                                   int rank)
+    : Communicator(rank, static_cast<int>(members.size())),
+      fabric_(std::move(fabric)),
+      group_(group),
+      members_(std::move(members)),
+      sends_(members_.size(), 0),
+      receives_(members_.size(), 0) {}
+
+std::shared_ptr<MeshCommunicator> MeshCommunicator::world(std::shared_ptr<Fabric> fabric) {
+  std::vector<int> members(static_cast<std::size_t>(fabric->size()));
+  std::iota(members.begin(), members.end(), 0);
+  const int rank = fabric->rank();
+  return std::make_shared<MeshCommunicator>(std::move(fabric), 0, std::move(members), rank);
+}
+
+std::size_t MeshCommunicator::peer_index(const char* operation, int peer) const {
+  DUALPIPE_CHECK(peer >= 0 && peer < size(), operation, ": there is no rank ", peer, " in this communicator of ",
+                 size(), " ranks");
+  DUALPIPE_CHECK(peer != rank(), operation, ": peer ", peer, " is this rank itself; keep the tensors instead");
+  return static_cast<std::size_t>(peer);
+}
+
+Header MeshCommunicator::header(Channel channel, std::string operation, std::uint64_t sequence,
+                                Signature signature) const {
+  return {.group = group_,
+          .channel = channel,
+          .epoch = fabric_->epoch(),
+          .sequence = sequence,
+          .issued_ns = now_ns(),
+          .operation = std::move(operation),
+          .signature = std::move(signature)};
+}
+
+Header MeshCommunicator::next_collective(std::string operation, Signature signature) {
+  return header(Channel::collective, std::move(operation), collectives_++, std::move(signature));
+}
+
+Pending MeshCommunicator::send(int peer, Tensors tensors) {
+  const std::size_t index = peer_index("send", peer);
+  auto parcel = Parcel::of(tensors);
+  Message message{header(Channel::transfer, "send", sends_[index]++, signature_of(tensors)), std::move(parcel), {}};
+  Watch watched(tensors);
+  tensors.clear();  // the parcel alone refers to them now, so that the receiver may get the very memory
+  auto transfer = fabric_->send(members_[index], std::move(message));
+  Transfer whole = transfer->without_message();
+  return Pending(std::make_shared<Operation>(fabric_, std::move(whole), Transfers{std::move(transfer)},
+                                             std::move(watched), nullptr));
+}
+
+Pending MeshCommunicator::receive(int peer, const std::optional<Signature>& expected) {
+  const std::size_t index = peer_index("receive", peer);
+  auto transfer = fabric_->receive(
+      members_[index], header(Channel::transfer, "send", receives_[index]++, expected.value_or(Signature())),
+      !expected.has_value());
+  Transfer whole = transfer->without_message();
+  auto finish = [transfer = transfer.get()] {
+    return unpack(*transfer->message.parcel, transfer->message.header.signature);
+  };
+  return Pending(std::make_shared<Operation>(fabric_, std::move(whole), Transfers{std::move(transfer)}, Watch(),
+                                             std::move(finish)));
+}
+
+// Every rank sends to every other, whatever the size: then no rank's result depends on when another rank calls wait(),
+// which a reduction by parts in several rounds would ask for.
+Pending MeshCommunicator::all_reduce(Tensors tensors, Reduce reduce) {
+  for (const at::Tensor& tensor : tensors) {
+    DUALPIPE_CHECK(reduce == Reduce::sum || !tensor.defined() || !tensor.is_complex(), name(reduce),
+                   ": complex numbers have no order; only sum takes them");
+  }
+  // A copy: this rank writes its sum while others still read its contribution.
+  const Tensors own = Parcel::of(tensors)->take();
+  const Header head = next_collective(name(reduce), signature_of_values(tensors));
+  const Transfers receives = receive_from_others(head, false);
+  send_to_others(head, own);
+  auto finish = [tensors, own, receives, me = static_cast<std::size_t>(rank()), reduce]() mutable {
+    const c10::NoGradGuard no_grad;
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      if (!tensors[i].defined()) continue;
+      for (std::size_t r = 0; r < receives.size(); ++r) {
+        const at::Tensor& part = r == me ? own[i] : receives[r]->message.parcel->tensors()[i];
+        if (r == 0) {
+          tensors[i].copy_(part);
+        } else {
+          combine(tensors[i], part, reduce);
+        }
+      }
+    }
+    return tensors;
+  };
+  return pending(head, receives, Watch(tensors), std::move(finish));
+}
+
+Pending MeshCommunicator::broadcast(Tensors tensors, int root) {
+  DUALPIPE_CHECK(root >= 0 && root < size(), "broadcast: there is no rank ", root, " in this communicator of ", size(),
+                 " ranks");
+  const Header head = next_collective(str("broadcast from rank ", members_[static_cast<std::size_t>(root)]),
+                                      signature_of_values(tensors));
+  Watch watched(tensors);
+  if (root == rank()) {
+    send_to_others(head, Parcel::of(tensors)->take());
+    return pending(head, {}, std::move(watched), [tensors = std::move(tensors)] { return tensors; });
+  }
+  auto transfer = fabric_->receive(members_[static_cast<std::size_t>(root)], head, false);
+  auto finish = [tensors = std::move(tensors), transfer]() mutable {
+    const c10::NoGradGuard no_grad;
+    const Tensors& values = transfer->message.parcel->tensors();
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      if (tensors[i].defined()) tensors[i].copy_(values[i]);
+    }
+    return tensors;
+  };
+  return pending(head, {transfer}, std::move(watched), std::move(finish));
+}
+
+Pending MeshCommunicator::all_gather(at::Tensor tensor) {
+  return exchange("all_gather", Tensors(static_cast<std::size_t>(size()), tensor));
+}
+
+Pending MeshCommunicator::all_to_all(Tensors tensors) {
+  DUALPIPE_CHECK(static_cast<int>(tensors.size()) == size(), "all_to_all: needs one tensor for each of the ", size(),
+                 " ranks, got ", tensors.size(), "; give an empty one to a rank that gets nothing");
+  return exchange("all_to_all", std::move(tensors));
+}
+
+Pending MeshCommunicator::barrier() {
+  const Header head = next_collective("barrier", {});
+  const Transfers receives = receive_from_others(head, false);
+  send_to_others(head, {});
+  return pending(head, receives, Watch(), nullptr);
+}
+
+Pending MeshCommunicator::exchange(const char* operation, Tensors outgoing) {
+  std::vector<std::shared_ptr<Parcel>> parcels;
+  for (const at::Tensor& tensor : outgoing) parcels.push_back(Parcel::of({tensor}));
+  const Header head = next_collective(operation, {});
+  const Transfers receives = receive_from_others(head, true);
+  Transfers transfers = receives;
+  std::vector<Signature> signatures;
+  for (std::size_t r = 0; r < outgoing.size(); ++r) {
+    signatures.push_back(signature_of({outgoing[r]}));
+    if (static_cast<int>(r) == rank()) continue;
+    Message message{head, parcels[r], {}};
+    message.header.signature = signatures[r];
+    transfers.push_back(fabric_->send(members_[r], std::move(message)));
+  }
+  const auto me = static_cast<std::size_t>(rank());
+  auto finish = [receives, own = parcels[me], own_signature = signatures[me], me] {
+    Tensors result;
+    for (std::size_t r = 0; r < receives.size(); ++r) {
+      Tensors part = r == me ? unpack(*own, own_signature)
+                             : unpack(*receives[r]->message.parcel, receives[r]->message.header.signature);
+      result.push_back(std::move(part.front()));
+    }
+    return result;
+  };
+  return pending(head, std::move(transfers), Watch(outgoing), std::move(finish));
+}
+
+Transfers MeshCommunicator::receive_from_others(const Header& head, bool any_signature) {
+  Transfers receives;
+  for (int r = 0; r < size(); ++r) {
+    receives.push_back(r == rank() ? nullptr
+                                   : fabric_->receive(members_[static_cast<std::size_t>(r)], head, any_signature));
+  }
+  return receives;
+}
+
+void MeshCommunicator::send_to_others(const Header& head, const Tensors& shared) {
+  for (int i = 1; i < size(); ++i) {
+    const int r = (rank() + i) % size();  // not all to rank 0 first
+    fabric_->send(members_[static_cast<std::size_t>(r)], {head, Parcel::of_fresh(shared), {}});
+  }
+}
+
+Pending MeshCommunicator::pending(const Header& head, Transfers transfers, Watch watched,
+                                  std::function<Tensors()> finish) {
+  std::erase(transfers, nullptr);
+  return Pending(std::make_shared<Operation>(fabric_, collective(head), std::move(transfers), std::move(watched),
+                                             std::move(finish)));
+}
+
+void MeshCommunicator::connect(const std::vector<Edge>& edges) {
+  auto own = at::empty({static_cast<std::int64_t>(edges.size()), 2}, at::kLong);
+  auto values = own.accessor<std::int64_t, 2>();
+  for (std::size_t i = 0; i < edges.size(); ++i) {
+    const auto& [from, to] = edges[i];
+    DUALPIPE_CHECK(from >= 0 && from < size() && to >= 0 && to < size() && from != to, "connect: edge ", from, "->", to,
+                   " is not between two of ", size(), " ranks");
+    values[static_cast<std::int64_t>(i)][0] = from;
+    values[static_cast<std::int64_t>(i)][1] = to;
+  }
+  const Tensors all = exchange("connect", Tensors(static_cast<std::size_t>(size()), own)).take();
+  for (std::size_t r = 0; r < all.size(); ++r) {
+    if (at::equal(all[r], own)) continue;
+    Transfer whole = collective(header(Channel::collective, "connect", collectives_ - 1, {}));
+    fabric_->raise(members_[r], whole,
+                   str("this rank announces ", to_text(own), "; rank ", members_[r], " announces ", to_text(all[r])));
+  }
+}
+
+std::shared_ptr<Communicator> MeshCommunicator::split(int color, int key) {
+  const auto own = at::tensor({std::int64_t{color}, std::int64_t{key}, fabric_->next_group()}, at::kLong);
+  const Tensors all = exchange("split", Tensors(static_cast<std::size_t>(size()), own)).take();
+  std::vector<std::int64_t> colors;
+  std::vector<std::pair<std::int64_t, int>> order;  // key and rank here of those with this rank's color
+  std::int64_t first_group = 0;
+  for (int r = 0; r < size(); ++r) {
+    const auto values = all[static_cast<std::size_t>(r)].accessor<std::int64_t, 1>();
+    if (values[0] >= 0) colors.push_back(values[0]);
+    if (values[0] == color) order.emplace_back(values[1], r);
+    first_group = std::max(first_group, values[2]);
+  }
+  std::sort(colors.begin(), colors.end());
+  colors.erase(std::unique(colors.begin(), colors.end()), colors.end());
+  fabric_->set_next_group(first_group + static_cast<std::int64_t>(colors.size()));
+  if (color < 0) return nullptr;
+
+  std::sort(order.begin(), order.end());
+  std::vector<int> members;
+  int rank_there = 0;
+  for (const auto& [member_key, r] : order) {
+    if (r == rank()) rank_there = static_cast<int>(members.size());
+    members.push_back(members_[static_cast<std::size_t>(r)]);
+  }
+  const auto index = std::lower_bound(colors.begin(), colors.end(), color) - colors.begin();
+  return std::make_shared<MeshCommunicator>(fabric_, first_group + index, std::move(members), rank_there);
+}
+
+void MeshCommunicator::abort(const std::string& reason) noexcept { fabric_->abort(fabric_->rank(), reason); }
+
+}  // namespace dualpipe::detail

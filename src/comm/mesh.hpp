@@ -73,13 +73,14 @@ class Parcel {
   Tensors take();
   /// Drops the tensors, once their bytes are copied elsewhere.
   void release();
-  /// What the sender's user wrote in place while the parcel still shared its memory or before it was asked, or nothing.
-  std::optional<std::string> written() const { return watch_.written(); }
+  /// What the sender's user wrote in place before settle(), or nothing.
+  std::optional<std::string> written() const;
 
  private:
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   Tensors tensors_;
   Watch watch_;
+  std::optional<std::string> written_;
 };
 
 struct Message {
@@ -100,10 +101,11 @@ struct Transfer {
   bool done = false;
   std::int64_t completed_ns = 0;
 
-  /// "receive from rank 2", "all_reduce(sum) with rank 2"
+  /// "receive from rank 2", "all_reduce(sum)"
   std::string operation() const;
   /// "receive from rank 2 (message 17 of group 0)"
   std::string describe() const;
+  Transfer without_message() const;
 };
 
 /// The world of ranks as one of them sees it: matching of messages, waiting, deadlines, and failure. Shared by all
@@ -128,9 +130,9 @@ class Fabric {
   std::shared_ptr<Transfer> send(int to, Message message);
   std::shared_ptr<Transfer> receive(int from, Header expected, bool any_signature);
 
-  /// Returns when all are done. @throws CommError  and aborts: the family has failed, a peer has left, or the deadline
-  /// has passed.
-  void wait(std::span<const std::shared_ptr<Transfer>> transfers);
+  /// Returns when all are done; `whole` names the operation that they are parts of.
+  /// @throws CommError  and aborts: the family has failed, a peer has left, or the deadline has passed.
+  void wait(std::span<const std::shared_ptr<Transfer>> transfers, const Transfer& whole);
   /// Whether wait() would return or throw at once.
   bool done(std::span<const std::shared_ptr<Transfer>> transfers) const;
 
@@ -174,10 +176,13 @@ class Fabric {
   using LaneKey = std::tuple<int, std::int64_t, Channel>;
 
   bool fail(int origin, const std::string& reason) noexcept;
-  void throw_if_failed(const std::string& operation, const std::string& description) const;  // mutex held
-  bool settled(const Transfer& transfer) const;  // mutex held: done, or never will be
-  /// Lets a receive and a message meet. Mutex held; returns what they disagree about, empty if nothing.
-  std::string meet(Transfer& receive, Message& message) const;
+  /// Lets a receive and its message meet; `lock` holds the mutex.
+  void meet(std::unique_lock<std::mutex> lock, Transfer& receive, Message message);
+  /// Empty if there is none.
+  static std::string disagreement(const Transfer& receive, const Header& got);
+  void throw_if_failed(const Transfer& transfer) const;
+  [[noreturn]] void throw_failure(const Transfer& transfer) const;  // mutex held
+  bool lost(const Transfer& transfer) const;                        // mutex held
 
   const int rank_;
   const int size_;
@@ -213,9 +218,16 @@ class MeshCommunicator final : public Communicator {
   void abort(const std::string& reason) noexcept override;
 
  private:
-  void check_peer(const char* operation, int peer) const;
+  std::size_t peer_index(const char* operation, int peer) const;
   Header header(Channel channel, std::string operation, std::uint64_t sequence, Signature signature) const;
-  Pending gather(const std::string& operation, const at::Tensor& tensor);
+  Header next_collective(std::string operation, Signature signature);
+  std::vector<std::shared_ptr<Transfer>> receive_from_others(const Header& head, bool any_signature);
+  /// Nobody may write to `shared` any more.
+  void send_to_others(const Header& head, const Tensors& shared);
+  /// `outgoing[r]` to rank r and what rank r sends here, of any signature, at r of the result.
+  Pending exchange(const char* operation, Tensors outgoing);
+  Pending pending(const Header& head, std::vector<std::shared_ptr<Transfer>> transfers, Watch watched,
+                  std::function<Tensors()> finish);
 
   std::shared_ptr<Fabric> fabric_;
   std::int64_t group_;
