@@ -1,5 +1,6 @@
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "dualpipe/schedule/schedule.hpp"
@@ -7,8 +8,9 @@
 
 namespace dualpipe {
 
-/// When results leave a step. early: as soon as they exist: a B hands its input gradient on before its weight part, a pair both of its
-/// results; atomic: when the step ends, as published.
+/// When results leave a step. early: as soon as they exist: a B hands its input gradient on before its weight part,
+/// that is at begin + (backward - weight), a pair both of its results at begin + (pair - weight); atomic: when the step
+/// ends, as published. What stays on its rank is there at the end of the step either way.
 enum class Publish { early, atomic };
 
 /// Durations in one unit of the caller's choice.
@@ -16,12 +18,12 @@ struct Costs {
   double forward = 1;
   double backward = 2;  ///< I costs backward - weight
   double weight = 1;
-  double pair = 3;
+  double pair = 3;  ///< a forward with a B; with an I it costs pair - weight
   double send = 0;  ///< from publication to arrival on another rank; nothing on the same rank
 };
 
-/// What travels between two ranks: the output of F(stage, micro_batch) to stage + 1, or the input gradient that the backward of
-/// (stage, micro_batch) hands to stage - 1. `stage` is the producer.
+/// What travels between two ranks: the output of F(stage, micro_batch) to stage + 1, or the input gradient that the
+/// backward of (stage, micro_batch) hands to stage - 1. `stage` is the producer.
 enum class Payload { activation, gradient };
 struct Transfer {
   Payload payload = Payload::activation;
@@ -32,6 +34,9 @@ struct Transfer {
   auto operator<=>(const Transfer&) const = default;
 };
 
+/// "2F5 from rank 2 to rank 3"; an input gradient is named as the result of I.
+std::string to_string(const Transfer& transfer);
+
 struct TimedTransfer {
   Transfer transfer;
   double ready = 0;    ///< published by its producer
@@ -40,13 +45,18 @@ struct TimedTransfer {
 
 struct Simulation {
   Timeline timeline;
-  std::vector<TimedTransfer> transfers;  ///< boundary transfers between different ranks, by ready time (ties: in an order that respects what depends on what)
+  /// Boundary transfers between different ranks, by ready time; at equal times in an order that respects what depends
+  /// on what.
+  std::vector<TimedTransfer> transfers;
 };
 
-/// Runs the schedule with an unlimited number of asynchronous transfers: a step starts when the one before it on its rank has ended
-/// and its inputs have arrived; a pair waits for both. Takes training and forward-only schedules.
+/// Runs the schedule with an unlimited number of asynchronous transfers: a step starts when the one before it on its
+/// rank has ended and its inputs have arrived; a pair waits for both. Takes training and forward-only schedules.
+/// Transfers appear in the timeline (lane send of the sender, lane receive of the receiver, from ready to arrival)
+/// where `costs.send` is not zero.
 ///
-/// @throws InvalidArgument  negative or non-finite costs, weight > backward, or a schedule that cannot run to its end.
+/// @throws InvalidArgument  negative or non-finite costs, weight > backward or > pair, or a schedule that cannot run to
+/// its end.
 Simulation simulate(const Schedule& schedule, const Costs& costs = {}, Publish publish = Publish::early);
 
 }  // namespace dualpipe

@@ -10,8 +10,8 @@ namespace dualpipe {
 
 enum class Lane { compute, send, receive, collective };
 
-/// Something a rank did or will do. In the lanes `send` and `receive`, `step.op` is the op that produced what travels: F for an
-/// activation, I for an input gradient.
+/// Something a rank did or will do. In the lanes `send` and `receive`, `step.op` is the op that produced what travels:
+/// F for an activation, I for an input gradient.
 struct Interval {
   int rank = 0;
   Lane lane = Lane::compute;
@@ -31,18 +31,22 @@ struct Timeline {
 
 struct RankReport {
   int rank = 0;
-  double busy = 0;            ///< sum of compute intervals
-  double bubble = 0;          ///< makespan - busy
-  double communication = 0;   ///< time during which this rank sends or receives (union of its send and receive intervals)
-  double hidden = 0;          ///< the part of `communication` that lies under this rank's compute
-  int peak_activations = 0;   ///< forwards held from the start of F to the end of B or I; in a pair both count
+  double busy = 0;    ///< sum of compute intervals
+  double bubble = 0;  ///< makespan - busy
+  double communication =
+      0;              ///< time during which this rank sends or receives (union of its send and receive intervals)
+  double hidden = 0;  ///< the part of `communication` that lies under this rank's compute
+  int peak_activations = 0;  ///< forwards held from the start of F to the end of B or I; in a pair both count
 };
 
 struct Report {
-  double makespan = 0;  ///< first begin to last end, over all ranks
+  double makespan = 0;  ///< first begin to last end of computing, over all ranks
   std::vector<RankReport> ranks;
 };
 
+/// In the timeline's unit. Steps of a rank that begin at the same time count in the order of the list.
+///
+/// @throws InvalidArgument  an interval of a rank that the timeline does not have.
 Report report(const Timeline& timeline);
 
 }  // namespace dualpipe

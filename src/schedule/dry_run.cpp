@@ -1,0 +1,257 @@
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "dualpipe/error.hpp"
+#include "dualpipe/schedule/lower.hpp"
+
+namespace dualpipe {
+namespace {
+
+using Do = Instruction::Do;
+
+constexpr int none = -1;
+
+const char* name_of(Do what) {
+  switch (what) {
+    case Do::receive:
+      return "receive";
+    case Do::wait:
+      return "wait for";
+    case Do::compute:
+      return "compute";
+    case Do::send:
+      return "send";
+    case Do::release:
+      break;
+  }
+  return "release";
+}
+
+bool is_backward(Pass pass) { return pass == Pass::Backward || pass == Pass::BackwardInput; }
+
+class DryRun {
+ public:
+  explicit DryRun(const Program& program)
+      : program_(program),
+        at_(program.ranks.size(), 0),
+        last_transfer_(program.ranks.size(), none),
+        done_(program.order.size()) {
+    measure();
+    computed_[0].assign(cells_, none);
+    computed_[1].assign(cells_, none);
+    incoming_[0].assign(cells_, none);
+    incoming_[1].assign(cells_, none);
+    for (int transfer = 0; transfer < static_cast<int>(program.order.size()); ++transfer) enter(transfer);
+  }
+
+  void operator()() && {
+    std::vector<int> runnable;
+    for (int rank = size(); rank-- > 0;) runnable.push_back(rank);
+    while (!runnable.empty()) {
+      const int rank = runnable.back();
+      runnable.pop_back();
+      while (const Instruction* instruction = current(rank)) {
+        if (instruction->what == Do::send || instruction->what == Do::receive) {
+          const int peer = meet(rank, *instruction);
+          if (peer == none) break;
+          runnable.push_back(peer);
+        } else {
+          perform(rank, *instruction);
+          ++at_[rank];
+        }
+      }
+    }
+    check_finished();
+    DUALPIPE_CHECK(disorder_.empty(), disorder_);
+  }
+
+ private:
+  struct Done {
+    bool sent = false, waited = false, released = false;  // a transfer is received when it is sent
+  };
+
+  int size() const { return static_cast<int>(program_.ranks.size()); }
+
+  const Instruction* current(int rank) const {
+    return at_[rank] < program_.ranks[rank].size() ? &program_.ranks[rank][at_[rank]] : nullptr;
+  }
+
+  /// Finds how large the tables must be; as every stage and micro-batch has a forward, they are no larger than the
+  /// program.
+  void measure() {
+    std::int64_t forwards = 0;
+    const auto see = [&](const Op& op) {
+      DUALPIPE_CHECK(op.stage >= 0 && op.micro_batch >= 0, "a program names no negative numbers, got ", to_string(op));
+      num_stages_ = std::max<std::int64_t>(num_stages_, std::int64_t{op.stage} + 1);
+      num_micro_batches_ = std::max<std::int64_t>(num_micro_batches_, std::int64_t{op.micro_batch} + 1);
+      forwards += op.pass == Pass::Forward;
+    };
+    for (const auto& instructions : program_.ranks)
+      for (const Instruction& instruction : instructions) {
+        if (instruction.what != Do::compute) continue;
+        see(instruction.step.op);
+        if (instruction.step.overlapped) see(*instruction.step.overlapped);
+      }
+    DUALPIPE_CHECK(num_stages_ * num_micro_batches_ == forwards, "the program has ", forwards, " forwards, but ",
+                   num_stages_, " stages with ", num_micro_batches_, " micro-batches each need ",
+                   num_stages_ * num_micro_batches_);
+    cells_ = static_cast<std::size_t>(forwards);
+  }
+
+  std::size_t cell(int stage, int micro_batch) const {
+    return static_cast<std::size_t>(stage) * static_cast<std::size_t>(num_micro_batches_) +
+           static_cast<std::size_t>(micro_batch);
+  }
+
+  void enter(int index) {
+    const Transfer& transfer = program_.order[index];
+    DUALPIPE_CHECK(transfer.stage >= 0 && transfer.stage < num_stages_ && transfer.micro_batch >= 0 &&
+                       transfer.micro_batch < num_micro_batches_,
+                   "transfer ", index, ", ", to_string(transfer), ": the program computes ", num_stages_,
+                   " stages and ", num_micro_batches_, " micro-batches");
+    DUALPIPE_CHECK(transfer.from >= 0 && transfer.from < size() && transfer.to >= 0 && transfer.to < size() &&
+                       transfer.from != transfer.to,
+                   "transfer ", index, ", ", to_string(transfer), ": expected two different ranks below ", size());
+    int& entry = incoming_[transfer.payload == Payload::gradient][cell(transfer.stage, transfer.micro_batch)];
+    DUALPIPE_CHECK(entry == none, "transfers ", entry, " and ", index, " are the same: ", to_string(transfer));
+    entry = index;
+  }
+
+  std::string where(int rank) const {
+    const Instruction* instruction = current(rank);
+    const std::string place =
+        detail::str("rank ", rank, " at instruction ", at_[rank], " of ", program_.ranks[rank].size());
+    if (instruction == nullptr) return place + " (finished)";
+    return place + ", " + name_of(instruction->what) + " " +
+           (instruction->what == Do::compute ? to_string(instruction->step) : describe(instruction->transfer));
+  }
+
+  std::string describe(int transfer) const {
+    return detail::str("transfer ", transfer, ", ", to_string(program_.order[transfer]));
+  }
+
+  void check_transfer(int rank, const Instruction& instruction, bool sender) const {
+    DUALPIPE_CHECK(instruction.transfer >= 0 && instruction.transfer < static_cast<int>(program_.order.size()), "rank ",
+                   rank, " at instruction ", at_[rank], ": transfer ", instruction.transfer, " of ",
+                   program_.order.size());
+    const Transfer& transfer = program_.order[instruction.transfer];
+    DUALPIPE_CHECK((sender ? transfer.from : transfer.to) == rank, where(rank), ": this rank is not its ",
+                   sender ? "sender" : "receiver");
+  }
+
+  /// A rank has reached a send or receive. If the other end stands there too, both go on; returns the other rank, or
+  /// none.
+  int meet(int rank, const Instruction& mine) {
+    const bool sender = mine.what == Do::send;
+    check_transfer(rank, mine, sender);
+    const Transfer& transfer = program_.order[mine.transfer];
+    if (sender) {
+      const bool backward = transfer.payload == Payload::gradient;
+      DUALPIPE_CHECK(computed_[backward][cell(transfer.stage, transfer.micro_batch)] == rank, where(rank),
+                     ": not computed here before");
+    }
+    const int peer = sender ? transfer.to : transfer.from;
+    const Instruction* theirs = current(peer);
+    if (theirs == nullptr || theirs->transfer != mine.transfer || theirs->what != (sender ? Do::receive : Do::send))
+      return none;
+    // The peer stopped here when it found this rank elsewhere, so its own checks are done.
+    Done& done = done_[mine.transfer];
+    DUALPIPE_CHECK(!done.sent, where(rank), ": for the second time");
+    done.sent = true;
+    for (const int end : {rank, peer}) {
+      if (last_transfer_[end] > mine.transfer && disorder_.empty())
+        disorder_ = detail::str(where(end), ": behind ", describe(last_transfer_[end]),
+                                "; the ranks must keep to the global order of transfers");
+      last_transfer_[end] = mine.transfer;
+    }
+    ++at_[rank];
+    ++at_[peer];
+    return peer;
+  }
+
+  void perform(int rank, const Instruction& instruction) {
+    if (instruction.what == Do::compute) {
+      compute(rank, instruction.step.op);
+      if (instruction.step.overlapped) compute(rank, *instruction.step.overlapped);
+      mark(rank, instruction.step.op);
+      if (instruction.step.overlapped) mark(rank, *instruction.step.overlapped);
+      return;
+    }
+    const bool sender = instruction.what == Do::release;
+    check_transfer(rank, instruction, sender);
+    Done& done = done_[instruction.transfer];
+    DUALPIPE_CHECK(done.sent, where(rank), ": before this rank has ", sender ? "sent" : "received", " it");
+    bool& flag = sender ? done.released : done.waited;
+    DUALPIPE_CHECK(!flag, where(rank), ": for the second time");
+    flag = true;
+  }
+
+  /// The input of an op is there: it was waited for, or computed on this rank.
+  void check_input(int rank, bool gradient, int stage, int micro_batch) const {
+    const int transfer = incoming_[gradient][cell(stage, micro_batch)];
+    if (transfer != none && program_.order[transfer].to == rank) {
+      DUALPIPE_CHECK(done_[transfer].waited, where(rank), ": has not waited for ", describe(transfer));
+    } else {
+      DUALPIPE_CHECK(computed_[gradient][cell(stage, micro_batch)] == rank, where(rank), ": its input ",
+                     to_string(Op{gradient ? Pass::BackwardInput : Pass::Forward, stage, micro_batch}),
+                     " is neither received nor computed here before");
+    }
+  }
+
+  void compute(int rank, const Op& op) const {
+    if (op.pass == Pass::Forward) {
+      DUALPIPE_CHECK(computed_[0][cell(op.stage, op.micro_batch)] == none, where(rank), ": computed before, on rank ",
+                     computed_[0][cell(op.stage, op.micro_batch)]);
+      if (op.stage > 0) check_input(rank, false, op.stage - 1, op.micro_batch);
+      return;
+    }
+    DUALPIPE_CHECK(computed_[0][cell(op.stage, op.micro_batch)] == rank, where(rank),
+                   ": no forward on this rank before");
+    if (is_backward(op.pass)) {
+      DUALPIPE_CHECK(computed_[1][cell(op.stage, op.micro_batch)] == none, where(rank), ": computed before, on rank ",
+                     computed_[1][cell(op.stage, op.micro_batch)]);
+      if (op.stage + 1 < num_stages_) check_input(rank, true, op.stage + 1, op.micro_batch);
+    } else {
+      DUALPIPE_CHECK(computed_[1][cell(op.stage, op.micro_batch)] == rank, where(rank),
+                     ": no backward for the input on this rank before");
+    }
+  }
+
+  void mark(int rank, const Op& op) {
+    if (op.pass != Pass::BackwardWeight) computed_[is_backward(op.pass)][cell(op.stage, op.micro_batch)] = rank;
+  }
+
+  void check_finished() const {
+    std::string stuck;
+    for (int rank = 0; rank < size(); ++rank)
+      if (current(rank) != nullptr) stuck += "\n  " + where(rank);
+    DUALPIPE_CHECK(stuck.empty(), "the program does not run to its end with one transfer at a time per rank:", stuck);
+    for (int transfer = 0; transfer < static_cast<int>(done_.size()); ++transfer) {
+      const Done& done = done_[transfer];
+      DUALPIPE_CHECK(done.sent && done.waited && done.released, describe(transfer), ": is never ",
+                     !done.sent     ? "sent"
+                     : !done.waited ? "waited for"
+                                    : "released");
+    }
+  }
+
+  const Program& program_;
+  std::vector<std::size_t> at_;     // per rank: index of its next instruction
+  std::vector<int> last_transfer_;  // per rank
+  std::vector<Done> done_;          // per transfer
+  std::string disorder_;            // the first departure from the global order
+  std::int64_t num_stages_ = 0, num_micro_batches_ = 0;
+  std::size_t cells_ = 0;
+  // Both per (stage, micro-batch): [0] forward or activation, [1] backward or gradient.
+  std::vector<int> computed_[2];  // by which rank, so far
+  std::vector<int> incoming_[2];  // index of the transfer that carries the result
+};
+
+}  // namespace
+
+void dry_run(const Program& program) { DryRun{program}(); }
+
+}  // namespace dualpipe

@@ -1,0 +1,28 @@
+#pragma once
+
+#include <vector>
+
+#include "dualpipe/schedule/simulate.hpp"
+
+namespace dualpipe::detail {
+
+/// A boundary transfer between two ranks, with the two steps that it connects.
+struct TimedEdge {
+  Transfer transfer;
+  int producer = 0;  ///< index of the step of rank `transfer.from` that computes it
+  int consumer = 0;  ///< index of the step of rank `transfer.to` that needs it
+  double ready = 0;  ///< published by its producer
+};
+
+/// When everything happens: what simulate draws and lower turns into programs.
+struct Flow {
+  std::vector<std::vector<double>> begin;  ///< begin[r][k]: step k of rank r
+  std::vector<TimedEdge> edges;  ///< by ready time; at equal times an edge comes after those that it depends on
+};
+
+double duration(const Step& step, const Costs& costs);
+
+/// Linear in the number of ops but for the sort of the edges. @throws InvalidArgument  as simulate does.
+Flow flow(const Schedule& schedule, const Costs& costs, Publish publish);
+
+}  // namespace dualpipe::detail
