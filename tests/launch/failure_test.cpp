@@ -1,0 +1,61 @@
+#include "dualpipe/launch/failure.hpp"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <string>
+
+namespace dualpipe {
+namespace {
+
+class ReportFailure : public ::testing::Test {
+ protected:
+  ReportFailure()
+      : folder_(std::filesystem::path(::testing::TempDir()) / ("dualpipe_failure_" + std::to_string(::getpid()))) {
+    std::filesystem::create_directories(folder_);
+  }
+  ~ReportFailure() override { std::filesystem::remove_all(folder_); }
+
+  std::string report(const World& world, const std::string& message) {
+    ::testing::internal::CaptureStderr();
+    report_failure(world, std::runtime_error(message));
+    return ::testing::internal::GetCapturedStderr();
+  }
+
+  std::filesystem::path folder_;
+};
+
+TEST_F(ReportFailure, NamesTheRank) {
+  World world;
+  world.rank = 3;
+  EXPECT_EQ(report(world, "the loss is gone"), "rank 3: the loss is gone\n");
+}
+
+TEST_F(ReportFailure, WritesWhatTorchrunReads) {
+  World world;
+  world.rank = 1;
+  world.error_file = (folder_ / "error.json").string();
+  report(world, "quotes \" and\nlines and bytes \xff");
+  std::ifstream in(world.error_file);
+  const nlohmann::json file = nlohmann::json::parse(in);
+  EXPECT_EQ(file.at("message").at("message").get<std::string>(), "rank 1: quotes \" and\nlines and bytes \xEF\xBF\xBD");
+  // torchrun turns this text into a whole number of seconds.
+  EXPECT_GT(std::stoll(file.at("message").at("extraInfo").at("timestamp").get<std::string>()), 1'500'000'000);
+  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder_), {}), 1) << "the draft must be gone";
+}
+
+TEST_F(ReportFailure, SaysWhenTheFileCannotBeWritten) {
+  World world;
+  world.error_file = (folder_ / "missing" / "error.json").string();
+  EXPECT_THAT(
+      report(world, "first things first"),
+      ::testing::AllOf(::testing::StartsWith("rank 0: first things first\n"), ::testing::HasSubstr(world.error_file)));
+}
+
+}  // namespace
+}  // namespace dualpipe
