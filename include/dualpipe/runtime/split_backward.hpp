@@ -4,44 +4,84 @@
 #include <torch/csrc/autograd/edge.h>
 #include <torch/csrc/autograd/function.h>
 
+#include <cstddef>
 #include <vector>
 
 namespace dualpipe {
 
 using Tensors = std::vector<at::Tensor>;
 
+/// Owner of an autograd node. LibTorch has changed the pointer type between releases.
+using NodePtr = decltype(torch::autograd::Edge::function);
+
 /// The entrance of one micro-batch into a graph of its own.
 struct GraphInputs {
-  Tensors tensors;                    ///< what user code sees: shares memory (and, where there is one, the version counter) with the tensor entered; never a leaf where it requires grad, so in-place code works
-  torch::autograd::edge_list edges;   ///< where its gradient leaves the graph; invalid for a tensor without requires_grad
+  /// What user code gets: new tensor objects that share memory and version counter with those entered. The
+  /// differentiable ones are results, not leaves, so that code may write to them in place exactly where it could within
+  /// one process.
+  Tensors tensors;
+  /// Where the gradients of all of them leave the graph; null where none is differentiable.
+  NodePtr entrance;
 };
-/// Enters `inputs` (detached or fresh; requires_grad() says which are differentiable; undefined ones stay undefined).
+
+/// Enters `inputs` into a new graph.
+///
+/// @param inputs  detached or fresh; requires_grad() says which are differentiable; an undefined one stays undefined.
+/// While
+///                gradients are disabled on the calling thread none is differentiable.
 GraphInputs enter_graph(const Tensors& inputs);
 
-/// The backward of one micro-batch through one piece of autograd code, as a whole or as its input and its weight part: input gradients
-/// first, weight gradients later, for any graph, found from the graph alone.
+/// The backward of one micro-batch through one piece of autograd code: as a whole, or input gradients first and weight
+/// gradients later. The split is found from the graph alone, for any code.
 ///
-/// Exact for backwards that are pure functions of their gradients and saved tensors. Backward runs on the calling thread.
+/// Both ways give bitwise the same gradients wherever a backward is a pure function of its gradients and its saved
+/// tensors. An operation that has a parameter among its arguments runs its backward twice in the split, each time for
+/// half of its results; one that keeps state or draws random numbers must not be split. Hooks on tensors and on
+/// parameters fire once, a hook that was put behind an operation (Node::add_post_hook) may fire in both parts.
+///
+/// Backward runs on the calling thread. An exception from it ends the graph: its memory is freed, and it cannot be used
+/// again.
 class BackwardGraph {
  public:
   BackwardGraph() = default;
-  /// @param inputs   the edges that enter_graph gave.
-  /// @param outputs  what user code returned; only their gradient edges are kept, so the tensors may be dropped.
-  BackwardGraph(torch::autograd::edge_list inputs, const Tensors& outputs);
+  /// @param inputs   what enter_graph gave.
+  /// @param outputs  what the code returned; only their places in the graph are kept, the tensors may be dropped.
+  BackwardGraph(const GraphInputs& inputs, const Tensors& outputs);
+  BackwardGraph(BackwardGraph&&) noexcept = default;
+  BackwardGraph& operator=(BackwardGraph&&) noexcept = default;
 
-  /// B: input gradients (undefined where no input edge or nothing flowed) and all parameter gradients accumulated, in one engine call.
-  /// @param output_gradients  one per output; undefined: nothing flows into it.
+  /// B: all gradients in one run of the engine; parameters' gradients are accumulated. Frees the graph.
+  ///
+  /// @param output_gradients  one per output; undefined where nothing flows in; ignored where the output has no
+  /// gradient.
+  /// @return one per input; undefined where the input is not differentiable or nothing flowed to it. No parameter's
+  /// gradient
+  ///         shares their memory, now or later, so they may be given away.
+  /// @throws InvalidArgument  another number of gradients than outputs.
+  /// @throws Error            a backward of this graph has run before.
   Tensors backward(const Tensors& output_gradients);
-  /// I: the input gradients; no parameter's gradient is touched. What only the input gradients needed is freed.
+
+  /// I: the input gradients, as above; no parameter is touched. Frees what only they needed.
   Tensors backward_input(const Tensors& output_gradients);
-  /// W: accumulates what backward_input left; each parameter's accumulator runs once. Frees the rest of the graph.
+
+  /// W: accumulates the parameters' gradients that backward_input left. Frees the rest of the graph.
+  /// @throws Error  backward_input has not run, or this has.
   void backward_weight();
 
  private:
-  torch::autograd::edge_list inputs_;
-  torch::autograd::edge_list outputs_;           // invalid edge: output without grad
-  torch::autograd::edge_list deferred_;          // roots of the weight part
-  torch::autograd::variable_list deferred_gradients_;
+  enum class State { Ready, WeightsPending, Done };
+  struct Roots {
+    torch::autograd::edge_list edges;
+    torch::autograd::variable_list gradients;
+  };
+
+  Roots start(const char* what, const Tensors& output_gradients);
+
+  NodePtr entrance_;
+  std::size_t num_inputs_ = 0;
+  torch::autograd::edge_list outputs_;  // invalid where the output has no gradient
+  Roots deferred_;                      // where the weight part begins
+  State state_ = State::Ready;
 };
 
 }  // namespace dualpipe
