@@ -188,27 +188,27 @@ void Checker::find_incomplete() {
     for (int m = 0; m < schedule_.num_micro_batches; ++m) {
       const Passes& here = passes(s, m);
       const auto text = [&](Pass pass) { return to_string(Op{pass, s, m}); };
-      const auto missing = [&](Pass pass, const std::string& why) {
-        const Place near = here.any();
+      const Place home = here.any();
+      const auto missing = [&](Pass pass, const Place& near, const std::string& why) {
         findings_.add(near.rank, near.cell, text(pass), " is missing", why);
       };
       const bool whole = bool(here[Pass::Backward]);
       const bool input = bool(here[Pass::BackwardInput]);
       const bool weight = bool(here[Pass::BackwardWeight]);
-      if (!here[Pass::Forward]) missing(Pass::Forward, "");
+      if (!here[Pass::Forward]) missing(Pass::Forward, home, "");
       if (whole && (input || weight)) {
         const Pass part = input ? Pass::BackwardInput : Pass::BackwardWeight;
         findings_.add(here[part].rank, here[part].cell, text(part), " is part of ", text(Pass::Backward),
                       ", which is done in ", at(here[Pass::Backward]));
       } else if (!whole && !input && !weight) {
-        missing(Pass::Backward,
+        missing(Pass::Backward, home,
                 detail::str(" (or ", text(Pass::BackwardInput), " and ", text(Pass::BackwardWeight), ")"));
       } else if (!whole && !input) {
-        missing(Pass::BackwardInput, ", " + text(Pass::BackwardWeight) + " needs it");
+        missing(Pass::BackwardInput, here[Pass::BackwardWeight], ", " + text(Pass::BackwardWeight) + " needs it");
       } else if (!whole && !weight) {
-        missing(Pass::BackwardWeight, ", " + text(Pass::BackwardInput) + " is only half of a backward");
+        missing(Pass::BackwardWeight, here[Pass::BackwardInput],
+                ", " + text(Pass::BackwardInput) + " is only half of a backward");
       }
-      const Place home = here.any();
       for (std::size_t i = 0; i < kPasses.size(); ++i) {
         const Place& place = here.places[i];
         if (place && place.rank != home.rank)

@@ -1,0 +1,179 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <string>
+#include <vector>
+
+#include "dualpipe/error.hpp"
+#include "dualpipe/schedule/check.hpp"
+#include "dualpipe/schedule/generate.hpp"
+#include "dualpipe/schedule/schedule.hpp"
+
+namespace dualpipe {
+namespace {
+
+using namespace std::string_literals;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+
+std::string error_of(const std::string& text) {
+  try {
+    from_csv(text);
+  } catch (const InvalidArgument& error) {
+    return error.what();
+  }
+  return "accepted";
+}
+
+TEST(Csv, EveryKindIsReadBack) {
+  for (const std::string& kind : schedule_kinds()) {
+    for (const auto& [ranks, micro_batches] : {std::pair{2, 4}, {4, 8}, {8, 20}, {16, 33 + 1}}) {
+      const Schedule schedule = make_schedule({.kind = kind, .num_ranks = ranks, .num_micro_batches = micro_batches});
+      EXPECT_EQ(from_csv(to_csv(schedule), kind), schedule) << kind << " " << ranks << " x " << micro_batches;
+    }
+  }
+}
+
+TEST(Csv, WritesARowPerRankAndACellPerStep) {
+  Schedule schedule{.name = "hand", .num_stages = 2, .num_micro_batches = 1, .ranks = {}};
+  schedule.ranks.resize(2);
+  schedule.ranks[0] = {{{Pass::Forward, 0, 0}, std::nullopt}, {{Pass::Backward, 0, 0}, std::nullopt}};
+  schedule.ranks[1] = {{{Pass::Forward, 1, 0}, Op{Pass::BackwardInput, 1, 0}}};
+  EXPECT_EQ(to_csv(schedule), "0F0,0B0\n(1F0;1I0)OVERLAP_F_B\n");
+}
+
+// Rows as torch's schedules dump them: CRLF, idle slots as empty cells, in the middle and at both ends.
+TEST(Csv, ReadsWhatTorchWrites) {
+  const Schedule schedule = from_csv("0F0,0F1,,,0I0,0W0,0I1,0W1\r\n,1F0,1F1,1B0,1B1,,,\r\n");
+  EXPECT_EQ(schedule.name, "custom");
+  EXPECT_EQ(schedule.num_stages, 2);
+  EXPECT_EQ(schedule.num_micro_batches, 2);
+  ASSERT_EQ(schedule.ranks.size(), 2u);
+  const auto step = [](Pass pass, int stage, int micro_batch) {
+    return Step{{pass, stage, micro_batch}, std::nullopt};
+  };
+  EXPECT_THAT(schedule.ranks[0], ElementsAre(step(Pass::Forward, 0, 0), step(Pass::Forward, 0, 1),
+                                             step(Pass::BackwardInput, 0, 0), step(Pass::BackwardWeight, 0, 0),
+                                             step(Pass::BackwardInput, 0, 1), step(Pass::BackwardWeight, 0, 1)));
+  EXPECT_THAT(schedule.ranks[1], ElementsAre(step(Pass::Forward, 1, 0), step(Pass::Forward, 1, 1),
+                                             step(Pass::Backward, 1, 0), step(Pass::Backward, 1, 1)));
+  EXPECT_THAT(violations(schedule), IsEmpty());
+}
+
+TEST(Csv, ReadsPairs) {
+  const Schedule schedule =
+      from_csv("0F0,3F0,0F1,3B0,(3F1;0B0)OVERLAP_F_B,3I1,3W1,0B1\r\n1F0,2F0,1F1,2F1,2B0,1B0,2B1,1B1\r\n", "hand");
+  EXPECT_EQ(schedule.name, "hand");
+  EXPECT_EQ(schedule.ranks[0][4], (Step{{Pass::Forward, 3, 1}, Op{Pass::Backward, 0, 0}}));
+  EXPECT_EQ(schedule.num_stages, 4);
+  EXPECT_THAT(violations(schedule), IsEmpty());
+}
+
+TEST(Csv, LineEndsAndBlanksDoNotMatter) {
+  const Schedule plain = from_csv("0F0,0B0\n1F0,1B0\n");
+  for (const std::string& text :
+       {"0F0,0B0\n1F0,1B0"s, "0F0,0B0\r\n1F0,1B0\r\n"s, "0F0,0B0\r\n1F0,1B0"s, "0F0,0B0\n1F0,1B0\n\n\n"s,
+        "0F0,0B0\r\n1F0,1B0\r\n\r\n"s, " 0F0 ,\t0B0 \n1F0, 1B0\n"s, ",,0F0,,,0B0,,\n,1F0,1B0,\n"s}) {
+    EXPECT_EQ(from_csv(text), plain) << text;
+  }
+}
+
+TEST(Csv, IdleRanksKeepTheirPlace) {
+  const Schedule middle = from_csv("0F0,0B0\n\n1F0,1B0\n");
+  ASSERT_EQ(middle.ranks.size(), 3u);
+  EXPECT_THAT(middle.ranks[1], IsEmpty());
+  Schedule last = from_csv("0F0,0B0\n,,\n");
+  EXPECT_EQ(last.ranks.size(), 2u);
+  last.ranks.emplace_back();
+  EXPECT_EQ(from_csv(to_csv(last)), last);
+}
+
+TEST(Csv, BadCellsAreNamedByRowAndCell) {
+  const std::string good = "0F0,0F1,0B0,0B1\n";
+  const std::pair<std::string, std::string> cases[] = {
+      {good + "1F0,1F1,1B0,1X1\n", "row 2 (rank 1), cell 4: \"1X1\" has no pass"},
+      {good + "1F0,,1F1,garbage,1B1\n", "row 2 (rank 1), cell 4: \"garbage\" has no stage"},
+      {good + "1F0,1F1,1B0,1B\n", "row 2 (rank 1), cell 4: \"1B\" has no micro-batch"},
+      {good + "1F0,1F1,(1F0;1", "row 2 (rank 1), cell 3: \"(1F0;1\" opens a pair"},
+      {good + "1F0,1F1 1B0,1B1\n", "row 2 (rank 1), cell 2: \"1F1 1B0\" goes on"},
+      {good + "1F0,1F99999999999999999999,1B0\n", "row 2 (rank 1), cell 2"},
+      {good + "1F0,2147483648F1,1B0\n", "a stage that is too large"},
+      {good + "1F0,1F1\0,1B0\n"s, "row 2 (rank 1), cell 2: \"1F1\\x00\" goes on"},
+      {"0F0,\0,0B0\n"s, "row 1 (rank 0), cell 2: \"\\x00\" has no stage"},
+      {"\x7f"
+       "ELF\x02\x01",
+       "row 1 (rank 0), cell 1: \"\\x7fELF"},
+      {"0F0;0B0\n", "row 1 (rank 0), cell 1: \"0F0;0B0\" goes on"},
+      {"rank,step\n0,1\n", "row 1 (rank 0), cell 1: \"rank\" has no stage"},
+      {"\"0F0\",0B0\n", "row 1 (rank 0), cell 1"},
+      {"", "no ops"},
+      {"\n\n", "no ops"},
+      {",,,\r\n,,,\r\n", "no ops"},
+  };
+  for (const auto& [text, reason] : cases) EXPECT_THAT(error_of(text), HasSubstr(reason)) << text;
+}
+
+// A table over stages and micro-batches must not become larger than the file.
+TEST(Csv, NumbersThatTheFileCannotFillAreRefused) {
+  EXPECT_THAT(error_of("0F0,0B0\n2000000000F0,1B0\n"),
+              HasSubstr("row 2 (rank 1), cell 1: stage 2000000000 in a schedule of only 4 ops"));
+  EXPECT_THAT(error_of("0F0,0B0,,0F2147483647\n"),
+              HasSubstr("row 1 (rank 0), cell 4: micro-batch 2147483647 in a schedule of only 3 ops"));
+  EXPECT_THAT(error_of("1F0\n"), HasSubstr("stage 1 in a schedule of only 1 op;"));
+}
+
+TEST(Csv, AMillionCellsAreReadQuickly) {
+  constexpr int kRanks = 64;
+  constexpr int kMicroBatches = 8192;
+  const std::string text =
+      to_csv(make_schedule({.kind = "1f1b", .num_ranks = kRanks, .num_micro_batches = kMicroBatches}));
+  const auto begin = std::chrono::steady_clock::now();
+  const Schedule schedule = from_csv(text);
+  EXPECT_THAT(violations(schedule), IsEmpty());
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(10));  // takes a fraction of a second
+  EXPECT_EQ(schedule.num_micro_batches, kMicroBatches);
+}
+
+TEST(Csv, GarbageOfAMillionCellsIsRefusedQuickly) {
+  std::string text;
+  for (int i = 0; i < 1000000; ++i) text += std::to_string(i % 1000) + "F" + std::to_string(i) + ",";
+  const auto begin = std::chrono::steady_clock::now();
+  EXPECT_THROW(check(from_csv(text)), InvalidArgument);
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(10));
+}
+
+TEST(Queries, SayWhichRankHoldsWhat) {
+  const Schedule schedule = make_schedule({.kind = "dualpipe", .num_ranks = 4, .num_micro_batches = 8});
+  EXPECT_EQ(rank_of(schedule, 1, 0), 1);
+  EXPECT_EQ(rank_of(schedule, 1, 4), 2);
+  EXPECT_THAT(holders(schedule, 0), ElementsAre(0, 3));
+  EXPECT_THAT(holders(schedule, 2), ElementsAre(1, 2));
+  EXPECT_THAT(stages_of(schedule, 3), ElementsAre(0, 3));
+  EXPECT_THAT(holders(schedule, 4), IsEmpty());
+  EXPECT_THROW(rank_of(schedule, 4, 0), InvalidArgument);
+  EXPECT_THROW(rank_of(schedule, 0, 8), InvalidArgument);
+  EXPECT_THROW(stages_of(schedule, 4), InvalidArgument);
+  EXPECT_THROW(stages_of(schedule, -1), InvalidArgument);
+
+  const Schedule folded = make_schedule({.kind = "dualpipev", .num_ranks = 4, .num_micro_batches = 8});
+  EXPECT_THAT(holders(folded, 5), ElementsAre(2));
+  EXPECT_THAT(stages_of(folded, 3), ElementsAre(3, 4));
+}
+
+TEST(Queries, PlacementIsRankOfAsATable) {
+  for (const std::string& kind : schedule_kinds()) {
+    const Schedule schedule = make_schedule({.kind = kind, .num_ranks = 4, .num_micro_batches = 8});
+    const std::vector<int> ranks = placement(schedule);
+    ASSERT_EQ(ranks.size(), static_cast<std::size_t>(schedule.num_stages * 8));
+    for (int s = 0; s < schedule.num_stages; ++s)
+      for (int m = 0; m < 8; ++m)
+        EXPECT_EQ(ranks[static_cast<std::size_t>(s * 8 + m)], rank_of(schedule, s, m)) << kind;
+  }
+  EXPECT_THAT(placement(from_csv("0F0,0B0\n1F1,1B1\n")), ElementsAre(0, -1, -1, 1));
+  EXPECT_THROW(placement(from_csv("0F0\n1F1\n")), InvalidArgument);  // a larger table than the schedule has ops
+}
+
+}  // namespace
+}  // namespace dualpipe
