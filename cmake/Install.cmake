@@ -1,0 +1,33 @@
+# Install rules and the CMake package. Two export sets, so that a program that only uses schedules needs no LibTorch:
+#   find_package(dualpipe)                      dualpipe::dualpipe and all below it; finds LibTorch (see LibTorch.cmake)
+#   find_package(dualpipe COMPONENTS schedule)  dualpipe::schedule; standard library only
+include(CMakePackageConfigHelpers)
+
+set(package_dir "${CMAKE_INSTALL_LIBDIR}/cmake/dualpipe")
+
+install(TARGETS dualpipe_schedule EXPORT dualpipe-schedule ARCHIVE LIBRARY RUNTIME)
+install(TARGETS dualpipe_comm dualpipe_stage dualpipe_dualpipe EXPORT dualpipe-dualpipe ARCHIVE LIBRARY RUNTIME)
+if(DUALPIPE_BUILD_TOOLS)
+  install(TARGETS dualpipe-plan dualpipe-run RUNTIME)
+endif()
+install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/dualpipe" TYPE INCLUDE FILES_MATCHING PATTERN "*.hpp")
+install(FILES "${PROJECT_SOURCE_DIR}/LICENSE" TYPE DOC)
+
+foreach(component schedule dualpipe)
+  install(EXPORT dualpipe-${component} NAMESPACE dualpipe:: FILE dualpipe-${component}-targets.cmake DESTINATION "${package_dir}")
+endforeach()
+
+# Where the package looks for LibTorch when its user names none: where this build found it.
+set(DUALPIPE_BUILT_WITH_TORCH "")
+get_target_property(location dualpipe::libtorch INTERFACE_INCLUDE_DIRECTORIES)
+if(location)
+  list(GET location 0 location)
+  get_filename_component(DUALPIPE_BUILT_WITH_TORCH "${location}/.." ABSOLUTE)
+endif()
+
+configure_package_config_file("${PROJECT_SOURCE_DIR}/cmake/Config.cmake.in" "${PROJECT_BINARY_DIR}/dualpipeConfig.cmake"
+  INSTALL_DESTINATION "${package_dir}" NO_SET_AND_CHECK_MACRO)
+# Before 1.0 a minor version may change the interface.
+write_basic_package_version_file("${PROJECT_BINARY_DIR}/dualpipeConfigVersion.cmake" COMPATIBILITY SameMinorVersion)
+install(FILES "${PROJECT_BINARY_DIR}/dualpipeConfig.cmake" "${PROJECT_BINARY_DIR}/dualpipeConfigVersion.cmake"
+  "${PROJECT_SOURCE_DIR}/cmake/LibTorch.cmake" DESTINATION "${package_dir}")

@@ -46,8 +46,9 @@ function(dualpipe_libtorch_root out problem)
       return()
     endif()
   endforeach()
+  list(APPEND candidates ${ARGN})
   list(JOIN candidates ", " looked)
-  set(${problem} "LibTorch not found. Looked in: ${looked}${ARGN}\nName one (2.11 to 2.15) by \
+  set(${problem} "LibTorch not found. Looked in: ${looked}.\nName one (2.11 to 2.15) by \
 -DTorch_DIR=<libtorch>/share/cmake/Torch or -DCMAKE_PREFIX_PATH=<libtorch>; in a checkout, scripts/setup puts the PyPI wheel into .venv." PARENT_SCOPE)
 endfunction()
 

@@ -1,0 +1,33 @@
+#pragma once
+
+/// All public headers but those of the GPU back end, which need dualpipe::nccl. Programs that only use schedules
+/// include what they need from dualpipe/schedule/ and link dualpipe::schedule, without LibTorch.
+
+#include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/comm/local.hpp"
+#include "dualpipe/comm/socket.hpp"
+#include "dualpipe/config.hpp"
+#include "dualpipe/dual_pipe.hpp"
+#include "dualpipe/error.hpp"
+#include "dualpipe/launch/failure.hpp"
+#include "dualpipe/launch/world.hpp"
+#include "dualpipe/runtime/as_stage.hpp"
+#include "dualpipe/runtime/batch.hpp"
+#include "dualpipe/runtime/executor.hpp"
+#include "dualpipe/runtime/observer.hpp"
+#include "dualpipe/runtime/replicas.hpp"
+#include "dualpipe/runtime/split_backward.hpp"
+#include "dualpipe/runtime/stage.hpp"
+#include "dualpipe/runtime/tracer.hpp"
+#include "dualpipe/schedule/check.hpp"
+#include "dualpipe/schedule/generate.hpp"
+#include "dualpipe/schedule/lower.hpp"
+#include "dualpipe/schedule/op.hpp"
+#include "dualpipe/schedule/render.hpp"
+#include "dualpipe/schedule/schedule.hpp"
+#include "dualpipe/schedule/simulate.hpp"
+#include "dualpipe/schedule/timeline.hpp"
+#include "dualpipe/testing/communicators.hpp"
+#include "dualpipe/train/clip.hpp"
+#include "dualpipe/train/partition.hpp"
+#include "dualpipe/version.hpp"
