@@ -1,0 +1,58 @@
+#pragma once
+
+#include <torch/types.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+namespace lm {
+
+/// Files read as if they were one, one after the other. Only an index: bytes are read when they are asked for, so that
+/// eight processes need no eight copies, and a text may be larger than memory.
+class Text {
+ public:
+  /// @param offset, length  the part of the file that is meant.
+  void append(const std::filesystem::path& path, std::int64_t offset, std::int64_t length);
+  /// In bytes.
+  std::int64_t size() const noexcept { return size_; }
+  /// uint8 [length]. @throws dualpipe::InvalidArgument  a file that cannot be read, or became shorter.
+  torch::Tensor read(std::int64_t offset, std::int64_t length) const;
+
+ private:
+  struct Piece {
+    std::filesystem::path path;
+    std::int64_t file_offset;
+    std::int64_t begin;  // in the whole text
+    std::int64_t length;
+  };
+  std::vector<Piece> pieces_;
+  std::int64_t size_ = 0;
+};
+
+/// What the model learns from, and what it is judged by.
+struct Corpus {
+  Text training;
+  Text held_out;  ///< every twentieth file; of fewer than twenty files the last twentieth of the text
+  int num_files = 0;
+  int num_skipped = 0;  ///< files that hold no text
+};
+
+/// Where LibTorch's headers lie: C++ on every machine that can build this.
+std::filesystem::path default_text();
+
+/// Looks through files and folders, these with all that is below them, in an order that depends on names alone. Files
+/// that are empty or hold a zero byte in their first 4 KiB are skipped; links to folders are not followed.
+///
+/// @throws dualpipe::InvalidArgument  a path that does not exist or cannot be read, a path of a single file that is no
+/// text, or fewer
+///                                    than `shortest` bytes to train on or to hold out; the text names the path.
+Corpus open_corpus(const std::vector<std::filesystem::path>& paths, std::int64_t shortest);
+
+/// `count` windows of `length` bytes, int64 [count, length].
+torch::Tensor random_windows(const Text& text, std::int64_t count, std::int64_t length, std::uint64_t seed);
+/// The same at equal distances, from the first byte to the last.
+torch::Tensor spread_windows(const Text& text, std::int64_t count, std::int64_t length);
+
+}  // namespace lm

@@ -1,0 +1,152 @@
+#include "report.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <system_error>
+
+#include "dualpipe/error.hpp"
+#include "dualpipe/schedule/render.hpp"
+
+namespace lm {
+namespace {
+
+namespace fs = std::filesystem;
+using dualpipe::Interval;
+using dualpipe::Pass;
+
+[[gnu::format(printf, 1, 2)]] std::string format(const char* pattern, ...) {
+  std::array<char, 256> line;
+  va_list arguments;
+  va_start(arguments, pattern);
+  std::vsnprintf(line.data(), line.size(), pattern, arguments);
+  va_end(arguments);
+  return line.data();
+}
+
+double share(double part, double whole) { return whole > 0 ? part / whole : 0; }
+
+struct Mean {
+  double sum = 0;
+  int count = 0;
+  void add(const Interval& interval) {
+    sum += interval.end - interval.begin;
+    ++count;
+  }
+  double value() const { return count > 0 ? sum / count : 0; }
+};
+
+}  // namespace
+
+std::string picture(const dualpipe::Schedule& schedule, dualpipe::Publish publish) {
+  const dualpipe::Timeline timeline = simulate(schedule, {}, publish).timeline;
+  const dualpipe::Report result = report(timeline);
+  std::string text = dualpipe::to_ascii(timeline);
+  if (!text.empty() && text.back() != '\n') text += '\n';
+  const auto worst = std::max_element(result.ranks.begin(), result.ranks.end(),
+                                      [](const auto& a, const auto& b) { return a.bubble < b.bubble; });
+  return text + format("With F = 1, B = 2, W = 1 and a pair = 3: %g long, bubble %g on the worst rank (%.1f %%).\n",
+                       result.makespan, worst->bubble, 100 * share(worst->bubble, result.makespan));
+}
+
+double bubble_share(const dualpipe::Report& report) {
+  double bubble = 0;
+  for (const auto& rank : report.ranks) bubble += rank.bubble;
+  return share(bubble, report.makespan * static_cast<double>(report.ranks.size()));
+}
+
+dualpipe::Costs mean_costs(const dualpipe::Timeline& measured) {
+  Mean forward, backward, input, weight, pair, transfer;
+  for (const Interval& interval : measured.intervals) {
+    if (interval.lane == dualpipe::Lane::receive) transfer.add(interval);
+    if (interval.lane != dualpipe::Lane::compute) continue;
+    if (interval.step.overlapped) {
+      pair.add(interval);
+      continue;
+    }
+    switch (interval.step.op.pass) {
+      case Pass::Forward:
+        forward.add(interval);
+        break;
+      case Pass::Backward:
+        backward.add(interval);
+        break;
+      case Pass::BackwardInput:
+        input.add(interval);
+        break;
+      case Pass::BackwardWeight:
+        weight.add(interval);
+        break;
+    }
+  }
+  dualpipe::Costs costs;
+  costs.forward = forward.value();
+  costs.backward = backward.count > 0 ? backward.value() : input.value() + weight.value();
+  costs.weight = weight.count > 0 ? std::min(weight.value(), costs.backward) : costs.backward / 2;
+  costs.pair = pair.count > 0 ? std::max(pair.value(), costs.weight) : costs.forward + costs.backward;
+  costs.send = transfer.value();
+  return costs;
+}
+
+std::string comparison(const dualpipe::Timeline& predicted, const dualpipe::Timeline& measured,
+                       const dualpipe::Costs& costs, int local_ranks, int cores) {
+  const dualpipe::Report left = report(predicted), right = report(measured);
+  std::string text = format(
+      "The last step, predicted from its own mean costs (F %.1f, B %.1f, W %.1f, pair %.1f, transfer %.2f ms), beside "
+      "measured:\n",
+      1e3 * costs.forward, 1e3 * costs.backward, 1e3 * costs.weight, 1e3 * costs.pair, 1e3 * costs.send);
+  text += "        predicted                     measured\n";
+  text += "  rank    busy  bubble  activations     busy  bubble  activations  communication  hidden under compute\n";
+  for (std::size_t r = 0; r < right.ranks.size(); ++r) {
+    const auto& a = left.ranks[r];
+    const auto& b = right.ranks[r];
+    text +=
+        format("  %4d  %4.2f s  %4.1f %%  %11d   %4.2f s  %4.1f %%  %11d  %10.2f s    %17.1f %%\n", b.rank, a.busy,
+               100 * share(a.bubble, left.makespan), a.peak_activations, b.busy, 100 * share(b.bubble, right.makespan),
+               b.peak_activations, b.communication, 100 * share(b.hidden, b.communication));
+  }
+  text += format("  The step took %.2f s, predicted %.2f s (%+.1f %%); bubble %.1f %%, predicted %.1f %%.\n",
+                 right.makespan, left.makespan, 100 * share(right.makespan - left.makespan, left.makespan),
+                 100 * bubble_share(right), 100 * bubble_share(left));
+  if (local_ranks > cores)
+    text += format(
+        "  %d ranks share %d cores: measured times hold what other ranks computed meanwhile, so they show how the "
+        "cores "
+        "were\n  shared, not how long this pipeline takes where each rank has a core or a GPU of its own.\n",
+        local_ranks, cores);
+  return text;
+}
+
+std::string minutes(double seconds) {
+  const long whole = std::lround(std::max(0.0, seconds));
+  return format("%ld:%02ld", whole / 60, whole % 60);
+}
+
+void prepare_folder(const fs::path& path) {
+  if (path.empty()) return;
+  std::error_code error;
+  DUALPIPE_CHECK(!fs::is_directory(path, error), "cannot write ", path, ": it is a folder");
+  if (path.has_parent_path()) fs::create_directories(path.parent_path(), error);
+  DUALPIPE_CHECK(!path.has_parent_path() || fs::is_directory(path.parent_path()), "cannot make the folder ",
+                 path.parent_path(), ": ", error.message());
+}
+
+void write_file(const fs::path& path, std::string_view text) {
+  fs::path partial = path;
+  partial += ".partial";
+  errno = 0;
+  std::ofstream file(partial, std::ios::binary | std::ios::trunc);
+  file.write(text.data(), static_cast<std::streamsize>(text.size()));
+  file.close();
+  DUALPIPE_CHECK(file, "cannot write ", partial, ": ", errno != 0 ? std::strerror(errno) : "unknown reason");
+  std::error_code error;
+  fs::rename(partial, path, error);
+  DUALPIPE_CHECK(!error, "cannot replace ", path, ": ", error.message());
+}
+
+}  // namespace lm

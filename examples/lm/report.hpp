@@ -1,0 +1,37 @@
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <string_view>
+
+#include "dualpipe/schedule/schedule.hpp"
+#include "dualpipe/schedule/simulate.hpp"
+#include "dualpipe/schedule/timeline.hpp"
+
+namespace lm {
+
+/// The schedule as it would run if a weight gradient cost as much as a forward, and the bubble that leaves.
+std::string picture(const dualpipe::Schedule& schedule, dualpipe::Publish publish);
+
+/// The part of the ranks' time in which they do not compute, on average.
+double bubble_share(const dualpipe::Report& report);
+
+/// What the passes of a measured step took on average, in its unit. Passes that the schedule does not have get what
+/// follows from the others.
+dualpipe::Costs mean_costs(const dualpipe::Timeline& measured);
+
+/// Predicted beside measured, rank by rank: busy, bubble, activations, communication and how much of it was hidden.
+/// @param cores  of this host, for `local_ranks` ranks.
+std::string comparison(const dualpipe::Timeline& predicted, const dualpipe::Timeline& measured,
+                       const dualpipe::Costs& costs, int local_ranks, int cores);
+
+/// "1:05" of 65 seconds.
+std::string minutes(double seconds);
+
+/// Makes the folder that `path` lies in. @throws dualpipe::InvalidArgument  where that is not possible.
+void prepare_folder(const std::filesystem::path& path);
+/// Replaces the file in one go, so that nobody reads half of it. @throws dualpipe::InvalidArgument  naming the path and
+/// the reason.
+void write_file(const std::filesystem::path& path, std::string_view text);
+
+}  // namespace lm
