@@ -1,0 +1,119 @@
+#include "dualpipe/config.hpp"
+
+#include <fstream>
+#include <functional>
+#include <limits>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "dualpipe/error.hpp"
+
+namespace dualpipe {
+namespace {
+
+using Json = nlohmann::json;
+
+/// Assigns one member from its JSON value; false: the value has another type or range.
+using Setter = std::function<bool(DualPipeOptions&, const Json&)>;
+
+Setter integer(int DualPipeOptions::* member) {
+  return [member](DualPipeOptions& options, const Json& value) {
+    if (!value.is_number_integer()) return false;
+    const auto number = value.is_number_unsigned() && value.get<std::uint64_t>() > std::numeric_limits<int>::max()
+                            ? std::int64_t{-1}
+                            : value.get<std::int64_t>();
+    if (number < 0 || number > std::numeric_limits<int>::max()) return false;
+    options.*member = static_cast<int>(number);
+    return true;
+  };
+}
+
+Setter boolean(bool DualPipeOptions::* member) {
+  return [member](DualPipeOptions& options, const Json& value) {
+    if (!value.is_boolean()) return false;
+    options.*member = value.get<bool>();
+    return true;
+  };
+}
+
+template <class Enum>
+Setter choice(Enum DualPipeOptions::* member, std::map<std::string, Enum> names) {
+  return [member, names = std::move(names)](DualPipeOptions& options, const Json& value) {
+    const auto found = value.is_string() ? names.find(value.get<std::string>()) : names.end();
+    if (found == names.end()) return false;
+    options.*member = found->second;
+    return true;
+  };
+}
+
+struct Key {
+  const char* allowed;
+  Setter set;
+};
+
+std::map<std::string, Key> keys() {
+  return {
+      {"num_micro_batches", {"an integer >= 0", integer(&DualPipeOptions::num_micro_batches)}},
+      {"num_ranks", {"an integer >= 0", integer(&DualPipeOptions::num_ranks)}},
+      {"chunks_per_rank", {"an integer >= 0", integer(&DualPipeOptions::chunks_per_rank)}},
+      {"batch_dim", {"an integer >= 0", integer(&DualPipeOptions::batch_dim)}},
+      {"keep_outputs", {"true or false", boolean(&DualPipeOptions::keep_outputs)}},
+      {"asynchronous", {"true or false", boolean(&DualPipeOptions::asynchronous)}},
+      {"publish",
+       {"\"early\" or \"atomic\"",
+        choice(&DualPipeOptions::publish, {{"early", Publish::early}, {"atomic", Publish::atomic}})}},
+      {"loss_reduction",
+       {"\"mean\" or \"sum\"",
+        choice(&DualPipeOptions::loss_reduction, {{"mean", LossReduction::mean}, {"sum", LossReduction::sum}})}},
+      {"schedule",
+       {"a string: a kind or the path of a CSV file",
+        [](DualPipeOptions& options, const Json& value) {
+          if (!value.is_string()) return false;
+          options.schedule = value.get<std::string>();
+          return true;
+        }}},
+  };
+}
+
+}  // namespace
+
+DualPipeOptions DualPipeOptions::from_json(const std::string& text, const std::string& origin) {
+  Json json;
+  std::set<std::string> seen;
+  std::string twice;
+  const auto remember_keys = [&](int, Json::parse_event_t event, Json& value) {
+    if (event == Json::parse_event_t::key && !seen.insert(value.get<std::string>()).second) twice = value.dump();
+    return true;
+  };
+  try {
+    json = Json::parse(text, remember_keys);
+  } catch (const Json::parse_error& error) {
+    throw InvalidArgument(detail::str(origin, " is not valid JSON: ", error.what()));
+  }
+  DUALPIPE_CHECK(json.is_object(), origin, " must hold a JSON object, found ", json.type_name());
+  DUALPIPE_CHECK(twice.empty(), origin, " names ", twice, " twice");
+  const std::map<std::string, Key> known = keys();
+  DualPipeOptions options;
+  for (const auto& [name, value] : json.items()) {
+    const auto key = known.find(name);
+    if (key == known.end()) {
+      std::string names;
+      for (const auto& entry : known) names += (names.empty() ? "" : ", ") + entry.first;
+      throw InvalidArgument(detail::str(origin, ": unknown key \"", name, "\"; known are ", names));
+    }
+    DUALPIPE_CHECK(key->second.set(options, value), origin, ": \"", name, "\" must be ", key->second.allowed, ", got ",
+                   value.dump());
+  }
+  return options;
+}
+
+DualPipeOptions DualPipeOptions::from_json_file(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream text;
+  text << file.rdbuf();
+  DUALPIPE_CHECK(file && text, "cannot read options from ", path);
+  return from_json(std::move(text).str(), path);
+}
+
+}  // namespace dualpipe

@@ -10,18 +10,20 @@ enum class LossReduction { mean, sum };
 
 /// Members in the order in which a reader sets them.
 struct DualPipeOptions {
-  int num_micro_batches = 0;         ///< per step, both directions together
-  std::string schedule = "dualpipe"; ///< a kind (see schedule_kinds), or the path of a CSV file
-  int chunks_per_rank = 2;           ///< interleaved only
+  int num_micro_batches = 0;          ///< per step, both directions together
+  std::string schedule = "dualpipe";  ///< a kind (see schedule_kinds), or the path of a CSV file
+  int chunks_per_rank = 2;            ///< interleaved only
   Publish publish = Publish::early;
-  LossReduction loss_reduction = LossReduction::mean;  ///< each micro-batch loss is scaled by 1/N (mean) or 1 (sum) before its backward
-  int batch_dim = 0;                 ///< dimension that is split into micro-batches
-  bool keep_outputs = false;         ///< step() then returns this rank's last-stage outputs, detached
-  bool asynchronous = false;         ///< CUDA: do not wait at the end of a step; results hold after StepResult::wait()
-  int num_ranks = 0;                 ///< when not 0, must equal the communicator's size
+  LossReduction loss_reduction =
+      LossReduction::mean;    ///< each micro-batch loss is scaled by 1/N (mean) or 1 (sum) before its backward
+  int batch_dim = 0;          ///< dimension that is split into micro-batches
+  bool keep_outputs = false;  ///< step() then returns this rank's last-stage outputs, detached
+  bool asynchronous = false;  ///< CUDA: do not wait at the end of a step; results hold after StepResult::wait()
+  int num_ranks = 0;          ///< when not 0, must equal the communicator's size
 
   /// Reads a JSON object whose keys are the members above.
-  /// @throws InvalidArgument  unreadable file, malformed JSON, an unknown or mistyped key; the text names the file, the key and what is allowed.
+  /// @throws InvalidArgument  unreadable file, malformed JSON, an unknown or mistyped key; the text names the file, the
+  /// key and what is allowed.
   static DualPipeOptions from_json_file(const std::string& path);
   /// The same from text; `origin` names it in errors.
   static DualPipeOptions from_json(const std::string& text, const std::string& origin = "JSON text");

@@ -3,66 +3,100 @@
 #include <torch/nn/module.h>
 #include <torch/nn/pimpl.h>
 
-#include <cstdint>
-#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
 #include "dualpipe/config.hpp"
+#include "dualpipe/runtime/batch.hpp"
+#include "dualpipe/runtime/executor.hpp"
 #include "dualpipe/runtime/observer.hpp"
 #include "dualpipe/runtime/stage.hpp"
 #include "dualpipe/schedule/schedule.hpp"
 
 namespace dualpipe {
 
-/// The data of one step: whole tensors, split along DualPipeOptions::batch_dim into micro-batches, or micro-batches made by hand.
-struct Batch {
-  Tensors inputs;   ///< of the first stage
-  Tensors targets;  ///< given to the loss function
-  Tensors extras;   ///< side inputs that every stage sees (StageContext::extras); may be empty
-  /// Pre-split, possibly uneven; micro-batch i is element i.
-  static Batch from_micro_batches(std::vector<Batch> micro_batches);
-  std::vector<Batch> micro_batches;  ///< set by from_micro_batches; then the tensors above are empty
-};
-
+/// What a step or an evaluation found. Everything is detached: keeping it keeps no graph.
 struct StepResult {
-  /// Zero-dimensional, detached, the same on every rank: the mean (or sum) of the micro-batch losses.
-  torch::Tensor loss;
-  /// Unscaled loss of each micro-batch, in order, the same on every rank.
+  torch::Tensor
+      loss;  ///< zero-dimensional float64 on the CPU, the same on every rank: mean (or sum) of the micro-batch losses
+  torch::Tensor
+      losses;  ///< [micro-batches] float64 on the CPU, the same on every rank: each micro-batch's own loss, unscaled
+  std::vector<Tensors>
+      outputs;  ///< with keep_outputs: of each micro-batch, empty where another rank ran its last stage
+
   std::vector<double> micro_batch_losses() const;
-  /// With keep_outputs: outputs[i] of the i-th micro-batch whose last stage this rank ran, detached.
-  std::vector<Tensors> outputs;
+  /// Results hold at once on CPU ranks; there this does nothing.
   void wait() {}
-  torch::Tensor losses;
 };
 
-/// A model cut into stages and trained by a pipeline schedule. One object per rank; every method is collective unless it says otherwise.
+/// A model cut into stages and trained by a pipeline schedule: one object per rank. Its stages' modules are registered
+/// as `stage<k>`, so an optimizer made from `parameters()` trains what this rank holds, and `train()`, `eval()` and
+/// `to()` reach them.
+///
+/// Every method marked collective is called by all ranks in the same order, from the communicator's thread.
 class DualPipeImpl : public torch::nn::Module {
  public:
   using StageFactory = dualpipe::StageFactory;
-  using LossFn = std::function<torch::Tensor(const Tensors& outputs, const Tensors& targets)>;
+  using LossFn = dualpipe::LossFn;
 
+  /// Collective. Makes, proves and lowers the schedule, calls `factory` once for each stage that this rank holds, moves
+  /// the stages to the communicator's device and makes the copies of each stage equal.
+  ///
+  /// @throws InvalidArgument  options that are wrong or differ between ranks: the same text on every rank, the
+  /// communicator stays usable.
+  /// @throws Error            the factory threw on some rank: on every rank, naming it.
   DualPipeImpl(std::shared_ptr<Communicator> communicator, DualPipeOptions options, const StageFactory& factory);
   ~DualPipeImpl() override;
 
+  /// Collective. One training step as a transaction: forward and backward of all micro-batches, gradients summed over
+  /// the holders of each stage, commit. Afterwards `.grad` has grown by this step's gradient, in the same tensor
+  /// objects, equal on all holders; after an exception, on whichever rank, gradients and parameters are what they were
+  /// before on every rank.
+  ///
+  /// @param batch  the whole batch on every rank; may be empty on ranks where neither feeds_inputs() nor
+  /// computes_loss(), if it has no extras.
+  /// @param loss   from the last stage's outputs and a micro-batch's targets to one element. The gradient that enters
+  /// it is 1/N (mean) or 1 (sum).
+  /// @throws InvalidArgument  a batch that does not split, or that differs between ranks (looked for in the first
+  /// step).
+  /// @throws Error            user code threw here; CommError: on another rank. The next step() throws at once: make a
+  /// new communicator and module.
   StepResult step(const Batch& batch, const LossFn& loss);
+  /// Collective. Forward only, without gradients, with any number of micro-batches (DualPipeOptions::num_micro_batches
+  /// when the batch is whole). Does not touch train() or eval(); parameters and gradients stay as they are.
   StepResult evaluate(const Batch& batch, const LossFn& loss);
+  /// Collective. The last stage's outputs, micro-batches merged along batch_dim, on the ranks where computes_loss();
+  /// empty elsewhere.
   Tensors predict(const Batch& batch);
+
+  /// Collective. Scales the gradients of the whole model to a 2-norm of at most `max_norm`, each parameter counted
+  /// once.
+  /// @return  the norm before, zero-dimensional float64, the same on every rank.
   torch::Tensor clip_grad_norm_(double max_norm);
+  /// Collective. Parameters and buffers of the lowest holder of each stage replace the others'. Done by the
+  /// constructor; call it after loading weights by hand.
   void broadcast_parameters();
+  /// Adds to those that see what this rank does, from the next step on.
   void add_observer(std::shared_ptr<Observer> observer);
 
   const Schedule& schedule() const;
   std::vector<int> local_stages() const;
+  /// This rank runs the first stage for some micro-batches and needs their inputs.
   bool feeds_inputs() const;
+  /// This rank runs the last stage for some micro-batches and needs their targets.
   bool computes_loss() const;
 
+  /// As torch::nn::Module's, but a parameter that several stages of this rank share comes once, under its first name.
+  std::vector<torch::Tensor> parameters(bool recurse = true) const;
+  torch::OrderedDict<std::string, torch::Tensor> named_parameters(bool recurse = true) const;
+
  private:
-  struct Impl;
-  std::unique_ptr<Impl> impl_;
+  struct State;
+  std::unique_ptr<State> state_;
 };
+
 TORCH_MODULE(DualPipe);
 
 }  // namespace dualpipe

@@ -22,8 +22,8 @@ class Tracer : public Observer {
   Timeline current_, last_;
 };
 
-/// Collective: the timelines of all ranks as one, on every rank, shifted so that it begins at 0. Clocks of ranks on one host agree; across hosts
-/// they are aligned by the end of a barrier, to about a round trip.
+/// Collective: the timelines of all ranks as one, on every rank, shifted so that it begins at 0. Clocks of ranks on one
+/// host agree; across hosts they are aligned by the end of a barrier, to about a round trip.
 Timeline gather(Communicator& communicator, const Timeline& local);
 
 }  // namespace dualpipe

@@ -1,0 +1,72 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/runtime/batch.hpp"
+#include "dualpipe/runtime/observer.hpp"
+#include "dualpipe/runtime/stage.hpp"
+#include "dualpipe/schedule/lower.hpp"
+#include "dualpipe/schedule/schedule.hpp"
+
+namespace dualpipe {
+
+using LossFn = std::function<at::Tensor(const Tensors& outputs, const Tensors& targets)>;
+
+/// A schedule with the program it was lowered to, proven to finish.
+struct Plan {
+  Schedule schedule;
+  Program program;
+  Publish publish = Publish::early;
+  std::vector<int> placement;  ///< rank of (stage, micro_batch), at stage * num_micro_batches + micro_batch
+
+  int rank_of(int stage, int micro_batch) const {
+    return placement[static_cast<std::size_t>(stage) * schedule.num_micro_batches + micro_batch];
+  }
+};
+/// Lowers and dry-runs. @throws InvalidArgument  as `lower` and `dry_run` do.
+Plan make_plan(Schedule schedule, Publish publish);
+
+/// What enters one run of a plan on one rank.
+struct RunInputs {
+  std::vector<Batch>
+      micro_batches;      ///< by micro-batch; empty on ranks that feed no inputs, compute no loss and use no extras
+  LossFn loss;            ///< null: outputs only
+  double loss_scale = 1;  ///< gradient that enters each loss
+  std::int64_t step = 0;
+  bool training = true;       ///< false: no graphs are built
+  bool keep_outputs = false;  ///< of the last stage
+};
+
+/// What leaves it, on the ranks that run the last stage.
+struct RunOutputs {
+  std::map<int, at::Tensor> losses;  ///< by micro-batch, unscaled, detached
+  std::map<int, Tensors> outputs;    ///< by micro-batch, detached; with keep_outputs
+};
+
+/// Interprets one rank's program: the only place where schedule, communicator and stages meet.
+///
+/// Gradients accumulate into the parameters' `.grad`. Runs on the calling thread. After an exception transfers may be
+/// under way: the caller aborts the communicator.
+class Executor {
+ public:
+  /// @param stages  those this rank holds, by their number.
+  Executor(std::shared_ptr<Communicator> communicator, std::map<int, Stage> stages);
+
+  /// @throws CommError  a peer failed. Errors of user code come as Error (InvalidArgument stays InvalidArgument) with
+  /// the rank, the
+  ///                    op and the cells of the schedule around it; the original is nested.
+  RunOutputs run(const Plan& plan, const RunInputs& inputs, const std::vector<std::shared_ptr<Observer>>& observers);
+
+  const std::map<int, Stage>& stages() const noexcept { return stages_; }
+
+ private:
+  std::shared_ptr<Communicator> communicator_;
+  std::map<int, Stage> stages_;
+};
+
+}  // namespace dualpipe

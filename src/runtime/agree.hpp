@@ -1,0 +1,53 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "dualpipe/comm/communicator.hpp"
+
+namespace dualpipe {
+
+/// Collective: every rank's text, by rank.
+inline std::vector<std::string> all_gather_text(Communicator& communicator, const std::string& text) {
+  at::Tensor bytes = at::empty({static_cast<std::int64_t>(text.size())}, at::kByte);
+  std::memcpy(bytes.mutable_data_ptr(), text.data(), text.size());
+  std::vector<std::string> texts;
+  for (const at::Tensor& tensor : communicator.all_gather(bytes.to(communicator.device())).take()) {
+    const at::Tensor host = tensor.cpu();
+    texts.emplace_back(static_cast<const char*>(host.const_data_ptr()), host.numel());
+  }
+  return texts;
+}
+
+/// Collective: throws on every rank what any rank found wrong, before anything else is sent; the communicator stays
+/// usable.
+///
+/// @param finding  what this rank found, empty: nothing.
+/// @throws InvalidArgument  the findings: one text where all ranks found the same, else each with its rank.
+inline void agree_that_fine(Communicator& communicator, const std::string& finding) {
+  const std::vector<std::string> findings = all_gather_text(communicator, finding);
+  bool same = true;
+  std::string text;
+  for (std::size_t rank = 0; rank < findings.size(); ++rank) {
+    same = same && findings[rank] == findings[0];
+    if (!findings[rank].empty()) text += detail::str(text.empty() ? "" : "\n", "rank ", rank, ": ", findings[rank]);
+  }
+  if (!text.empty()) throw InvalidArgument(same ? findings[0] : text);
+}
+
+/// Collective: the same for something that all ranks must say alike.
+///
+/// @param what       names it, as in "options".
+/// @param statement  what this rank says.
+inline void agree_on(Communicator& communicator, const std::string& what, const std::string& statement) {
+  const std::vector<std::string> statements = all_gather_text(communicator, statement);
+  for (std::size_t rank = 1; rank < statements.size(); ++rank)
+    if (statements[rank] != statements[0])
+      throw InvalidArgument(detail::str("ranks disagree about the ", what, ":\n  rank 0: ", statements[0], "\n  rank ",
+                                        rank, ": ", statements[rank]));
+}
+
+}  // namespace dualpipe

@@ -1,0 +1,244 @@
+// A step commits on all ranks or leaves gradients and parameters as they were.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include <atomic>
+#include <chrono>
+#include <mutex>
+#include <string>
+
+#include "pipeline/pipeline.hpp"
+
+namespace dualpipe::test {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr int kRanks = 4;
+constexpr int kMicroBatches = 8;
+
+DualPipe make_pipe(const std::shared_ptr<Communicator>& comm, const Model& model = layer) {
+  return DualPipe(comm, DualPipeOptions{.num_micro_batches = kMicroBatches}, as_factory(model));
+}
+
+Reference expected_of(const Batch& batch) {
+  return reference(layer, kRanks, batch, kMicroBatches, squared_error(), 1.0 / kMicroBatches);
+}
+
+TEST(Transaction, StepsAccumulateWithoutCountingTwice) {
+  const Batch batch = random_batch(16, 3);
+  const Reference expected = expected_of(batch);
+  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe = make_pipe(comm);
+    for (int step = 1; step <= 3; ++step) {
+      pipe->step(batch, squared_error());
+      expect_gradients(pipe, expected, 1e-12, step);
+    }
+  });
+}
+
+TEST(Transaction, AddsToGradientsThatTheUserPutThereInTheSameTensors) {
+  const Batch batch = random_batch(16, 3);
+  const Reference expected = expected_of(batch);
+  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe = make_pipe(comm);
+    Tensors own;
+    for (auto& parameter : pipe->parameters()) {
+      own.push_back(torch::ones_like(parameter));
+      parameter.mutable_grad() = own.back();
+    }
+    pipe->step(batch, squared_error());
+    std::size_t i = 0;
+    for (const auto& child : pipe->named_children())
+      for (const auto& item : child.value()->named_parameters()) {
+        EXPECT_TRUE(item.value().grad().is_same(own[i]));
+        const auto truth = expected.gradients.at(std::stoi(child.key().substr(5))).at(item.key()) + 1;
+        EXPECT_LE(difference(own[i++], truth), 1e-12);
+      }
+  });
+}
+
+TEST(Transaction, EvaluateTrainEvaluate) {
+  const Batch batch = random_batch(16, 9);
+  const Reference before = expected_of(batch);
+  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe = make_pipe(comm);
+    EXPECT_EQ(pipe->evaluate(batch, squared_error()).micro_batch_losses(), before.losses);
+    const double loss = pipe->step(batch, squared_error()).loss.item<double>();
+    torch::optim::SGD optimizer(pipe->parameters(), torch::optim::SGDOptions(0.05));
+    optimizer.step();
+    EXPECT_TRUE(pipe->is_training());
+    const StepResult after = pipe->evaluate(batch, squared_error());
+    EXPECT_TRUE(pipe->is_training());
+    EXPECT_LT(after.loss.item<double>(), loss);
+    expect_gradients(pipe, before);  // an evaluation leaves gradients alone
+  });
+}
+
+TEST(Transaction, ThreeOptimizerStepsEqualOneProcess) {
+  const Batch batch = random_batch(16, 21);
+  // The same in one process.
+  std::vector<Layer> model;
+  Tensors all;
+  for (int s = 0; s < kRanks; ++s) {
+    model.emplace_back(s);
+    for (auto& parameter : model.back()->parameters()) all.push_back(parameter);
+  }
+  torch::optim::AdamW reference_optimizer(all, torch::optim::AdamWOptions(0.01));
+  std::vector<double> norms;
+  for (int step = 0; step < 3; ++step) {
+    reference_optimizer.zero_grad();
+    for (const Batch& part : split_batch(batch, kMicroBatches, 0)) {
+      auto x = part.inputs[0];
+      for (auto& module : model) x = module->forward(x);
+      (torch::mse_loss(x, part.targets[0]) / kMicroBatches).backward();
+    }
+    norms.push_back(torch::nn::utils::clip_grad_norm_(all, 0.05));
+    reference_optimizer.step();
+  }
+  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe = make_pipe(comm);
+    torch::optim::AdamW optimizer(pipe->parameters(), torch::optim::AdamWOptions(0.01));
+    for (int step = 0; step < 3; ++step) {
+      optimizer.zero_grad();
+      pipe->step(batch, squared_error());
+      const double norm = pipe->clip_grad_norm_(0.05).item<double>();
+      EXPECT_NEAR(norm, norms[step], 1e-9 * norms[step]);
+      EXPECT_GT(norm, 0.05);  // the test means to clip
+      optimizer.step();
+    }
+    for (const int stage : pipe->local_stages()) {
+      const auto mine = pipe->named_children()["stage" + std::to_string(stage)]->named_parameters();
+      for (const auto& item : model[stage]->named_parameters())
+        EXPECT_LE(difference(mine[item.key()], item.value()), 1e-9);
+    }
+  });
+}
+
+TEST(Transaction, TwoPipelinesShareACommunicator) {
+  const Batch batch = random_batch(16, 5);
+  const Reference expected = expected_of(batch);
+  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe first = make_pipe(comm), second = make_pipe(comm);
+    first->step(batch, squared_error());
+    second->step(batch, squared_error());
+    first->step(batch, squared_error());
+    expect_gradients(first, expected, 1e-12, 2);
+    expect_gradients(second, expected);
+  });
+}
+
+// --- failures
+// ---------------------------------------------------------------------------------------------------------------
+
+/// Throws in one pass of one micro-batch of stage 2, once armed.
+struct Bomb {
+  std::atomic<bool> armed{false};
+  std::string where;  // "forward" or "backward"
+};
+
+struct Fuse : torch::autograd::Function<Fuse> {
+  static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& x, std::int64_t bomb) {
+    context->saved_data["bomb"] = bomb;
+    return x.clone();
+  }
+  static torch::autograd::tensor_list backward(torch::autograd::AutogradContext* context,
+                                               torch::autograd::tensor_list gradients) {
+    auto* bomb = reinterpret_cast<Bomb*>(context->saved_data["bomb"].toInt());
+    if (bomb->armed && bomb->where == "backward") throw std::runtime_error("boom in backward");
+    return {gradients[0], torch::Tensor()};
+  }
+};
+
+Model with_bomb(Bomb& bomb) {
+  return [&bomb](int stage) {
+    Piece piece = layer(stage);
+    if (stage != 2) return piece;
+    return Piece{piece.module, [&bomb, piece](const Tensors& inputs) {
+                   if (bomb.armed && bomb.where == "forward") throw std::runtime_error("boom in forward");
+                   return piece.forward({Fuse::apply(inputs[0], reinterpret_cast<std::int64_t>(&bomb))});
+                 }};
+  };
+}
+
+class FailingStep : public ::testing::TestWithParam<const char*> {};
+
+TEST_P(FailingStep, EndsOnAllRanksAndChangesNothing) {
+  const std::string where = GetParam();
+  const Batch batch = random_batch(16, 3);
+  std::mutex mutex;
+  std::vector<std::string> messages(kRanks);
+  Bomb bomb;
+  bomb.where = where;
+  const auto body = [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe = make_pipe(comm, with_bomb(bomb));
+    pipe->step(batch, squared_error());
+    std::vector<at::Tensor> parameters, gradients, gradient_values;
+    for (const auto& parameter : pipe->parameters()) {
+      parameters.push_back(parameter.detach().clone());
+      gradients.push_back(parameter.grad());
+      gradient_values.push_back(parameter.grad().clone());
+    }
+    comm->barrier().wait();
+    bomb.armed = true;
+    const LossFn loss = [&](const Tensors& outputs, const Tensors& targets) {
+      if (where == "loss" && comm->rank() == 0) throw std::runtime_error("boom in loss");
+      return torch::mse_loss(outputs[0], targets[0]);
+    };
+    const auto begin = std::chrono::steady_clock::now();
+    const std::string message = message_of([&] { pipe->step(batch, loss); });
+    EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(20));
+    {
+      const std::lock_guard lock(mutex);
+      messages[comm->rank()] = message;
+    }
+    std::size_t i = 0;
+    for (const auto& parameter : pipe->parameters()) {
+      EXPECT_TRUE(torch::equal(parameter, parameters[i]));
+      EXPECT_TRUE(parameter.grad().is_same(gradients[i]));
+      EXPECT_TRUE(torch::equal(parameter.grad(), gradient_values[i++]));
+    }
+    // What follows fails at once, and says why.
+    EXPECT_THAT(message_of([&] { pipe->step(batch, squared_error()); }), HasSubstr("boom in " + where));
+  };
+  run_ranks(kRanks, body);
+  for (const std::string& message : messages) {
+    EXPECT_THAT(message, HasSubstr("boom in " + where));
+    EXPECT_THAT(message, ::testing::ContainsRegex("rank [0-3]: "));
+    EXPECT_THAT(message, HasSubstr("micro-batch"));
+  }
+
+  // A new communicator and a new pipeline work.
+  bomb.armed = false;
+  const Reference expected = expected_of(batch);
+  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe = make_pipe(comm, with_bomb(bomb));
+    pipe->step(batch, squared_error());
+    expect_gradients(pipe, expected);
+  });
+}
+
+INSTANTIATE_TEST_SUITE_P(Transaction, FailingStep, ::testing::Values("forward", "backward", "loss"),
+                         [](const auto& parameter) { return std::string(parameter.param); });
+
+TEST(Transaction, AFactoryThatThrowsFailsAllRanksInTheConstructor) {
+  std::atomic<int> failed{0};
+  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    const auto message = message_of([&] {
+      DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = kMicroBatches}, [&](int stage) {
+        if (comm->rank() == 3 && stage == 0) throw std::runtime_error("no weights for you");
+        return as_factory(layer)(stage);
+      });
+    });
+    EXPECT_THAT(message, HasSubstr("rank 3: the factory of stage 0 threw: no weights for you"));
+    ++failed;
+    // The communicator is still usable.
+    DualPipe pipe = make_pipe(comm);
+    pipe->step(random_batch(16, 1), squared_error());
+  });
+  EXPECT_EQ(failed, kRanks);
+}
+
+}  // namespace
+}  // namespace dualpipe::test
