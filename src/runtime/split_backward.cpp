@@ -1,10 +1,13 @@
 #include "dualpipe/runtime/split_backward.hpp"
 
+#include <ATen/ops/zeros.h>
 #include <c10/core/AutogradState.h>
 #include <c10/core/GradMode.h>
 #include <c10/util/flat_hash_map.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/functions/tensor.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
@@ -38,12 +41,12 @@ class Entrance final : public Node {
   variable_list gradients_;
 };
 
-template <class Pointer>
-Pointer make_entrance() {
+template <class T, class Pointer = NodePtr, class... Arguments>
+Pointer make_node(Arguments&&... arguments) {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
-    return std::make_shared<Entrance>();
+    return std::make_shared<T>(std::forward<Arguments>(arguments)...);
   } else {
-    return c10::make_intrusive<Entrance>();
+    return c10::make_intrusive<T>(std::forward<Arguments>(arguments)...);
   }
 }
 
@@ -138,6 +141,15 @@ Survey survey(const edge_list& roots, const Node* entrance) {
   return result;
 }
 
+/// Gives an operation other edges. A write into a view runs a node of its own inside, whose edges the engine wants to
+/// be the same except for the first, which leads on from the view instead of from the whole tensor.
+void set_edges(Node& node, edge_list edges) {
+  if (auto* write = dynamic_cast<autograd::CopySlices*>(&node)) {
+    std::copy(edges.begin() + 1, edges.end(), write->fn->next_edges().begin() + 1);
+  }
+  node.next_edges() = std::move(edges);
+}
+
 /// An operation with a part in both halves of the backward.
 struct Boundary {
   edge_list weight_edges;  // its edges that only lead to parameters, the others invalid; as many as it has
@@ -146,15 +158,16 @@ struct Boundary {
 
 /// Moves the edges to parameters aside, so that the engine neither follows them nor has their gradients computed.
 Boundary detach_weight_branches(Node& node, const Survey& survey) {
-  auto& edges = node.next_edges();
-  Boundary boundary{edge_list(edges.size()), nullptr};
-  for (std::size_t i = 0; i < edges.size(); ++i) {
-    if (edges[i].is_valid() && is_weight_branch(survey.reach.at(edges[i].function.get()))) {
-      boundary.weight_edges[i] = std::exchange(edges[i], {});
+  edge_list input_edges = node.next_edges();
+  edge_list weight_edges(input_edges.size());
+  for (std::size_t i = 0; i < input_edges.size(); ++i) {
+    if (input_edges[i].is_valid() && is_weight_branch(survey.reach.at(input_edges[i].function.get()))) {
+      std::swap(input_edges[i], weight_edges[i]);
     }
   }
+  set_edges(node, std::move(input_edges));
   auto capture = std::make_unique<Capture>();
-  boundary.capture = capture.get();
+  Boundary boundary{std::move(weight_edges), capture.get()};
   node.add_pre_hook(std::move(capture));
   return boundary;
 }
@@ -214,7 +227,7 @@ GraphInputs enter_graph(const Tensors& inputs) {
     // detach() gives a tensor object of our own: no history that user code makes ends up in the caller's.
     result.tensors.push_back(input.defined() ? input.detach() : input);
     if (grad_mode && input.defined() && input.requires_grad() && !result.entrance)
-      result.entrance = make_entrance<NodePtr>();
+      result.entrance = make_node<Entrance>();
   }
   if (!result.entrance) return result;
   for (std::size_t i = 0; i < inputs.size(); ++i) {
@@ -302,7 +315,7 @@ Tensors BackwardGraph::backward_input(const Tensors& output_gradients) {
     }
     const variable_list gradients = boundary->capture->take();
     clear_hooks(*node);
-    node->next_edges() = std::move(boundary->weight_edges);
+    set_edges(*node, std::move(boundary->weight_edges));
     ++boundary;
     bool any = false;
     for (std::size_t slot = 0; slot < gradients.size(); ++slot) {
@@ -311,9 +324,13 @@ Tensors BackwardGraph::backward_input(const Tensors& output_gradients) {
       weight_roots.gradients.push_back(gradients[slot]);
       any = true;
     }
-    if (!any) {  // a backward without any gradient may still give one: custom functions see zeros
-      weight_roots.edges.emplace_back(node->getptr(), 0);
-      weight_roots.gradients.emplace_back();
+    if (!any) {
+      // Nothing flowed in, yet something may come out: custom functions see zeros. The engine takes no undefined
+      // gradient at a root, so one node more passes it on.
+      const at::Tensor unused = at::zeros({});
+      const NodePtr relay = make_node<autograd::UndefinedGradBackward>(edge_list{{node->getptr(), 0}});
+      weight_roots.edges.emplace_back(relay, relay->add_input_metadata(unused));
+      weight_roots.gradients.push_back(unused);
     }
   }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <limits>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -48,6 +49,26 @@ double cheapest_limit(const std::vector<double>& sum, int num_stages) {
     const double middle = too_small + (enough - too_small) / 2;
     if (middle <= too_small || middle >= enough) return enough;
     (fits(sum, num_stages, middle) ? enough : too_small) = middle;
+  }
+}
+
+/// An equal share of the layers from `begin` on for each of `num_stages` stages, where a layer that costs more than a
+/// share is a stage of its own and what is left is shared among the others.
+double fair_share(const std::vector<double>& costs, int begin, int num_stages) {
+  double share = std::numeric_limits<double>::infinity();
+  for (int sharing = 0;;) {
+    double rest = 0;
+    int large = 0;
+    for (auto cost = costs.begin() + begin; cost != costs.end(); ++cost) {
+      if (*cost > share) {
+        ++large;
+      } else {
+        rest += *cost;
+      }
+    }
+    if (num_stages - large == sharing || large >= num_stages) return share;
+    sharing = num_stages - large;
+    share = rest / sharing;
   }
 }
 
@@ -117,7 +138,7 @@ std::vector<int> balance(const std::vector<double>& costs, int num_stages) {
     const int last = std::min(farthest(sum, begin, limit), num_layers - left);
     int first = begin + 1;
     while (stages_needed[first] > left) ++first;
-    const double share = sum[begin] + (sum[num_layers] - sum[begin]) / (left + 1);
+    const double share = sum[begin] + fair_share(costs, begin, left + 1);
     int cut = static_cast<int>(std::lower_bound(sum.begin() + first, sum.begin() + last, share) - sum.begin());
     if (cut > first && share - sum[cut - 1] <= sum[cut] - share) --cut;
     cuts.push_back(cut);
