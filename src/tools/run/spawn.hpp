@@ -1,0 +1,59 @@
+#pragma once
+
+#include <sys/types.h>
+
+#include <csignal>
+#include <string>
+#include <vector>
+
+namespace dualpipe::run {
+
+/// Owns a file descriptor.
+class Descriptor {
+ public:
+  Descriptor() = default;
+  explicit Descriptor(int fd) : fd_(fd) {}
+  Descriptor(Descriptor&& other) noexcept : fd_(other.release()) {}
+  Descriptor& operator=(Descriptor&& other) noexcept;
+  ~Descriptor() { reset(); }
+  int get() const { return fd_; }
+  int release();
+  void reset();
+
+ private:
+  int fd_ = -1;
+};
+
+struct Pipe {
+  Descriptor read, write;
+  Pipe();  ///< closed on exec. @throws std::system_error
+};
+
+/// A process that outlives the launcher only to end what the launcher started, should the launcher be killed: the
+/// ranks' process groups, which hold also what the ranks themselves started.
+class Guard {
+ public:
+  Guard();
+  ~Guard();  ///< the ranks have ended in order
+  Guard(const Guard&) = delete;
+  Guard& operator=(const Guard&) = delete;
+  /// A process that is to be guarded writes its own id here, before anything else.
+  int descriptor() const { return pipe_.write.get(); }
+
+ private:
+  Pipe pipe_;
+  pid_t pid_ = -1;
+};
+
+struct Command {
+  std::vector<std::string> arguments;       ///< the program first; looked for in PATH
+  std::vector<std::string> environment;     ///< "NAME=value"
+  int input = -1, output = -1, error = -1;  ///< to become stdin, stdout, stderr; -1: the launcher's own
+  std::vector<int> default_signals;         ///< handled here, not to be handled there
+};
+
+/// Starts `command` as the leader of a process group of its own that ends with this process.
+/// @throws std::system_error  the program cannot be executed; nothing was started.
+pid_t spawn(const Command& command, const Guard& guard);
+
+}  // namespace dualpipe::run
