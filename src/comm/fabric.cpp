@@ -244,20 +244,29 @@ bool Fabric::lost(const Transfer& transfer) const {
 
 bool Fabric::done(std::span<const std::shared_ptr<Transfer>> transfers) const {
   const std::lock_guard lock(mutex_);
-  return failure_ || all_done(transfers) ||
-         std::any_of(transfers.begin(), transfers.end(), [this](const auto& transfer) { return lost(*transfer); });
+  if (failure_ || all_done(transfers) ||
+      std::any_of(transfers.begin(), transfers.end(), [this](const auto& transfer) { return lost(*transfer); }))
+    return true;
+  waiting(true);
+  waiting(false);
+  return false;
 }
 
 void Fabric::wait(std::span<const std::shared_ptr<Transfer>> transfers, const Transfer& whole) {
   const auto deadline = std::chrono::steady_clock::now() + timeout_;
   std::unique_lock lock(mutex_);
   const Transfer* gone = nullptr;
-  changed_.wait_until(lock, deadline, [&] {
+  const auto over = [&] {
     for (const auto& transfer : transfers) {
       if (lost(*transfer)) gone = transfer.get();
     }
     return failure_ || gone != nullptr || all_done(transfers);
-  });
+  };
+  if (!over()) {
+    waiting(true);
+    changed_.wait_until(lock, deadline, over);
+    waiting(false);
+  }
   if (failure_) throw_failure(whole);
   if (gone != nullptr) {
     lock.unlock();

@@ -154,6 +154,10 @@ class Fabric {
   virtual void start(int to, Message message, std::shared_ptr<Transfer> transfer) = 0;
   /// Tells every other rank of the failure, as far as they can be reached; they call failed(). Called once at most.
   virtual void spread(int origin, const std::string& reason) noexcept = 0;
+  /// The rank's thread begins or ends to want something that has not come. A back end that holds messages back while
+  /// nobody takes those that came before must let them in meanwhile, as the wanted one may be behind. Called with the
+  /// mutex held.
+  virtual void waiting(bool /*begins*/) const {}
 
   /// A send is over.
   void complete(const std::shared_ptr<Transfer>& transfer);
