@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "dualpipe/error.hpp"
@@ -121,7 +122,9 @@ Timeline from_trace(std::string_view text) {
   try {
     root = json::parse(text);
   } catch (const json::parse_error& error) {
-    throw InvalidArgument(detail::str("not a trace, byte ", error.byte, ": ", error.what()));
+    // The parser's message begins with a code in brackets.
+    const std::string_view message = error.what();
+    throw InvalidArgument(detail::str("not JSON: ", message.substr(message.find("] ") + 2)));
   }
   DUALPIPE_CHECK(
       root.is_object() && root.contains("traceEvents") && root["traceEvents"].is_array() && root.contains("otherData"),

@@ -1,0 +1,181 @@
+#include "tools/plan/print.hpp"
+
+#include <algorithm>
+#include <cstddef>
+#include <iomanip>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <vector>
+
+#include "dualpipe/error.hpp"
+
+namespace dualpipe::plan {
+namespace {
+
+using nlohmann::ordered_json;
+using Do = Instruction::Do;
+
+std::string dumped(const ordered_json& value) {
+  return value.dump(-1, ' ', false, ordered_json::error_handler_t::replace);
+}
+
+const char* name_of(Do what) {
+  switch (what) {
+    case Do::receive:
+      return "receive";
+    case Do::wait:
+      return "wait";
+    case Do::compute:
+      return "compute";
+    case Do::send:
+      return "send";
+    case Do::release:
+      break;
+  }
+  return "release";
+}
+
+std::string percent(double part, double whole) {
+  std::ostringstream out;
+  out << std::fixed << std::setprecision(1) << (whole > 0 ? 100 * part / whole : 0.0) << " %";
+  return std::move(out).str();
+}
+
+/// Columns aligned to the right.
+std::string table(const std::vector<std::vector<std::string>>& rows) {
+  std::vector<std::size_t> widths;
+  for (const auto& row : rows) {
+    widths.resize(std::max(widths.size(), row.size()));
+    for (std::size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
+  }
+  std::string out;
+  for (const auto& row : rows) {
+    for (std::size_t i = 0; i < row.size(); ++i)
+      out += std::string((i > 0 ? 2 : 0) + widths[i] - row[i].size(), ' ') + row[i];
+    out += '\n';
+  }
+  return out;
+}
+
+/// Number and unit.
+std::string time(double value, double seconds_per_unit) {
+  return seconds_per_unit == 0 ? detail::str(value) : detail::str(value * seconds_per_unit, " s");
+}
+
+}  // namespace
+
+std::string describe(const Schedule& schedule) {
+  return detail::str(schedule.name, ": ", schedule.ranks.size(), " ranks, ", schedule.num_stages, " stages, ",
+                     schedule.num_micro_batches, " micro-batches");
+}
+
+std::string describe(const Costs& costs, Publish publish) {
+  return detail::str("F=", costs.forward, " B=", costs.backward, " W=", costs.weight, " pair=", costs.pair,
+                     " send=", costs.send, ", results published ",
+                     publish == Publish::early ? "early" : "when a step ends (atomic)");
+}
+
+std::string summary(const Report& report, double seconds_per_unit) {
+  double bubble = 0;
+  int peak = 0;
+  for (const RankReport& rank : report.ranks) {
+    bubble = std::max(bubble, rank.bubble);
+    peak = std::max(peak, rank.peak_activations);
+  }
+  return detail::str("makespan ", time(report.makespan, seconds_per_unit), ", bubble ", time(bubble, seconds_per_unit),
+                     " (", percent(bubble, report.makespan), ") on the worst rank, at most ", peak,
+                     " activations held on a rank\n");
+}
+
+std::string json(const Schedule& schedule) {
+  ordered_json ranks = ordered_json::array();
+  for (const auto& steps : schedule.ranks) {
+    ordered_json& rank = ranks.emplace_back(ordered_json::array());
+    for (const Step& step : steps) rank.push_back(to_string(step));
+  }
+  return dumped({{"name", schedule.name},
+                 {"num_stages", schedule.num_stages},
+                 {"num_micro_batches", schedule.num_micro_batches},
+                 {"ranks", std::move(ranks)}}) +
+         "\n";
+}
+
+std::string json(const Program& program) {
+  // Written directly: programs have millions of instructions, and nothing in them needs quoting.
+  std::string out = "{\"order\":[";
+  const char* separator = "";
+  for (const Transfer& transfer : program.order) {
+    out +=
+        detail::str(separator, "\n{\"payload\":\"", transfer.payload == Payload::activation ? "activation" : "gradient",
+                    "\",\"stage\":", transfer.stage, ",\"micro_batch\":", transfer.micro_batch,
+                    ",\"from\":", transfer.from, ",\"to\":", transfer.to, "}");
+    separator = ",";
+  }
+  out += "],\n\"ranks\":[";
+  separator = "";
+  for (const auto& instructions : program.ranks) {
+    out += detail::str(separator, "\n[");
+    separator = "";
+    for (const Instruction& instruction : instructions) {
+      out += detail::str(separator, "{\"do\":\"", name_of(instruction.what), "\",");
+      out += instruction.what == Do::compute ? "\"step\":\"" + to_string(instruction.step) + "\"}"
+                                             : detail::str("\"transfer\":", instruction.transfer, "}");
+      separator = ",";
+    }
+    out += "]";
+    separator = ",";
+  }
+  return out + "]}\n";
+}
+
+std::string text(const Program& program) {
+  std::string out = "order of transfers:\n";
+  for (std::size_t i = 0; i < program.order.size(); ++i) {
+    const Transfer& transfer = program.order[i];
+    out += detail::str("  ", i, ": ", to_string(transfer),
+                       transfer.payload == Payload::activation ? ", activation\n" : ", gradient\n");
+  }
+  for (std::size_t rank = 0; rank < program.ranks.size(); ++rank) {
+    out += detail::str("rank ", rank, ":\n");
+    for (const Instruction& instruction : program.ranks[rank]) {
+      if (instruction.what == Do::compute)
+        out += detail::str("  compute ", to_string(instruction.step), "\n");
+      else
+        out += detail::str("  ", name_of(instruction.what), " ", instruction.transfer, "  (",
+                           to_string(program.order[static_cast<std::size_t>(instruction.transfer)]), ")\n");
+    }
+  }
+  return out;
+}
+
+std::string json(const Report& report, bool transfers) {
+  ordered_json ranks = ordered_json::array();
+  for (const RankReport& rank : report.ranks) {
+    ordered_json& entry = ranks.emplace_back(ordered_json{{"rank", rank.rank},
+                                                          {"busy", rank.busy},
+                                                          {"bubble", rank.bubble},
+                                                          {"peak_activations", rank.peak_activations}});
+    if (!transfers) continue;
+    entry["communication"] = rank.communication;
+    entry["hidden"] = rank.hidden;
+  }
+  return dumped({{"makespan", report.makespan}, {"ranks", std::move(ranks)}}) + "\n";
+}
+
+std::string text(const Report& report, double seconds_per_unit) {
+  const bool transfers = std::any_of(report.ranks.begin(), report.ranks.end(),
+                                     [](const RankReport& rank) { return rank.communication > 0; });
+  std::vector<std::vector<std::string>> rows{{"rank", "busy", "bubble", "", "peak activations"}};
+  if (transfers) rows.front().insert(rows.front().end(), {"communication", "hidden"});
+  for (const RankReport& rank : report.ranks) {
+    auto& row = rows.emplace_back(std::vector<std::string>{
+        std::to_string(rank.rank), time(rank.busy, seconds_per_unit), time(rank.bubble, seconds_per_unit),
+        percent(rank.bubble, report.makespan), std::to_string(rank.peak_activations)});
+    if (!transfers) continue;
+    row.push_back(time(rank.communication, seconds_per_unit));
+    row.push_back(percent(rank.hidden, rank.communication));
+  }
+  return table(rows) + summary(report, seconds_per_unit);
+}
+
+}  // namespace dualpipe::plan
