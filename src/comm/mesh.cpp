@@ -238,26 +238,32 @@ Pending MeshCommunicator::all_reduce(Tensors tensors, Reduce reduce) {
   return pending(head, receives, Watch(tensors), std::move(finish));
 }
 
+// Those that have nothing to give send an empty message, so that ranks that disagree about the root learn it.
 Pending MeshCommunicator::broadcast(Tensors tensors, int root) {
   DUALPIPE_CHECK(root >= 0 && root < size(), "broadcast: there is no rank ", root, " in this communicator of ", size(),
                  " ranks");
-  const Header head = next_collective(str("broadcast from rank ", members_[static_cast<std::size_t>(root)]),
-                                      signature_of_values(tensors));
-  Watch watched(tensors);
-  if (root == rank()) {
-    send_to_others(head, Parcel::of(tensors)->take());
-    return pending(head, {}, std::move(watched), [tensors = std::move(tensors)] { return tensors; });
+  const auto source = static_cast<std::size_t>(root);
+  const Signature signature = signature_of_values(tensors);
+  const Tensors values = root == rank() ? Parcel::of(tensors)->take() : Tensors();
+  Header head = next_collective(str("broadcast from rank ", members_[source]), {});
+  Transfers receives(members_.size());
+  for (std::size_t r = 0; r < members_.size(); ++r) {
+    if (static_cast<int>(r) == rank()) continue;
+    Header expected = head;
+    if (r == source) expected.signature = signature;
+    receives[r] = fabric_->receive(members_[r], std::move(expected), false);
   }
-  auto transfer = fabric_->receive(members_[static_cast<std::size_t>(root)], head, false);
-  auto finish = [tensors = std::move(tensors), transfer]() mutable {
+  if (root == rank()) head.signature = signature;
+  send_to_others(head, values);
+  Watch watched(tensors);
+  auto finish = [tensors = std::move(tensors), from_root = receives[source]]() mutable {
     const c10::NoGradGuard no_grad;
-    const Tensors& values = transfer->message.parcel->tensors();
-    for (std::size_t i = 0; i < tensors.size(); ++i) {
-      if (tensors[i].defined()) tensors[i].copy_(values[i]);
+    for (std::size_t i = 0; i < tensors.size() && from_root != nullptr; ++i) {
+      if (tensors[i].defined()) tensors[i].copy_(from_root->message.parcel->tensors()[i]);
     }
     return tensors;
   };
-  return pending(head, {transfer}, std::move(watched), std::move(finish));
+  return pending(head, std::move(receives), std::move(watched), std::move(finish));
 }
 
 Pending MeshCommunicator::all_gather(at::Tensor tensor) {
