@@ -144,7 +144,7 @@ Survey survey(const edge_list& roots, const Node* entrance) {
 /// Gives an operation other edges. A write into a view runs a node of its own inside, whose edges the engine wants to
 /// be the same except for the first, which leads on from the view instead of from the whole tensor.
 void set_edges(Node& node, edge_list edges) {
-  if (auto* write = dynamic_cast<autograd::CopySlices*>(&node)) {
+  if (auto* write = dynamic_cast<autograd::CopySlices*>(&node); write != nullptr && write->fn) {
     std::copy(edges.begin() + 1, edges.end(), write->fn->next_edges().begin() + 1);
   }
   node.next_edges() = std::move(edges);
@@ -189,7 +189,7 @@ bool share_storage(const at::Tensor& a, const at::Tensor& b) {
 }
 
 /// Copies each input gradient whose memory a parameter's gradient has taken over. Accumulation adopts the gradient that
-/// arrives first instead of copying it, and that may be a view of one that also reached an input: h = x +
+/// arrives first instead of copying it, and that may be a view of one that also reached an input: x +
 /// bias.unsqueeze(0).
 void copy_adopted(Tensors& input_gradients, const Tensors& output_gradients) {
   for (auto& gradient : input_gradients) {
@@ -226,8 +226,8 @@ GraphInputs enter_graph(const Tensors& inputs) {
   for (const auto& input : inputs) {
     // detach() gives a tensor object of our own: no history that user code makes ends up in the caller's.
     result.tensors.push_back(input.defined() ? input.detach() : input);
-    if (grad_mode && input.defined() && input.requires_grad() && !result.entrance)
-      result.entrance = make_node<Entrance>();
+    const bool differentiable = grad_mode && input.defined() && input.requires_grad();
+    if (differentiable && !result.entrance) result.entrance = make_node<Entrance>();
   }
   if (!result.entrance) return result;
   for (std::size_t i = 0; i < inputs.size(); ++i) {
@@ -253,8 +253,9 @@ BackwardGraph::BackwardGraph(const GraphInputs& inputs, const Tensors& outputs)
 }
 
 BackwardGraph::Roots BackwardGraph::start(const char* what, const Tensors& output_gradients) {
-  if (state_ != State::Ready)
+  if (state_ != State::Ready) {
     throw Error(detail::str(what, " called again: the backward of this micro-batch has run before"));
+  }
   DUALPIPE_CHECK(output_gradients.size() == outputs_.size(), what, " takes one gradient per output: ", outputs_.size(),
                  " outputs, got ", output_gradients.size(), " gradients");
   state_ = State::Done;
