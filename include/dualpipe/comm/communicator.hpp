@@ -42,8 +42,8 @@ struct Span {
   double end = 0;
 };
 
-/// A communication under way. Keeps alive what the transfer still reads or writes. Copies refer to the same operation; used by the
-/// communicator's thread only. Dropping an unfinished one neither blocks nor cancels it.
+/// A communication under way. Keeps alive what the transfer still reads or writes. Copies refer to the same operation;
+/// used by the communicator's thread only. Dropping an unfinished one neither blocks nor cancels it.
 class Pending {
  public:
   class State {
@@ -58,11 +58,14 @@ class Pending {
   explicit Pending(std::shared_ptr<State> state) : state_(std::move(state)) {}
 
   /// As c10d's Work: on CUDA the current stream waits, on the CPU the host.
-  /// @throws CommError  a peer failed, the deadline passed, both ends disagree, or a sent tensor was written in place meanwhile.
+  /// @throws CommError  a peer failed, the deadline passed, both ends disagree, or a sent tensor was written in place
+  /// meanwhile.
   void wait() { state_->wait(); }
-  /// Whether wait() would return at once (or throw at once).
+  /// Whether wait() would return at once (or throw at once). Asking brings the operation forward, so that polling alone
+  /// ends it.
   bool done() const { return state_->done(); }
-  /// Waits, then gives the received tensors, which nobody else holds; requires_grad is set as the sender's was. Once only; empty after a send.
+  /// Waits, then gives the received tensors, which nobody else holds; requires_grad is set as the sender's was. Once
+  /// only; empty after a send.
   Tensors take() { return state_->take(); }
   /// From the moment both ends had come to it to its completion, as far as this back end can tell; valid once done().
   Span span() const { return state_->span(); }
@@ -74,15 +77,17 @@ class Pending {
 
 enum class Reduce { sum, max, min };
 
-/// Moves tensors between ranks. Used by one thread. All ranks of a communicator call its collectives in one order, and between two ranks the
-/// k-th send meets the k-th receive; collectives and sends do not match each other. Every message carries what both ends must agree on
-/// (epoch, sequence, signature); a mismatch is a CommError on both ends that shows both.
+/// Moves tensors between ranks. Used by one thread. All ranks of a communicator call its collectives in one order, and
+/// between two ranks the k-th send meets the k-th receive; collectives and sends do not match each other. Every message
+/// carries what both ends must agree on (epoch, sequence, signature); a mismatch is a CommError on both ends that shows
+/// both.
 ///
-/// Right: post a receive early, compute, take().  Wrong: take() on both of two ranks before either sends: both wait for the deadline.
+/// Right: post a receive early, compute, take().  Wrong: take() on both of two ranks before either sends: both wait for
+/// the deadline.
 class Communicator : public std::enable_shared_from_this<Communicator> {
  public:
-  /// Destructors never throw and never wait for a peer. Destroying a communicator without abort() lets peers see an orderly goodbye: only
-  /// operations that still need this rank fail.
+  /// Destructors never throw and never wait for a peer. Destroying a communicator without abort() lets peers see an
+  /// orderly goodbye: only operations that still need this rank fail.
   virtual ~Communicator() = default;
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
@@ -91,19 +96,23 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   int size() const noexcept { return size_; }
   virtual at::Device device() const = 0;
 
-  /// Collective, at most once: announces the edges that sends and receives will use, so that a back end can open and warm them up.
+  /// Collective, at most once: announces the edges that sends and receives will use, so that a back end can open and
+  /// warm them up.
   virtual void connect(const std::vector<Edge>& edges) = 0;
 
-  /// @param tensors  any count, dtypes and sizes; undefined ones arrive undefined; non-contiguous ones travel contiguous. Kept until taken
-  ///                 over by the transfer; writing to one in place before wait() is an error that wait() reports (by its version counter).
+  /// @param tensors  any count, dtypes and sizes; undefined ones arrive undefined; non-contiguous ones travel
+  /// contiguous. Kept until taken
+  ///                 over by the transfer; writing to one in place before wait() is an error that wait() reports (by
+  ///                 its version counter).
   virtual Pending send(int peer, Tensors tensors) = 0;
   /// @param expected  what must arrive, or nullopt to take whatever the message's header says.
   virtual Pending receive(int peer, const std::optional<Signature>& expected = std::nullopt) = 0;
 
-  /// In place, element-wise over all ranks in rank order, so that the result is bitwise the same everywhere. Same signature on all ranks.
-  /// take() gives the tensors passed in.
+  /// In place, element-wise over all ranks in rank order, so that the result is bitwise the same everywhere. Same
+  /// signature on all ranks. take() gives the tensors passed in.
   virtual Pending all_reduce(Tensors tensors, Reduce reduce = Reduce::sum) = 0;
-  /// In place: `tensors` of rank `root` replace those of the others. Same signature on all ranks.
+  /// In place: `tensors` of rank `root` replace those of the others. Same signature on all ranks; as in all_reduce,
+  /// requires_grad is each rank's own affair.
   virtual Pending broadcast(Tensors tensors, int root) = 0;
   /// take() gives size() tensors, that of rank r at r; sizes may differ from rank to rank.
   virtual Pending all_gather(at::Tensor tensor) = 0;
@@ -111,12 +120,13 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   virtual Pending all_to_all(Tensors tensors) = 0;
   virtual Pending barrier() = 0;
 
-  /// Collective. Ranks with the same non-negative color form a communicator, ordered by key, then by rank here; color < 0: not a member, null.
-  /// The results belong to one family: an abort of any member aborts all.
+  /// Collective. Ranks with the same non-negative color form a communicator, ordered by key, then by rank here; color <
+  /// 0: not a member, null. The results belong to one family: an abort of any member aborts all.
   virtual std::shared_ptr<Communicator> split(int color, int key) = 0;
 
-  /// Makes pending and later calls of the whole family throw CommError with this rank as origin and `reason` as its message, on every rank.
-  /// From any thread. Does nothing after the first.
+  /// Makes pending and later calls of the whole family throw CommError with this rank as origin and `reason` as its
+  /// message, on every rank. Pending ones include those that are over but were not waited for. From any thread. Does
+  /// nothing after the first.
   virtual void abort(const std::string& reason) noexcept = 0;
 
  protected:
