@@ -65,7 +65,7 @@ std::string finding_of(const Body& body) {
   try {
     body();
   } catch (const std::exception& error) {
-    return error.what();
+    return message_of(error);
   }
   return "";
 }
@@ -193,7 +193,7 @@ struct DualPipeImpl::State {
       for (const auto& observer : observers) observer->end(true);
       return result;
     } catch (const std::exception& error) {
-      failure = error.what();
+      failure = message_of(error);
       communicator->abort(failure);
       for (const auto& observer : observers) observer->end(false);
       throw;
@@ -252,7 +252,7 @@ DualPipeImpl::DualPipeImpl(std::shared_ptr<Communicator> communicator, DualPipeO
                         if (stage.module()) stage.module()->to(comm.device());
                         stages.emplace(number, std::move(stage));
                       } catch (const std::exception& error) {
-                        throw Error(detail::str("the factory of stage ", number, " threw: ", error.what()));
+                        throw Error(detail::str("the factory of stage ", number, " threw: ", message_of(error)));
                       }
                     }
                   }));

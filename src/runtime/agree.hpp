@@ -10,6 +10,12 @@
 
 namespace dualpipe {
 
+/// What an exception says, without the backtrace that LibTorch's own carry.
+inline std::string message_of(const std::exception& error) {
+  const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
+  return torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
+}
+
 /// Collective: every rank's text, by rank.
 inline std::vector<std::string> all_gather_text(Communicator& communicator, const std::string& text) {
   at::Tensor bytes = at::empty({static_cast<std::int64_t>(text.size())}, at::kByte);

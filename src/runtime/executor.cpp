@@ -8,7 +8,7 @@
 #include <unordered_map>
 #include <utility>
 
-#include "dualpipe/schedule/check.hpp"
+#include "runtime/agree.hpp"
 
 namespace dualpipe {
 namespace {
@@ -272,13 +272,13 @@ class Run {
     } catch (const InvalidArgument& error) {
       std::throw_with_nested(InvalidArgument(explain(op, error.what())));
     } catch (const std::exception& error) {
-      std::throw_with_nested(Error(explain(op, error.what())));
+      std::throw_with_nested(Error(explain(op, message_of(error))));
     } catch (...) {
       std::throw_with_nested(Error(explain(op, "an exception that is no std::exception")));
     }
   }
 
-  std::string explain(const Op& op, const char* what) const {
+  std::string explain(const Op& op, const std::string& what) const {
     return detail::str("rank ", communicator_.rank(), ": ", name_of(op.pass), " of stage ", op.stage, ", micro-batch ",
                        op.micro_batch, ": ", what, "\n  ",
                        cells_around(plan_.schedule, communicator_.rank(), cell_, 2));
