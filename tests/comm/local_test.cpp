@@ -100,6 +100,21 @@ TEST(LocalHandOver, ASendIsOverWhenItsReceiverHasCome) {
   EXPECT_TRUE(torch::equal(received.take().at(0), torch::ones({3})));
 }
 
+TEST(LocalHandOver, ASendThatNobodyReceivesMeetsTheDeadline) {
+  const auto ranks = local_communicators(2, {.timeout = 50ms});
+  Pending sent = ranks[0]->send(1, {torch::ones({3})});
+  try {
+    sent.wait();
+    ADD_FAILURE() << "no CommError was thrown";
+  } catch (const CommError& error) {
+    EXPECT_EQ(error.origin_rank(), 1);
+    EXPECT_EQ(error.operation(), "send to rank 1");
+    EXPECT_THAT(error.what(),
+                AllOf(HasSubstr("message 0 of group 0"), HasSubstr("waited for rank 1"), HasSubstr("50 ms")));
+  }
+  EXPECT_THROW(ranks[1]->receive(0), CommError) << "the whole family has failed";
+}
+
 TEST(LocalHandOver, TheReceiverTooLearnsOfAWriteUnderWay) {
   const auto ranks = local_communicators(2);
   auto kept = torch::ones({3});
