@@ -1,0 +1,41 @@
+#pragma once
+
+#include <chrono>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "dualpipe/comm/socket.hpp"
+
+namespace dualpipe::detail {
+
+/// What the ranks tell each other before they are connected, kept in a c10d store.
+class Rendezvous {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  Rendezvous(const World& world, const ConnectOptions& options, Clock::time_point deadline);
+
+  /// Makes `value` known as this rank's `key`.
+  void publish(const std::string& key, const std::string& value);
+  /// What `ranks` have published as `key`, in the order of `ranks`. @throws CommError  some did not in time; the text
+  /// names them.
+  std::vector<std::string> collect(const std::string& key, const std::vector<int>& ranks);
+
+ private:
+  c10::intrusive_ptr<c10d::Store> open();
+  void await_server() const;
+  /// Runs `action` on the store, once more where our own store's server has meanwhile been replaced by another epoch's.
+  template <class Action>
+  auto with_store(const Action& action);
+  std::string name_of(const std::string& key, int rank) const;
+
+  const World world_;
+  const ConnectOptions options_;
+  const Clock::time_point deadline_;
+  std::string prefix_;
+  c10::intrusive_ptr<c10d::Store> store_;
+  std::vector<std::pair<std::string, std::string>> published_;
+};
+
+}  // namespace dualpipe::detail
