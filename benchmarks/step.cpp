@@ -1,0 +1,184 @@
+// Wall time of a step beside what the simulator predicts, with stages whose passes sleep for a given time, and
+// processor time per op with stages that do next to nothing. Sleeping needs no core, so eight ranks fit on two.
+//
+//   dualpipe-run -n 8 -- dualpipe-bench-step
+//   dualpipe-run -n 4 -- dualpipe-bench-step --cpu
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <torch/torch.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <exception>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "dualpipe/comm/socket.hpp"
+#include "dualpipe/dual_pipe.hpp"
+#include "dualpipe/launch/failure.hpp"
+#include "dualpipe/runtime/as_stage.hpp"
+#include "dualpipe/schedule/simulate.hpp"
+#include "dualpipe/testing/communicators.hpp"
+
+namespace {
+
+using namespace dualpipe;
+using Clock = std::chrono::steady_clock;
+
+struct Flags {
+  int num_micro_batches = 20;
+  std::vector<std::string> schedules{"dualpipe"};
+  double milliseconds = 10;
+  double send_milliseconds = 0;
+  int steps = 5;
+  bool cpu = false;
+};
+
+/// A pass of a stage that takes a given time: forward, input gradient and weight gradient each.
+struct Sleep : torch::autograd::Function<Sleep> {
+  static void pass(double seconds) { std::this_thread::sleep_for(std::chrono::duration<double>(seconds)); }
+
+  static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& x,
+                               const torch::Tensor& weight, double seconds, bool first) {
+    context->saved_data["seconds"] = seconds;
+    context->saved_data["first"] = first;
+    pass(seconds);
+    return x * weight;
+  }
+  static torch::autograd::tensor_list backward(torch::autograd::AutogradContext* context,
+                                               torch::autograd::tensor_list gradients) {
+    const double seconds = context->saved_data["seconds"].toDouble();
+    // Nobody asks the first stage for an input gradient; it takes the time all the same, so that all stages cost alike.
+    const bool input = context->needs_input_grad(0) || context->saved_data["first"].toBool();
+    const bool weight = context->needs_input_grad(1);
+    if (input) pass(seconds);
+    if (weight) pass(seconds);
+    return {gradients[0], weight ? gradients[0].sum() : torch::Tensor(), torch::Tensor(), torch::Tensor()};
+  }
+};
+
+struct SleepingStageImpl : torch::nn::Module {
+  SleepingStageImpl(double pass_seconds, bool is_first) : seconds(pass_seconds), first(is_first) {
+    weight = register_parameter("weight", torch::ones({}));
+  }
+  torch::Tensor forward(const torch::Tensor& x) { return Sleep::apply(x, weight, seconds, first); }
+  double seconds;
+  bool first;
+  torch::Tensor weight;
+};
+TORCH_MODULE(SleepingStage);
+
+double cpu_seconds() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  const auto seconds = [](const timeval& time) {
+    return static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_usec);
+  };
+  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
+}
+
+double sum_over_ranks(Communicator& comm, double value, Reduce reduce) {
+  return comm.all_reduce({torch::tensor({value}, torch::kDouble)}, reduce).take()[0].item<double>();
+}
+
+Batch batch_of(int num_micro_batches, int width) {
+  Batch batch;
+  batch.inputs = {torch::ones({num_micro_batches, width})};
+  batch.targets = {torch::zeros({num_micro_batches, width})};
+  return batch;
+}
+
+torch::Tensor mean_loss(const Tensors& outputs, const Tensors&) { return outputs[0].mean(); }
+
+void sleeping(const std::shared_ptr<Communicator>& comm, const Flags& flags) {
+  const std::shared_ptr<Communicator> network =
+      flags.send_milliseconds > 0
+          ? testing::delayed_links(comm,
+                                   {std::chrono::nanoseconds(static_cast<std::int64_t>(flags.send_milliseconds * 1e6))})
+          : comm;
+  if (comm->rank() == 0)
+    std::printf("%-12s %-7s %12s %12s %12s %9s\n", "schedule", "publish", "predicted ms", "median ms", "min ms",
+                "ratio");
+  for (const std::string& kind : flags.schedules) {
+    for (const Publish publish : {Publish::early, Publish::atomic}) {
+      DualPipe pipe(network,
+                    DualPipeOptions{.num_micro_batches = flags.num_micro_batches, .schedule = kind, .publish = publish},
+                    [&](int stage) { return as_stage(SleepingStage(flags.milliseconds / 1e3, stage == 0)); });
+      const double unit = flags.milliseconds;
+      const Costs costs{unit, 2 * unit, unit, 3 * unit, flags.send_milliseconds};
+      const double predicted = report(simulate(pipe->schedule(), costs, publish).timeline).makespan;
+      const Batch batch = batch_of(flags.num_micro_batches, 1);
+      std::vector<double> times;
+      pipe->step(batch, mean_loss);
+      for (int step = 0; step < flags.steps; ++step) {
+        comm->barrier().wait();
+        const auto begin = Clock::now();
+        pipe->step(batch, mean_loss);
+        const double mine = std::chrono::duration<double, std::milli>(Clock::now() - begin).count();
+        times.push_back(sum_over_ranks(*comm, mine, Reduce::max));
+      }
+      std::sort(times.begin(), times.end());
+      const double median = times[times.size() / 2];
+      if (comm->rank() == 0) {
+        std::printf("%-12s %-7s %12.1f %12.1f %12.1f %9.4f\n", kind.c_str(),
+                    publish == Publish::early ? "early" : "atomic", predicted, median, times.front(),
+                    median / predicted);
+        std::fflush(stdout);
+      }
+    }
+  }
+}
+
+void processor_time(const std::shared_ptr<Communicator>& comm, const Flags& flags) {
+  if (comm->rank() == 0) std::printf("%-12s %14s %14s\n", "schedule", "cpu us per op", "wall us per op");
+  for (const std::string& kind : flags.schedules) {
+    DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = flags.num_micro_batches, .schedule = kind},
+                  [](int) { return as_stage(torch::nn::Linear(16, 16)); });
+    const Batch batch = batch_of(flags.num_micro_batches, 16);
+    for (int step = 0; step < 10; ++step) pipe->step(batch, mean_loss);
+    // One op is one forward or one backward of one micro-batch on one stage.
+    const double ops = 2.0 * pipe->schedule().num_stages * flags.num_micro_batches * flags.steps;
+    comm->barrier().wait();
+    const auto begin = Clock::now();
+    const double cpu = cpu_seconds();
+    for (int step = 0; step < flags.steps; ++step) pipe->step(batch, mean_loss);
+    const double spent = sum_over_ranks(*comm, cpu_seconds() - cpu, Reduce::sum);
+    const double wall = std::chrono::duration<double>(Clock::now() - begin).count();
+    if (comm->rank() == 0) {
+      std::printf("%-12s %14.1f %14.1f\n", kind.c_str(), 1e6 * spent / ops, 1e6 * wall / ops * comm->size());
+      std::fflush(stdout);
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  World world;
+  try {
+    CLI::App app{"Step time beside the simulator's prediction, with stages that sleep"};
+    Flags flags;
+    app.add_option("--microbatches", flags.num_micro_batches, "micro-batches of a step")->capture_default_str();
+    app.add_option("--schedule", flags.schedules, "kinds or CSV files")->capture_default_str();
+    app.add_option("--ms", flags.milliseconds, "time of each pass: F, I and W")->capture_default_str();
+    app.add_option("--send-ms", flags.send_milliseconds, "latency added to each transfer")->capture_default_str();
+    app.add_option("--steps", flags.steps, "measured steps")->capture_default_str()->check(CLI::PositiveNumber);
+    app.add_flag("--cpu", flags.cpu, "processor time per op of near-empty stages instead");
+    CLI11_PARSE(app, argc, argv);
+    if (flags.cpu && app.count("--steps") == 0) flags.steps = 200;
+
+    at::set_num_threads(1);
+    prctl(PR_SET_TIMERSLACK, 1000);  // nanoseconds; the default of 50 us would lengthen every sleep
+    world = World::from_env();
+    const auto comm = connect_sockets(world);
+    (flags.cpu ? processor_time : sleeping)(comm, flags);
+    return 0;
+  } catch (const std::exception& error) {
+    report_failure(world, error);
+    return 1;
+  }
+}

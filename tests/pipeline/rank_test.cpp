@@ -1,0 +1,106 @@
+// Runs on every rank of a real launch: dualpipe-run starts this program, and each process compares with its own
+// reference.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include <chrono>
+#include <csignal>
+#include <iostream>
+#include <string>
+
+#include "dualpipe/comm/socket.hpp"
+#include "dualpipe/schedule/generate.hpp"
+#include "pipeline/pipeline.hpp"
+
+namespace dualpipe::test {
+namespace {
+
+std::shared_ptr<Communicator> connect(const std::string& name) {
+  ConnectOptions options;
+  options.name = name;
+  options.timeout = std::chrono::minutes(1);
+  return connect_sockets(World::from_env(), options);
+}
+
+TEST(Rank, GradientsEqualOneProcess) {
+  const auto comm = connect("gradients");
+  for (const std::string& kind : schedule_kinds()) {
+    for (const Publish publish : {Publish::early, Publish::atomic}) {
+      SCOPED_TRACE(kind);
+      const int num_micro_batches = 2 * comm->size() + (kind == "dualpipe" ? 0 : 1);
+      const int num_stages = make_schedule({kind, comm->size(), num_micro_batches}).num_stages;
+      const Batch batch = random_batch(2 * num_micro_batches, 7);
+      const Reference expected =
+          reference(layer, num_stages, batch, num_micro_batches, squared_error(), 1.0 / num_micro_batches);
+      DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = num_micro_batches, .schedule = kind, .publish = publish},
+                    as_factory(layer));
+      for (int step = 1; step <= 2; ++step) {
+        EXPECT_EQ(pipe->step(batch, squared_error()).micro_batch_losses(), expected.losses);
+        expect_gradients(pipe, expected, 1e-12, step);
+      }
+      EXPECT_EQ(pipe->evaluate(batch, squared_error()).micro_batch_losses(), expected.losses);
+      EXPECT_EQ(pipe->predict(batch).empty(), !pipe->computes_loss());
+    }
+  }
+}
+
+/// With dropout, ranks draw from generators of their own; seeded alike per stage and micro-batch they equal one
+/// process.
+TEST(Rank, DropoutSeededPerMicroBatch) {
+  const auto comm = connect("dropout");
+  const int num_micro_batches = 2 * comm->size();
+  const auto drop = [](const at::Tensor& x, int stage, int micro_batch) {
+    torch::manual_seed(static_cast<std::uint64_t>(1 + stage * 1000 + micro_batch));
+    return torch::dropout(x, 0.3, true);
+  };
+  const Batch batch = random_batch(2 * num_micro_batches, 5);
+  std::vector<Layer> model;
+  for (int s = 0; s < comm->size(); ++s) model.emplace_back(s);
+  int m = 0;
+  for (const Batch& part : split_batch(batch, num_micro_batches, 0)) {
+    auto x = part.inputs[0];
+    for (int s = 0; s < comm->size(); ++s) x = model[s]->forward(drop(x, s, m));
+    (torch::mse_loss(x, part.targets[0]) / num_micro_batches).backward();
+    ++m;
+  }
+  DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = num_micro_batches}, [&](int number) {
+    Layer module(number);
+    return Stage(module.ptr()).compute("layer", [=](const Tensors& x, const StageContext& context) mutable {
+      return Tensors{module->forward(drop(x[0], context.stage, context.micro_batch))};
+    });
+  });
+  pipe->step(batch, squared_error());
+  for (const int stage : pipe->local_stages())
+    for (const auto& item : pipe->named_children()["stage" + std::to_string(stage)]->named_parameters())
+      EXPECT_LE(difference(item.value().grad(), model[stage]->named_parameters()[item.key()].grad()), 1e-12);
+}
+
+/// The others report what they saw; the test that launches this reads it.
+TEST(Rank, OneIsKilledInTheMiddleOfAStep) {
+  const auto comm = connect("killed");
+  const Batch batch = random_batch(16, 3);
+  bool armed = false;
+  DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = 8}, [&](int number) {
+    const Piece piece = layer(number);
+    return Stage(piece.module).compute("piece", [&, piece](const Tensors& x, const StageContext& context) {
+      if (armed && comm->rank() == 2 && context.micro_batch == 5) std::raise(SIGKILL);
+      return piece.forward(x);
+    });
+  });
+  pipe->step(batch, squared_error());
+  std::vector<at::Tensor> gradients;
+  for (const auto& parameter : pipe->parameters()) gradients.push_back(parameter.grad().clone());
+  armed = true;
+  const auto begin = std::chrono::steady_clock::now();
+  const std::string message = message_of([&] { pipe->step(batch, squared_error()); });
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  std::size_t i = 0;
+  for (const auto& parameter : pipe->parameters()) EXPECT_TRUE(torch::equal(parameter.grad(), gradients[i++]));
+  EXPECT_THAT(message, ::testing::HasSubstr("rank 2"));
+  EXPECT_LT(seconds, 20);
+  if (!HasFailure()) std::cout << "survived: " << message << std::endl;
+}
+
+}  // namespace
+}  // namespace dualpipe::test
