@@ -48,7 +48,7 @@ T member(const json& object, const char* key, std::size_t event) {
   if constexpr (std::is_same_v<T, double>)
     fits = fits && found->is_number();
   else if constexpr (std::is_same_v<T, int>)
-    fits = fits && found->is_number_integer();
+    fits = fits && found->is_number_integer() && std::abs(found->template get<double>()) <= 1e9;  // get<int> would wrap
   else
     fits = fits && found->is_string();
   DUALPIPE_CHECK(fits, "trace event ", event, ": ", found == object.end() ? "lacks" : "has a wrong type for", " \"",

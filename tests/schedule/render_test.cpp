@@ -1,0 +1,188 @@
+#include "dualpipe/schedule/render.hpp"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstddef>
+#include <fstream>
+#include <limits>
+#include <regex>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "dualpipe/error.hpp"
+#include "dualpipe/schedule/generate.hpp"
+#include "dualpipe/schedule/simulate.hpp"
+
+namespace dualpipe {
+namespace {
+
+using testing::HasSubstr;
+using testing::Not;
+using testing::ThrowsMessage;
+
+Timeline timeline_of(const std::string& kind, int ranks, int micro_batches, const Costs& costs = {},
+                     Publish publish = Publish::early) {
+  return simulate(make_schedule({kind, ranks, micro_batches}), costs, publish).timeline;
+}
+
+std::string golden(const std::string& name) {
+  std::ifstream file(std::string(DUALPIPE_GOLDENS) + "/" + name);
+  EXPECT_TRUE(file.good()) << name;
+  std::ostringstream text;
+  text << file.rdbuf();
+  return std::move(text).str();
+}
+
+std::vector<std::string> lines(const std::string& text) {
+  std::vector<std::string> out;
+  std::istringstream in(text);
+  for (std::string line; std::getline(in, line);) out.push_back(line);
+  return out;
+}
+
+std::size_t count(const std::string& text, const std::string& what) {
+  std::size_t found = 0;
+  for (std::size_t at = text.find(what); at != std::string::npos; at = text.find(what, at + what.size())) ++found;
+  return found;
+}
+
+// Compared by eye with the figure of the DeepSeek-V3 report: 8 ranks, 10 micro-batches from each end.
+TEST(Ascii, TheFigureOfTheReport) {
+  EXPECT_EQ(to_ascii(timeline_of("dualpipe", 8, 20, {}, Publish::atomic)), golden("render_dualpipe_8x20_atomic.txt"));
+  EXPECT_EQ(to_ascii(timeline_of("dualpipe", 8, 20)), golden("render_dualpipe_8x20_early.txt"));
+}
+
+TEST(Ascii, SmallPictureWordForWord) {
+  EXPECT_EQ(to_ascii(timeline_of("1f1b", 2, 3)),
+            "time    0         5         10\n"
+            "rank 0  0 1 ..[0 ]2 [1 ]..[2 ]\n"
+            "rank 1  ..0 [0 ]1 [1 ]2 [2 ]..\n"
+            "        0  forward   [0 ] backward   ... idle\n"
+            "        micro-batches 0-2 enter at rank 0\n");
+}
+
+TEST(Ascii, NumbersAreDecimalWhereLettersDoNotSuffice) {
+  const std::string picture = to_ascii(timeline_of("dualpipe", 2, 120));
+  EXPECT_THAT(picture, HasSubstr("{59&118    }"));
+  EXPECT_THAT(picture, HasSubstr("micro-batches 0-59 enter at rank 0, 60-119 enter at rank 1\n"));
+  EXPECT_THAT(to_ascii(timeline_of("dualpipe", 2, 36)), HasSubstr("a = 10 ... z = 35\n"));
+}
+
+TEST(Ascii, EveryStepIsAsWideAsItIsLong) {
+  // Three columns for the shortest step, which costs 1.
+  const Costs costs{.forward = 1, .backward = 2.5, .weight = 1.5, .pair = 3, .send = 0.25};
+  for (const std::string& kind : schedule_kinds()) {
+    const Timeline timeline = timeline_of(kind, 4, 40, costs);
+    const std::vector<std::string> picture = lines(to_ascii(timeline));
+    const std::size_t end = 8 + static_cast<std::size_t>(report(timeline).makespan * 3);
+    for (int rank = 0; rank < 4; ++rank) {
+      const std::string row =
+          picture[static_cast<std::size_t>(rank) + 1] + std::string(2, ' ');  // a last forward may end in spaces
+      EXPECT_NEAR(static_cast<double>(row.size()), static_cast<double>(end), 3) << kind;
+      for (const Interval& interval : timeline.intervals) {
+        if (interval.rank != rank || interval.lane != Lane::compute || interval.step.op.pass != Pass::Forward) continue;
+        const std::size_t at =
+            8 + static_cast<std::size_t>(interval.begin * 3 + 0.5) + (interval.step.overlapped ? 1 : 0);
+        const std::string number = std::to_string(interval.step.op.micro_batch);
+        EXPECT_EQ(row.substr(at, number.size()), number) << kind << " " << to_string(interval.step) << "\n" << row;
+      }
+    }
+  }
+}
+
+TEST(Ascii, ColorAddsOnlyColor) {
+  const Timeline timeline = timeline_of("dualpipe", 4, 8);
+  const std::string plain = to_ascii(timeline);
+  EXPECT_THAT(plain, Not(HasSubstr("\x1b")));
+  const std::vector<std::string> colored =
+      lines(std::regex_replace(to_ascii(timeline, true), std::regex("\x1b\\[[0-9;]*m"), ""));
+  const std::vector<std::string> expected = lines(plain);
+  for (std::size_t i = 0; i < 5; ++i) EXPECT_EQ(colored[i].substr(0, expected[i].size()), expected[i]);
+  EXPECT_EQ(colored.back(), "        dark: entered at rank 0, light: entered at rank 3");
+  // The two directions of a pass differ.
+  EXPECT_THAT(to_ascii(timeline, true), testing::AllOf(HasSubstr("48;5;75m0 "), HasSubstr("48;5;153m4 ")));
+}
+
+TEST(Ascii, MeasuredTimelines) {
+  // Uneven, in seconds, and with a step so short that it cannot be shown.
+  Timeline timeline{.name = "measured", .num_ranks = 1, .seconds_per_unit = 1, .intervals = {}};
+  timeline.intervals = {{0, Lane::compute, parse_step("0F0"), 100.0, 100.011},
+                        {0, Lane::compute, parse_step("0B0"), 100.0131, 100.0333},
+                        {0, Lane::compute, parse_step("0F1"), 100.0333, 100.0333}};
+  const std::vector<std::string> picture = lines(to_ascii(timeline));
+  EXPECT_EQ(picture[1], "rank 0  0 [0 ]");
+  EXPECT_EQ(lines(to_ascii({}))[0], "time    0");
+}
+
+TEST(Ascii, RefusesTimelinesThatAreNotSound) {
+  Timeline timeline = timeline_of("1f1b", 2, 4);
+  timeline.intervals[0].end = std::numeric_limits<double>::infinity();
+  EXPECT_THAT([&] { to_ascii(timeline); },
+              ThrowsMessage<InvalidArgument>(HasSubstr("0F0 of rank 0 lasts from 0 to inf")));
+  timeline.intervals[0].end = -1;
+  EXPECT_THAT([&] { to_svg({timeline}); }, ThrowsMessage<InvalidArgument>(HasSubstr("from 0 to -1")));
+  timeline.intervals[0] = {5, Lane::send, {}, 0, 1};
+  EXPECT_THAT([&] { to_svg({timeline}); },
+              ThrowsMessage<InvalidArgument>(HasSubstr("rank 5 in a timeline of 2 ranks")));
+}
+
+/// Tags open and close properly, which is what a picture of ours can get wrong.
+void expect_well_formed(const std::string& xml) {
+  std::vector<std::string> open;
+  const std::regex tag("<(/?)([a-z]+)((?: [a-zA-Z0-9-]+=\"[^\"<]*\")*)(/?)>");
+  std::size_t tags = 0;
+  for (std::sregex_iterator it(xml.begin(), xml.end(), tag), end; it != end; ++it, ++tags) {
+    if ((*it)[1].length() > 0) {
+      ASSERT_FALSE(open.empty());
+      ASSERT_EQ(open.back(), (*it)[2]);
+      open.pop_back();
+    } else if ((*it)[4].length() == 0) {
+      open.push_back((*it)[2]);
+    }
+  }
+  EXPECT_TRUE(open.empty());
+  EXPECT_EQ(tags, count(xml, "<"));  // each of them was one of these
+}
+
+TEST(Svg, SmallPictureWordForWord) {
+  EXPECT_EQ(to_svg({timeline_of("dualpipe", 2, 2, {.send = 0.25})}), golden("render_dualpipe_2x2.svg"));
+}
+
+TEST(Svg, HoldsEveryStepOnceAndAFramePerPair) {
+  for (const std::string& kind : schedule_kinds()) {
+    const Timeline timeline = timeline_of(kind, 4, 8);
+    const std::string svg = to_svg({timeline});
+    expect_well_formed(svg);
+    std::size_t pairs = 0;
+    for (const Interval& interval : timeline.intervals) {
+      pairs += interval.step.overlapped.has_value();
+      EXPECT_EQ(count(svg, "<title>" + to_string(interval.step) + ","), 1U) << kind;
+    }
+    EXPECT_EQ(count(svg, "stroke=\"#222222\" stroke-width"), pairs) << kind;
+    for (int rank = 0; rank < 4; ++rank) EXPECT_EQ(count(svg, ">rank " + std::to_string(rank) + "<"), 1U);
+  }
+}
+
+TEST(Svg, StacksTimelinesOfDifferentUnits) {
+  const Timeline predicted = timeline_of("dualpipev", 2, 4);
+  Timeline measured = predicted;
+  measured.name = "<measured> & \"quoted\"";
+  measured.seconds_per_unit = 1;
+  for (Interval& interval : measured.intervals) interval.begin *= 0.01, interval.end *= 0.01;
+  const std::string svg = to_svg({predicted, measured});
+  expect_well_formed(svg);
+  EXPECT_THAT(svg, HasSubstr("&lt;measured&gt; &amp; &quot;quoted&quot;: 2 ranks, 4 micro-batches, makespan 0."));
+  EXPECT_EQ(count(svg, "<title>0F0, 0 to 1</title>"), 1U);
+  EXPECT_EQ(count(svg, "<title>0F0, 0 to 0.01 s</title>"), 1U);
+  // Scaled to its own makespan: the same rectangle, further down.
+  const std::regex rectangle("<title>0F0,[^\n]*\n<rect x=\"([0-9.]+)\" y=\"[0-9.]+\" width=\"([0-9.]+)\"");
+  std::sregex_iterator first(svg.begin(), svg.end(), rectangle), second = std::next(first);
+  EXPECT_EQ((*first)[1], (*second)[1]);
+  EXPECT_EQ((*first)[2], (*second)[2]);
+  EXPECT_THAT([] { to_svg({}); }, ThrowsMessage<InvalidArgument>(HasSubstr("at least one timeline")));
+}
+
+}  // namespace
+}  // namespace dualpipe

@@ -1,0 +1,258 @@
+#include "dualpipe/schedule/simulate.hpp"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <chrono>
+#include <limits>
+#include <map>
+#include <random>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "dualpipe/error.hpp"
+#include "dualpipe/schedule/generate.hpp"
+#include "reference.hpp"
+
+namespace dualpipe {
+namespace {
+
+using testing::HasSubstr;
+using testing::ThrowsMessage;
+
+double makespan(const Schedule& schedule, const Costs& costs, Publish publish) {
+  return report(simulate(schedule, costs, publish).timeline).makespan;
+}
+
+double worst_bubble(const Report& report) {
+  double worst = 0;
+  for (const RankReport& rank : report.ranks) worst = std::max(worst, rank.bubble);
+  return worst;
+}
+
+int peak_activations(const Schedule& schedule) {
+  int peak = 0;
+  for (const RankReport& rank : report(simulate(schedule).timeline).ranks) peak = std::max(peak, rank.peak_activations);
+  return peak;
+}
+
+// Modelled with an independent program.
+TEST(Simulate, PublishedNumbers) {
+  struct Row {
+    int ranks, micro_batches;
+    double send, atomic, early;
+  };
+  for (const Row& row : {Row{8, 20, 0, 66, 63}, Row{8, 20, 0.1, 68.6, 64.5}, Row{8, 20, 0.2, 71.2, 66},
+                         Row{16, 64, 0, 206, 199}, Row{16, 64, 0.1, 214.1, 202.5}}) {
+    const Schedule schedule = make_schedule({"dualpipe", row.ranks, row.micro_batches});
+    EXPECT_NEAR(makespan(schedule, {.send = row.send}, Publish::atomic), row.atomic, 1e-9);
+    EXPECT_NEAR(makespan(schedule, {.send = row.send}, Publish::early), row.early, 1e-9);
+  }
+}
+
+TEST(Simulate, ClosedFormsHoldForManySizes) {
+  for (int ranks = 2; ranks <= 16; ranks += 2)
+    for (const int micro_batches : {2 * ranks, 2 * ranks + 2, 3 * ranks, 5 * ranks})
+      for (const double weight : {0.5, 0.75, 1.0})
+        for (const double saved : {0.0, 0.1, 0.3}) {  // by overlapping, of F + B
+          SCOPED_TRACE(detail::str(ranks, " ranks, ", micro_batches, " micro-batches, W ", weight, ", saved ", saved));
+          const Schedule schedule = make_schedule({"dualpipe", ranks, micro_batches});
+          // F = B - W >= W and no loss by overlapping: there the published bubble is exact.
+          const Costs costs{.forward = 1, .backward = 1 + weight, .weight = weight, .pair = (2 + weight) * (1 - saved)};
+          const Report atomic = report(simulate(schedule, costs, Publish::atomic).timeline);
+          EXPECT_NEAR(worst_bubble(atomic), (ranks / 2 - 1) * (costs.pair + costs.backward - 3 * costs.weight), 1e-9);
+        }
+}
+
+TEST(Simulate, EarlyPublicationReachesTheLowerBound) {
+  for (int ranks = 2; ranks <= 16; ranks += 2)
+    for (const int micro_batches : {2 * ranks, 2 * ranks + 2, 3 * ranks, 5 * ranks}) {
+      SCOPED_TRACE(detail::str(ranks, " ranks, ", micro_batches, " micro-batches"));
+      const Schedule schedule = make_schedule({"dualpipe", ranks, micro_batches});
+      EXPECT_NEAR(makespan(schedule, {}, Publish::early), micro_batches * 3 + (ranks / 2 - 1), 1e-9);
+    }
+}
+
+TEST(Simulate, AtomicAgreesWithTheReferenceForEveryKind) {
+  std::mt19937 random(20240917);
+  std::uniform_real_distribution<double> cost(0.2, 2.0);
+  for (const std::string& kind : schedule_kinds())
+    for (int trial = 0; trial < 20; ++trial) {
+      const int ranks = 2 * (1 + trial % 4);
+      const Schedule schedule = make_schedule({kind, ranks, 2 * ranks + 2 * (trial % 3) * ranks});
+      const double forward = cost(random), weight = cost(random), backward = weight + cost(random);
+      const double pair = std::max(weight, forward + backward - cost(random) / 2);
+      SCOPED_TRACE(detail::str(kind, " seed 20240917 trial ", trial, " ranks ", ranks));
+      const auto expected = reference::makespan(schedule, {forward, backward, weight, pair});
+      ASSERT_TRUE(expected.has_value());
+      const Report result =
+          report(simulate(schedule, {.forward = forward, .backward = backward, .weight = weight, .pair = pair},
+                          Publish::atomic)
+                     .timeline);
+      EXPECT_NEAR(result.makespan, *expected, 1e-9);
+      for (std::size_t rank = 0; rank < schedule.ranks.size(); ++rank) {
+        double busy = 0;
+        for (const Step& step : schedule.ranks[rank])
+          busy += reference::Costs{forward, backward, weight, pair}.of(step);
+        EXPECT_NEAR(result.ranks[rank].busy, busy, 1e-9);
+        EXPECT_NEAR(result.ranks[rank].bubble, *expected - busy, 1e-9);
+      }
+    }
+}
+
+TEST(Simulate, EarlyIsNeverLaterThanAtomic) {
+  for (const std::string& kind : schedule_kinds()) {
+    const Schedule schedule = make_schedule({kind, 4, 16});
+    for (const double send : {0.0, 0.1, 0.7})
+      EXPECT_LE(makespan(schedule, {.send = send}, Publish::early),
+                makespan(schedule, {.send = send}, Publish::atomic) + 1e-9)
+          << kind;
+  }
+}
+
+TEST(Simulate, PeakActivationsDoNotDependOnMicroBatchesOrCosts) {
+  for (int ranks = 2; ranks <= 16; ranks += 2)
+    for (const int micro_batches : {2 * ranks, 4 * ranks}) {
+      SCOPED_TRACE(detail::str(ranks, " ranks, ", micro_batches, " micro-batches"));
+      EXPECT_EQ(peak_activations(make_schedule({"dualpipe", ranks, micro_batches})), ranks + 1);
+      EXPECT_EQ(peak_activations(make_schedule({"dualpipev", ranks, micro_batches})), 2 * ranks + 1);
+      EXPECT_EQ(peak_activations(make_schedule({"1f1b", ranks, micro_batches})), ranks);
+      EXPECT_EQ(peak_activations(make_schedule({"gpipe", ranks, micro_batches})), micro_batches);
+    }
+  const Costs nothing{.forward = 0, .backward = 0, .weight = 0, .pair = 0};
+  for (const RankReport& rank : report(simulate(make_schedule({"dualpipe", 8, 20}), nothing).timeline).ranks) {
+    EXPECT_EQ(rank.peak_activations, 9);
+    EXPECT_EQ(rank.bubble, 0);
+  }
+}
+
+TEST(Simulate, HandWrittenTimes) {
+  // Rank 0: stages 0 and 3, rank 1: stages 1 and 2, as V places them.
+  const Schedule schedule = from_csv("0F0,3F0,3B0,0B0\n1F0,2F0,2I0,1B0,2W0\n");
+  const Costs costs{.forward = 1, .backward = 3, .weight = 2, .pair = 9, .send = 0.5};
+  const Simulation early = simulate(schedule, costs, Publish::early);
+  std::map<std::string, std::pair<double, double>> at;
+  for (const Interval& interval : early.timeline.intervals)
+    if (interval.lane == Lane::compute) at[to_string(interval.step)] = {interval.begin, interval.end};
+  using Span = std::pair<double, double>;
+  EXPECT_EQ(at["0F0"], Span(0, 1));
+  EXPECT_EQ(at["1F0"], Span(1.5, 2.5));
+  EXPECT_EQ(at["2F0"], Span(2.5, 3.5));  // the turn stays on its rank
+  EXPECT_EQ(at["3F0"], Span(4, 5));
+  EXPECT_EQ(at["3B0"], Span(5, 8));
+  EXPECT_EQ(at["2I0"], Span(6.5, 7.5));  // 3B0 publishes at 6
+  EXPECT_EQ(at["1B0"], Span(7.5, 10.5));
+  EXPECT_EQ(at["2W0"], Span(10.5, 12.5));
+  EXPECT_EQ(at["0B0"], Span(9, 12));  // 1B0 publishes at 8.5
+
+  ASSERT_EQ(early.transfers.size(), 4U);
+  EXPECT_EQ(early.transfers[2].transfer, (Transfer{Payload::gradient, 3, 0, 0, 1}));
+  EXPECT_EQ(early.transfers[2].ready, 6);
+  EXPECT_EQ(early.transfers[2].arrival, 6.5);
+  EXPECT_EQ(to_string(early.transfers[2].transfer), "3I0 from rank 0 to rank 1");
+
+  std::vector<Interval> lanes;
+  for (const Interval& interval : early.timeline.intervals)
+    if (interval.lane != Lane::compute) lanes.push_back(interval);
+  ASSERT_EQ(lanes.size(), 8U);
+  EXPECT_EQ(lanes[4], (Interval{0, Lane::send, {{Pass::BackwardInput, 3, 0}, {}}, 6, 6.5}));
+  EXPECT_EQ(lanes[5], (Interval{1, Lane::receive, {{Pass::BackwardInput, 3, 0}, {}}, 6, 6.5}));
+
+  EXPECT_EQ(simulate(schedule, costs, Publish::atomic).transfers[2].ready, 8);
+}
+
+TEST(Simulate, APairPublishesBothBeforeItsWeightPart) {
+  // The pair of rank 1 hands 1F1's output to rank 2 and 1B0's gradient to rank 0.
+  const Schedule schedule = from_csv("0F0,0F1,0B0,0B1\n1F0,(1F1;1B0)OVERLAP_F_B,1B1\n2F0,2B0,2F1,2B1\n");
+  const Simulation result = simulate(schedule, {.forward = 1, .backward = 2, .weight = 0.5, .pair = 2.5});
+  double begin = -1;
+  for (const Interval& interval : result.timeline.intervals)
+    if (interval.step.overlapped) begin = interval.begin;
+  EXPECT_EQ(begin, 4.5);  // 2B0 runs from 3 to 5
+  for (const TimedTransfer& timed : result.transfers)
+    if (timed.transfer.stage == 1 &&
+        timed.transfer.micro_batch == (timed.transfer.payload == Payload::activation ? 1 : 0)) {
+      EXPECT_EQ(timed.ready, 6.5) << to_string(timed.transfer);
+    }
+}
+
+TEST(Simulate, APairWithAnInputPartCostsNoWeightPart) {
+  const Schedule schedule = from_csv("0F0,(0F1;0I0)OVERLAP_F_B,0W0,0B1\n");
+  EXPECT_EQ(makespan(schedule, {.forward = 1, .backward = 2, .weight = 0.5, .pair = 2.5}, Publish::early),
+            1 + 2 + 0.5 + 2);
+}
+
+TEST(Simulate, TransfersComeAfterThoseThatTheyDependOnEvenWithoutCosts) {
+  const Costs nothing{.forward = 0, .backward = 0, .weight = 0, .pair = 0};
+  for (const std::string& kind : schedule_kinds()) {
+    const Simulation result = simulate(make_schedule({kind, 4, 12}), nothing);
+    std::map<std::tuple<Payload, int, int>, std::size_t> position;
+    for (std::size_t i = 0; i < result.transfers.size(); ++i) {
+      const Transfer& transfer = result.transfers[i].transfer;
+      position[{transfer.payload, transfer.stage, transfer.micro_batch}] = i;
+    }
+    for (const auto& [key, at] : position) {
+      const auto& [payload, stage, micro_batch] = key;
+      const auto before = position.find({payload, payload == Payload::activation ? stage - 1 : stage + 1, micro_batch});
+      if (before != position.end()) {
+        EXPECT_LT(before->second, at) << kind;
+      }
+    }
+  }
+}
+
+TEST(Simulate, TakesForwardOnlySchedules) {
+  for (const std::string& kind : schedule_kinds()) {
+    const Schedule schedule = forward_only(make_schedule({kind, 4, 12}), 5);
+    const Simulation result = simulate(schedule);
+    int forwards = 0;
+    for (const Interval& interval : result.timeline.intervals) forwards += interval.step.op.pass == Pass::Forward;
+    EXPECT_EQ(forwards, schedule.num_stages * 5) << kind;
+    for (const TimedTransfer& timed : result.transfers) EXPECT_EQ(timed.transfer.payload, Payload::activation);
+  }
+}
+
+TEST(Simulate, RefusesImpossibleCosts) {
+  const Schedule schedule = make_schedule({"1f1b", 2, 4});
+  const auto with = [&](const Costs& costs) { return [&schedule, costs] { simulate(schedule, costs); }; };
+  EXPECT_THAT(with({.forward = -1}),
+              ThrowsMessage<InvalidArgument>(HasSubstr("forward must be finite and not negative, got -1")));
+  EXPECT_THAT(with({.send = std::numeric_limits<double>::quiet_NaN()}),
+              ThrowsMessage<InvalidArgument>(HasSubstr("send")));
+  EXPECT_THAT(with({.pair = std::numeric_limits<double>::infinity()}),
+              ThrowsMessage<InvalidArgument>(HasSubstr("pair")));
+  EXPECT_THAT(with({.backward = 1, .weight = 1.5}),
+              ThrowsMessage<InvalidArgument>(HasSubstr("costs 1.5 and the backward only 1")));
+  EXPECT_THAT(with({.pair = 0.5}), ThrowsMessage<InvalidArgument>(HasSubstr("the pair only 0.5")));
+}
+
+TEST(Simulate, RefusesSchedulesThatCannotRun) {
+  const auto of = [](const char* csv) { return [csv] { simulate(from_csv(csv)); }; };
+  EXPECT_THAT(
+      of("0F0,0B0,0F1,0B1\n1F0,1F1,1B1,1B0\n"),
+      ThrowsMessage<InvalidArgument>(HasSubstr("rank 1 at step 1, 1F1, waits for the result of 0F1 from rank 0")));
+  EXPECT_THAT(of("0F0,0F1,0B0\n1F0,1B0\n"),
+              ThrowsMessage<InvalidArgument>(HasSubstr("3 forwards, but 2 stages with 2")));
+  EXPECT_THAT(of("0F0,0F0,0B0\n1F1,1B0\n"), ThrowsMessage<InvalidArgument>(HasSubstr("forwards")));
+  EXPECT_THAT(of("0B0,0F0\n"), ThrowsMessage<InvalidArgument>(HasSubstr("its forward is not before it on this rank")));
+  EXPECT_THAT(of("0F0,0W0,0I0\n"),
+              ThrowsMessage<InvalidArgument>(HasSubstr("its backward for the input is not before it")));
+  EXPECT_THAT(of("0F0,0B0,0I0\n"), ThrowsMessage<InvalidArgument>(HasSubstr("has a backward at step 1 already")));
+  EXPECT_THAT(of("0F0,0B0,1F0\n1B0\n"), ThrowsMessage<InvalidArgument>(HasSubstr("rank 1, step 0 (1B0)")));
+  EXPECT_THAT([] { simulate(Schedule{}); }, ThrowsMessage<InvalidArgument>(HasSubstr("at least one stage")));
+  // Numbers that would need tables of billions of entries.
+  Schedule huge{.name = "huge", .num_stages = 2000000000, .num_micro_batches = 2000000000, .ranks = {{Step{}}}};
+  EXPECT_THAT([&] { simulate(huge); }, ThrowsMessage<InvalidArgument>(HasSubstr("1 forwards")));
+}
+
+TEST(Simulate, IsLinearInTheNumberOfOps) {
+  const Schedule schedule = make_schedule({"dualpipe", 128, 2048});
+  const auto start = std::chrono::steady_clock::now();
+  EXPECT_NEAR(makespan(schedule, {}, Publish::early), 2048 * 3 + 63, 1e-6);
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
+}
+
+}  // namespace
+}  // namespace dualpipe
