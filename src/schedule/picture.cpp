@@ -22,8 +22,8 @@ Picture::Picture(const Timeline& timeline) : steps(static_cast<std::size_t>(std:
     begin = std::min(begin, interval.begin);
     end = std::max(end, interval.end);
     const auto see = [&](const Op& op) {
-      num_micro_batches = std::max(num_micro_batches, op.micro_batch + 1);
-      num_stages = std::max(num_stages, op.stage + 1);
+      num_micro_batches = std::max(num_micro_batches, std::int64_t{op.micro_batch} + 1);
+      num_stages = std::max(num_stages, std::int64_t{op.stage} + 1);
       second_halves = second_halves || second_half(interval.rank, op);
     };
     see(interval.step.op);

@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <map>
 #include <string>
 #include <utility>
@@ -65,7 +66,7 @@ class Line {
 /// Micro-batches are written in one character where 0-9 and a-z are enough for all of them, else in decimal.
 class Symbols {
  public:
-  explicit Symbols(int num_micro_batches)
+  explicit Symbols(std::int64_t num_micro_batches)
       : letters_(num_micro_batches <= 36), width_(letters_ ? 1 : std::to_string(num_micro_batches - 1).size()) {}
 
   std::size_t width() const { return width_; }
@@ -145,9 +146,10 @@ std::string entrances(const Picture& picture, const Symbols& symbol) {
   }
   if (symbol.letters() && picture.num_micro_batches > 10)
     out += detail::str(out.empty() ? "" : "; ", "a = 10",
-                       picture.num_micro_batches > 11 ? detail::str(" ... ", symbol(picture.num_micro_batches - 1),
-                                                                    " = ", picture.num_micro_batches - 1)
-                                                      : "");
+                       picture.num_micro_batches > 11
+                           ? detail::str(" ... ", symbol(static_cast<int>(picture.num_micro_batches - 1)), " = ",
+                                         picture.num_micro_batches - 1)
+                           : "");
   return out;
 }
 
@@ -193,12 +195,14 @@ std::string to_ascii(const Timeline& timeline, bool color) {
   };
 
   std::string out;
+  const bool seconds = timeline.seconds_per_unit != 0;
+  const double shown = seconds ? timeline.seconds_per_unit : 1;  // of one unit
+  const double tick = detail::round_step(10 / columns_per_time * shown);
   Line axis;
-  axis.text("time");
-  const double tick = detail::round_step(10 / columns_per_time);
-  for (int i = 0; picture.begin + i * tick <= picture.end + tick / 1000; ++i) {
-    if (column(picture.begin + i * tick) < axis.size() + (i > 0 ? 1 : 0)) continue;
-    axis.pad_to(column(picture.begin + i * tick)).text(detail::number(i * tick));
+  axis.text(seconds ? "time/s" : "time");
+  for (int i = 0; i * tick <= (picture.end - picture.begin) * shown * (1 + 1e-9); ++i) {
+    const std::size_t at = column(picture.begin + i * tick / shown);
+    if (at > axis.size()) axis.pad_to(at).text(detail::number(i * tick));
   }
   out += axis.str(color);
 

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -233,7 +234,8 @@ std::string to_svg(const std::vector<Timeline>& timelines) {
   int num_ranks = 0;
   for (std::size_t i = 0; i < timelines.size(); ++i) {
     const double length = pictures[i].end - pictures[i].begin;
-    const auto digits = static_cast<double>(std::to_string(std::max(0, pictures[i].num_micro_batches - 1)).size());
+    const auto digits =
+        static_cast<double>(std::to_string(std::max(std::int64_t{0}, pictures[i].num_micro_batches - 1)).size());
     width = std::max(width, length / pictures[i].unit * (digit_width * digits + 3));
     longest = std::max(longest, length);
     one_unit = one_unit && timelines[i].seconds_per_unit == timelines.front().seconds_per_unit;

@@ -112,8 +112,13 @@ TEST(Ascii, MeasuredTimelines) {
                         {0, Lane::compute, parse_step("0B0"), 100.0131, 100.0333},
                         {0, Lane::compute, parse_step("0F1"), 100.0333, 100.0333}};
   const std::vector<std::string> picture = lines(to_ascii(timeline));
+  EXPECT_EQ(picture[0], "time/s  0");
   EXPECT_EQ(picture[1], "rank 0  0 [0 ]");
   EXPECT_EQ(lines(to_ascii({}))[0], "time    0");
+  // The largest numbers that an op can have.
+  timeline.intervals[0].step = parse_step("2147483647F2147483647");
+  EXPECT_THAT(to_ascii(timeline), HasSubstr("2147483647 ..[0 "));
+  EXPECT_THAT(to_svg({timeline}), HasSubstr("2147483648 micro-batches"));
 }
 
 TEST(Ascii, RefusesTimelinesThatAreNotSound) {
