@@ -6,7 +6,6 @@
 #include <asio/io_context.hpp>
 #include <atomic>
 #include <csignal>
-#include <optional>
 #include <thread>
 #include <utility>
 
@@ -29,8 +28,8 @@ class SocketFabric final : public Fabric, public LinkOwner {
   SocketFabric(const World& world, const ConnectOptions& options, Rendezvous::Clock::time_point deadline, Route route)
       : Fabric(world.rank, world.size, options.timeout, options.epoch), links_(static_cast<std::size_t>(world.size)) {
     if (world.size == 1) return;
-    rendezvous_.emplace(world, options, deadline);
-    for (Connection& connection : connect_mesh(io_, world, *rendezvous_, options.epoch, deadline, route)) {
+    Rendezvous rendezvous(world, options, deadline);
+    for (Connection& connection : connect_mesh(io_, world, rendezvous, options.epoch, deadline, route)) {
       if (connection.peer == world.rank) continue;
       auto& link = links_[static_cast<std::size_t>(connection.peer)];
       link = std::make_shared<Link>(std::move(connection), *this);
@@ -138,8 +137,6 @@ class SocketFabric final : public Fabric, public LinkOwner {
   }
 
   asio::io_context io_{1};
-  std::optional<Rendezvous>
-      rendezvous_;  // rank 0's keeps serving the store, where other communicators of this name's later epochs meet
   std::vector<std::shared_ptr<Link>> links_;
   std::atomic<bool> failed_{false};
   mutable std::atomic<int> waiting_{0};

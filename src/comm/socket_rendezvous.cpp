@@ -6,6 +6,8 @@
 #include <asio/connect.hpp>
 #include <asio/ip/tcp.hpp>
 #include <exception>
+#include <map>
+#include <mutex>
 #include <thread>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
@@ -28,17 +30,29 @@ std::chrono::milliseconds remaining(Rendezvous::Clock::time_point deadline) {
   return std::max<std::chrono::milliseconds>(left, 1ms);
 }
 
+std::string name_of(const std::string& key, int rank) { return str(key, "/", rank); }
+
+/// Until the process ends, as a port belongs to the process and not to a communicator: ranks meet there again under
+/// other names and for later epochs, and those who come early must not find a server that is about to close.
+void keep_serving(int port, c10::intrusive_ptr<c10d::Store> store) {
+  static std::mutex mutex;
+  static auto* const stores =
+      new std::map<int, c10::intrusive_ptr<c10d::Store>>;  // never destroyed: c10d's own statics may go first
+  const std::lock_guard lock(mutex);
+  stores->emplace(port, std::move(store));
+}
+
 }  // namespace
 
 Rendezvous::Rendezvous(const World& world, const ConnectOptions& options, Clock::time_point deadline)
     : world_(world),
       options_(options),
       deadline_(deadline),
-      prefix_(str("dualpipe/", world.run_id, "/", options.name, "/", options.epoch)),
-      store_(open()) {}
+      store_(c10::make_intrusive<c10d::PrefixStore>(
+          str("dualpipe/", world.run_id, "/", options.name, "/", options.epoch), open())) {}
 
-c10::intrusive_ptr<c10d::Store> Rendezvous::open() {
-  if (options_.store) return c10::make_intrusive<c10d::PrefixStore>(prefix_, options_.store);
+c10::intrusive_ptr<c10d::Store> Rendezvous::open() const {
+  if (options_.store) return options_.store;
   c10d::TCPStoreOptions settings;
   settings.port = static_cast<std::uint16_t>(world_.master_port);
   settings.isServer = world_.rank == 0 && !world_.launcher_hosts_store;
@@ -50,8 +64,9 @@ c10::intrusive_ptr<c10d::Store> Rendezvous::open() {
     if (!settings.isServer) await_server();
     settings.timeout = remaining(deadline_);
     try {
-      return c10::make_intrusive<c10d::PrefixStore>(
-          prefix_, c10::make_intrusive<c10d::TCPStore>(world_.master_address, settings));
+      auto store = c10::make_intrusive<c10d::TCPStore>(world_.master_address, settings);
+      if (settings.isServer) keep_serving(world_.master_port, store);
+      return store;
     } catch (const std::exception& error) {
       problem = text_of(error);
     }
@@ -89,31 +104,16 @@ void Rendezvous::await_server() const {
 }
 
 template <class Action>
-auto Rendezvous::with_store(const Action& action) {
-  for (;;) {
-    try {
-      return action(*store_);
-    } catch (const std::exception& error) {
-      if (options_.store || Clock::now() >= deadline_)
-        throw CommError(0, "rendezvous", str("rank ", world_.rank, ": the store failed: ", text_of(error)));
-    }
-    // Rank 0 serves the store while it has a communicator. Going from one epoch to the next it may close and serve
-    // again.
-    std::this_thread::sleep_for(kPollLast);
-    store_ = open();
-    try {
-      for (const auto& [key, value] : published_) store_->set(key, value);
-    } catch (const std::exception&) {
-      // The action will find out.
-    }
+auto Rendezvous::with_store(const Action& action) const {
+  try {
+    return action(*store_);
+  } catch (const std::exception& error) {
+    throw CommError(0, "rendezvous", str("rank ", world_.rank, ": the store failed: ", text_of(error)));
   }
 }
 
-std::string Rendezvous::name_of(const std::string& key, int rank) const { return str(key, "/", rank); }
-
 void Rendezvous::publish(const std::string& key, const std::string& value) {
-  published_.emplace_back(name_of(key, world_.rank), value);
-  with_store([&](c10d::Store& store) { return store.set(published_.back().first, value); });
+  with_store([&](c10d::Store& store) { store.set(name_of(key, world_.rank), value); });
 }
 
 std::vector<std::string> Rendezvous::collect(const std::string& key, const std::vector<int>& ranks) {

@@ -9,7 +9,8 @@
 
 namespace dualpipe::detail {
 
-/// What the ranks tell each other before they are connected, kept in a c10d store.
+/// What the ranks tell each other before they are connected, kept in a c10d store. Refers to the arguments of its
+/// constructor.
 class Rendezvous {
  public:
   using Clock = std::chrono::steady_clock;
@@ -23,19 +24,16 @@ class Rendezvous {
   std::vector<std::string> collect(const std::string& key, const std::vector<int>& ranks);
 
  private:
-  c10::intrusive_ptr<c10d::Store> open();
+  c10::intrusive_ptr<c10d::Store> open() const;
   void await_server() const;
-  /// Runs `action` on the store, once more where our own store's server has meanwhile been replaced by another epoch's.
+  /// Runs `action` on the store; what it throws becomes a CommError.
   template <class Action>
-  auto with_store(const Action& action);
-  std::string name_of(const std::string& key, int rank) const;
+  auto with_store(const Action& action) const;
 
-  const World world_;
-  const ConnectOptions options_;
+  const World& world_;
+  const ConnectOptions& options_;
   const Clock::time_point deadline_;
-  std::string prefix_;
-  c10::intrusive_ptr<c10d::Store> store_;
-  std::vector<std::pair<std::string, std::string>> published_;
+  const c10::intrusive_ptr<c10d::Store> store_;
 };
 
 }  // namespace dualpipe::detail

@@ -14,12 +14,18 @@ namespace dualpipe {
 struct ConnectOptions {
   std::string name = "dualpipe";  ///< tells communicators of one run apart; the same on all ranks
   int epoch = 0;                  ///< raise it to connect again after a failure
-  std::chrono::milliseconds timeout = std::chrono::minutes(5);  ///< longest wait of one operation, the rendezvous included
-  c10::intrusive_ptr<c10d::Store> store;  ///< none: a TCPStore at the world's master address, hosted by rank 0 unless the launcher hosts one
+  std::chrono::milliseconds timeout = std::chrono::minutes(5);  ///< longest wait of one operation, connecting included
+  /// Where the ranks find each other. None: a TCPStore at the world's master address, served by rank 0 until its process
+  /// ends, unless the launcher serves one.
+  c10::intrusive_ptr<c10d::Store> store = {};
 };
 
-/// Connects the processes of `world` with each other: Unix domain sockets within a host, TCP across hosts. One I/O thread per process moves
-/// the bytes; no user code runs on it.
+/// Connects the processes of `world` with each other: Unix domain sockets within a host, TCP across hosts. One I/O
+/// thread per call moves the bytes; no user code runs on it. Tensors are on the CPU. Collective over the world; a
+/// program may connect several times, at the same time under different names, one after the other with rising epochs.
+///
+/// Beyond the communicator's contract: a process that is killed ends the operations of all others at once, with its
+/// rank as the origin; one that hangs does when the timeout of an operation has passed.
 ///
 /// @throws InvalidArgument  no master port although there are several ranks.
 /// @throws CommError        a rank did not come within the timeout; the text names the missing ones.
