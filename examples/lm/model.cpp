@@ -3,6 +3,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -15,6 +16,7 @@ namespace lm {
 namespace {
 
 constexpr std::int64_t kBytes = 256;
+constexpr std::int64_t kNearBytes = 4;
 
 /// Normal weights of standard deviation gain / sqrt(fan_in), zero bias.
 torch::nn::Linear linear(std::int64_t in, std::int64_t out, double gain, at::Generator& random) {
@@ -27,17 +29,28 @@ torch::nn::Linear linear(std::int64_t in, std::int64_t out, double gain, at::Gen
 
 torch::nn::LayerNorm norm(std::int64_t width) { return torch::nn::LayerNorm(torch::nn::LayerNormOptions({width})); }
 
+/// The sum of what a byte and the few before it stand for, each by a table of its own. So the first block already sees
+/// short words, which a run of minutes would otherwise spend on learning to look them up.
 class EmbeddingImpl : public torch::nn::Module {
  public:
   EmbeddingImpl(const ModelSize& size, at::Generator random) : torch::nn::Module("Embedding") {
-    bytes_ = register_module("bytes", torch::nn::Embedding(kBytes, size.width));
-    torch::NoGradGuard no_grad;
-    bytes_->weight.normal_(0, 4 / std::sqrt(static_cast<double>(size.width)), random);
+    for (std::int64_t i = 0; i < kNearBytes; ++i) {
+      const auto table = register_module("bytes" + std::to_string(i), torch::nn::Embedding(kBytes, size.width));
+      torch::NoGradGuard no_grad;
+      table->weight.normal_(0, 4 / std::sqrt(static_cast<double>(size.width)), random);
+      tables_.push_back(table);
+    }
   }
-  torch::Tensor forward(const torch::Tensor& text) { return bytes_(text); }
+
+  torch::Tensor forward(const torch::Tensor& text) {
+    torch::Tensor sum = tables_[0](text);
+    for (std::int64_t back = 1; back < std::min(kNearBytes, text.size(1)); ++back)
+      sum = sum + torch::constant_pad_nd(tables_[back](text.narrow(1, 0, text.size(1) - back)), {0, 0, back, 0});
+    return sum;
+  }
 
  private:
-  torch::nn::Embedding bytes_{nullptr};
+  std::vector<torch::nn::Embedding> tables_;
 };
 TORCH_MODULE(Embedding);
 
@@ -130,14 +143,15 @@ std::vector<dualpipe::NamedLayer> layers_of(const ModelSize& size, std::uint64_t
 std::vector<double> layer_costs(const ModelSize& size) {
   const double width = size.width;
   std::vector<double> costs(static_cast<std::size_t>(size.layers) + 2, 12 * width * width + 2 * width * size.context);
-  costs.front() = width;
+  costs.front() = kNearBytes * width;
   costs.back() = width * kBytes;
   return costs;
 }
 
 std::int64_t parameter_count(const ModelSize& size) {
   const std::int64_t width = size.width;
-  return kBytes * width + size.layers * (12 * width * width + 13 * width) + 2 * width + (width + 1) * kBytes;
+  return kNearBytes * kBytes * width + size.layers * (12 * width * width + 13 * width) + 2 * width +
+         (width + 1) * kBytes;
 }
 
 }  // namespace lm

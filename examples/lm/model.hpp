@@ -13,7 +13,7 @@ struct ModelSize {
       14;  ///< transformer blocks; with the embedding and the head 16 layers, which 8 and 16 stages share evenly
   int width = 64;
   int heads = 4;
-  int context = 128;  ///< longest text the model sees at once, in bytes
+  int context = 64;  ///< longest text the model sees at once, in bytes
 };
 
 /// @throws dualpipe::InvalidArgument  a size below 1, or a width that the heads do not divide into even parts.

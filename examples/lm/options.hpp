@@ -17,10 +17,10 @@ struct Options {
   dualpipe::DualPipeOptions pipe{.num_micro_batches = 20};
   ModelSize model;
 
-  int steps = 400;
+  int steps = 600;
   double minutes = 2.5;  ///< 0: no limit
   int batch = 1;         ///< sequences in a micro-batch
-  double learning_rate = 6e-3;
+  double learning_rate = 5e-3;
   double warm_up = 0.05;  ///< share of the run in which the learning rate rises to its full value
   double weight_decay = 0.1;
   double clip = 1.0;
