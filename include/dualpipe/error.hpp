@@ -13,7 +13,8 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// The call itself is wrong: a value, a shape, a file, an environment variable. Nothing was sent; the caller can correct it and go on.
+/// The call itself is wrong: a value, a shape, a file, an environment variable. Nothing was sent; the caller can
+/// correct it and go on.
 class InvalidArgument : public Error {
  public:
   using Error::Error;
@@ -48,8 +49,8 @@ std::string str(const Parts&... parts) {
 }  // namespace dualpipe
 
 /// Throws InvalidArgument with the remaining arguments streamed together, unless `condition` holds.
-#define DUALPIPE_CHECK(condition, ...)                                      \
-  do {                                                                      \
-    if (!(condition)) [[unlikely]]                                          \
+#define DUALPIPE_CHECK(condition, ...)                                         \
+  do {                                                                         \
+    if (!(condition)) [[unlikely]]                                             \
       throw ::dualpipe::InvalidArgument(::dualpipe::detail::str(__VA_ARGS__)); \
   } while (false)

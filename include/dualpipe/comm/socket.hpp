@@ -15,8 +15,8 @@ struct ConnectOptions {
   std::string name = "dualpipe";  ///< tells communicators of one run apart; the same on all ranks
   int epoch = 0;                  ///< raise it to connect again after a failure
   std::chrono::milliseconds timeout = std::chrono::minutes(5);  ///< longest wait of one operation, connecting included
-  /// Where the ranks find each other. None: a TCPStore at the world's master address, served by rank 0 until its process
-  /// ends, unless the launcher serves one.
+  /// Where the ranks find each other. None: a TCPStore at the world's master address, served by rank 0 until its
+  /// process ends, unless the launcher serves one.
   c10::intrusive_ptr<c10d::Store> store = {};
 };
 
