@@ -1,0 +1,50 @@
+#pragma once
+
+#include <compare>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace dualpipe {
+
+/// One node's run within a step: forward, the input part of its backward (all of it where it is not split), or the
+/// weight part.
+enum class Side : char { forward = 'F', backward = 'B', weight = 'W' };
+struct Piece {
+  Side side = Side::forward;
+  int node = 0;  ///< of the forward's chain, or of the backward's
+  auto operator<=>(const Piece&) const = default;
+};
+
+/// In which order one host thread runs the forward of one micro-batch and the backward of another, so that the
+/// collectives of one hide under the compute of the other. Chains are given by their structure, one letter per node
+/// from first to last: 'C' computes, 'X' communicates, as in "CXCX" for attention, dispatch, MLP, combine. Either may
+/// be empty: a forward or a backward alone; weight parts then hide what the backward communicates.
+///
+/// Two chains "CXCX" run in the order of DeepSeek's published trace: combine-B, attention-F, MLP-B, dispatch-F,
+/// dispatch-B, MLP-W, MLP-F, attention-B, attention-W, combine-F. All others run by a rule that alternates between the
+/// sides, launches a collective as soon as its input is there, computes a weight part where both sides would wait, and
+/// does the weight parts that are left over last, so that results leave early; two single nodes give F, B, W. The rule
+/// looks at the structure only, with one fixed guess of how long nodes take, so every rank that runs the same pair
+/// launches its collectives in the same order.
+///
+/// @param weights  false: the weight parts come later, as an op of their own.
+/// @throws InvalidArgument  a letter other than C and X.
+std::vector<Piece> pair_order(std::string_view forward, std::string_view backward, bool weights = true);
+
+/// The same pieces as a host thread issues them: the order of compute pieces and that of collectives stay, but each
+/// collective moves to the earliest place where its input is there without waiting and those before it are launched. A
+/// trace shows when work ran; a host that is busy with a compute piece cannot launch anything until it ends.
+///
+/// @throws InvalidArgument  `order` is not one of these two chains.
+std::vector<Piece> launch_order(std::string_view forward, std::string_view backward, const std::vector<Piece>& order);
+
+/// "F0", "B3", "W2"
+std::string to_string(const Piece& piece);
+/// "combine-B, attention-F, …": with the names of the nodes, first to last.
+///
+/// @throws InvalidArgument  a piece of a node without a name.
+std::string to_string(const std::vector<Piece>& order, const std::vector<std::string>& forward_names,
+                      const std::vector<std::string>& backward_names);
+
+}  // namespace dualpipe

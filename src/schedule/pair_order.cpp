@@ -1,0 +1,179 @@
+#include "dualpipe/schedule/pair_order.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <deque>
+#include <limits>
+
+#include "dualpipe/error.hpp"
+
+namespace dualpipe {
+namespace {
+
+/// DeepSeek's trace of one layer of attention, dispatch, MLP and combine on both sides.
+constexpr std::string_view four_nodes = "CXCX";
+constexpr std::array<Piece, 10> four_node_order{{{Side::backward, 3},
+                                                 {Side::forward, 0},
+                                                 {Side::backward, 2},
+                                                 {Side::forward, 1},
+                                                 {Side::backward, 1},
+                                                 {Side::weight, 2},
+                                                 {Side::forward, 2},
+                                                 {Side::backward, 0},
+                                                 {Side::weight, 0},
+                                                 {Side::forward, 3}}};
+
+void check_structure(std::string_view structure) {
+  const std::size_t wrong = structure.find_first_not_of("CX");
+  DUALPIPE_CHECK(wrong == std::string_view::npos, "a chain is made of C (computes) and X (communicates), got \"",
+                 structure, "\"");
+}
+
+/// What the rule supposes: a collective takes as long as one and a half compute pieces, so that a four-node pair
+/// communicates as long as it computes, and collectives run one after the other.
+constexpr int compute_time = 2;
+constexpr int collective_time = 3;
+
+/// One side of the pair on its way.
+struct Chain {
+  std::string_view structure;
+  Side side;
+  int next;          // node to run
+  int input_at = 0;  // when its input is there
+
+  bool over() const { return next < 0 || next >= static_cast<int>(structure.size()); }
+  bool communicates() const { return structure[static_cast<std::size_t>(next)] == 'X'; }
+  Piece advance(int until) {
+    input_at = until;
+    return {side, side == Side::forward ? next++ : next--};
+  }
+};
+
+std::vector<Piece> order_by_rule(std::string_view forward_nodes, std::string_view backward_nodes) {
+  Chain forward{forward_nodes, Side::forward, 0};
+  Chain backward{backward_nodes, Side::backward, static_cast<int>(backward_nodes.size()) - 1};
+  std::vector<Piece> order;
+  std::deque<Piece> weights;  // whose input part has run
+  int now = 0;
+  int network_free = 0;
+  bool forward_turn = true;
+  const auto compute_weight = [&] {
+    order.push_back(weights.front());
+    weights.pop_front();
+    now += compute_time;
+  };
+
+  while (!forward.over() || !backward.over()) {
+    for (Chain* chain : {&backward, &forward}) {
+      if (chain->over() || !chain->communicates() || chain->input_at > now) continue;
+      network_free = std::max(network_free, now) + collective_time;
+      order.push_back(chain->advance(network_free));
+    }
+    const auto runnable = [&](const Chain& chain) {
+      return !chain.over() && !chain.communicates() && chain.input_at <= now;
+    };
+    const bool can_forward = runnable(forward), can_backward = runnable(backward);
+    if (can_forward && (forward_turn || !can_backward)) {
+      now += compute_time;
+      order.push_back(forward.advance(now));
+      forward_turn = false;
+    } else if (can_backward) {
+      now += compute_time;
+      order.push_back(backward.advance(now));
+      weights.push_back({Side::weight, order.back().node});
+      forward_turn = true;
+    } else if (!forward.over() || !backward.over()) {
+      if (!weights.empty()) {
+        compute_weight();
+        continue;
+      }
+      int next = std::numeric_limits<int>::max();
+      for (const Chain& chain : {forward, backward})
+        if (!chain.over()) next = std::min(next, chain.input_at);
+      now = std::max(now, next);
+    }
+  }
+  while (!weights.empty()) compute_weight();
+  return order;
+}
+
+}  // namespace
+
+std::vector<Piece> pair_order(std::string_view forward, std::string_view backward, bool weights) {
+  check_structure(forward);
+  check_structure(backward);
+  std::vector<Piece> order = forward == four_nodes && backward == four_nodes
+                                 ? std::vector<Piece>(four_node_order.begin(), four_node_order.end())
+                                 : order_by_rule(forward, backward);
+  if (!weights) std::erase_if(order, [](const Piece& piece) { return piece.side == Side::weight; });
+  return order;
+}
+
+std::vector<Piece> launch_order(std::string_view forward, std::string_view backward, const std::vector<Piece>& order) {
+  check_structure(forward);
+  check_structure(backward);
+  const auto communicates = [&](const Piece& piece) {
+    const std::string_view chain = piece.side == Side::forward ? forward : backward;
+    DUALPIPE_CHECK(piece.node >= 0 && piece.node < static_cast<int>(chain.size()), "piece ", to_string(piece),
+                   " is no node of a chain \"", chain, "\"");
+    return chain[static_cast<std::size_t>(piece.node)] == 'X';
+  };
+  std::deque<Piece> collectives;
+  for (const Piece& piece : order)
+    if (communicates(piece)) collectives.push_back(piece);
+
+  int next_forward = 0;
+  int next_backward = static_cast<int>(backward.size()) - 1;
+  std::vector<Piece> result;
+  const auto issue = [&](const Piece& piece) {
+    if (piece.side != Side::weight) {
+      int& next = piece.side == Side::forward ? next_forward : next_backward;
+      DUALPIPE_CHECK(piece.node == next, "piece ", to_string(piece), " comes where node ", next, " is the next of \"",
+                     piece.side == Side::forward ? forward : backward, "\"");
+      next += piece.side == Side::forward ? 1 : -1;
+    }
+    result.push_back(piece);
+  };
+  // The input of a collective behind another one is there only after waiting for that: it stays where it is.
+  const auto launchable = [&](const Piece& piece) {
+    const bool ahead = piece.side == Side::forward;
+    const int before = ahead ? piece.node - 1 : piece.node + 1;
+    const std::string_view chain = ahead ? forward : backward;
+    if (before >= 0 && before < static_cast<int>(chain.size()) && chain[static_cast<std::size_t>(before)] == 'X')
+      return false;
+    return piece.node == (ahead ? next_forward : next_backward);
+  };
+  for (const Piece& piece : order) {
+    while (!collectives.empty() && launchable(collectives.front())) {
+      issue(collectives.front());
+      collectives.pop_front();
+    }
+    if (!communicates(piece)) {
+      issue(piece);
+    } else if (!collectives.empty() && collectives.front() == piece) {
+      issue(piece);
+      collectives.pop_front();
+    }
+  }
+  DUALPIPE_CHECK(next_forward == static_cast<int>(forward.size()) && next_backward == -1 && collectives.empty(),
+                 "the order leaves nodes of \"", forward, "\" or \"", backward, "\" out");
+  return result;
+}
+
+std::string to_string(const Piece& piece) { return static_cast<char>(piece.side) + std::to_string(piece.node); }
+
+std::string to_string(const std::vector<Piece>& order, const std::vector<std::string>& forward_names,
+                      const std::vector<std::string>& backward_names) {
+  std::string text;
+  for (const Piece& piece : order) {
+    const auto& names = piece.side == Side::forward ? forward_names : backward_names;
+    DUALPIPE_CHECK(piece.node >= 0 && piece.node < static_cast<int>(names.size()), "piece ", to_string(piece),
+                   " is of a node without a name; there are ", names.size(), " names");
+    text += (text.empty() ? "" : ", ") + names[static_cast<std::size_t>(piece.node)] + '-';
+    text += static_cast<char>(piece.side);
+  }
+  return text;
+}
+
+}  // namespace dualpipe
