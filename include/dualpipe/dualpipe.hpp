@@ -5,6 +5,7 @@
 
 #include "dualpipe/comm/communicator.hpp"
 #include "dualpipe/comm/local.hpp"
+#include "dualpipe/comm/pending.hpp"
 #include "dualpipe/comm/socket.hpp"
 #include "dualpipe/config.hpp"
 #include "dualpipe/dual_pipe.hpp"
@@ -23,6 +24,7 @@
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/lower.hpp"
 #include "dualpipe/schedule/op.hpp"
+#include "dualpipe/schedule/pair_order.hpp"
 #include "dualpipe/schedule/render.hpp"
 #include "dualpipe/schedule/schedule.hpp"
 #include "dualpipe/schedule/simulate.hpp"
