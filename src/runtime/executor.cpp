@@ -4,10 +4,12 @@
 #include <torch/csrc/autograd/input_metadata.h>
 
 #include <chrono>
+#include <memory>
 #include <optional>
 #include <unordered_map>
 #include <utility>
 
+#include "dualpipe/runtime/pair.hpp"
 #include "runtime/agree.hpp"
 
 namespace dualpipe {
@@ -41,10 +43,11 @@ struct Slot {
 /// One run of one rank's program.
 class Run {
  public:
-  Run(Communicator& communicator, const std::map<int, Stage>& stages, const Plan& plan, const RunInputs& inputs,
-      const std::vector<std::shared_ptr<Observer>>& observers)
+  Run(Communicator& communicator, const std::map<int, Stage>& stages, PairOrders& orders, const Plan& plan,
+      const RunInputs& inputs, const std::vector<std::shared_ptr<Observer>>& observers)
       : communicator_(communicator),
         stages_(stages),
+        orders_(orders),
         plan_(plan),
         inputs_(inputs),
         observers_(observers),
@@ -68,35 +71,180 @@ class Run {
           release(instruction.transfer);
           break;
         case Instruction::Do::send:
-        case Instruction::Do::receive: {
-          const std::size_t before = next_;
+        case Instruction::Do::receive:
           issue();
-          TORCH_INTERNAL_ASSERT(next_ > before, "the program sends ", instruction.transfer, " before it is computed");
+          TORCH_INTERNAL_ASSERT(issued_ > next_ || trailing_, "the program sends ", instruction.transfer,
+                                " before it is computed");
+          ++next_;
           break;
-        }
       }
     }
+    finish_trailing();
     return std::move(outputs_);
   }
 
  private:
+  /// A step under way: its passes, and where they are.
+  class Running final : public PairListener {
+   public:
+    Running(Run& run, const Step& step) : run_(run), cell_(run.cell_) {
+      if (step.op.pass == Pass::Forward) forward_op_ = step.op;
+      if (step.overlapped) backward_op_ = step.overlapped;
+      if (step.op.pass != Pass::Forward) backward_op_ = step.op;
+    }
+
+    /// Runs all pieces. False: a collective that ends a chain is still under way.
+    bool operator()() {
+      return guarded([&] {
+        if (backward_op_ && backward_op_->pass == Pass::BackwardWeight) {
+          weight();
+          return true;
+        }
+        if (forward_op_) {
+          turn({Side::forward, -1});
+          run_.start_forward(*forward_op_, forward_);
+        }
+        if (backward_op_) {
+          turn({Side::backward, -1});
+          run_.start_backward(*backward_op_, backward_);
+        }
+        const PairOrders::Entry& order = run_.order_of(forward_op_, backward_op_);
+        communicates_ = order.communicates;
+        run_pair(order.pieces, forward(), backward(), *this);
+        weights_over_ = true;
+        if (backward_op_ && backward_over_) leave_backward();
+        return settle_last(forward(), backward(), *this, /*block=*/run_.plan_.publish == Publish::atomic);
+      });
+    }
+    /// Goes on with such a collective; true once none is left.
+    bool settle(bool block) {
+      return guarded([&] { return settle_last(forward(), backward(), *this, block); });
+    }
+    bool involves(int micro_batch) const {
+      return (forward_op_ && forward_op_->micro_batch == micro_batch) ||
+             (backward_op_ && backward_op_->micro_batch == micro_batch);
+    }
+
+   private:
+    ForwardPass* forward() { return forward_ ? &*forward_ : nullptr; }
+    BackwardPass* backward() { return backward_ ? &*backward_ : nullptr; }
+    const Op& op(Side side) const { return side == Side::forward ? *forward_op_ : *backward_op_; }
+
+    void weight() {
+      StageActivation& activation = run_.slot(*backward_op_).activation;
+      for (int node = static_cast<int>(activation.nodes.size()); node-- > 0;) {
+        turn({Side::weight, node});
+        activation.backward_weight(node);
+      }
+      run_.forget(*backward_op_);
+    }
+    void leave_backward() {
+      if (backward_op_->pass == Pass::Backward) run_.forget(*backward_op_);
+    }
+
+    void turn(const Piece& piece) override { turn_ = piece; }
+    void computed(const Piece& piece, const Span& span) override {
+      if (!communicates_ || run_.observers_.empty()) return;
+      Op op = this->op(piece.side);
+      if (piece.side == Side::weight) op.pass = Pass::BackwardWeight;
+      if (piece.side == Side::backward && op.pass == Pass::Backward && !backward_->activation().nodes[piece.node].whole)
+        op.pass = Pass::BackwardInput;
+      record(Lane::node, op, piece.node, span);
+    }
+    void collected(Side side, const Span& span) override {
+      if (span.end > span.begin) record(Lane::collective, op(side), side == Side::forward ? -1 : backward_->at(), span);
+    }
+    void blocks() override { run_.before_blocking(); }
+    void between() override { run_.settle_trailing(); }
+    void forward_over() override { run_.end_forward(*forward_op_, *forward_); }
+    void backward_over() override {
+      run_.end_backward(*backward_op_, *backward_);
+      backward_over_ = true;
+      if (weights_over_) leave_backward();
+    }
+
+    void record(Lane lane, const Op& op, int node, const Span& span) {
+      if (run_.observers_.empty()) return;
+      run_.record({run_.communicator_.rank(),
+                   lane,
+                   {op, {}},
+                   span.begin,
+                   span.end,
+                   node < 0 ? forward_->at() : run_.stage_of(op).chain_name(node)});
+    }
+
+    /// Says where it happened, of what `body` throws; once, also where one step finishes the collective of another.
+    template <class Body>
+    bool guarded(const Body& body) {
+      try {
+        return body();
+      } catch (...) {
+        if (std::exchange(run_.explained_, true)) throw;
+        rethrow_explained();
+      }
+    }
+
+    [[noreturn]] void rethrow_explained() const {
+      try {
+        throw;
+      } catch (const CommError& error) {
+        if (!communicates_) throw;  // a transfer, which names itself
+        std::throw_with_nested(CommError(error.origin_rank(), error.operation(), explain(error.what())));
+      } catch (const InvalidArgument& error) {
+        std::throw_with_nested(InvalidArgument(explain(error.what())));
+      } catch (const std::exception& error) {
+        std::throw_with_nested(Error(explain(message_of(error))));
+      } catch (...) {
+        std::throw_with_nested(Error(explain("an exception that is no std::exception")));
+      }
+    }
+
+    std::string explain(const std::string& what) const {
+      const Op& op = this->op(turn_.side);
+      const Pass pass = turn_.side == Side::weight ? Pass::BackwardWeight : op.pass;
+      const Stage& stage = run_.stage_of(op);
+      std::string node;
+      if (turn_.side == Side::forward) {
+        if (forward_) node = forward_->at();
+      } else if (turn_.side == Side::backward) {
+        if (backward_) node = stage.chain_name(backward_->at());
+      } else {
+        node = stage.chain_name(turn_.node);
+      }
+      node = !node.empty() && stage.node_names().size() > 1 ? ", node " + node : "";
+      const int rank = run_.communicator_.rank();
+      return detail::str("rank ", rank, ": ", name_of(pass), " of stage ", op.stage, node, ", micro-batch ",
+                         op.micro_batch, ": ", what, "\n  ", cells_around(run_.plan_.schedule, rank, cell_, 2));
+    }
+
+    Run& run_;
+    int cell_;
+    std::optional<Op> forward_op_, backward_op_;
+    std::optional<ForwardPass> forward_;
+    std::optional<BackwardPass> backward_;
+    Piece turn_;
+    bool communicates_ = false;
+    bool backward_over_ = false;
+    bool weights_over_ = false;
+  };
+
   const Stage& stage_of(const Op& op) const { return stages_.at(op.stage); }
-  Slot& slot(int stage, int micro_batch) {
-    return slots_[static_cast<std::int64_t>(stage) * plan_.schedule.num_micro_batches + micro_batch];
+  std::int64_t place(int stage, int micro_batch) const {
+    return static_cast<std::int64_t>(stage) * plan_.schedule.num_micro_batches + micro_batch;
   }
-  void forget(const Op& op) {
-    slots_.erase(static_cast<std::int64_t>(op.stage) * plan_.schedule.num_micro_batches + op.micro_batch);
-  }
+  Slot& slot(int stage, int micro_batch) { return slots_[place(stage, micro_batch)]; }
+  Slot& slot(const Op& op) { return slot(op.stage, op.micro_batch); }
+  void forget(const Op& op) { slots_.erase(place(op.stage, op.micro_batch)); }
   bool last(const Op& op) const { return op.stage == plan_.schedule.num_stages - 1; }
 
   // --- transfers
   // -------------------------------------------------------------------------------------------------------------
 
-  /// Walks on through the sends and receives that come next, as far as what they send is ready. Called between steps
-  /// and, when results are published early, from inside one.
+  /// Issues the sends and receives that come next, as far as what they send is ready, up to the next wait, compute or
+  /// release that has not been executed. Called between steps and, when results are published early, from inside one.
   void issue() {
-    for (; next_ < program_.size(); ++next_) {
-      const Instruction& instruction = program_[next_];
+    for (; issued_ < program_.size(); ++issued_) {
+      const Instruction& instruction = program_[issued_];
       if (instruction.what == Instruction::Do::receive) {
         receives_[instruction.transfer] = communicator_.receive(plan_.program.order[instruction.transfer].from);
       } else if (instruction.what == Instruction::Do::send) {
@@ -105,14 +253,18 @@ class Run {
         if (ready == ready_.end()) return;
         sends_[instruction.transfer] = communicator_.send(transfer.to, std::move(ready->second));
         ready_.erase(ready);
-      } else {
+      } else if (issued_ >= next_) {
         return;
       }
     }
   }
 
   void deliver(int index) {
-    const auto pending = receives_.find(index);
+    auto pending = receives_.find(index);
+    if (trailing_ && (pending == receives_.end() || !pending->second.done())) {
+      finish_trailing();
+      pending = receives_.find(index);
+    }
     Tensors tensors = pending->second.take();
     record(Lane::receive, index, pending->second.span());
     receives_.erase(pending);
@@ -124,7 +276,11 @@ class Run {
   }
 
   void release(int index) {
-    const auto pending = sends_.find(index);
+    auto pending = sends_.find(index);
+    if (trailing_ && (pending == sends_.end() || !pending->second.done())) {
+      finish_trailing();
+      pending = sends_.find(index);
+    }
     pending->second.wait();
     record(Lane::send, index, pending->second.span());
     sends_.erase(pending);
@@ -147,77 +303,88 @@ class Run {
 
   void compute(const Step& step) {
     const double begin = observers_.empty() ? 0 : now();
-    if (step.overlapped) {
-      forward(step.op);
-      backward(*step.overlapped);
-    } else if (step.op.pass == Pass::Forward) {
-      forward(step.op);
-    } else if (step.op.pass == Pass::BackwardWeight) {
-      backward_weight(step.op);
-    } else {
-      backward(step.op);
-    }
+    // What a chain's last collective will give may be what this step takes.
+    if (trailing_ && (trailing_->involves(step.op.micro_batch) ||
+                      (step.overlapped && trailing_->involves(step.overlapped->micro_batch))))
+      finish_trailing();
+    auto running = std::make_unique<Running>(*this, step);
+    const bool over = (*running)();
     if (!observers_.empty()) record({communicator_.rank(), Lane::compute, step, begin, now()});
+    if (over) return;
+    finish_trailing();
+    trailing_ = std::move(running);
   }
 
-  void forward(const Op& op) {
-    guarded(op, [&] {
-      Slot& here = slot(op.stage, op.micro_batch);
-      Tensors inputs = op.stage == 0 ? batch_inputs(op) : std::move(here.inputs);
-      const StageContext context{op.stage, op.micro_batch, inputs_.step, inputs_.training, batch(op).extras};
-      std::function<at::Tensor(const Tensors&)> loss;
-      if (last(op) && inputs_.loss)
-        loss = [&](const Tensors& outputs) { return inputs_.loss(outputs, batch(op).targets); };
-      StageActivation activation = stage_of(op).forward(inputs, context, loss);
+  // A collective that ends a chain runs on under the next step. Nothing can come to wait for it by a detour: a rank
+  // that is about to wait for anything finishes it first, and issues the sends that wait for it. Its peers launch it in
+  // the same step, and before whatever they launch later.
 
-      if (last(op)) {
-        if (activation.loss.defined()) outputs_.losses[op.micro_batch] = activation.loss;
-        if (inputs_.keep_outputs)
-          for (const at::Tensor& output : activation.outputs)
-            outputs_.outputs[op.micro_batch].push_back(output.defined() ? output.detach() : output);
+  void settle_trailing() {
+    if (trailing_ && trailing_->settle(/*block=*/false)) trailing_.reset();
+  }
+  void finish_trailing() {
+    if (const auto trailing = std::move(trailing_)) trailing->settle(/*block=*/true);
+  }
+  void before_blocking() {
+    finish_trailing();
+    if (plan_.publish == Publish::early) issue();
+  }
+
+  const PairOrders::Entry& order_of(const std::optional<Op>& forward, const std::optional<Op>& backward) {
+    const bool weights = backward && backward->pass == Pass::Backward;
+    return orders_.find(forward ? &stage_of(*forward) : nullptr, forward && last(*forward) && inputs_.loss,
+                        backward ? &stage_of(*backward) : nullptr, backward && last(*backward) && inputs_.loss,
+                        weights);
+  }
+
+  void start_forward(const Op& op, std::optional<ForwardPass>& pass) {
+    Slot& here = slot(op);
+    Tensors inputs = op.stage == 0 ? batch_inputs(op) : std::move(here.inputs);
+    if (inputs_.training && op.stage > 0)
+      for (const at::Tensor& input : inputs) {
+        const bool differentiable = input.defined() && input.requires_grad();
+        here.differentiable_inputs.push_back(differentiable ? std::optional<torch::autograd::InputMetadata>(input)
+                                                            : std::nullopt);
       }
-      Tensors results = std::move(activation.outputs);
-      if (inputs_.training) {
-        here.differentiable.clear();
-        for (const at::Tensor& result : results)
-          here.differentiable.push_back(result.defined() && result.requires_grad());
-        if (op.stage > 0)
-          for (const at::Tensor& input : inputs) {
-            const bool differentiable = input.defined() && input.requires_grad();
-            here.differentiable_inputs.push_back(differentiable ? std::optional<torch::autograd::InputMetadata>(input)
-                                                                : std::nullopt);
-          }
-        here.activation = std::move(activation);
-      } else {
-        forget(op);
-      }
-      inputs.clear();
-      if (!last(op)) publish(Payload::activation, op, std::move(results));
-    });
+    const StageContext context{op.stage, op.micro_batch, inputs_.step, inputs_.training, batch(op).extras};
+    StageLoss loss;
+    if (last(op) && inputs_.loss)
+      loss = [this, op](const Tensors& outputs) { return inputs_.loss(outputs, batch(op).targets); };
+    pass.emplace(stage_of(op), std::move(inputs), context, std::move(loss));
+  }
+
+  void end_forward(const Op& op, ForwardPass& pass) {
+    StageActivation activation = pass.take();
+    if (last(op)) {
+      if (activation.loss.defined()) outputs_.losses[op.micro_batch] = activation.loss;
+      if (inputs_.keep_outputs)
+        for (const at::Tensor& output : activation.outputs)
+          outputs_.outputs[op.micro_batch].push_back(output.defined() ? output.detach() : output);
+    }
+    Tensors results = std::move(activation.outputs);
+    if (inputs_.training) {
+      Slot& here = slot(op);
+      here.differentiable.clear();
+      for (const at::Tensor& result : results)
+        here.differentiable.push_back(result.defined() && result.requires_grad());
+      here.activation = std::move(activation);
+    } else {
+      forget(op);
+    }
+    if (!last(op)) publish(Payload::activation, op, std::move(results));
   }
 
   /// B, or I of a micro-batch whose W comes as an op of its own.
-  void backward(const Op& op) {
-    guarded(op, [&] {
-      Slot& here = slot(op.stage, op.micro_batch);
-      Tensors gradients = output_gradients(op, here);
-      const bool input_only = op.pass == Pass::BackwardInput;
-      // Splitting pays only where somebody waits for the input gradient.
-      const bool split = input_only || (plan_.publish == Publish::early && op.stage > 0);
-      Tensors input_gradients = split ? here.activation.backward_input(gradients) : here.activation.backward(gradients);
-      gradients.clear();
-      if (op.stage > 0) publish(Payload::gradient, op, travelling(here, std::move(input_gradients)));
-      if (input_only) return;
-      if (split) here.activation.backward_weight();
-      forget(op);
-    });
+  void start_backward(const Op& op, std::optional<BackwardPass>& pass) {
+    Slot& here = slot(op);
+    // Splitting pays only where somebody waits for the input gradient.
+    const bool whole = op.pass == Pass::Backward && (plan_.publish == Publish::atomic || op.stage == 0);
+    pass.emplace(here.activation, output_gradients(op, here), whole);
   }
 
-  void backward_weight(const Op& op) {
-    guarded(op, [&] {
-      slot(op.stage, op.micro_batch).activation.backward_weight();
-      forget(op);
-    });
+  void end_backward(const Op& op, BackwardPass& pass) {
+    Tensors input_gradients = pass.take();
+    if (op.stage > 0) publish(Payload::gradient, op, travelling(slot(op), std::move(input_gradients)));
   }
 
   /// One gradient per thing that the stage's graph ends in: the loss, or each output.
@@ -263,27 +430,6 @@ class Run {
   // --- bookkeeping
   // -----------------------------------------------------------------------------------------------------------
 
-  template <class Body>
-  void guarded(const Op& op, const Body& body) {
-    try {
-      body();
-    } catch (const CommError&) {
-      throw;
-    } catch (const InvalidArgument& error) {
-      std::throw_with_nested(InvalidArgument(explain(op, error.what())));
-    } catch (const std::exception& error) {
-      std::throw_with_nested(Error(explain(op, message_of(error))));
-    } catch (...) {
-      std::throw_with_nested(Error(explain(op, "an exception that is no std::exception")));
-    }
-  }
-
-  std::string explain(const Op& op, const std::string& what) const {
-    return detail::str("rank ", communicator_.rank(), ": ", name_of(op.pass), " of stage ", op.stage, ", micro-batch ",
-                       op.micro_batch, ": ", what, "\n  ",
-                       cells_around(plan_.schedule, communicator_.rank(), cell_, 2));
-  }
-
   void record(Lane lane, int index, const Span& span) {
     if (observers_.empty()) return;
     const Transfer& transfer = plan_.program.order[index];
@@ -303,17 +449,22 @@ class Run {
 
   Communicator& communicator_;
   const std::map<int, Stage>& stages_;
+  PairOrders& orders_;
   const Plan& plan_;
   const RunInputs& inputs_;
   const std::vector<std::shared_ptr<Observer>>& observers_;
   const std::vector<Instruction>& program_;
 
   const Batch no_batch_;
-  std::size_t next_ = 0;  // instruction to come
-  int cell_ = 0;          // step under way
+  std::size_t next_ = 0;    // instruction to come
+  std::size_t issued_ = 0;  // of the sends and receives, those before it are issued; behind next_ while one waits for
+                            // the end of a collective
+  int cell_ = 0;            // step under way
   std::unordered_map<std::int64_t, Slot> slots_;
   std::map<Key, Tensors> ready_;  // published, not yet issued
   std::unordered_map<int, Pending> sends_, receives_;
+  std::unique_ptr<Running> trailing_;  // the step whose last collective is still under way
+  bool explained_ = false;             // the exception under way says where it happened
   RunOutputs outputs_;
 };
 
@@ -334,7 +485,7 @@ Executor::Executor(std::shared_ptr<Communicator> communicator, std::map<int, Sta
 
 RunOutputs Executor::run(const Plan& plan, const RunInputs& inputs,
                          const std::vector<std::shared_ptr<Observer>>& observers) {
-  return Run(*communicator_, stages_, plan, inputs, observers)();
+  return Run(*communicator_, stages_, orders_, plan, inputs, observers)();
 }
 
 }  // namespace dualpipe

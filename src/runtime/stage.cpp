@@ -1,62 +1,74 @@
 #include "dualpipe/runtime/stage.hpp"
 
-#include <ATen/ATen.h>
-#include <c10/core/GradMode.h>
-
+#include <algorithm>
 #include <utility>
 
+#include "dualpipe/runtime/stage_pass.hpp"
+
 namespace dualpipe {
-namespace {
 
-/// What leaves the graph: same memory, no history.
-Tensors detach_outputs(const Tensors& outputs, bool training) {
-  Tensors result;
-  result.reserve(outputs.size());
-  for (const auto& output : outputs) {
-    result.push_back(output.defined() ? output.detach() : output);
-    if (training && output.defined() && output.requires_grad()) result.back().set_requires_grad(true);
-  }
-  return result;
+Tensors StageActivation::backward(const Tensors& output_gradients) {
+  BackwardPass pass(*this, output_gradients, /*whole_first=*/true);
+  while (!pass.advanced()) pass.advance();
+  Tensors gradients = pass.take();
+  backward_weight();
+  return gradients;
 }
-
-/// One loss without dimensions, so that its gradient is a plain number whatever the loss function makes of it.
-at::Tensor compute_loss(const std::function<at::Tensor(const Tensors&)>& loss_function, const Tensors& outputs,
-                        int stage) {
-  at::Tensor loss = loss_function(outputs);
-  DUALPIPE_CHECK(loss.defined(), "the loss function of stage ", stage, " returned an undefined tensor");
-  DUALPIPE_CHECK(loss.numel() == 1, "the loss of stage ", stage, " must be one element, got sizes ", loss.sizes(),
-                 "; reduce it, for instance with mean()");
-  DUALPIPE_CHECK(loss.is_floating_point(), "the loss of stage ", stage, " must be floating point, got ",
-                 loss.scalar_type());
-  return loss.dim() == 0 ? loss : loss.reshape({});
-}
-
-}  // namespace
-
-Tensors StageActivation::backward(const Tensors& output_gradients) { return graph.backward(output_gradients); }
 
 Tensors StageActivation::backward_input(const Tensors& output_gradients) {
-  return split ? graph.backward_input(output_gradients) : graph.backward(output_gradients);
+  BackwardPass pass(*this, output_gradients);
+  while (!pass.advanced()) pass.advance();
+  return pass.take();
 }
 
 void StageActivation::backward_weight() {
-  if (split) graph.backward_weight();
+  for (int node = static_cast<int>(nodes.size()); node-- > 0;) backward_weight(node);
+}
+
+void StageActivation::backward_weight(int node) {
+  Node& here = nodes[static_cast<std::size_t>(node)];
+  if (!here.communication && split && !here.whole) here.graph.backward_weight();
 }
 
 Stage::Stage(std::shared_ptr<torch::nn::Module> module) : module_(std::move(module)) {}
 
 Stage& Stage::compute(std::string name, Compute compute) {
   DUALPIPE_CHECK(compute != nullptr, "node '", name, "' of a stage has no function");
-  nodes_.push_back({std::move(name), std::move(compute)});
+  add({std::move(name), std::move(compute), nullptr});
   return *this;
+}
+
+Stage& Stage::communicate(std::string name, std::shared_ptr<Collective> collective, std::vector<int> moves) {
+  DUALPIPE_CHECK(collective != nullptr, "node '", name, "' of a stage has no collective");
+  DUALPIPE_CHECK(!moves.empty(), "node '", name, "' of a stage moves no tensors; name their positions");
+  for (std::size_t i = 0; i < moves.size(); ++i) {
+    DUALPIPE_CHECK(moves[i] >= 0 && std::count(moves.begin(), moves.end(), moves[i]) == 1, "node '", name,
+                   "' of a stage moves the tensor at position ", moves[i],
+                   moves[i] < 0 ? "; positions count from 0" : " twice");
+  }
+  add({std::move(name), nullptr,
+       std::make_shared<const Communication>(Communication{std::move(collective), std::move(moves)})});
+  return *this;
+}
+
+void Stage::add(Node node) {
+  const std::size_t index = nodes_.size();
+  const bool joins = !node.communication && !nodes_.empty() && !nodes_.back().communication;
+  nodes_.push_back(std::move(node));
+  if (joins) {
+    chain_.back().end = index + 1;
+  } else {
+    chain_.push_back({index, index + 1});
+  }
 }
 
 Stage& Stage::append(const std::string& name, const Stage& next) {
   if (nodes_.empty()) num_inputs_ = next.num_inputs_;
   split_ = split_ && next.split_;
-  nodes_.reserve(nodes_.size() + next.nodes_.size());
   for (std::size_t i = 0, count = next.nodes_.size(); i < count; ++i) {
-    nodes_.push_back({name + "." + next.nodes_[i].name, next.nodes_[i].compute});
+    Node node = next.nodes_[i];
+    node.name = name + "." + node.name;
+    add(std::move(node));
   }
   return *this;
 }
@@ -78,28 +90,25 @@ std::vector<std::string> Stage::node_names() const {
   return names;
 }
 
-StageActivation Stage::forward(const Tensors& inputs, const StageContext& context,
-                               const std::function<at::Tensor(const Tensors&)>& loss) const {
-  DUALPIPE_CHECK(!num_inputs_ || inputs.size() == static_cast<std::size_t>(*num_inputs_), "stage ", context.stage,
-                 " takes ", *num_inputs_, *num_inputs_ == 1 ? " tensor" : " tensors", ", got ", inputs.size(),
-                 " (micro-batch ", context.micro_batch, ")");
-  const c10::AutoGradMode grad_mode(context.training);
-  const GraphInputs entered = enter_graph(inputs);
-  // Nodes that follow one another without a collective between them share one graph.
-  Tensors values = entered.tensors;
-  for (const auto& node : nodes_) values = node.compute(values, context);
+std::string Stage::structure(bool with_loss) const {
+  std::string letters;
+  for (const Segment& segment : chain_) letters += nodes_[segment.begin].communication ? 'X' : 'C';
+  if (letters.empty() || (with_loss && letters.back() == 'X')) letters += 'C';
+  return letters;
+}
 
-  StageActivation result;
-  result.split = split_;
-  if (loss) {
-    const at::Tensor value = compute_loss(loss, values, context.stage);
-    result.loss = value.detach();
-    if (context.training) result.graph = BackwardGraph(entered, {value});
-  } else if (context.training) {
-    result.graph = BackwardGraph(entered, values);
-  }
-  result.outputs = detach_outputs(values, context.training);
-  return result;
+std::string Stage::chain_name(int node) const {
+  const auto index = static_cast<std::size_t>(node);
+  if (index >= chain_.size()) return chain_.empty() ? "identity" : "loss";
+  const std::string& first = nodes_[chain_[index].begin].name;
+  const std::string& last = nodes_[chain_[index].end - 1].name;
+  return chain_[index].end - chain_[index].begin == 1 ? first : first + " to " + last;
+}
+
+StageActivation Stage::forward(const Tensors& inputs, const StageContext& context, const StageLoss& loss) const {
+  ForwardPass pass(*this, inputs, context, loss);
+  while (!pass.advanced()) pass.advance();
+  return pass.take();
 }
 
 }  // namespace dualpipe

@@ -5,6 +5,7 @@
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "dualpipe/error.hpp"
@@ -16,7 +17,7 @@ namespace {
 using nlohmann::json;
 
 /// By Lane. A lane is a thread of the process that stands for its rank.
-constexpr std::array<const char*, 4> lane_names{"compute", "send", "receive", "collective"};
+constexpr std::array<const char*, 5> lane_names{"compute", "send", "receive", "collective", "node"};
 
 /// Times of a trace are microseconds; one abstract unit is shown as one millisecond.
 double microseconds_per_unit(double seconds_per_unit) { return seconds_per_unit == 0 ? 1e3 : seconds_per_unit * 1e6; }
@@ -72,6 +73,7 @@ Interval read_interval(const json& event, const json& args, std::size_t index, i
   }
   interval.begin = member<double>(args, "begin", index);
   interval.end = member<double>(args, "end", index);
+  if (args.contains("node")) interval.node = member<std::string>(args, "node", index);
   DUALPIPE_CHECK(std::isfinite(interval.begin) && std::isfinite(interval.end) && interval.begin <= interval.end,
                  "trace event ", index, ": lasts from ", interval.begin, " to ", interval.end);
   return interval;
@@ -105,14 +107,16 @@ std::string to_trace(const Timeline& timeline) {
     if (!is_named) add(metadata("thread_name", interval.rank, static_cast<int>(lane), {{"name", lane_names[lane]}}));
     is_named = true;
     const std::string text = to_string(interval.step);
-    add({{"name", text},
+    json args{{"op", text}, {"begin", interval.begin}, {"end", interval.end}};
+    if (!interval.node.empty()) args["node"] = interval.node;
+    add({{"name", interval.node.empty() ? text : text + " " + interval.node},
          {"cat", interval.lane == Lane::compute ? category(interval.step) : lane_names[lane]},
          {"ph", "X"},
          {"ts", interval.begin * scale},
          {"dur", (interval.end - interval.begin) * scale},
          {"pid", interval.rank},
          {"tid", lane},
-         {"args", {{"op", text}, {"begin", interval.begin}, {"end", interval.end}}}});
+         {"args", std::move(args)}});
   }
   return out + "\n]}\n";
 }

@@ -9,10 +9,10 @@ namespace dualpipe {
 /// The data of one step: whole tensors that are split along one dimension into micro-batches, or micro-batches made by
 /// hand.
 struct Batch {
-  Tensors inputs;                    ///< of the first stage
-  Tensors targets;                   ///< given to the loss function
-  Tensors extras;                    ///< side inputs that every stage sees (StageContext::extras); may be empty
-  std::vector<Batch> micro_batches;  ///< set by from_micro_batches alone; then the tensors above are empty
+  Tensors inputs = {};                    ///< of the first stage
+  Tensors targets = {};                   ///< given to the loss function
+  Tensors extras = {};                    ///< side inputs that every stage sees (StageContext::extras); may be empty
+  std::vector<Batch> micro_batches = {};  ///< set by from_micro_batches alone; then the tensors above are empty
 
   /// Micro-batch i is element i, whatever its size; sizes may differ.
   static Batch from_micro_batches(std::vector<Batch> micro_batches);

@@ -9,6 +9,7 @@
 #include "dualpipe/comm/communicator.hpp"
 #include "dualpipe/runtime/batch.hpp"
 #include "dualpipe/runtime/observer.hpp"
+#include "dualpipe/runtime/pair.hpp"
 #include "dualpipe/runtime/stage.hpp"
 #include "dualpipe/schedule/lower.hpp"
 #include "dualpipe/schedule/schedule.hpp"
@@ -50,16 +51,22 @@ struct RunOutputs {
 
 /// Interprets one rank's program: the only place where schedule, communicator and stages meet.
 ///
+/// Every step runs as the pieces of a pair, also one of a forward or a backward alone. Results leave the rank when they
+/// are there (Publish::early): the activation after the last node of the forward's chain, the input gradient after the
+/// first of the backward's. A collective that ends a chain may still run while the next step computes.
+///
 /// Gradients accumulate into the parameters' `.grad`. Runs on the calling thread. After an exception transfers may be
 /// under way: the caller aborts the communicator.
 class Executor {
  public:
-  /// @param stages  those this rank holds, by their number.
+  /// @param stages  those this rank holds, by their number; copied, so that nodes added later have no effect.
   Executor(std::shared_ptr<Communicator> communicator, std::map<int, Stage> stages);
+  Executor(const Executor&) = delete;
+  Executor& operator=(const Executor&) = delete;
 
   /// @throws CommError  a peer failed. Errors of user code come as Error (InvalidArgument stays InvalidArgument) with
-  /// the rank, the
-  ///                    op and the cells of the schedule around it; the original is nested.
+  ///                    the rank, the pass, stage, node and micro-batch, and the cells of the schedule around it; the
+  ///                    original is nested.
   RunOutputs run(const Plan& plan, const RunInputs& inputs, const std::vector<std::shared_ptr<Observer>>& observers);
 
   const std::map<int, Stage>& stages() const noexcept { return stages_; }
@@ -67,6 +74,7 @@ class Executor {
  private:
   std::shared_ptr<Communicator> communicator_;
   std::map<int, Stage> stages_;
+  PairOrders orders_;
 };
 
 }  // namespace dualpipe

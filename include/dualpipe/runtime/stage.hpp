@@ -2,14 +2,17 @@
 
 #include <torch/nn/module.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "dualpipe/error.hpp"
+#include "dualpipe/runtime/collective.hpp"
 #include "dualpipe/runtime/split_backward.hpp"
 
 namespace dualpipe {
@@ -26,20 +29,40 @@ struct StageContext {
 /// Ordinary autograd code from tensors to tensors.
 using Compute = std::function<Tensors(const Tensors& inputs, const StageContext& context)>;
 
+/// From the outputs of the last stage to a floating-point tensor of one element.
+using StageLoss = std::function<at::Tensor(const Tensors& outputs)>;
+
+/// A collective in a stage.
+struct Communication {
+  std::shared_ptr<Collective> collective;
+  std::vector<int> moves;  ///< positions of the tensors that it moves
+};
+
 /// One micro-batch that went forward through a stage and waits for its backward. Output gradients are one per output,
 /// or the single gradient of the loss (a tensor without dimensions) where there was one.
 struct StageActivation {
-  Tensors outputs;  ///< detached, each with the requires_grad of what the stage returned (false outside of training)
-  BackwardGraph graph;  ///< of the outputs, or of the loss where there was one; empty outside of training
-  at::Tensor loss;      ///< detached, without dimensions; undefined without loss function
-  bool split = true;    ///< false: I does the whole backward, W nothing
+  /// What one node of the chain left.
+  struct Node {
+    BackwardGraph graph;                                 ///< computing nodes; empty outside of training
+    std::shared_ptr<const Communication> communication;  ///< null: the node computes
+    std::shared_ptr<void> handle;                        ///< of the collective
+    bool whole = false;                                  ///< the weight part ran with the input part
+  };
 
+  Tensors outputs;    ///< detached, each with the requires_grad of what the stage returned (false outside of training)
+  at::Tensor loss;    ///< detached, without dimensions; undefined without loss function
+  bool split = true;  ///< false: I does the whole backward, W nothing
+  std::vector<Node> nodes;
+
+  // For the whole chain at once; waits for its collectives. BackwardPass goes node by node.
   Tensors backward(const Tensors& output_gradients);        ///< B, see BackwardGraph
   Tensors backward_input(const Tensors& output_gradients);  ///< I
   void backward_weight();                                   ///< W, to be called after every I, whether split or not
+  void backward_weight(int node);                           ///< of one node, after its I
 };
 
-/// What a stage computes, and the module that owns its parameters.
+/// What a stage computes and communicates, and the module that owns its parameters. A description: the pipeline copies
+/// it when it is constructed, and nodes that are added to the original afterwards have no effect.
 class Stage {
  public:
   /// @param module  owner of the parameters and buffers; null: none.
@@ -50,6 +73,11 @@ class Stage {
   ///
   /// @throws InvalidArgument  a null function.
   Stage& compute(std::string name, Compute compute);
+  /// Adds a collective. It takes the tensors at the positions `moves` of what the node before returned, in that order,
+  /// and its results take their places; all others pass by untouched, as a residual does.
+  ///
+  /// @throws InvalidArgument  a null collective; no positions, or one that is negative or named twice.
+  Stage& communicate(std::string name, std::shared_ptr<Collective> collective, std::vector<int> moves);
   /// Adds the nodes of `next` behind the own ones, their names prefixed `name.`; not its module, of which there may be
   /// one only. The whole splits its backward only where both did, and takes what `next` took where it had no nodes
   /// before.
@@ -64,26 +92,41 @@ class Stage {
   bool splits_backward() const noexcept { return split_; }
   std::vector<std::string> node_names() const;
 
-  /// Runs one micro-batch on the calling thread, with gradients enabled in training and disabled otherwise. What user
-  /// code throws comes through as it is.
+  /// What runs as one piece: compute nodes that follow one another are one node of the chain, with one autograd graph.
+  /// One letter per node, as pair_order takes them: 'C' computes, 'X' communicates. A stage without nodes is "C".
+  ///
+  /// @param with_loss  the loss needs a graph: a stage that ends in a collective gets a node for it.
+  std::string structure(bool with_loss = false) const;
+  /// Of a node of the chain, for messages and pictures: "attention", "norm to MLP", "loss".
+  std::string chain_name(int node) const;
+
+  /// Runs one micro-batch on the calling thread, with gradients enabled in training and disabled otherwise, and waits
+  /// for its collectives. What user code throws comes through as it is. ForwardPass goes node by node.
   ///
   /// @param inputs  as received: detached, requires_grad() saying which are differentiable; may be undefined.
-  /// @param loss    last stage: from the stage's outputs to a floating-point tensor of one element; null elsewhere. Its
-  /// gradients
-  ///                flow through the same graph.
+  /// @param loss    last stage only, null elsewhere. Its gradients flow through the same graph.
   /// @throws InvalidArgument  another number of inputs than the stage takes, a loss that is not one floating-point
-  /// element.
-  StageActivation forward(const Tensors& inputs, const StageContext& context,
-                          const std::function<at::Tensor(const Tensors&)>& loss = nullptr) const;
+  ///                          element, a collective that moves a tensor that is not there or returns another number.
+  StageActivation forward(const Tensors& inputs, const StageContext& context, const StageLoss& loss = nullptr) const;
 
  private:
+  friend class ForwardPass;
   struct Node {
     std::string name;
     Compute compute;
+    std::shared_ptr<const Communication> communication;
   };
+  /// Nodes [begin, end), one collective or any number of computing ones.
+  struct Segment {
+    std::size_t begin = 0;
+    std::size_t end = 0;
+  };
+
+  void add(Node node);
 
   std::shared_ptr<torch::nn::Module> module_;
   std::vector<Node> nodes_;
+  std::vector<Segment> chain_;
   bool split_ = true;
   std::optional<int> num_inputs_;
 };

@@ -8,16 +8,23 @@
 
 namespace dualpipe {
 
-enum class Lane { compute, send, receive, collective };
+enum class Lane {
+  compute,  ///< a whole step, waits for its collectives included
+  send,
+  receive,
+  collective,  ///< a communication inside a stage
+  node,        ///< a node that computes, within the step of a stage that communicates
+};
 
 /// Something a rank did or will do. In the lanes `send` and `receive`, `step.op` is the op that produced what travels:
-/// F for an activation, I for an input gradient.
+/// F for an activation, I for an input gradient; in `collective` and `node` it is the side of the step: F, I, B or W.
 struct Interval {
   int rank = 0;
   Lane lane = Lane::compute;
   Step step;
   double begin = 0;  ///< in the timeline's unit
   double end = 0;
+  std::string node = {};  ///< lanes collective and node: its name, where known
   bool operator==(const Interval&) const = default;
 };
 

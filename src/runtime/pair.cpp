@@ -1,0 +1,80 @@
+#include "dualpipe/runtime/pair.hpp"
+
+#include <chrono>
+#include <string>
+
+namespace dualpipe {
+namespace {
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+template <class Pass>
+void settle(Pass& pass, Side side, PairListener& listener) {
+  if (!pass.under_way()) return;
+  const Pending pending = pass.under_way();
+  if (!pending.done()) listener.blocks();
+  pass.settle();
+  listener.collected(side, pending.span());
+}
+
+void over(Side side, PairListener& listener) {
+  side == Side::forward ? listener.forward_over() : listener.backward_over();
+}
+
+template <class Pass>
+void run(Pass& pass, const Piece& piece, PairListener& listener) {
+  settle(pass, piece.side, listener);
+  const double begin = now();
+  pass.advance();
+  if (!pass.under_way()) listener.computed(piece, {begin, now()});
+  if (pass.advanced() && !pass.under_way()) over(piece.side, listener);
+}
+
+/// False: the pass has launched its last collective, which is still under way.
+template <class Pass>
+bool settle_last(Pass* pass, Side side, PairListener& listener, bool block) {
+  if (pass == nullptr || !pass->advanced() || !pass->under_way()) return true;
+  if (!block && !pass->under_way().done()) return false;
+  listener.turn({side, -1});
+  settle(*pass, side, listener);
+  over(side, listener);
+  return true;
+}
+
+}  // namespace
+
+void run_pair(const std::vector<Piece>& order, ForwardPass* forward, BackwardPass* backward, PairListener& listener) {
+  for (const Piece& piece : order) {
+    listener.turn(piece);
+    if (piece.side == Side::forward) {
+      run(*forward, piece, listener);
+    } else if (piece.side == Side::backward) {
+      run(*backward, piece, listener);
+    } else {
+      const double begin = now();
+      backward->activation().backward_weight(piece.node);
+      listener.computed(piece, {begin, now()});
+    }
+    settle_last(forward, backward, listener, /*block=*/false);
+    listener.between();
+  }
+}
+
+bool settle_last(ForwardPass* forward, BackwardPass* backward, PairListener& listener, bool block) {
+  const bool forward_settled = settle_last(forward, Side::forward, listener, block);
+  return settle_last(backward, Side::backward, listener, block) && forward_settled;
+}
+
+const PairOrders::Entry& PairOrders::find(const Stage* forward, bool forward_loss, const Stage* backward,
+                                          bool backward_loss, bool weights) {
+  const auto [found, is_new] = entries_.try_emplace({forward, forward_loss, backward, backward_loss, weights});
+  if (is_new) {
+    const std::string ahead = forward != nullptr ? forward->structure(forward_loss) : "";
+    const std::string back = backward != nullptr ? backward->structure(backward_loss) : "";
+    found->second.pieces = launch_order(ahead, back, pair_order(ahead, back, weights));
+    found->second.communicates = (ahead + back).find('X') != std::string::npos;
+  }
+  return found->second;
+}
+
+}  // namespace dualpipe
