@@ -42,6 +42,8 @@ class SocketFabric final : public Fabric, public LinkOwner {
     if (!thread_.joinable()) return;
     try {
       const auto deadline = std::chrono::steady_clock::now() + kFarewell;
+      leaving_ = true;
+      waiting(true);  // reads on, so that peers get rid of what they still send, and drops it
       if (!failed_) for_links([](Link& link) { link.say_goodbye(); });
       // Usually the kernel has already taken all.
       while (!flushed() && std::chrono::steady_clock::now() < deadline) std::this_thread::sleep_for(1ms);
@@ -69,7 +71,7 @@ class SocketFabric final : public Fabric, public LinkOwner {
   }
 
   void arrived(Link& link, Message message) override {
-    if (!failed_) deliver(link.peer(), std::move(message));
+    if (!failed_ && !leaving_) deliver(link.peer(), std::move(message));
   }
 
   /// Passed on before anybody here reacts to it: a rank that learns of the failure by our reaction would take us for
@@ -139,6 +141,7 @@ class SocketFabric final : public Fabric, public LinkOwner {
   asio::io_context io_{1};
   std::vector<std::shared_ptr<Link>> links_;
   std::atomic<bool> failed_{false};
+  std::atomic<bool> leaving_{false};
   mutable std::atomic<int> waiting_{0};
   std::thread thread_;
 };

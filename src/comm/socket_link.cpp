@@ -135,6 +135,7 @@ void Link::report(const Finished& finished) {
 }
 
 bool Link::flushed() const {
+  if (over_) return true;  // the peer is gone, or knows more than this rank could tell it
   const std::lock_guard lock(mutex_);
   if (broken_) return true;
   if (!queue_.empty()) return false;

@@ -102,8 +102,8 @@ class Link : public std::enable_shared_from_this<Link> {
   Message incoming_;
   std::vector<asio::mutable_buffer> missing_;  ///< of the incoming message
   std::uint64_t incoming_bytes_ = 0;
-  bool over_ = false;
 
+  std::atomic<bool> over_{false};      ///< nothing more will be read: the peer has left, has failed, or sent nonsense
   std::atomic<std::int64_t> held_{0};  ///< bytes that have arrived and were not taken
   std::atomic<bool> paused_{false};
 };

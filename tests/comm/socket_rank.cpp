@@ -73,6 +73,7 @@ void struck(const World& world, int signal, std::chrono::milliseconds timeout) {
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - begin;
     std::cout << "origin " << error.origin_rank() << " seconds " << elapsed.count() << " message " << error.what()
               << std::endl;
+    throw;
   }
 }
 
@@ -124,12 +125,17 @@ void reconnect(const World& world) {
 /// A rank that ends by an exception, and its communicator with it.
 void throws(const World& world) {
   const auto comm = connect_sockets(world, {.timeout = 60s});
-  exchange(comm, 1);
   if (world.rank == 1) {
     comm->abort("the loss is not a number");
     throw Error("the loss is not a number");
   }
-  exchange(comm, 1);
+  try {
+    exchange(comm, 1);
+    comm->barrier().wait();
+  } catch (const CommError& error) {
+    std::cout << "origin " << error.origin_rank() << " message " << error.what() << std::endl;
+    throw;
+  }
 }
 
 /// Processor time of a small message, both ends together.
