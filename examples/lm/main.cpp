@@ -38,7 +38,8 @@ using lm::Options;
 /// The number of stages that the model must be cut into.
 int num_stages(const dualpipe::DualPipeOptions& options, int num_ranks) {
   DUALPIPE_CHECK(options.num_ranks == 0 || options.num_ranks == num_ranks, "the configuration is for ",
-                 options.num_ranks, " ranks, ", num_ranks, " were started");
+                 options.num_ranks, " ranks, ", num_ranks, " were started; start ", options.num_ranks,
+                 " or correct num_ranks");
   const auto& kinds = dualpipe::schedule_kinds();
   if (std::find(kinds.begin(), kinds.end(), options.schedule) != kinds.end())
     return dualpipe::make_schedule({options.schedule, num_ranks, options.num_micro_batches, options.chunks_per_rank})

@@ -1,7 +1,6 @@
 #include "options.hpp"
 
 #include <CLI/CLI.hpp>
-#include <map>
 
 #include "dualpipe/error.hpp"
 #include "dualpipe/schedule/generate.hpp"
@@ -15,7 +14,7 @@ constexpr const char* kDescription =
     "  torchrun --nproc-per-node 8 --no-python dualpipe-lm --schedule 1f1b --microbatches 16\n";
 
 constexpr const char* kFooter =
-    "A run ends after --steps or --minutes, whichever comes first; the learning rate follows that, so only runs that "
+    "\nA run ends after --steps or --minutes, whichever comes first; the learning rate follows that, so only runs that "
     "--steps ends\n"
     "repeat exactly (--minutes 0). The first weights and the order of the text depend on --seed alone, not on the "
     "schedule.";
@@ -34,77 +33,62 @@ std::optional<Options> parse(int argc, const char* const* argv, std::string& hel
   std::string config;
   std::optional<std::string> schedule;
   std::optional<int> micro_batches, chunks;
-  std::optional<dualpipe::Publish> publish;
+
+  std::optional<std::string> publish;
 
   CLI::App app(kDescription, "dualpipe-lm");
   app.footer(kFooter);
-  const auto positive = CLI::Range(1, 1 << 30);
-  const auto not_negative = CLI::Range(0.0, 1e9);
+  std::string group;
+  const auto flag = [&](const char* name, auto& value, const char* type, const std::string& text) {
+    return app.add_option(name, value, text)->type_name(type)->group(group);
+  };
+  // Without description: the help shows the defaults instead, the errors name the range.
+  const auto count = [&](const char* name, auto& value, const std::string& text, int least = 1) {
+    return flag(name, value, "N", text)->check(CLI::Range(least, 1'000'000).description(""));
+  };
+  const auto number = [&](const char* name, double& value, const std::string& text, double most = 1e6) {
+    flag(name, value, "X", text)->check(CLI::Range(0.0, most).description(""))->capture_default_str();
+  };
 
-  auto* data = app.add_option_group("Text");
-  data->add_option("--text", options.text, "Files or folders to learn from [default: the headers of LibTorch]")
-      ->type_name("PATH...");
-  data->add_option("--seed", options.seed, "Of the first weights, the order of the text and the sample")
+  group = "Text";
+  flag("--text", options.text, "PATH", "Files or folders to learn from (default: the headers of LibTorch)");
+  flag("--seed", options.seed, "N", "Of the first weights, the order of the text and the sample")
       ->capture_default_str();
 
-  auto* pipeline = app.add_option_group("Pipeline");
-  pipeline->add_option("--config", config, "JSON with num_ranks, num_micro_batches, schedule, ...; flags override it")
-      ->type_name("FILE");
-  pipeline->add_option("--schedule", schedule, schedule_help())->default_str(defaults.schedule);
-  pipeline->add_option("--microbatches", micro_batches, "Per step, both directions together")
-      ->check(positive)
+  group = "Pipeline";
+  flag("--config", config, "FILE", "JSON with num_ranks, num_micro_batches, schedule, ...; flags override it");
+  flag("--schedule", schedule, "KIND", schedule_help())->default_str(defaults.schedule);
+  count("--microbatches", micro_batches, "Per step, both directions together")
       ->default_str(std::to_string(defaults.num_micro_batches));
-  pipeline->add_option("--chunks", chunks, "Stages per rank, --schedule interleaved only")
-      ->check(positive)
+  count("--chunks", chunks, "Stages per rank, --schedule interleaved only")
       ->default_str(std::to_string(defaults.chunks_per_rank));
-  pipeline->add_option("--publish", publish, "When results leave a step: early or atomic")
-      ->transform(CLI::Transformer(std::map<std::string, dualpipe::Publish>{{"early", dualpipe::Publish::early},
-                                                                            {"atomic", dualpipe::Publish::atomic}}))
+  flag("--publish", publish, "WHEN", "When results leave a step: early (as soon as they exist) or atomic (at its end)")
+      ->check(CLI::IsMember({"early", "atomic"}).description(""))
       ->default_str("early");
 
-  auto* model = app.add_option_group("Model");
-  model->add_option("--layers", options.model.layers, "Transformer blocks")->check(positive)->capture_default_str();
-  model->add_option("--width", options.model.width, "Features per byte")->check(positive)->capture_default_str();
-  model->add_option("--heads", options.model.heads, "Attention heads")->check(positive)->capture_default_str();
-  model->add_option("--context", options.model.context, "Bytes the model sees at once")
-      ->check(positive)
-      ->capture_default_str();
+  group = "Model";
+  count("--layers", options.model.layers, "Transformer blocks")->capture_default_str();
+  count("--width", options.model.width, "Features per byte")->capture_default_str();
+  count("--heads", options.model.heads, "Attention heads")->capture_default_str();
+  count("--context", options.model.context, "Bytes the model sees at once")->capture_default_str();
 
-  auto* training = app.add_option_group("Training");
-  training->add_option("--steps", options.steps, "Steps at most")->check(positive)->capture_default_str();
-  training->add_option("--minutes", options.minutes, "Minutes of training at most, 0: no limit")
-      ->check(not_negative)
-      ->capture_default_str();
-  training->add_option("--batch", options.batch, "Sequences per micro-batch")->check(positive)->capture_default_str();
-  training->add_option("--lr", options.learning_rate, "Highest learning rate of AdamW")
-      ->check(not_negative)
-      ->capture_default_str();
-  training->add_option("--warm-up", options.warm_up, "Share of the run in which the learning rate rises")
-      ->check(CLI::Range(0.0, 1.0))
-      ->capture_default_str();
-  training->add_option("--weight-decay", options.weight_decay, "Of AdamW")->check(not_negative)->capture_default_str();
-  training->add_option("--clip", options.clip, "Largest norm of the gradients, 0: any")
-      ->check(not_negative)
-      ->capture_default_str();
+  group = "Training";
+  count("--steps", options.steps, "Steps at most")->capture_default_str();
+  number("--minutes", options.minutes, "Minutes of training at most, 0: no limit");
+  count("--batch", options.batch, "Sequences per micro-batch")->capture_default_str();
+  number("--lr", options.learning_rate, "Highest learning rate of AdamW");
+  number("--warm-up", options.warm_up, "Share of the run in which the learning rate rises", 1);
+  number("--weight-decay", options.weight_decay, "Of AdamW");
+  number("--clip", options.clip, "Largest norm of the gradients, 0: any");
 
-  auto* output = app.add_option_group("Output");
-  output->add_option("--held-out", options.held_out, "Batches that measure the held-out loss")
-      ->check(positive)
-      ->capture_default_str();
-  output->add_option("--sample", options.sample, "Bytes of text to generate, 0: none")
-      ->check(CLI::Range(0, 1 << 20))
-      ->capture_default_str();
-  output->add_option("--temperature", options.temperature, "Of the sample, 0: always the likeliest byte")
-      ->check(CLI::Range(0.0, 100.0))
-      ->capture_default_str();
-  output->add_option("--prompt", options.prompt, "What the sample goes on from [default: the first held-out bytes]");
-  output->add_option("--trace", options.trace, "Last step for Chrome and Perfetto, \"\": none")
-      ->type_name("FILE")
-      ->capture_default_str();
-  output->add_option("--svg", options.svg, "Last step, predicted above measured, \"\": none")
-      ->type_name("FILE")
-      ->capture_default_str();
-  output->add_flag("--quiet", options.quiet, "No picture of the schedule, no line per step");
+  group = "Output";
+  count("--held-out", options.held_out, "Batches that measure the held-out loss")->capture_default_str();
+  count("--sample", options.sample, "Bytes of text to generate, 0: none", 0)->capture_default_str();
+  number("--temperature", options.temperature, "Of the sample, 0: always the likeliest byte");
+  flag("--prompt", options.prompt, "TEXT", "What the sample goes on from (default: the first held-out bytes)");
+  flag("--trace", options.trace, "FILE", "The last step for Chrome and Perfetto, \"\": none")->capture_default_str();
+  flag("--svg", options.svg, "FILE", "The last step, predicted above measured, \"\": none")->capture_default_str();
+  app.add_flag("--quiet", options.quiet, "No picture of the schedule, no line per step")->group(group);
 
   try {
     app.parse(argc, argv);
@@ -124,7 +108,7 @@ std::optional<Options> parse(int argc, const char* const* argv, std::string& hel
   if (schedule) options.pipe.schedule = *schedule;
   if (micro_batches) options.pipe.num_micro_batches = *micro_batches;
   if (chunks) options.pipe.chunks_per_rank = *chunks;
-  if (publish) options.pipe.publish = *publish;
+  if (publish) options.pipe.publish = *publish == "early" ? dualpipe::Publish::early : dualpipe::Publish::atomic;
   check(options.model);
   return options;
 }
