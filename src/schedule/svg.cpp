@@ -114,8 +114,9 @@ void draw_step(Canvas& canvas, int rank, const Step& step, double x, double y, d
 const char* strip_fill(Lane lane) { return lane == Lane::collective ? "#7b4fb0" : "#c0504d"; }
 
 bool any_transfers(const Timeline& timeline) {
-  return std::any_of(timeline.intervals.begin(), timeline.intervals.end(),
-                     [](const Interval& interval) { return interval.lane != Lane::compute; });
+  return std::any_of(timeline.intervals.begin(), timeline.intervals.end(), [](const Interval& interval) {
+    return interval.lane != Lane::compute && interval.lane != Lane::node;
+  });
 }
 
 /// Title, rows, axis.
@@ -144,7 +145,7 @@ class Panel {
     for (const Interval& interval : timeline_.intervals) {
       // What lies outside of the computing (a closing sum of gradients) would run out of the picture.
       const double begin = std::max(interval.begin, picture_.begin), end = std::min(interval.end, picture_.end);
-      if (interval.lane == Lane::compute || end <= begin) continue;
+      if (interval.lane == Lane::compute || interval.lane == Lane::node || end <= begin) continue;
       const double y = rows + row_height * interval.rank + bar_height + 1;
       canvas.rect(x(begin), y, (end - begin) * scale_, strip_height, strip_fill(interval.lane),
                   " fill-opacity=\"0.6\"");
@@ -187,6 +188,18 @@ class Panel {
   double left_, scale_;
 };
 
+/// The shortest step of a computed timeline; in a measured one that may be a thousandth of the others, so at least half
+/// their mean.
+double short_step(const Picture& picture) {
+  double sum = 0;
+  std::size_t count = 0;
+  for (const auto& steps : picture.steps) {
+    for (const Interval* interval : steps) sum += interval->end - interval->begin;
+    count += steps.size();
+  }
+  return std::max(picture.unit, count > 0 ? sum / static_cast<double>(count) / 2 : 0.0);
+}
+
 /// Returns the width.
 double draw_legend(Canvas& canvas, double x, double y, const std::vector<Picture>& pictures, bool transfers) {
   bool shades = false;
@@ -228,7 +241,7 @@ std::string to_svg(const std::vector<Timeline>& timelines) {
   std::vector<Picture> pictures;
   for (const Timeline& timeline : timelines) pictures.emplace_back(timeline);
 
-  // Wide enough for a micro-batch's digits in the shortest step.
+  // Wide enough for a micro-batch's digits in the short steps.
   double width = min_width, longest = 0;
   bool one_unit = true, transfers = false;
   int num_ranks = 0;
@@ -236,7 +249,7 @@ std::string to_svg(const std::vector<Timeline>& timelines) {
     const double length = pictures[i].end - pictures[i].begin;
     const auto digits =
         static_cast<double>(std::to_string(std::max(std::int64_t{0}, pictures[i].num_micro_batches - 1)).size());
-    width = std::max(width, length / pictures[i].unit * (digit_width * digits + 3));
+    width = std::max(width, length / short_step(pictures[i]) * (digit_width * digits + 3));
     longest = std::max(longest, length);
     one_unit = one_unit && timelines[i].seconds_per_unit == timelines.front().seconds_per_unit;
     transfers = transfers || any_transfers(timelines[i]);
