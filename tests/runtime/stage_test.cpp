@@ -4,6 +4,8 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -214,6 +216,208 @@ TEST(Stage, AppendJoinsNodesAndProperties) {
   EXPECT_THAT(error_of([&] { whole.forward({}, context()); }), HasSubstr("takes 1 tensor,"));
   whole.append("self", whole);
   EXPECT_THAT(whole.node_names(), testing::ElementsAre("one.forward", "two.a", "self.one.forward", "self.two.a"));
+}
+
+// --- collectives, here those of a group of one rank, which need no communicator
+
+/// Multiplies by a number, and turns the tensors round. Ends when it is asked.
+struct Scaled final : Collective {
+  explicit Scaled(double number) : factor(number) {}
+  Launched forward(Tensors inputs, const StageContext& c) override {
+    EXPECT_EQ(c.stage, 3);
+    ++launched;
+    for (const Tensor& tensor : inputs) EXPECT_TRUE(!tensor.defined() || tensor.is_leaf());
+    const auto handle = std::make_shared<int>(static_cast<int>(inputs.size()));
+    return {join({}, [this, inputs](std::vector<Tensors>) { return scaled(inputs, true); }), handle};
+  }
+  Pending backward(std::shared_ptr<void> handle, Tensors gradients) override {
+    EXPECT_EQ(*std::static_pointer_cast<int>(handle), static_cast<int>(gradients.size()));
+    ++launched;
+    return join({}, [this, gradients](std::vector<Tensors>) { return scaled(gradients, false); });
+  }
+  Tensors scaled(Tensors tensors, bool keep) {
+    ++finished;
+    const torch::NoGradGuard no_grad;
+    for (Tensor& tensor : tensors)
+      if (tensor.defined() && tensor.is_floating_point())
+        tensor = (tensor * factor).set_requires_grad(keep && tensor.requires_grad());
+    std::reverse(tensors.begin(), tensors.end());
+    return tensors;
+  }
+  double factor;
+  int launched = 0, finished = 0;
+};
+
+struct Returns final : Collective {
+  Returns(Pending f, Pending b) : ahead(std::move(f)), back(std::move(b)) {}
+  Launched forward(Tensors, const StageContext&) override { return {ahead, nullptr}; }
+  Pending backward(std::shared_ptr<void>, Tensors) override { return back; }
+  Pending ahead, back;
+};
+Pending gives(Tensors tensors) {
+  return join({}, [tensors](std::vector<Tensors>) { return tensors; });
+}
+
+TEST(Chain, MergesWhatComputesSideBySide) {
+  const auto same = [](const Tensors& x, const StageContext&) { return x; };
+  const auto moves = std::make_shared<Scaled>(2);
+  Stage stage;
+  EXPECT_EQ(stage.structure(), "C");
+  EXPECT_EQ(stage.structure(true), "C");
+  EXPECT_EQ(stage.chain_name(0), "identity");
+  stage.compute("a", same).compute("b", same).compute("c", same);
+  EXPECT_EQ(stage.structure(), "C");
+  stage.communicate("d", moves, {0}).communicate("e", moves, {1, 0}).compute("f", same).communicate("g", moves, {2});
+  EXPECT_EQ(stage.structure(), "CXXCX");
+  EXPECT_EQ(stage.structure(true), "CXXCXC");
+  EXPECT_EQ(stage.chain_name(0), "a to c");
+  EXPECT_EQ(stage.chain_name(1), "d");
+  EXPECT_EQ(stage.chain_name(3), "f");
+  EXPECT_EQ(stage.chain_name(5), "loss");
+  EXPECT_THAT(stage.node_names(), testing::ElementsAre("a", "b", "c", "d", "e", "f", "g"));
+  Stage two = stage;
+  two.append("x", stage).append("y", as_stage(torch::nn::Identity()));
+  EXPECT_EQ(two.structure(), "CXXCXCXXCXC");
+  EXPECT_EQ(stage.structure(), "CXXCX");
+  EXPECT_EQ(two.chain_name(5), "x.a to x.c");
+}
+
+TEST(Chain, MovesWhatItNamesAndLetsTheRestPassBy) {
+  const Tensor w = input({4, 4}), x = input({3, 4}), g = random({3, 4}), h = random({3, 4});
+  const auto collective = std::make_shared<Scaled>(3);
+  Stage stage;
+  stage
+      .compute("before",
+               [&](const Tensors& in, const StageContext&) -> Tensors {
+                 return {in[0].mm(w), torch::arange(3), Tensor(), in[0] + 1, in[0].detach()};
+               })
+      .communicate("turn", collective, {0, 2, 3})
+      .compute("after", [&](const Tensors& in, const StageContext&) -> Tensors {
+        EXPECT_TRUE(torch::equal(in[1], torch::arange(3)));
+        EXPECT_FALSE(in[2].defined());
+        EXPECT_TRUE(in[0].requires_grad());
+        EXPECT_TRUE(in[3].requires_grad());
+        EXPECT_FALSE(in[4].requires_grad());
+        return {torch::tanh(in[3]).mm(w), in[0] * in[4]};
+      });
+  auto activation = stage.forward({x}, context(3));
+  const Tensors gradients = activation.backward_input({g, h});
+  EXPECT_FALSE(w.grad().defined());
+  activation.backward_weight(2);
+  const Tensor from_last = w.grad().clone();
+  activation.backward_weight(1);  // a collective has no weights
+  EXPECT_TRUE(torch::equal(w.grad(), from_last));
+  activation.backward_weight(0);
+
+  const Tensor plain_w = w.detach().clone().requires_grad_(), plain_x = x.detach().clone().requires_grad_();
+  const Tensor first = plain_x.mm(plain_w) * 3, second = (plain_x + 1) * 3;
+  torch::autograd::backward({torch::tanh(first).mm(plain_w), second * plain_x.detach()}, {g, h});
+  EXPECT_TRUE(torch::allclose(gradients.at(0), plain_x.grad(), 1e-13, 1e-13));
+  EXPECT_TRUE(torch::allclose(w.grad(), plain_w.grad(), 1e-13, 1e-13));
+  EXPECT_EQ(collective->launched, 2);
+  EXPECT_EQ(collective->finished, 2);
+}
+
+TEST(Chain, CollectivesAtBothEndsAndInARow) {
+  const Tensor w = input({4, 4}), x = input({3, 4}), y = input({3, 4}), g = random({3, 4}), h = random({3, 4});
+  const auto two = std::make_shared<Scaled>(2), five = std::make_shared<Scaled>(5);
+  Stage stage;
+  stage.communicate("start", two, {0})
+      .communicate("again", five, {0})
+      .compute("f", [&](const Tensors& in, const StageContext&) -> Tensors { return {in[0].mm(w), in[1]}; })
+      .communicate("one", five, {0, 1})
+      .communicate("end", two, {0});
+  for (const bool whole : {true, false}) {
+    w.mutable_grad() = Tensor();
+    auto activation = stage.forward({x, y}, context(3));
+    ASSERT_EQ(activation.outputs.size(), 2U);
+    EXPECT_TRUE(torch::allclose(activation.outputs[0], y * 10));
+    EXPECT_TRUE(torch::allclose(activation.outputs[1], (x * 10).mm(w) * 5));
+    EXPECT_TRUE(activation.outputs[0].requires_grad());
+    EXPECT_TRUE(activation.outputs[0].is_leaf());
+    Tensors gradients;
+    if (whole) {
+      gradients = activation.backward({g, h});
+    } else {
+      gradients = activation.backward_input({g, h});
+      activation.backward_weight();
+    }
+    EXPECT_TRUE(torch::allclose(gradients.at(0), h.mm(w.t()) * 50));
+    EXPECT_TRUE(torch::allclose(gradients.at(1), g * 10));
+    EXPECT_TRUE(torch::allclose(w.grad(), x.t().mm(h) * 50));
+  }
+}
+
+TEST(Chain, ALossBehindACollectiveGetsItsOwnNode) {
+  const Tensor w = input({4, 4}), x = input({3, 4});
+  Stage stage;
+  stage.compute("f", [&](const Tensors& in, const StageContext&) -> Tensors { return {in[0].mm(w)}; })
+      .communicate("g", std::make_shared<Scaled>(2), {0});
+  auto activation = stage.forward({x}, context(3), [](const Tensors& out) { return out[0].square().sum(); });
+  EXPECT_EQ(activation.nodes.size(), 3U);
+  const Tensors gradients = activation.backward({torch::ones({}, torch::kDouble)});
+  EXPECT_TRUE(torch::allclose(activation.loss, (x.mm(w) * 2).square().sum()));
+  EXPECT_TRUE(torch::allclose(gradients.at(0), (x.mm(w) * 8).mm(w.t())));
+}
+
+TEST(Chain, OutsideOfTrainingNothingIsKept) {
+  const Tensor w = input({4, 4});
+  Stage stage;
+  stage.compute("f", [&](const Tensors& in, const StageContext&) -> Tensors { return {in[0].mm(w), in[0]}; })
+      .communicate("g", std::make_shared<Scaled>(2), {0, 1});
+  const auto activation = stage.forward({input({3, 4})}, context(3, false));
+  for (const auto& node : activation.nodes) EXPECT_EQ(node.handle, nullptr);
+  for (const Tensor& output : activation.outputs) EXPECT_FALSE(output.requires_grad());
+}
+
+TEST(Chain, UnsplitBackwardLeavesNoWeightPart) {
+  const Tensor w = input({4, 4});
+  const auto f = [&](const Tensors& in, const StageContext&) -> Tensors { return {in[0].mm(w)}; };
+  Stage stage;
+  stage.compute("f", f).communicate("g", std::make_shared<Scaled>(2), {0}).compute("h", f).split_backward(false);
+  auto activation = stage.forward({input({3, 4})}, context(3));
+  activation.backward_input({random({3, 4})});
+  const Tensor before = w.grad().clone();
+  activation.backward_weight();
+  EXPECT_TRUE(torch::equal(w.grad(), before));
+}
+
+TEST(Chain, RefusesWhatDoesNotFit) {
+  const auto same = [](const Tensors& x, const StageContext&) { return x; };
+  const auto fine = std::make_shared<Scaled>(2);
+  EXPECT_THAT(error_of([&] { Stage().communicate("g", nullptr, {0}); }), HasSubstr("node 'g'"));
+  EXPECT_THAT(error_of([&] { Stage().communicate("g", fine, {}); }), HasSubstr("moves no tensors"));
+  EXPECT_THAT(error_of([&] { Stage().communicate("g", fine, {0, -1}); }), HasSubstr("position -1"));
+  EXPECT_THAT(error_of([&] { Stage().communicate("g", fine, {1, 0, 1}); }), HasSubstr("position 1 twice"));
+
+  const Tensor x = input({2});
+  const auto running = [&](std::shared_ptr<Collective> collective, std::vector<int> moves) {
+    return error_of([&] {
+      Stage stage;
+      stage.compute("f", same).communicate("g", std::move(collective), std::move(moves)).compute("h", same);
+      stage.forward({x}, context(3)).backward({x});
+    });
+  };
+  EXPECT_EQ(running(fine, {0}), "no InvalidArgument");
+  EXPECT_THAT(running(fine, {2}), HasSubstr("position 2, but it is given 1 tensor"));
+  EXPECT_THAT(running(std::make_shared<Returns>(Pending(), Pending()), {0}), HasSubstr("launched nothing"));
+  EXPECT_THAT(running(std::make_shared<Returns>(gives({x, x}), Pending()), {0}),
+              HasSubstr("moves 1 tensors, but its forward gave 2"));
+  EXPECT_THAT(running(std::make_shared<Returns>(gives({x.detach().requires_grad_()}), Pending()), {0}),
+              HasSubstr("in its backward"));
+  EXPECT_THAT(running(std::make_shared<Returns>(gives({x.detach().requires_grad_()}), gives({})), {0}),
+              HasSubstr("its backward gave 0"));
+}
+
+TEST(Join, WaitsForAllAndGivesOnce) {
+  Pending pending = join({gives({torch::ones({1})}), gives({torch::zeros({2})})}, [](std::vector<Tensors> parts) {
+    EXPECT_EQ(parts.size(), 2U);
+    return Tensors{parts[1].at(0)};
+  });
+  EXPECT_TRUE(pending.done());
+  EXPECT_EQ(pending.take().at(0).numel(), 2);
+  EXPECT_THAT(error_of([&] { pending.take(); }), HasSubstr("taken before"));
+  EXPECT_THAT(error_of([] { join({}, nullptr); }), HasSubstr("needs a function"));
 }
 
 // Modules of all shapes that as_stage takes.
