@@ -152,7 +152,8 @@ class Run {
       record(Lane::node, op, piece.node, span);
     }
     void collected(Side side, const Span& span) override {
-      if (span.end > span.begin) record(Lane::collective, op(side), side == Side::forward ? -1 : backward_->at(), span);
+      if (span.end > span.begin)
+        record(Lane::collective, op(side), side == Side::forward ? forward_->node() : backward_->node(), span);
     }
     void blocks() override { run_.before_blocking(); }
     void between() override { run_.settle_trailing(); }
@@ -165,12 +166,8 @@ class Run {
 
     void record(Lane lane, const Op& op, int node, const Span& span) {
       if (run_.observers_.empty()) return;
-      run_.record({run_.communicator_.rank(),
-                   lane,
-                   {op, {}},
-                   span.begin,
-                   span.end,
-                   node < 0 ? forward_->at() : run_.stage_of(op).chain_name(node)});
+      run_.record(
+          {run_.communicator_.rank(), lane, {op, {}}, span.begin, span.end, run_.stage_of(op).chain_name(node)});
     }
 
     /// Says where it happened, of what `body` throws; once, also where one step finishes the collective of another.
@@ -207,7 +204,7 @@ class Run {
       if (turn_.side == Side::forward) {
         if (forward_) node = forward_->at();
       } else if (turn_.side == Side::backward) {
-        if (backward_) node = stage.chain_name(backward_->at());
+        if (backward_) node = stage.chain_name(backward_->node());
       } else {
         node = stage.chain_name(turn_.node);
       }

@@ -120,13 +120,12 @@ BackwardPass::BackwardPass(StageActivation& activation, Tensors output_gradients
     : activation_(&activation),
       whole_first_(whole_first),
       next_(static_cast<int>(activation.nodes.size()) - 1),
-      gradients_(std::move(output_gradients)),
-      at_(next_) {}
+      gradients_(std::move(output_gradients)) {}
 
 void BackwardPass::advance() {
   settle();
-  at_ = next_--;
-  auto& node = activation_->nodes[static_cast<std::size_t>(at_)];
+  const int index = next_--;
+  auto& node = activation_->nodes[static_cast<std::size_t>(index)];
   if (node.communication) {
     moving_ = node.communication.get();
     pending_ =
@@ -134,7 +133,7 @@ void BackwardPass::advance() {
     DUALPIPE_CHECK(pending_, "the collective launched nothing in its backward: its Pending is empty");
     return;
   }
-  node.whole = !activation_->split || (at_ == 0 && whole_first_);
+  node.whole = !activation_->split || (index == 0 && whole_first_);
   gradients_ = node.whole ? node.graph.backward(gradients_) : node.graph.backward_input(gradients_);
 }
 

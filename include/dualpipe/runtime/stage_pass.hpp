@@ -25,7 +25,9 @@ class ForwardPass {
   /// After all nodes: settles and gives what the micro-batch leaves.
   StageActivation take();
 
-  /// Name of the node that runs or ran last, for messages.
+  /// The chain's node that runs or ran last; -1 before the first.
+  int node() const { return next_ - 1; }
+  /// Name of the stage's node that runs or ran last, of which the chain may have merged several; for messages.
   const std::string& at() const { return at_; }
 
  private:
@@ -61,8 +63,8 @@ class BackwardPass {
   Tensors take();
 
   StageActivation& activation() const { return *activation_; }
-  /// Index of the chain's node that runs or ran last.
-  int at() const { return at_; }
+  /// The chain's node that runs or ran last; before the first, the number of nodes.
+  int node() const { return next_ + 1; }
 
  private:
   StageActivation* activation_;
@@ -71,7 +73,6 @@ class BackwardPass {
   Tensors gradients_;
   Pending pending_;
   const Communication* moving_ = nullptr;
-  int at_;
 };
 
 }  // namespace dualpipe
