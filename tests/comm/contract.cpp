@@ -334,7 +334,7 @@ TEST_P(Contract, SpanIsFromWhenBothHadComeToTheEnd) {
       comm->barrier().wait();
       early.wait();
       const Span span = early.span();
-      EXPECT_GE(span.begin, sent_at);
+      if (GetParam().exact_clock) EXPECT_GE(span.begin, sent_at);
       EXPECT_GE(span.end, span.begin);
       EXPECT_LE(span.end, now());
     } else {
@@ -728,7 +728,14 @@ TEST_P(Contract, ADeadlineNamesPeerAndOperation) {
         [&](Ptr comm) {
           if (comm->rank() == 1) {
             over.wait();  // busy with something else
-            EXPECT_THAT(comm_error([&] { comm->barrier().wait(); }).what(), HasSubstr(test.operation));
+            // Between processes the news takes its time, and a barrier may have met the other's before.
+            const CommError seen = comm_error([&] {
+              for (int i = 0; i < 5000; ++i) {
+                comm->barrier().wait();
+                std::this_thread::sleep_for(1ms);
+              }
+            });
+            EXPECT_THAT(seen.what(), HasSubstr(test.operation));
             return;
           }
           const auto begin = std::chrono::steady_clock::now();

@@ -24,6 +24,8 @@ struct BackEnd {
   std::function<void(int num_ranks, std::chrono::milliseconds timeout, const Body& body)> run;
   /// Whether send() and receive() return before the other end has come to them.
   bool asynchronous = true;
+  /// Whether all ranks read one clock; across hosts the difference is only estimated.
+  bool exact_clock = true;
 };
 inline std::ostream& operator<<(std::ostream& out, const BackEnd& back_end) { return out << back_end.name; }
 inline std::string name_of(const ::testing::TestParamInfo<BackEnd>& info) { return info.param.name; }

@@ -37,16 +37,17 @@ World world_of(int rank, int size) {
 }
 
 contract::BackEnd sockets(const std::string& name, Route route) {
-  return {name, [route](int num_ranks, std::chrono::milliseconds timeout, const contract::Body& body) {
-            const StorePtr store = c10::make_intrusive<c10d::HashStore>();
-            const auto connect = [&](int rank) {
-              ConnectOptions options;
-              options.timeout = timeout;
-              options.store = store;
-              return detail::connect_sockets(world_of(rank, num_ranks), options, route);
-            };
-            contract::run_connected(num_ranks, connect, body);
-          }};
+  const auto run = [route](int num_ranks, std::chrono::milliseconds timeout, const contract::Body& body) {
+    const StorePtr store = c10::make_intrusive<c10d::HashStore>();
+    const auto connect = [&](int rank) {
+      ConnectOptions options;
+      options.timeout = timeout;
+      options.store = store;
+      return detail::connect_sockets(world_of(rank, num_ranks), options, route);
+    };
+    contract::run_connected(num_ranks, connect, body);
+  };
+  return {.name = name, .run = run, .exact_clock = route == Route::best};
 }
 
 }  // namespace
