@@ -3,9 +3,12 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/input_metadata.h>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <optional>
+#include <span>
+#include <thread>
 #include <unordered_map>
 #include <utility>
 
@@ -51,7 +54,10 @@ class Run {
         plan_(plan),
         inputs_(inputs),
         observers_(observers),
-        program_(plan.program.ranks[communicator.rank()]) {}
+        program_(plan.program.ranks[communicator.rank()]),
+        communicates_(std::any_of(stages.begin(), stages.end(), [](const auto& entry) {
+          return entry.second.structure().find('X') != std::string::npos;
+        })) {}
 
   RunOutputs operator()() {
     while (next_ < program_.size()) {
@@ -87,7 +93,7 @@ class Run {
   /// A step under way: its passes, and where they are.
   class Running final : public PairListener {
    public:
-    Running(Run& run, const Step& step) : run_(run), cell_(run.cell_) {
+    Running(Run& run, const Step& step, int cell) : run_(run), cell_(cell) {
       if (step.op.pass == Pass::Forward) forward_op_ = step.op;
       if (step.overlapped) backward_op_ = step.overlapped;
       if (step.op.pass != Pass::Forward) backward_op_ = step.op;
@@ -104,18 +110,33 @@ class Run {
           turn({Side::forward, -1});
           run_.start_forward(*forward_op_, forward_);
         }
-        if (backward_op_) {
-          turn({Side::backward, -1});
-          run_.start_backward(*backward_op_, backward_);
+        start_backward();
+        const std::span<const Piece> pieces = order().pieces;
+        run_pair(pieces.subspan(next_, order().last_weights - next_), forward(), backward(), *this);
+        for (next_ = order().last_weights; next_ < pieces.size(); ++next_) {
+          run_.launch_ahead(weight_seconds_);
+          run_pair(pieces.subspan(next_, 1), forward(), backward(), *this);
         }
-        const PairOrders::Entry& order = run_.order_of(forward_op_, backward_op_);
-        communicates_ = order.communicates;
-        run_pair(order.pieces, forward(), backward(), *this);
         weights_over_ = true;
         if (backward_op_ && backward_over_) leave_backward();
         return settle_last(forward(), backward(), *this, /*block=*/run_.plan_.publish == Publish::atomic);
       });
     }
+    /// Before the step's turn, when the gradient that its backward takes has come: launches the collective with which
+    /// it begins, and nothing else.
+    void launch_ahead() {
+      guarded([&] {
+        start_backward();
+        run_pair(std::span(order().pieces).first(1), nullptr, backward(), *this);
+        next_ = 1;
+        return true;
+      });
+    }
+    /// Whether there is one.
+    bool can_launch_ahead() {
+      return backward_op_ && backward_op_->pass != Pass::BackwardWeight && order().backward_first;
+    }
+    const std::optional<Op>& backward_op() const { return backward_op_; }
     /// Goes on with such a collective; true once none is left.
     bool settle(bool block) {
       return guarded([&] { return settle_last(forward(), backward(), *this, block); });
@@ -129,6 +150,16 @@ class Run {
     ForwardPass* forward() { return forward_ ? &*forward_ : nullptr; }
     BackwardPass* backward() { return backward_ ? &*backward_ : nullptr; }
     const Op& op(Side side) const { return side == Side::forward ? *forward_op_ : *backward_op_; }
+
+    const PairOrders::Entry& order() {
+      if (order_ == nullptr) order_ = &run_.order_of(forward_op_, backward_op_);
+      return *order_;
+    }
+    void start_backward() {
+      if (!backward_op_ || backward_) return;
+      turn({Side::backward, -1});
+      run_.start_backward(*backward_op_, backward_, order().communicates);
+    }
 
     void weight() {
       StageActivation& activation = run_.slot(*backward_op_).activation;
@@ -144,7 +175,8 @@ class Run {
 
     void turn(const Piece& piece) override { turn_ = piece; }
     void computed(const Piece& piece, const Span& span) override {
-      if (!communicates_ || run_.observers_.empty()) return;
+      if (piece.side == Side::weight) weight_seconds_ = span.end - span.begin;
+      if (!order().communicates || run_.observers_.empty()) return;
       Op op = this->op(piece.side);
       if (piece.side == Side::weight) op.pass = Pass::BackwardWeight;
       if (piece.side == Side::backward && op.pass == Pass::Backward && !backward_->activation().nodes[piece.node].whole)
@@ -185,7 +217,7 @@ class Run {
       try {
         throw;
       } catch (const CommError& error) {
-        if (!communicates_) throw;  // a transfer, which names itself
+        if (order_ == nullptr || !order_->communicates) throw;  // a transfer, which names itself
         std::throw_with_nested(CommError(error.origin_rank(), error.operation(), explain(error.what())));
       } catch (const InvalidArgument& error) {
         std::throw_with_nested(InvalidArgument(explain(error.what())));
@@ -220,7 +252,9 @@ class Run {
     std::optional<ForwardPass> forward_;
     std::optional<BackwardPass> backward_;
     Piece turn_;
-    bool communicates_ = false;
+    const PairOrders::Entry* order_ = nullptr;
+    std::size_t next_ = 0;       // of the pieces; 1 when the first was launched ahead
+    double weight_seconds_ = 0;  // how long the last weight part took
     bool backward_over_ = false;
     bool weights_over_ = false;
   };
@@ -257,6 +291,10 @@ class Run {
   }
 
   void deliver(int index) {
+    if (delivered_ahead_ == index) {
+      delivered_ahead_ = -1;
+      return;
+    }
     auto pending = receives_.find(index);
     if (trailing_ && (pending == receives_.end() || !pending->second.done())) {
       finish_trailing();
@@ -304,7 +342,7 @@ class Run {
     if (trailing_ && (trailing_->involves(step.op.micro_batch) ||
                       (step.overlapped && trailing_->involves(step.overlapped->micro_batch))))
       finish_trailing();
-    auto running = std::make_unique<Running>(*this, step);
+    auto running = ahead_ ? std::move(ahead_) : std::make_unique<Running>(*this, step, cell_);
     const bool over = (*running)();
     if (!observers_.empty()) record({communicator_.rank(), Lane::compute, step, begin, now()});
     if (over) return;
@@ -325,6 +363,43 @@ class Run {
   void before_blocking() {
     finish_trailing();
     if (plan_.publish == Publish::early) issue();
+  }
+
+  /// Called where a step has only weight parts left: they can hide the collective with which the backward of the next
+  /// step begins, if its gradient is here, or comes while one weight part has hardly begun. When that is depends on
+  /// timing; the order of collectives does not, as only weight parts lie between.
+  ///
+  /// @param weight_seconds  how long a weight part takes, as far as known.
+  void launch_ahead(double weight_seconds) {
+    if (!communicates_ || ahead_ || plan_.publish == Publish::atomic) return;
+    std::size_t at = next_;
+    while (at < program_.size() && program_[at].what != Instruction::Do::compute) ++at;
+    if (at == program_.size()) return;
+    auto running = std::make_unique<Running>(*this, program_[at].step, cell_ + 1);
+    if (!running->can_launch_ahead()) return;
+    for (std::size_t i = next_; i < at; ++i) {
+      if (program_[i].what != Instruction::Do::wait) continue;
+      const Transfer& transfer = plan_.program.order[program_[i].transfer];
+      if (transfer.payload != Payload::gradient || transfer.stage != running->backward_op()->stage + 1 ||
+          transfer.micro_batch != running->backward_op()->micro_batch)
+        continue;
+      const auto pending = receives_.find(program_[i].transfer);
+      if (pending == receives_.end() || !arrives(pending->second, weight_seconds / 10)) return;
+      deliver(program_[i].transfer);
+      delivered_ahead_ = program_[i].transfer;
+      running->launch_ahead();
+      ahead_ = std::move(running);
+      return;
+    }
+  }
+
+  static bool arrives(const Pending& pending, double seconds) {
+    if (pending.done()) return true;
+    for (const double deadline = now() + seconds; now() < deadline;) {
+      std::this_thread::sleep_for(std::chrono::microseconds(20));
+      if (pending.done()) return true;
+    }
+    return false;
   }
 
   const PairOrders::Entry& order_of(const std::optional<Op>& forward, const std::optional<Op>& backward) {
@@ -372,10 +447,11 @@ class Run {
   }
 
   /// B, or I of a micro-batch whose W comes as an op of its own.
-  void start_backward(const Op& op, std::optional<BackwardPass>& pass) {
+  void start_backward(const Op& op, std::optional<BackwardPass>& pass, bool communicates) {
     Slot& here = slot(op);
-    // Splitting pays only where somebody waits for the input gradient.
-    const bool whole = op.pass == Pass::Backward && (plan_.publish == Publish::atomic || op.stage == 0);
+    // Splitting pays only where somebody waits for the input gradient, or a collective for a pause of the host.
+    const bool whole =
+        op.pass == Pass::Backward && !communicates && (plan_.publish == Publish::atomic || op.stage == 0);
     pass.emplace(here.activation, output_gradients(op, here), whole);
   }
 
@@ -451,6 +527,7 @@ class Run {
   const RunInputs& inputs_;
   const std::vector<std::shared_ptr<Observer>>& observers_;
   const std::vector<Instruction>& program_;
+  const bool communicates_;  // some stage of this rank does
 
   const Batch no_batch_;
   std::size_t next_ = 0;    // instruction to come
@@ -461,6 +538,8 @@ class Run {
   std::map<Key, Tensors> ready_;  // published, not yet issued
   std::unordered_map<int, Pending> sends_, receives_;
   std::unique_ptr<Running> trailing_;  // the step whose last collective is still under way
+  std::unique_ptr<Running> ahead_;     // the next step, if its first collective is launched
+  int delivered_ahead_ = -1;           // the transfer that it took
   bool explained_ = false;             // the exception under way says where it happened
   RunOutputs outputs_;
 };

@@ -43,7 +43,7 @@ bool settle_last(Pass* pass, Side side, PairListener& listener, bool block) {
 
 }  // namespace
 
-void run_pair(const std::vector<Piece>& order, ForwardPass* forward, BackwardPass* backward, PairListener& listener) {
+void run_pair(std::span<const Piece> order, ForwardPass* forward, BackwardPass* backward, PairListener& listener) {
   for (const Piece& piece : order) {
     listener.turn(piece);
     if (piece.side == Side::forward) {
@@ -71,8 +71,12 @@ const PairOrders::Entry& PairOrders::find(const Stage* forward, bool forward_los
   if (is_new) {
     const std::string ahead = forward != nullptr ? forward->structure(forward_loss) : "";
     const std::string back = backward != nullptr ? backward->structure(backward_loss) : "";
-    found->second.pieces = launch_order(ahead, back, pair_order(ahead, back, weights));
-    found->second.communicates = (ahead + back).find('X') != std::string::npos;
+    Entry& entry = found->second;
+    entry.pieces = launch_order(ahead, back, pair_order(ahead, back, weights));
+    entry.communicates = (ahead + back).find('X') != std::string::npos;
+    entry.backward_first = !entry.pieces.empty() && entry.pieces.front().side == Side::backward && back.back() == 'X';
+    entry.last_weights = entry.pieces.size();
+    while (entry.last_weights > 0 && entry.pieces[entry.last_weights - 1].side == Side::weight) --entry.last_weights;
   }
   return found->second;
 }

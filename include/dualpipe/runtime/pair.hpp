@@ -1,6 +1,8 @@
 #pragma once
 
+#include <cstddef>
 #include <map>
+#include <span>
 #include <tuple>
 #include <vector>
 
@@ -34,10 +36,10 @@ class PairListener {
 /// A collective that ends a chain may be under way when this returns: then forward_over or backward_over is still to
 /// come, by settle_last.
 ///
-/// @param order     a launch_order of both chains.
+/// @param order     a launch_order of both chains, or the next part of one.
 /// @param forward   null where the order has no forward.
 /// @param backward  null where the order has no backward.
-void run_pair(const std::vector<Piece>& order, ForwardPass* forward, BackwardPass* backward, PairListener& listener);
+void run_pair(std::span<const Piece> order, ForwardPass* forward, BackwardPass* backward, PairListener& listener);
 
 /// Settles the last collectives, and tells that their sides are over. Without `block` only those that have ended.
 ///
@@ -49,7 +51,9 @@ class PairOrders {
  public:
   struct Entry {
     std::vector<Piece> pieces;
-    bool communicates = false;  ///< either chain has a collective
+    bool communicates = false;     ///< either chain has a collective
+    bool backward_first = false;   ///< the first piece launches a collective of the backward
+    std::size_t last_weights = 0;  ///< where the weight parts begin that follow everything else
   };
   /// @param forward, backward  null: that side is empty. Stages are told apart by their address, so they must outlive
   ///                           this and keep their nodes.
