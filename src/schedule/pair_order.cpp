@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <deque>
 #include <limits>
+#include <optional>
 
 #include "dualpipe/error.hpp"
 
@@ -44,6 +45,12 @@ struct Chain {
 
   bool over() const { return next < 0 || next >= static_cast<int>(structure.size()); }
   bool communicates() const { return structure[static_cast<std::size_t>(next)] == 'X'; }
+  /// Whether a collective waits for the next node.
+  bool feeds() const {
+    const int after = side == Side::forward ? next + 1 : next - 1;
+    return after >= 0 && after < static_cast<int>(structure.size()) &&
+           structure[static_cast<std::size_t>(after)] == 'X';
+  }
   Piece advance(int until) {
     input_at = until;
     return {side, side == Side::forward ? next++ : next--};
@@ -57,7 +64,7 @@ std::vector<Piece> order_by_rule(std::string_view forward_nodes, std::string_vie
   std::deque<Piece> weights;  // whose input part has run
   int now = 0;
   int network_free = 0;
-  bool forward_turn = true;
+  std::optional<bool> forward_turn;  // none before the first
   const auto compute_weight = [&] {
     order.push_back(weights.front());
     weights.pop_front();
@@ -74,7 +81,12 @@ std::vector<Piece> order_by_rule(std::string_view forward_nodes, std::string_vie
       return !chain.over() && !chain.communicates() && chain.input_at <= now;
     };
     const bool can_forward = runnable(forward), can_backward = runnable(backward);
-    if (can_forward && (forward_turn || !can_backward)) {
+    // Who lets a collective begin goes first. A chain's last node is often a light one, as a loss is, so of two equal
+    // ones the backward begins where collectives follow.
+    const bool prefer_forward = can_backward && can_forward && forward.feeds() != backward.feeds()
+                                    ? forward.feeds()
+                                    : forward_turn.value_or(can_forward && !forward.feeds());
+    if (can_forward && (prefer_forward || !can_backward)) {
       now += compute_time;
       order.push_back(forward.advance(now));
       forward_turn = false;

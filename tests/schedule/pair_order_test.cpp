@@ -78,6 +78,9 @@ TEST(PairOrder, UnequalChains) {
   EXPECT_EQ(order("C", "CXCX"), "B3 F0 B2 B1 W2 B0 W0");
   // A dense layer's backward lies under the dispatch of the other's forward, its weight part behind it.
   EXPECT_EQ(order("CXCX", "C"), "F0 F1 B0 W0 F2 F3");
+  // A node that a collective waits for goes first; so does the loss at the end of the last stage.
+  EXPECT_EQ(order("C", "CXC"), "B2 B1 F0 W2 B0 W0");
+  EXPECT_EQ(brief(pair_order("CXCX", "CXCXC")).substr(0, 14), "B4 B3 F0 F1 W4");
   // Collectives without compute between them wait for each other.
   EXPECT_EQ(order("XX", ""), "F0 F1");
   EXPECT_EQ(order("CXXC", "C"), "F0 F1 B0 W0 F2 F3");

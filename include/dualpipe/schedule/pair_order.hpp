@@ -23,8 +23,9 @@ struct Piece {
 ///
 /// Two chains "CXCX" run in the order of DeepSeek's published trace: combine-B, attention-F, MLP-B, dispatch-F,
 /// dispatch-B, MLP-W, MLP-F, attention-B, attention-W, combine-F. All others run by a rule that alternates between the
-/// sides, launches a collective as soon as its input is there, computes a weight part where both sides would wait, and
-/// does the weight parts that are left over last, so that results leave early; two single nodes give F, B, W. The rule
+/// sides, prefers a node that a collective waits for, launches a collective as soon as its input is there, computes a
+/// weight part where both sides would wait, and does the weight parts that are left over last, so that results leave
+/// early; two single nodes give F, B, W. The rule
 /// looks at the structure only, with one fixed guess of how long nodes take, so every rank that runs the same pair
 /// launches its collectives in the same order.
 ///
