@@ -242,11 +242,10 @@ DualPipeImpl::DualPipeImpl(std::shared_ptr<Communicator> communicator, DualPipeO
 
   agree_that_fine(comm, finding_of([&] { state.training = training_plan(state.options, comm.size()); }));
   agree_on(comm, "options", describe(state.options, state.training.schedule));
-  const Schedule& schedule = state.training.schedule;
 
   std::map<int, Stage> stages;
   agree_that_fine(comm, finding_of([&] {
-                    for (const int number : stages_of(schedule, comm.rank())) {
+                    for (const int number : stages_of(state.training.schedule, comm.rank())) {
                       try {
                         Stage stage = factory(number);
                         if (stage.module()) stage.module()->to(comm.device());
@@ -256,6 +255,15 @@ DualPipeImpl::DualPipeImpl(std::shared_ptr<Communicator> communicator, DualPipeO
                       }
                     }
                   }));
+  // A pair of stages with collectives has its results in another order, and all ranks must send in the same one.
+  const bool mine = std::any_of(stages.begin(), stages.end(), [](const auto& entry) {
+    return entry.second.structure().find('X') != std::string::npos;
+  });
+  const std::vector<std::string> communicate = all_gather_text(comm, mine ? "yes" : "");
+  if (std::count(communicate.begin(), communicate.end(), "yes") > 0)
+    state.training = make_plan(std::move(state.training.schedule), state.options.publish, /*communicates=*/true);
+  const Schedule& schedule = state.training.schedule;
+
   std::set<torch::nn::Module*> registered;
   for (const auto& [number, stage] : stages)
     if (stage.module() && registered.insert(stage.module().get()).second)

@@ -546,9 +546,9 @@ class Run {
 
 }  // namespace
 
-Plan make_plan(Schedule schedule, Publish publish) {
+Plan make_plan(Schedule schedule, Publish publish, bool communicates) {
   Plan plan;
-  plan.program = lower(schedule, publish);
+  plan.program = lower(schedule, publish, communicates ? PairReady{.activation = 1, .gradient = 0.75} : PairReady{});
   dry_run(plan.program);
   plan.publish = publish;
   plan.placement = placement(schedule);

@@ -170,8 +170,10 @@ class Writer {
 
 }  // namespace
 
-Program lower(const Schedule& schedule, Publish publish) {
-  const Flow flow = detail::flow(schedule, ordering_costs, publish);
+Program lower(const Schedule& schedule, Publish publish, const PairReady& ready) {
+  Costs costs = ordering_costs;
+  costs.ready = ready;
+  const Flow flow = detail::flow(schedule, costs, publish);
   Program program;
   program.order.reserve(flow.edges.size());
   for (const detail::TimedEdge& edge : flow.edges) program.order.push_back(edge.transfer);

@@ -40,6 +40,11 @@ void check_costs(const Costs& costs) {
                  costs.weight, " and the backward only ", costs.backward);
   DUALPIPE_CHECK(costs.weight <= costs.pair, "the weight part is a part of a pair, but it costs ", costs.weight,
                  " and the pair only ", costs.pair);
+  for (const double fraction : {costs.ready.activation, costs.ready.gradient})
+    DUALPIPE_CHECK(fraction < 0 || (fraction > 0 && fraction <= 1),
+                   "a pair's result is ready at a fraction of it above 0 and up to 1, or negative for before its weight"
+                   " part; got ",
+                   fraction);
 }
 
 /// Where each op of a schedule is. Tables have one entry per (stage, micro-batch).
@@ -180,8 +185,12 @@ class Run {
       ready = begin + (costs_.pair - costs_.weight);
     else if (publish_ == Publish::early && step.op.pass == Pass::Backward)
       ready = begin + (costs_.backward - costs_.weight);
-    publish_result(rank, step.op, ready, end);
-    if (step.overlapped) publish_result(rank, *step.overlapped, ready, end);
+    const auto ready_at = [&](double fraction) {
+      const bool own = publish_ == Publish::early && step.overlapped && fraction > 0;
+      return own ? begin + fraction * (end - begin) : ready;
+    };
+    publish_result(rank, step.op, ready_at(costs_.ready.activation), end);
+    if (step.overlapped) publish_result(rank, *step.overlapped, ready_at(costs_.ready.gradient), end);
     flow_.begin[rank].push_back(begin);
     free_at_[rank] = end;
     ++next_[rank];

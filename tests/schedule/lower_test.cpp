@@ -318,5 +318,28 @@ TEST(Lower, LargeSchedulesAreQuick) {
   EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(10));
 }
 
+TEST(Lower, ResultsOfAPairLeaveInTheOrderInWhichTheyAreReady) {
+  const Schedule schedule = make_schedule({"dualpipe", 4, 12});
+  for (const bool gradient_first : {false, true}) {
+    const Program program =
+        lower(schedule, Publish::early, gradient_first ? PairReady{.activation = 1, .gradient = 0.75} : PairReady{});
+    EXPECT_NO_THROW(dry_run(program));
+    int pairs = 0;
+    for (const auto& rank : program.ranks) {
+      for (std::size_t i = 0; i + 1 < rank.size(); ++i) {
+        if (rank[i].what != Instruction::Do::compute || !rank[i].step.overlapped) continue;
+        std::vector<Payload> sent;
+        for (std::size_t k = i + 1; k < rank.size() && rank[k].what != Instruction::Do::compute; ++k)
+          if (rank[k].what == Instruction::Do::send) sent.push_back(program.order[rank[k].transfer].payload);
+        if (sent.size() < 2) continue;
+        ++pairs;
+        const auto first = gradient_first ? Payload::gradient : Payload::activation;
+        EXPECT_EQ(sent.front(), first) << to_string(rank[i].step);
+      }
+    }
+    EXPECT_GT(pairs, 4);
+  }
+}
+
 }  // namespace
 }  // namespace dualpipe

@@ -247,6 +247,28 @@ TEST(Simulate, RefusesSchedulesThatCannotRun) {
   EXPECT_THAT([&] { simulate(huge); }, ThrowsMessage<InvalidArgument>(HasSubstr("1 forwards")));
 }
 
+TEST(Simulate, PairsMayHaveTheirResultsElsewhere) {
+  const Schedule schedule = from_csv("0F0,0F1,,(0F2;0B0)OVERLAP_F_B,0B1,0B2\n,1F0,1B0,1F1,1B1,1F2,1B2\n");
+  const auto arrival = [&](const Costs& costs, Publish publish) {
+    for (const TimedTransfer& timed : simulate(schedule, costs, publish).transfers)
+      if (timed.transfer.payload == Payload::activation && timed.transfer.micro_batch == 2) return timed.ready;
+    return -1.0;
+  };
+  // 1F0 ends at 2, 1B0 publishes at 3: the pair lasts from 3 to 6.
+  EXPECT_EQ(arrival({}, Publish::early), 5);
+  EXPECT_EQ(arrival({.ready = {.activation = 1}}, Publish::early), 6);
+  EXPECT_EQ(arrival({.ready = {.activation = 0.25}}, Publish::early), 3.75);
+  EXPECT_EQ(arrival({.ready = {.gradient = 0.25}}, Publish::early), 5);
+  EXPECT_EQ(arrival({.ready = {.activation = 0.25}}, Publish::atomic), 7);
+  for (const double wrong : {0.0, 1.5, std::numeric_limits<double>::quiet_NaN()})
+    EXPECT_THAT([&] { arrival({.ready = {.activation = wrong}}, Publish::early); },
+                ThrowsMessage<InvalidArgument>(HasSubstr("above 0 and up to 1")));
+
+  // Pairs that give nothing before their end run as the published blocks do.
+  const Schedule large = make_schedule({"dualpipe", 8, 20});
+  EXPECT_EQ(makespan(large, {.ready = {1, 1}}, Publish::early), 66);
+}
+
 TEST(Simulate, IsLinearInTheNumberOfOps) {
   const Schedule schedule = make_schedule({"dualpipe", 128, 2048});
   const auto start = std::chrono::steady_clock::now();

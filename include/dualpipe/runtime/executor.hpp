@@ -29,8 +29,12 @@ struct Plan {
     return placement[static_cast<std::size_t>(stage) * schedule.num_micro_batches + micro_batch];
   }
 };
-/// Lowers and dry-runs. @throws InvalidArgument  as `lower` and `dry_run` do.
-Plan make_plan(Schedule schedule, Publish publish);
+/// Lowers and dry-runs.
+///
+/// @param communicates  stages have collectives: their pairs have the gradient first, and the activation behind the
+///                      last collective of the forward. The same on all ranks, as it decides the order of transfers.
+/// @throws InvalidArgument  as `lower` and `dry_run` do.
+Plan make_plan(Schedule schedule, Publish publish, bool communicates = false);
 
 /// What enters one run of a plan on one rank.
 struct RunInputs {

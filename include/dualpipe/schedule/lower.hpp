@@ -53,8 +53,9 @@ inline constexpr int max_unreleased_sends = 8;
 
 /// Takes training and forward-only schedules. What stays on its rank is no transfer.
 ///
+/// @param ready  where pairs have their results; the results of one pair are sent in that order.
 /// @throws InvalidArgument  as simulate does.
-Program lower(const Schedule& schedule, Publish publish = Publish::early);
+Program lower(const Schedule& schedule, Publish publish = Publish::early, const PairReady& ready = {});
 
 /// Executes the programs of all ranks with one blocking transfer at a time per rank: a rank that reaches a send or
 /// receive waits until the other end reaches it too. Linear in the number of instructions.

@@ -13,6 +13,13 @@ namespace dualpipe {
 /// ends, as published. What stays on its rank is there at the end of the step either way.
 enum class Publish { early, atomic };
 
+/// Where within a pair its results leave it when they are published early, as a fraction of its duration: above 0, up
+/// to 1; negative: before the weight part. Chains with collectives have their own.
+struct PairReady {
+  double activation = -1;
+  double gradient = -1;
+};
+
 /// Durations in one unit of the caller's choice.
 struct Costs {
   double forward = 1;
@@ -20,6 +27,7 @@ struct Costs {
   double weight = 1;
   double pair = 3;  ///< a forward with a B; with an I it costs pair - weight
   double send = 0;  ///< from publication to arrival on another rank; nothing on the same rank
+  PairReady ready = {};
 };
 
 /// What travels between two ranks: the output of F(stage, micro_batch) to stage + 1, or the input gradient that the
