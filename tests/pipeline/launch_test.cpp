@@ -1,12 +1,12 @@
 // Launches the rank tests as processes and reads what they say.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 
-#include <array>
-#include <cstdio>
 #include <string>
 
+#include "launch/process.hpp"
+
+namespace dualpipe {
 namespace {
 
 struct Outcome {
@@ -15,17 +15,10 @@ struct Outcome {
 };
 
 Outcome launch(int num_ranks, const std::string& filter) {
-  const std::string command = std::string(DUALPIPE_RUN) + " -n " + std::to_string(num_ranks) + " -- " + RANK_TEST +
-                              " --gtest_filter=" + filter + " 2>&1";
-  Outcome outcome;
-  FILE* pipe = popen(command.c_str(), "r");
-  EXPECT_NE(pipe, nullptr) << command;
-  if (pipe == nullptr) return outcome;
-  std::array<char, 4096> buffer;
-  for (std::size_t n; (n = fread(buffer.data(), 1, buffer.size(), pipe)) > 0;) outcome.output.append(buffer.data(), n);
-  const int status = pclose(pipe);
-  outcome.exit_code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-  return outcome;
+  testing::Process process(
+      {DUALPIPE_RUN, "-n", std::to_string(num_ranks), "--", RANK_TEST, "--gtest_filter=" + filter});
+  const int exit_code = process.wait(std::chrono::seconds(100));
+  return {exit_code, process.out() + process.err()};
 }
 
 TEST(Launch, GradientsEqualOneProcessOnTwoRanks) {
@@ -49,3 +42,4 @@ TEST(Launch, AKilledRankEndsTheOthersWithItsName) {
 }
 
 }  // namespace
+}  // namespace dualpipe
