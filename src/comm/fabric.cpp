@@ -82,6 +82,8 @@ std::shared_ptr<Parcel> Parcel::of(const Tensors& tensors) {
       parcel->tensors_.emplace_back();
     } else if (tensor.is_inference()) {
       parcel->tensors_.push_back(tensor.resolve_conj().resolve_neg().clone(at::MemoryFormat::Contiguous));
+    } else if (!tensor.is_conj() && !tensor.is_neg() && tensor.is_contiguous()) {
+      parcel->tensors_.push_back(tensor.variable_data());  // nearly always; the general way costs four dispatches
     } else {
       parcel->tensors_.push_back(tensor.resolve_conj().resolve_neg().contiguous().variable_data());
     }
