@@ -120,6 +120,8 @@ struct DualPipeImpl::State {
                      feeds_inputs() ? "feeds the inputs" : "computes the loss", " of some micro-batches");
       return {};
     }
+    // Slices are made where they are used; extras are used everywhere.
+    if (!feeds_inputs() && !computes_loss() && batch.extras.empty() && batch.micro_batches.empty()) return {};
     return split_batch(batch, count, options.batch_dim);
   }
 
