@@ -38,36 +38,44 @@ struct Flags {
   bool cpu = false;
 };
 
-/// A pass of a stage that takes a given time: forward, input gradient and weight gradient each.
-struct Sleep : torch::autograd::Function<Sleep> {
-  static void pass(double seconds) { std::this_thread::sleep_for(std::chrono::duration<double>(seconds)); }
+void sleep_for(double seconds) { std::this_thread::sleep_for(std::chrono::duration<double>(seconds)); }
 
+/// How long to sleep so that it takes `seconds` on this machine, whose timers and scheduler add their part.
+double calibrated(double seconds) {
+  const int rounds = 50;
+  const auto begin = Clock::now();
+  for (int i = 0; i < rounds; ++i) sleep_for(seconds);
+  const double mean = std::chrono::duration<double>(Clock::now() - begin).count() / rounds;
+  return std::max(0.0, 2 * seconds - mean);
+}
+
+struct Passes {
+  double seconds = 0;  ///< of each: forward, input gradient, weight gradient
+  bool first = false;  ///< nobody asks the first stage for an input gradient; it takes the time all the same
+};
+
+/// Passes that take a given time.
+struct Sleep : torch::autograd::Function<Sleep> {
   static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& x,
-                               const torch::Tensor& weight, double seconds, bool first) {
-    context->saved_data["seconds"] = seconds;
-    context->saved_data["first"] = first;
-    pass(seconds);
+                               const torch::Tensor& weight, const Passes* passes) {
+    context->saved_data["passes"] = reinterpret_cast<std::int64_t>(passes);
+    sleep_for(passes->seconds);
     return x * weight;
   }
   static torch::autograd::tensor_list backward(torch::autograd::AutogradContext* context,
                                                torch::autograd::tensor_list gradients) {
-    const double seconds = context->saved_data["seconds"].toDouble();
-    // Nobody asks the first stage for an input gradient; it takes the time all the same, so that all stages cost alike.
-    const bool input = context->needs_input_grad(0) || context->saved_data["first"].toBool();
+    const auto* passes = reinterpret_cast<const Passes*>(context->saved_data["passes"].toInt());
     const bool weight = context->needs_input_grad(1);
-    if (input) pass(seconds);
-    if (weight) pass(seconds);
-    return {gradients[0], weight ? gradients[0].sum() : torch::Tensor(), torch::Tensor(), torch::Tensor()};
+    if (passes->first || context->needs_input_grad(0)) sleep_for(passes->seconds);
+    if (weight) sleep_for(passes->seconds);
+    return {gradients[0], weight ? gradients[0].sum() : torch::Tensor(), torch::Tensor()};
   }
 };
 
 struct SleepingStageImpl : torch::nn::Module {
-  SleepingStageImpl(double pass_seconds, bool is_first) : seconds(pass_seconds), first(is_first) {
-    weight = register_parameter("weight", torch::ones({}));
-  }
-  torch::Tensor forward(const torch::Tensor& x) { return Sleep::apply(x, weight, seconds, first); }
-  double seconds;
-  bool first;
+  explicit SleepingStageImpl(const Passes& of) : passes(of) { weight = register_parameter("weight", torch::ones({})); }
+  torch::Tensor forward(const torch::Tensor& x) { return Sleep::apply(x, weight, &passes); }
+  Passes passes;
   torch::Tensor weight;
 };
 TORCH_MODULE(SleepingStage);
@@ -100,6 +108,7 @@ void sleeping(const std::shared_ptr<Communicator>& comm, const Flags& flags) {
           ? testing::delayed_links(comm,
                                    {std::chrono::nanoseconds(static_cast<std::int64_t>(flags.send_milliseconds * 1e6))})
           : comm;
+  const double pass = calibrated(flags.milliseconds / 1e3);
   if (comm->rank() == 0)
     std::printf("%-12s %-7s %12s %12s %12s %9s\n", "schedule", "publish", "predicted ms", "median ms", "min ms",
                 "ratio");
@@ -107,7 +116,7 @@ void sleeping(const std::shared_ptr<Communicator>& comm, const Flags& flags) {
     for (const Publish publish : {Publish::early, Publish::atomic}) {
       DualPipe pipe(network,
                     DualPipeOptions{.num_micro_batches = flags.num_micro_batches, .schedule = kind, .publish = publish},
-                    [&](int stage) { return as_stage(SleepingStage(flags.milliseconds / 1e3, stage == 0)); });
+                    [&](int stage) { return as_stage(SleepingStage(Passes{pass, stage == 0})); });
       const double unit = flags.milliseconds;
       const Costs costs{unit, 2 * unit, unit, 3 * unit, flags.send_milliseconds};
       const double predicted = report(simulate(pipe->schedule(), costs, publish).timeline).makespan;
