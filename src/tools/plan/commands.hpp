@@ -1,0 +1,15 @@
+#pragma once
+
+#include <CLI/CLI.hpp>
+
+// The subcommands of dualpipe-plan, a file each. Every function adds one to `app`, with its options; CLI11 runs the
+// chosen one at the end of parsing. What it throws passes through to main, which prints it.
+namespace dualpipe::plan {
+
+void add_show(CLI::App& app);
+void add_check(CLI::App& app);
+void add_lower(CLI::App& app);
+void add_simulate(CLI::App& app);
+void add_report(CLI::App& app);
+
+}  // namespace dualpipe::plan

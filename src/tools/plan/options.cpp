@@ -1,0 +1,84 @@
+#include "tools/plan/options.hpp"
+
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "dualpipe/error.hpp"
+#include "dualpipe/schedule/check.hpp"
+#include "tools/plan/files.hpp"
+
+namespace dualpipe::plan {
+
+std::string kinds() {
+  std::string out;
+  for (const std::string& kind : schedule_kinds()) out += (out.empty() ? "" : ", ") + kind;
+  return out;
+}
+
+bool is_kind(const std::string& name) {
+  return std::find(schedule_kinds().begin(), schedule_kinds().end(), name) != schedule_kinds().end();
+}
+
+Schedule unchecked_schedule(const ScheduleSpec& spec) {
+  if (is_kind(spec.kind)) {
+    if (spec.num_ranks == 0 || spec.num_micro_batches == 0)
+      throw CLI::ValidationError("--schedule " + spec.kind, "needs --ranks and --microbatches");
+    return make_schedule(spec);
+  }
+  DUALPIPE_CHECK(::access(spec.kind.c_str(), F_OK) == 0, "no schedule '", spec.kind, "': neither a kind (", kinds(),
+                 ") nor a file");
+  const std::string text = read_file(spec.kind);
+  Schedule schedule;
+  try {
+    schedule = from_csv(text, spec.kind);
+  } catch (const InvalidArgument& error) {
+    throw InvalidArgument(spec.kind + ": " + error.what());
+  }
+  const auto matches = [&](int asked, std::size_t found, const char* what) {
+    DUALPIPE_CHECK(asked == 0 || static_cast<std::size_t>(asked) == found, spec.kind, " has ", found, " ", what,
+                   ", not ", asked);
+  };
+  matches(spec.num_ranks, schedule.ranks.size(), "ranks");
+  matches(spec.num_micro_batches, static_cast<std::size_t>(schedule.num_micro_batches), "micro-batches");
+  return schedule;
+}
+
+Schedule schedule(const ScheduleSpec& spec) {
+  Schedule result = unchecked_schedule(spec);
+  check(result);
+  return result;
+}
+
+void add_schedule(CLI::App& command, ScheduleSpec& spec) {
+  command.add_option("schedule,--schedule", spec.kind, "kind (" + kinds() + ") or a CSV file")->capture_default_str();
+  command.add_option("--ranks", spec.num_ranks, "number of ranks; a CSV file has its own")->check(CLI::PositiveNumber);
+  command.add_option("--microbatches", spec.num_micro_batches, "micro-batches per step, both directions together")
+      ->check(CLI::PositiveNumber);
+  command.add_option("--chunks", spec.chunks_per_rank, "stages on each rank (interleaved)")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+}
+
+void add_publish(CLI::App& command, Publish& publish) {
+  command
+      .add_option_function<std::string>(
+          "--publish",
+          [&publish](const std::string& when) { publish = when == "early" ? Publish::early : Publish::atomic; },
+          "when results leave a step: early, before its weight part, or atomic, at its end (default: early)")
+      ->check(CLI::IsMember({"early", "atomic"}).description(""))
+      ->option_text("early|atomic");
+}
+
+void add_output(CLI::App& command, OutputOptions& output, const std::vector<std::string>& formats) {
+  if (formats.size() > 1) {
+    std::string all;
+    for (const std::string& format : formats) all += (all.empty() ? "" : "|") + format;
+    command.add_option("--format", output.format, "what to print (default: " + formats.front() + ")")
+        ->check(CLI::IsMember(formats).description(""))
+        ->option_text(all);
+  }
+  command.add_option("--output", output.path, "write to this file instead of standard output")->option_text("FILE");
+}
+
+}  // namespace dualpipe::plan
