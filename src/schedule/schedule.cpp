@@ -1,6 +1,7 @@
 #include "dualpipe/schedule/schedule.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -26,6 +27,17 @@ std::string_view take_until(std::string_view& rest, char separator) {
   const std::string_view head = rest.substr(0, end);
   rest = end == std::string_view::npos ? std::string_view{} : rest.substr(end + 1);
   return head;
+}
+
+// What torch's lowering adds between the ops, as in 0SEND_F3 or 1UNSHARD: it follows from the ops, here as there.
+bool is_torch_lowering(std::string_view cell) {
+  constexpr std::string_view kDigits = "0123456789";
+  constexpr std::array<std::string_view, 7> kActions = {"SEND_F",  "RECV_F",  "SEND_B",     "RECV_B",
+                                                        "UNSHARD", "RESHARD", "REDUCE_GRAD"};
+  const std::size_t begin = cell.find_first_not_of(kDigits);
+  if (begin == 0 || begin == std::string_view::npos) return false;
+  const std::string_view action = cell.substr(begin, cell.find_last_not_of(kDigits) - begin + 1);
+  return std::find(kActions.begin(), kActions.end(), action) != kActions.end();
 }
 
 // Highest number of one sort (stages, micro-batches) in a file, and where it stands.
@@ -86,7 +98,7 @@ Schedule from_csv(std::string_view text, std::string name) {
     steps.reserve(static_cast<std::size_t>(std::count(line.begin(), line.end(), ',')) + 1);
     for (std::size_t cell = 1; !line.empty(); ++cell) {
       const std::string_view content = trimmed(take_until(line, ','));
-      if (content.empty()) continue;
+      if (content.empty() || is_torch_lowering(content)) continue;
       try {
         steps.push_back(parse_step(content));
       } catch (const InvalidArgument& error) {

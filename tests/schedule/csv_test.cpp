@@ -62,6 +62,18 @@ TEST(Csv, ReadsWhatTorchWrites) {
   EXPECT_THAT(violations(schedule), IsEmpty());
 }
 
+// torch dumps a schedule with its communication unless told otherwise.
+TEST(Csv, SkipsWhatTorchsLoweringAdds) {
+  const Schedule plain = from_csv("0F0,0B0\n1F0,1B0\n");
+  EXPECT_EQ(
+      from_csv("0UNSHARD,0F0,0SEND_F0,0RECV_B0,0B0,0RESHARD,0REDUCE_GRAD\r\n1UNSHARD,1RECV_F0,1F0,1B0,1SEND_B0\r\n"),
+      plain);
+  EXPECT_THAT(error_of("0F0,SEND_F0,0B0\n"), HasSubstr("cell 2: \"SEND_F0\" has no stage"));
+  EXPECT_THAT(error_of("0F0,0SEND_X0,0B0\n"), HasSubstr("cell 2: \"0SEND_X0\" has no pass"));
+  EXPECT_THAT(error_of("0F0,0SEND_F0x,0B0\n"), HasSubstr("cell 2: \"0SEND_F0x\" has no pass"));
+  EXPECT_THAT(error_of("0UNSHARD\n"), HasSubstr("no ops"));
+}
+
 TEST(Csv, ReadsPairs) {
   const Schedule schedule =
       from_csv("0F0,3F0,0F1,3B0,(3F1;0B0)OVERLAP_F_B,3I1,3W1,0B1\r\n1F0,2F0,1F1,2F1,2B0,1B0,2B1,1B1\r\n", "hand");

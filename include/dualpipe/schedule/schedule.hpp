@@ -21,7 +21,9 @@ struct Schedule {
 std::string to_csv(const Schedule& schedule);
 
 /// Reads to_csv's form, and what torch dumps: CRLF line ends, empty cells (idle slots) and empty lines at the end are
-/// accepted. Numbers of stages and micro-batches are the highest named plus one. Reads only; `check` proves.
+/// accepted, and the actions that torch's lowering adds (SEND_F, RECV_F, SEND_B, RECV_B, UNSHARD, RESHARD, REDUCE_GRAD)
+/// are skipped, since `lower` derives its own. Numbers of stages and micro-batches are the highest named plus one.
+/// Reads only; `check` proves.
 ///
 /// @throws InvalidArgument  naming row (the rank) and cell, both counted from 1 and idle cells included.
 Schedule from_csv(std::string_view text, std::string name = "custom");
