@@ -12,15 +12,15 @@ struct TimedEdge {
   int producer = 0;  ///< index of the step of rank `transfer.from` that computes it
   int consumer = 0;  ///< index of the step of rank `transfer.to` that needs it
   double ready = 0;  ///< published by its producer
+  double send = 0;   ///< until it arrives
 };
 
 /// When everything happens: what simulate draws and lower turns into programs.
 struct Flow {
-  std::vector<std::vector<double>> begin;  ///< begin[r][k]: step k of rank r
+  std::vector<std::vector<double>> begin;     ///< begin[r][k]: step k of rank r
+  std::vector<std::vector<double>> duration;  ///< of the same
   std::vector<TimedEdge> edges;  ///< by ready time; at equal times an edge comes after those that it depends on
 };
-
-double duration(const Step& step, const Costs& costs);
 
 /// Linear in the number of ops but for the sort of the edges. @throws InvalidArgument  as simulate does.
 Flow flow(const Schedule& schedule, const Costs& costs, Publish publish);

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "dualpipe/schedule/costs.hpp"
 #include "dualpipe/schedule/schedule.hpp"
 #include "dualpipe/schedule/timeline.hpp"
 
@@ -12,23 +13,6 @@ namespace dualpipe {
 /// that is at begin + (backward - weight), a pair both of its results at begin + (pair - weight); atomic: when the step
 /// ends, as published. What stays on its rank is there at the end of the step either way.
 enum class Publish { early, atomic };
-
-/// Where within a pair its results leave it when they are published early, as a fraction of its duration: above 0, up
-/// to 1; negative: before the weight part. Chains with collectives have their own.
-struct PairReady {
-  double activation = -1;
-  double gradient = -1;
-};
-
-/// Durations in one unit of the caller's choice.
-struct Costs {
-  double forward = 1;
-  double backward = 2;  ///< I costs backward - weight
-  double weight = 1;
-  double pair = 3;  ///< a forward with a B; with an I it costs pair - weight
-  double send = 0;  ///< from publication to arrival on another rank; nothing on the same rank
-  PairReady ready = {};
-};
 
 /// What travels between two ranks: the output of F(stage, micro_batch) to stage + 1, or the input gradient that the
 /// backward of (stage, micro_batch) hands to stage - 1. `stage` is the producer.
@@ -48,7 +32,7 @@ std::string to_string(const Transfer& transfer);
 struct TimedTransfer {
   Transfer transfer;
   double ready = 0;    ///< published by its producer
-  double arrival = 0;  ///< ready + send
+  double arrival = 0;  ///< ready + what the transfer costs
 };
 
 struct Simulation {
@@ -61,10 +45,13 @@ struct Simulation {
 /// Runs the schedule with an unlimited number of asynchronous transfers: a step starts when the one before it on its
 /// rank has ended and its inputs have arrived; a pair waits for both. Takes training and forward-only schedules.
 /// Transfers appear in the timeline (lane send of the sender, lane receive of the receiver, from ready to arrival)
-/// where `costs.send` is not zero.
+/// where they take time. Linear in the number of ops but for the sort of the transfers.
 ///
-/// @throws InvalidArgument  negative or non-finite costs, weight > backward or > pair, or a schedule that cannot run to
-/// its end.
+/// @throws InvalidArgument  costs that `check` refuses or whose sum is no finite number, or a schedule that cannot run
+/// to its end.
 Simulation simulate(const Schedule& schedule, const Costs& costs = {}, Publish publish = Publish::early);
+
+/// The makespan alone, which takes a fraction of the time and memory.
+double simulate_makespan(const Schedule& schedule, const Costs& costs = {}, Publish publish = Publish::early);
 
 }  // namespace dualpipe

@@ -1,0 +1,67 @@
+#pragma once
+
+#include <vector>
+
+namespace dualpipe {
+
+/// Where within a pair its results leave it when they are published early, as a fraction of its duration: above 0, up
+/// to 1; negative: before the weight part. Chains with collectives have their own.
+struct PairReady {
+  double activation = -1;
+  double gradient = -1;
+  bool operator==(const PairReady&) const = default;
+};
+
+/// Durations of one stage.
+struct StageCosts {
+  double forward = 1;
+  double backward = 2;  ///< I costs backward - weight
+  double weight = 1;
+  bool operator==(const StageCosts&) const = default;
+};
+
+/// The duration of a pair: a forward of one stage with a B of another (or the same).
+struct PairCost {
+  int forward = 0;   ///< its stage
+  int backward = 0;  ///< its stage
+  double duration = 3;
+  bool operator==(const PairCost&) const = default;
+};
+
+/// The duration of some of the transfers, activations and gradients alike: of those over a boundary between stages, of
+/// those between two ranks (a slow link), or of those for which both hold.
+struct SendCost {
+  static constexpr int any = -1;
+  int boundary = any;              ///< b: between the stages b and b + 1
+  int rank_a = any, rank_b = any;  ///< in either direction; both or none
+  double duration = 0;
+  bool operator==(const SendCost&) const = default;
+};
+
+/// What a schedule takes, in one unit of the caller's choice. The first five say it for a model of equal stages, as in
+/// `Costs{1, 2, 1, 3, 0.1}`; what follows says where it is uneven. All durations are finite and not negative, a weight
+/// part costs at most as much as the backward, or the pair, that it is a part of.
+struct Costs {
+  double forward = 1;
+  double backward = 2;  ///< I costs backward - weight
+  double weight = 1;
+  double pair = 3;  ///< a forward with a B; with an I it costs pair - weight
+  double send = 0;  ///< from publication to arrival on another rank; nothing on the same rank
+  PairReady ready = {};
+
+  /// Empty, or one for each stage instead of forward, backward and weight. A pair then costs what its two halves cost
+  /// together times pair / (forward + backward): what overlapping saves, it saves everywhere.
+  std::vector<StageCosts> stages = {};
+  std::vector<PairCost> pairs = {};   ///< pairs that cost something else
+  std::vector<SendCost> sends = {};   ///< transfers that cost something else than `send`; the last that fits counts
+  std::vector<double> slowdown = {};  ///< empty, or a factor for each rank's computing: 1.2 is a straggler
+
+  double seconds_per_unit = 0;  ///< 0: the unit is abstract; 1: seconds, as measured
+  bool operator==(const Costs&) const = default;
+};
+
+/// @throws InvalidArgument  naming the member and its value: a cost that is negative, not finite or out of proportion;
+/// a list that does not have one entry per stage or rank; an entry for a stage, boundary or rank that is not there.
+void check(const Costs& costs, int num_ranks, int num_stages);
+
+}  // namespace dualpipe

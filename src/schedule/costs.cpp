@@ -1,0 +1,85 @@
+#include "dualpipe/schedule/costs.hpp"
+
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "dualpipe/error.hpp"
+
+namespace dualpipe {
+namespace {
+
+void check_cost(double cost, const std::string& what) {
+  DUALPIPE_CHECK(std::isfinite(cost) && cost >= 0, "the cost of ", what, " must be finite and not negative, got ",
+                 cost);
+}
+
+void check_stage(const StageCosts& costs, const std::string& of) {
+  check_cost(costs.forward, "forward" + of);
+  check_cost(costs.backward, "backward" + of);
+  check_cost(costs.weight, "weight" + of);
+  DUALPIPE_CHECK(costs.weight <= costs.backward, "the weight part is a part of the backward, but it costs ",
+                 costs.weight, " and the backward only ", costs.backward, of);
+  // Sums of these are costs too.
+  check_cost(costs.forward + costs.backward, "forward and backward together" + of);
+}
+
+template <class T>
+void check_length(const std::vector<T>& list, int expected, const char* list_of, const char* each) {
+  DUALPIPE_CHECK(list.empty() || list.size() == static_cast<std::size_t>(expected), "costs: ", list_of, " of ",
+                 list.size(), " ", each, ", but the schedule has ", expected);
+}
+
+void check_index(int index, int count, const char* what, const std::string& where) {
+  DUALPIPE_CHECK(index >= 0 && index < count, where, ": ", what, " ", index, ", but the schedule has ", count,
+                 " of them");
+}
+
+}  // namespace
+
+void check(const Costs& costs, int num_ranks, int num_stages) {
+  check_stage({costs.forward, costs.backward, costs.weight}, "");
+  check_cost(costs.pair, "pair");
+  check_cost(costs.send, "send");
+  DUALPIPE_CHECK(costs.weight <= costs.pair, "the weight part is a part of a pair, but it costs ", costs.weight,
+                 " and the pair only ", costs.pair);
+  for (const double fraction : {costs.ready.activation, costs.ready.gradient})
+    DUALPIPE_CHECK(fraction < 0 || (fraction > 0 && fraction <= 1),
+                   "a pair's result is ready at a fraction of it above 0 and up to 1, or negative for before its weight"
+                   " part; got ",
+                   fraction);
+  check_length(costs.stages, num_stages, "durations", "stages");
+  for (std::size_t stage = 0; stage < costs.stages.size(); ++stage)
+    check_stage(costs.stages[stage], detail::str(" of stage ", stage));
+  for (const PairCost& pair : costs.pairs) {
+    const std::string what = detail::str("a pair of stages ", pair.forward, " (forward) and ", pair.backward);
+    check_index(pair.forward, num_stages, "stage", what);
+    check_index(pair.backward, num_stages, "stage", what);
+    check_cost(pair.duration, what);
+  }
+  for (const SendCost& send : costs.sends) {
+    std::string what = "a transfer";
+    if (send.boundary != SendCost::any) {
+      what += detail::str(" over boundary ", send.boundary);
+      check_index(send.boundary, num_stages - 1, "boundary", what);
+    }
+    if (send.rank_a != SendCost::any || send.rank_b != SendCost::any) {
+      what += detail::str(" between the ranks ", send.rank_a, " and ", send.rank_b);
+      check_index(send.rank_a, num_ranks, "rank", what);
+      check_index(send.rank_b, num_ranks, "rank", what);
+      DUALPIPE_CHECK(send.rank_a != send.rank_b, what, ": nothing is sent within a rank");
+    }
+    check_cost(send.duration, what);
+  }
+  check_length(costs.slowdown, num_ranks, "slowdown factors", "ranks");
+  for (std::size_t rank = 0; rank < costs.slowdown.size(); ++rank)
+    DUALPIPE_CHECK(std::isfinite(costs.slowdown[rank]) && costs.slowdown[rank] > 0, "the slowdown of rank ", rank,
+                   " must be a positive factor, got ", costs.slowdown[rank]);
+  DUALPIPE_CHECK(std::isfinite(costs.seconds_per_unit) && costs.seconds_per_unit >= 0,
+                 "seconds_per_unit must be finite and not negative, got ", costs.seconds_per_unit);
+}
+
+}  // namespace dualpipe

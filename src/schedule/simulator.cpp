@@ -1,0 +1,208 @@
+#include "schedule/simulator.hpp"
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <utility>
+
+#include "dualpipe/error.hpp"
+
+namespace dualpipe::detail {
+namespace {
+
+constexpr int none = -1;
+
+bool is_backward(Pass pass) { return pass == Pass::Backward || pass == Pass::BackwardInput; }
+
+}  // namespace
+
+Simulator::Simulator(Costs costs, Publish publish) : costs_(std::move(costs)), publish_(publish) {}
+
+bool Simulator::load(const Schedule& schedule) {
+  std::int64_t forwards = 0;
+  for (const auto& steps : schedule.ranks)
+    for (const Step& step : steps) forwards += step.op.pass == Pass::Forward;
+  DUALPIPE_CHECK(schedule.num_stages >= 1 && schedule.num_micro_batches >= 1,
+                 "a schedule needs at least one stage and one micro-batch, got ", schedule.num_stages, " and ",
+                 schedule.num_micro_batches);
+  // Compared before anything is allocated: a mistyped number of billions must be an error, not an exhausted memory.
+  const std::int64_t cells = std::int64_t{schedule.num_stages} * schedule.num_micro_batches;
+  DUALPIPE_CHECK(forwards == cells, "the schedule has ", forwards, " forwards, but ", schedule.num_stages,
+                 " stages with ", schedule.num_micro_batches, " micro-batches each need ", cells);
+  DUALPIPE_CHECK(cells < std::numeric_limits<int>::max() / 4, "the schedule has ", cells,
+                 " forwards, too many to simulate");
+  reshape(schedule);
+
+  for (int rank = 0; rank < static_cast<int>(num_ranks_); ++rank)
+    for (int at = 0; at < static_cast<int>(schedule.ranks[rank].size()); ++at) {
+      const Step& step = schedule.ranks[rank][at];
+      if (step.overlapped)
+        DUALPIPE_CHECK(step.op.pass == Pass::Forward && is_backward(step.overlapped->pass), "rank ", rank, ", step ",
+                       at, ": a pair is a forward and a backward, got ", to_string(step));
+      enter(rank, at, step.op);
+      if (step.overlapped) enter(rank, at, *step.overlapped);
+    }
+
+  // Every rank goes as far as it can; a result wakes the rank that stopped for it.
+  for (int rank = static_cast<int>(num_ranks_); rank-- > 0;) runnable_.push_back(rank);
+  while (!runnable_.empty()) {
+    const int rank = runnable_.back();
+    runnable_.pop_back();
+    missing_[rank] = nothing;
+    const auto& steps = schedule.ranks[rank];
+    for (int& at = next_[rank]; at < static_cast<int>(steps.size()); ++at) {
+      const Step& step = steps[at];
+      for (const Op* op : {&step.op, step.overlapped ? &*step.overlapped : nullptr})
+        if (op != nullptr && missing_[rank] == nothing && made_[input_slot(*op)] == 0) missing_[rank] = input_slot(*op);
+      if (missing_[rank] != nothing) break;
+      append(rank, at, step);
+    }
+  }
+  begin_.resize(nodes_.size());
+  return std::all_of(missing_.begin(), missing_.end(), [](int slot) { return slot == nothing; });
+}
+
+void Simulator::reshape(const Schedule& schedule) {
+  const auto cells = static_cast<std::size_t>(schedule.num_stages) * schedule.num_micro_batches;
+  const bool fits = num_ranks_ == schedule.ranks.size() && num_stages_ == schedule.num_stages;
+  num_ranks_ = schedule.ranks.size();
+  num_stages_ = schedule.num_stages;
+  num_micro_batches_ = schedule.num_micro_batches;
+  if (!fits) {
+    check(costs_, static_cast<int>(num_ranks_), num_stages_);
+    stages_ = costs_.stages;
+    stages_.resize(num_stages_, {costs_.forward, costs_.backward, costs_.weight});
+    const double apart = costs_.forward + costs_.backward;
+    overlap_ = apart > 0 ? costs_.pair / apart : 1;
+    pairs_.assign(num_stages_, {});
+    for (const PairCost& pair : costs_.pairs) pairs_[pair.forward].push_back(pair);
+    sends_.assign(num_stages_, {});
+    for (const SendCost& send : costs_.sends)
+      for (int boundary = 0; boundary + 1 < num_stages_; ++boundary)
+        if (send.boundary == SendCost::any || send.boundary == boundary) sends_[boundary].push_back(send);
+    slowdown_ = costs_.slowdown;
+    slowdown_.resize(num_ranks_, 1);
+  }
+  rank_.assign(cells, none);
+  for (auto& steps : at_) steps.assign(cells, none);
+  made_.assign(2 + 2 * cells, 0);
+  made_[nothing] = 1;
+  time_.resize(2 + 2 * cells);
+  time_[nothing] = 0;
+  next_.assign(num_ranks_, 0);
+  missing_.assign(num_ranks_, nothing);
+  free_at_.resize(num_ranks_);
+  nodes_.clear();
+}
+
+void Simulator::enter(int rank, int at, const Op& op) {
+  const auto where = [&] { return str("rank ", rank, ", step ", at, " (", to_string(op), ")"); };
+  DUALPIPE_CHECK(op.stage >= 0 && op.stage < num_stages_ && op.micro_batch >= 0 && op.micro_batch < num_micro_batches_,
+                 where(), ": the schedule has ", num_stages_, " stages and ", num_micro_batches_, " micro-batches");
+  const std::size_t here = cell(op.stage, op.micro_batch);
+  int& forward = at_[0][here];
+  int& backward = at_[1][here];
+  if (op.pass == Pass::Forward) {
+    DUALPIPE_CHECK(forward == none, where(), ": rank ", rank_[here], " runs this forward too");
+    rank_[here] = rank;
+    forward = at;
+    return;
+  }
+  DUALPIPE_CHECK(rank_[here] == rank && forward < at, where(), ": its forward is not before it on this rank");
+  if (op.pass == Pass::BackwardWeight) {
+    DUALPIPE_CHECK(backward != none && backward < at, where(),
+                   ": its backward for the input is not before it on this rank");
+    return;
+  }
+  DUALPIPE_CHECK(backward == none, where(), ": this micro-batch has a backward at step ", backward, " already");
+  backward = at;
+}
+
+int Simulator::input_slot(const Op& op) const {
+  if (op.pass == Pass::Forward && op.stage > 0) return slot(false, op.stage - 1, op.micro_batch);
+  if (is_backward(op.pass) && op.stage + 1 < num_stages_) return slot(true, op.stage + 1, op.micro_batch);
+  return nothing;
+}
+
+void Simulator::append(int rank, int at, const Step& step) {
+  Node& node = nodes_.emplace_back();
+  node.rank = rank;
+  node.at = at;
+  const StageCosts& costs = stages_[step.op.stage];
+  double weight = 0;  // the part at the end that no other rank waits for
+  if (step.overlapped) {
+    const bool split = step.overlapped->pass == Pass::BackwardInput;
+    const double whole = pair_duration(step.op.stage, step.overlapped->stage);
+    weight = stages_[step.overlapped->stage].weight;
+    DUALPIPE_CHECK(whole >= weight, "the pair ", to_string(step), " costs ", whole,
+                   ", less than the weight part that belongs to it: ", weight);
+    node.duration = split ? whole - weight : whole;
+    if (split) weight = 0;
+  } else if (step.op.pass == Pass::Backward) {
+    node.duration = costs.backward;
+    weight = costs.weight;
+  } else {
+    node.duration = step.op.pass == Pass::Forward          ? costs.forward
+                    : step.op.pass == Pass::BackwardWeight ? costs.weight
+                                                           : costs.backward - costs.weight;
+  }
+  if (publish_ == Publish::atomic) weight = 0;
+  const auto ready_at = [&](double fraction) {
+    const bool own = publish_ == Publish::early && step.overlapped && fraction > 0;
+    return own ? fraction * node.duration : node.duration - weight;
+  };
+  node.input = {input_slot(step.op), step.overlapped ? input_slot(*step.overlapped) : nothing};
+  publish(node, 0, step.op, ready_at(costs_.ready.activation));
+  if (step.overlapped) publish(node, 1, *step.overlapped, ready_at(costs_.ready.gradient));
+  const double slow = slowdown_[rank];
+  node.duration *= slow;
+  for (double& ready : node.ready) ready *= slow;
+}
+
+void Simulator::publish(Node& node, int which, const Op& op, double ready) {
+  const bool gradient = op.pass != Pass::Forward;
+  const int to_stage = gradient ? op.stage - 1 : op.stage + 1;
+  if (op.pass == Pass::BackwardWeight || to_stage < 0 || to_stage == num_stages_) return;
+  if (at_[gradient][cell(to_stage, op.micro_batch)] == none) return;
+  const int to = rank_[cell(to_stage, op.micro_batch)];
+  const int made = slot(gradient, op.stage, op.micro_batch);
+  node.output[which] = made;
+  node.to[which] = to;
+  node.ready[which] = to == node.rank ? node.duration : ready;
+  node.send[which] = to == node.rank ? 0 : send_duration(std::min(op.stage, to_stage), node.rank, to);
+  made_[made] = 1;
+  if (to != node.rank && missing_[to] == made) runnable_.push_back(to);
+}
+
+double Simulator::pair_duration(int forward, int backward) const {
+  for (const PairCost& pair : pairs_[forward])
+    if (pair.backward == backward) return pair.duration;
+  if (costs_.stages.empty()) return costs_.pair;
+  return overlap_ * (stages_[forward].forward + stages_[backward].backward);
+}
+
+double Simulator::send_duration(int boundary, int from, int to) const {
+  const auto& sends = sends_[boundary];
+  for (auto send = sends.rbegin(); send != sends.rend(); ++send)
+    if (send->rank_a == SendCost::any || std::minmax(send->rank_a, send->rank_b) == std::minmax(from, to))
+      return send->duration;
+  return costs_.send;
+}
+
+std::string Simulator::stuck(const Schedule& schedule) const {
+  std::string text;
+  const auto cells = static_cast<int>(rank_.size());
+  for (std::size_t rank = 0; rank < num_ranks_; ++rank) {
+    if (missing_[rank] == nothing) continue;
+    const int result = missing_[rank] - 2;
+    const Pass pass = result < cells ? Pass::Forward : Pass::BackwardInput;
+    const int where = result % cells;
+    text +=
+        str("\n  rank ", rank, " at step ", next_[rank], ", ", to_string(schedule.ranks[rank][next_[rank]]),
+            ", waits for the result of ", to_string(Op{pass, where / num_micro_batches_, where % num_micro_batches_}),
+            " from rank ", rank_[where]);
+  }
+  return text;
+}
+
+}  // namespace dualpipe::detail
