@@ -5,9 +5,9 @@
 #include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
-#include <set>
 
 #include "dualpipe/error.hpp"
+#include "schedule/json.hpp"
 
 namespace dualpipe {
 namespace {
@@ -80,19 +80,12 @@ std::map<std::string, Key> keys() {
 
 DualPipeOptions DualPipeOptions::from_json(const std::string& text, const std::string& origin) {
   Json json;
-  std::set<std::string> seen;
-  std::string twice;
-  const auto remember_keys = [&](int, Json::parse_event_t event, Json& value) {
-    if (event == Json::parse_event_t::key && !seen.insert(value.get<std::string>()).second) twice = value.dump();
-    return true;
-  };
   try {
-    json = Json::parse(text, remember_keys);
-  } catch (const Json::parse_error& error) {
-    throw InvalidArgument(detail::str(origin, " is not valid JSON: ", error.what()));
+    json = detail::parse_json(text, detail::Keys::unique);
+  } catch (const InvalidArgument& error) {
+    throw InvalidArgument(origin + ": " + error.what());
   }
   DUALPIPE_CHECK(json.is_object(), origin, " must hold a JSON object, found ", json.type_name());
-  DUALPIPE_CHECK(twice.empty(), origin, " names ", twice, " twice");
   const std::map<std::string, Key> known = keys();
   DualPipeOptions options;
   for (const auto& [name, value] : json.items()) {
@@ -100,10 +93,10 @@ DualPipeOptions DualPipeOptions::from_json(const std::string& text, const std::s
     if (key == known.end()) {
       std::string names;
       for (const auto& entry : known) names += (names.empty() ? "" : ", ") + entry.first;
-      throw InvalidArgument(detail::str(origin, ": unknown key \"", name, "\"; known are ", names));
+      throw InvalidArgument(detail::str(origin, ": unknown key ", detail::brief(name), "; known are ", names));
     }
     DUALPIPE_CHECK(key->second.set(options, value), origin, ": \"", name, "\" must be ", key->second.allowed, ", got ",
-                   value.dump());
+                   detail::brief(value));
   }
   return options;
 }

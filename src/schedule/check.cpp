@@ -13,6 +13,7 @@ namespace {
 
 // A schedule that is wrong in one way is often wrong in thousands of places; nobody reads more than a few of them.
 constexpr int kFindingsPerRank = 8;
+constexpr std::size_t kFindings = 256;
 
 class Findings {
  public:
@@ -20,6 +21,10 @@ class Findings {
 
   template <class... Parts>
   void add(int rank, int cell, const Parts&... message) {
+    if (list_.size() == kFindings) {
+      ++unlisted_;
+      return;
+    }
     if (++counts_[static_cast<std::size_t>(rank + 1)] <= kFindingsPerRank)
       list_.push_back({rank, cell, detail::str(message...)});
   }
@@ -33,12 +38,14 @@ class Findings {
                          detail::str("and ", counts_[i] - kFindingsPerRank,
                                      i == 0 ? " more about the whole schedule" : " more on this rank")});
     }
+    if (unlisted_ > 0) list_.push_back({-1, -1, detail::str("and ", unlisted_, " more")});
     return std::move(list_);
   }
 
  private:
   std::vector<Violation> list_;
   std::vector<std::int64_t> counts_;  // by rank, the whole schedule (rank -1) first
+  std::int64_t unlisted_ = 0;         // of any rank, after the list is full
 };
 
 struct Place {

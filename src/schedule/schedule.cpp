@@ -60,6 +60,17 @@ int count_of(const Highest& highest, std::size_t ops, const char* what) {
   return highest.value + 1;
 }
 
+// Before a row is read: a file of line ends would make many times its size of empty rows. An op has one of these
+// letters at least.
+void check_rows(std::string_view text) {
+  const auto rows = std::count(text.begin(), text.end(), '\n') + 1;
+  const auto letters =
+      std::count_if(text.begin(), text.end(), [](char c) { return c == 'F' || c == 'I' || c == 'W' || c == 'B'; });
+  constexpr std::ptrdiff_t kIdleRanks = 4096;
+  DUALPIPE_CHECK(rows <= letters + kIdleRanks, "the text of a schedule has ", rows,
+                 " rows, one for each rank, but not more than ", letters, letters == 1 ? " op" : " ops");
+}
+
 template <class Visit>
 void for_each_op(const std::vector<Step>& steps, const Visit& visit) {
   for (const Step& step : steps) {
@@ -89,13 +100,13 @@ Schedule from_csv(std::string_view text, std::string name) {
   text = text.substr(0, last == std::string_view::npos ? 0 : last + 1);
   Schedule schedule;
   schedule.name = std::move(name);
+  check_rows(text);
   Highest stage, micro_batch;
   std::size_t ops = 0;
   for (std::string_view rest = text; !rest.empty();) {
     std::string_view line = take_until(rest, '\n');
     const std::size_t row = schedule.ranks.size() + 1;
     auto& steps = schedule.ranks.emplace_back();
-    steps.reserve(static_cast<std::size_t>(std::count(line.begin(), line.end(), ',')) + 1);
     for (std::size_t cell = 1; !line.empty(); ++cell) {
       const std::string_view content = trimmed(take_until(line, ','));
       if (content.empty() || is_torch_lowering(content)) continue;

@@ -10,6 +10,7 @@
 
 #include "dualpipe/error.hpp"
 #include "dualpipe/schedule/render.hpp"
+#include "schedule/json.hpp"
 
 namespace dualpipe {
 namespace {
@@ -122,14 +123,7 @@ std::string to_trace(const Timeline& timeline) {
 }
 
 Timeline from_trace(std::string_view text) {
-  json root;
-  try {
-    root = json::parse(text);
-  } catch (const json::parse_error& error) {
-    // The parser's message begins with a code in brackets.
-    const std::string_view message = error.what();
-    throw InvalidArgument(detail::str("not JSON: ", message.substr(message.find("] ") + 2)));
-  }
+  const json root = detail::parse_json(text);
   DUALPIPE_CHECK(
       root.is_object() && root.contains("traceEvents") && root["traceEvents"].is_array() && root.contains("otherData"),
       "not a trace of this library: expected an object with \"otherData\" and an array \"traceEvents\"");

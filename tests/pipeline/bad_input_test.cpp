@@ -159,9 +159,9 @@ TEST(BadInput, Json) {
   EXPECT_THAT(fails(R"({"num_micro_batches": 18446744073709551615})"), HasSubstr("must be an integer"));
   EXPECT_THAT(fails(R"({"publish": "never"})"), AllOf(HasSubstr("\"early\" or \"atomic\""), HasSubstr("never")));
   EXPECT_THAT(fails(R"({"keep_outputs": 1})"), HasSubstr("true or false"));
-  EXPECT_THAT(fails(R"({"num_ranks": 8, "num_ranks": 4})"), HasSubstr("names \"num_ranks\" twice"));
+  EXPECT_THAT(fails(R"({"num_ranks": 8, "num_ranks": 4})"), HasSubstr("the key \"num_ranks\" is named twice"));
   EXPECT_THAT(fails("[1]"), HasSubstr("object"));
-  EXPECT_THAT(fails("{"), HasSubstr("not valid JSON"));
+  EXPECT_THAT(fails("{"), HasSubstr("not JSON: parse error at line 1, column 2"));
   EXPECT_THAT(message_of([] { DualPipeOptions::from_json_file("/nowhere/run.json"); }), HasSubstr("/nowhere/run.json"));
   EXPECT_THAT(message_of([] { DualPipeOptions::from_json_file("/"); }), HasSubstr("cannot read"));
 }

@@ -19,8 +19,8 @@ struct Violation {
 /// forward and a B or I; and executability across ranks, where the finding spells the cycle out: which rank waits for
 /// what from whom. Order is looked at once the schedule is complete, executability once it is in order.
 ///
-/// Time and memory are linear in the number of ops. Of many findings on one rank the first few are listed, the rest
-/// counted.
+/// Time and memory are linear in the number of ops. Of many findings, on one rank or on all together, the first few are
+/// listed, the rest counted.
 std::vector<Violation> violations(const Schedule& schedule);
 
 /// @throws InvalidArgument  with the first finding, the number of further ones, and the cells around it.

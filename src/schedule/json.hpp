@@ -1,0 +1,23 @@
+#pragma once
+
+#include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
+
+namespace dualpipe::detail {
+
+/// Nothing that is read here is nested deeper than a handful of levels; a file of opening brackets would cost many
+/// times its size.
+inline constexpr int max_json_depth = 32;
+
+enum class Keys { any, unique };  ///< unique: an object that names a key twice is refused; else the last counts
+
+/// Time and memory are linear in the text, whatever it holds.
+///
+/// @throws InvalidArgument  naming line and column where it is not JSON, in a message of bounded length.
+nlohmann::json parse_json(std::string_view text, Keys keys = Keys::any);
+
+/// A value for messages: as JSON, which has no control characters, and cut.
+std::string brief(const nlohmann::json& value);
+
+}  // namespace dualpipe::detail

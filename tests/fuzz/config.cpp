@@ -1,0 +1,26 @@
+// Options from JSON: read into their ranges, or refused.
+#include "dualpipe/config.hpp"
+
+#include "dualpipe/error.hpp"
+#include "fuzz/target.hpp"
+
+namespace dualpipe::fuzz {
+namespace {
+
+void read(std::string_view text) {
+  try {
+    const DualPipeOptions options = DualPipeOptions::from_json(std::string(text));
+    for (const int count : {options.num_micro_batches, options.num_ranks, options.chunks_per_rank, options.batch_dim})
+      require(count >= 0, "no count is negative");
+  } catch (const InvalidArgument& error) {
+    require_readable(error.what());
+  }
+}
+
+}  // namespace
+}  // namespace dualpipe::fuzz
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  dualpipe::fuzz::read({reinterpret_cast<const char*>(data), size});
+  return 0;
+}

@@ -1,0 +1,42 @@
+// Traces from JSON: what is read is written back the same and can be drawn and reported on.
+#include "dualpipe/error.hpp"
+#include "dualpipe/schedule/render.hpp"
+#include "dualpipe/schedule/timeline.hpp"
+#include "fuzz/target.hpp"
+
+namespace dualpipe::fuzz {
+namespace {
+
+// Drawing refuses what has no picture, with a message.
+template <class Draw>
+void draw(const Draw& picture_of) {
+  try {
+    picture_of();
+  } catch (const InvalidArgument& error) {
+    require_readable(error.what());
+  }
+}
+
+void read(std::string_view text) {
+  Timeline timeline;
+  try {
+    timeline = from_trace(text);
+  } catch (const InvalidArgument& error) {
+    return require_readable(error.what());
+  }
+  const Timeline again = from_trace(to_trace(timeline));
+  require(again.name == timeline.name && again.num_ranks == timeline.num_ranks &&
+              again.seconds_per_unit == timeline.seconds_per_unit && again.intervals == timeline.intervals,
+          "what was read is written so that it is read the same");
+  draw([&] { report(timeline); });
+  draw([&] { to_ascii(timeline); });
+  draw([&] { to_svg({timeline, timeline}); });
+}
+
+}  // namespace
+}  // namespace dualpipe::fuzz
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  dualpipe::fuzz::read({reinterpret_cast<const char*>(data), size});
+  return 0;
+}
