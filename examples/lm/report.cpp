@@ -108,7 +108,7 @@ std::string comparison(const dualpipe::Timeline& predicted, const dualpipe::Time
     text +=
         format("  %4d  %4.2f s  %4.1f %%  %11d   %4.2f s  %4.1f %%  %11d  %10.2f s    %17.1f %%\n", b.rank, a.busy,
                100 * share(a.bubble, left.makespan), a.peak_activations, b.busy, 100 * share(b.bubble, right.makespan),
-               b.peak_activations, b.communication, 100 * share(b.hidden, b.communication));
+               b.peak_activations, b.transfers.total(), 100 * share(b.transfers.hidden, b.transfers.total()));
   }
   text += format("  The step took %.2f s, predicted %.2f s (%+.1f %%); bubble %.1f %%, predicted %.1f %%.\n",
                  right.makespan, left.makespan, 100 * share(right.makespan - left.makespan, left.makespan),

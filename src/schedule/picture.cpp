@@ -2,46 +2,87 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <limits>
+#include <set>
+#include <utility>
 
 #include "dualpipe/error.hpp"
 
 namespace dualpipe::detail {
+namespace {
 
-Picture::Picture(const Timeline& timeline) : steps(static_cast<std::size_t>(std::max(0, timeline.num_ranks))) {
+void sort_by_begin(std::vector<const Interval*>& intervals) {
+  std::stable_sort(intervals.begin(), intervals.end(),
+                   [](const Interval* a, const Interval* b) { return a->begin < b->begin; });
+}
+
+}  // namespace
+
+Picture::Picture(const Timeline& timeline, const PictureOptions& options) : num_ranks(std::max(0, timeline.num_ranks)) {
+  std::vector<Row> all(static_cast<std::size_t>(num_ranks));
+  std::vector<Activity> active = activities(timeline);
+  for (std::size_t rank = 0; rank < all.size(); ++rank) {
+    all[rank].rank = static_cast<int>(rank);
+    all[rank].activity = std::move(active[rank]);
+  }
+  const Window whole = extent(timeline), window = options.window.value_or(whole);
+  origin = whole.begin;
+  begin = window.begin;
+  end = window.end;
+  DUALPIPE_CHECK(!options.window || (begin < end && begin < whole.end && end > whole.begin), "the window from ",
+                 begin - origin, " to ", end - origin, " shows nothing of a timeline that lasts ", whole.length());
+
   double shortest = std::numeric_limits<double>::infinity();
-  begin = std::numeric_limits<double>::infinity();
-  end = -begin;
+  std::set<std::pair<bool, int>> micro_batches;  // of nodes: forward or not, which
   for (const Interval& interval : timeline.intervals) {
-    DUALPIPE_CHECK(interval.rank >= 0 && interval.rank < timeline.num_ranks, "an interval of rank ", interval.rank,
-                   " in a timeline of ", timeline.num_ranks, " ranks");
     DUALPIPE_CHECK(std::isfinite(interval.begin) && std::isfinite(interval.end) && interval.begin <= interval.end,
                    to_string(interval.step), " of rank ", interval.rank, " lasts from ", interval.begin, " to ",
                    interval.end);
-    if (interval.lane != Lane::compute) continue;
-    begin = std::min(begin, interval.begin);
-    end = std::max(end, interval.end);
-    const auto see = [&](const Op& op) {
-      num_micro_batches = std::max(num_micro_batches, std::int64_t{op.micro_batch} + 1);
-      num_stages = std::max(num_stages, std::int64_t{op.stage} + 1);
-      second_halves = second_halves || second_half(interval.rank, op);
-    };
-    see(interval.step.op);
-    if (interval.step.overlapped) see(*interval.step.overlapped);
-    if (interval.begin == interval.end) continue;
-    shortest = std::min(shortest, interval.end - interval.begin);
-    steps[static_cast<std::size_t>(interval.rank)].push_back(&interval);
+    Row& row = all[static_cast<std::size_t>(interval.rank)];
+    const bool in_view = interval.begin < end && interval.end > begin && interval.begin < interval.end;
+    if (interval.lane == Lane::compute) {
+      const auto see = [&](const Op& op) {
+        num_micro_batches = std::max(num_micro_batches, std::int64_t{op.micro_batch} + 1);
+        num_stages = std::max(num_stages, std::int64_t{op.stage} + 1);
+        second_halves = second_halves || second_half(interval.rank, op);
+      };
+      see(interval.step.op);
+      if (interval.step.overlapped) see(*interval.step.overlapped);
+      if (in_view) shortest = std::min(shortest, interval.end - interval.begin);
+    } else if (in_view) {
+      if (interval.lane == Lane::node || interval.lane == Lane::collective)
+        micro_batches.emplace(interval.step.op.pass == Pass::Forward, interval.step.op.micro_batch);
+      (interval.lane == Lane::node         ? row.nodes
+       : interval.lane == Lane::collective ? row.collectives
+                                           : row.transfers)
+          .push_back(&interval);
+    }
   }
-  if (begin > end) begin = end = 0;
-  if (std::isfinite(shortest)) unit = std::max(shortest, (end - begin) / max_units);
-  for (auto& rank : steps)
-    std::stable_sort(rank.begin(), rank.end(),
-                     [](const Interval* a, const Interval* b) { return a->begin < b->begin; });
+  one_pair = micro_batches.size() <= 2;
+  if (std::isfinite(shortest)) unit = std::max(shortest, length() / max_units);
+
+  std::vector<int> shown_ranks = options.ranks;
+  for (int rank = 0; options.ranks.empty() && rank < num_ranks; ++rank) shown_ranks.push_back(rank);
+  for (const int rank : shown_ranks) {
+    DUALPIPE_CHECK(rank >= 0 && rank < num_ranks, "rank ", rank, " cannot be shown, there are ", num_ranks, " ranks");
+    Row& row = rows.emplace_back(all[static_cast<std::size_t>(rank)]);
+    std::erase_if(row.activity.steps, [this](const ActiveStep& step) {
+      return step.interval->begin >= end || step.interval->end <= begin || step.interval->begin == step.interval->end;
+    });
+    for (auto* intervals : {&row.nodes, &row.collectives, &row.transfers}) sort_by_begin(*intervals);
+    lanes = lanes || !row.nodes.empty() || !row.collectives.empty();
+    transfers = transfers || !row.transfers.empty();
+  }
+}
+
+Window Picture::shown(const Interval& interval) const {
+  return {std::clamp(interval.begin, begin, end), std::clamp(interval.end, begin, end)};
 }
 
 std::string Picture::shades() const {
   if (!second_halves) return "";
-  if (bidirectional()) return str("dark: entered at rank 0, light: entered at rank ", steps.size() - 1);
+  if (bidirectional()) return str("dark: entered at rank 0, light: entered at rank ", num_ranks - 1);
   return "dark: first stage of the rank, light: its other stages";
 }
 
@@ -66,6 +107,18 @@ const char* pass_name(Pass pass) {
       break;
   }
   return "backward";
+}
+
+std::string node_label(const Interval& interval) {
+  const Pass pass = interval.step.op.pass;
+  return interval.node + (interval.node.empty() ? "" : "-") +
+         static_cast<char>(pass == Pass::BackwardInput ? Pass::Backward : pass);
+}
+
+Op colored_op(const Interval& interval) {
+  Op op = interval.step.op;
+  if (interval.lane == Lane::collective && op.pass == Pass::Backward) op.pass = Pass::BackwardInput;
+  return op;
 }
 
 }  // namespace dualpipe::detail

@@ -4,30 +4,48 @@
 #include <string>
 #include <vector>
 
-#include "dualpipe/schedule/timeline.hpp"
+#include "dualpipe/schedule/render.hpp"
+#include "schedule/spans.hpp"
 
 namespace dualpipe::detail {
 
-/// What the pictures of a timeline have in common.
+/// What the pictures of a timeline have in common. The timeline must outlive it.
 struct Picture {
-  double begin = 0, end = 0;  ///< first begin and last end of computing
+  struct Row {
+    int rank = 0;
+    Activity activity;                   ///< steps: those that take time and are in view
+    std::vector<const Interval*> nodes;  ///< by begin, as those below
+    std::vector<const Interval*> collectives;
+    std::vector<const Interval*> transfers;
+  };
+
+  double origin = 0;          ///< first begin of computing, zero of the time axis
+  double begin = 0, end = 0;  ///< what is shown
   double unit = 1;            ///< the shortest step, but never so short that the whole has more than `max_units`
-  std::int64_t num_micro_batches = 0;               ///< highest named plus one
-  std::int64_t num_stages = 0;                      ///< highest named plus one
-  bool second_halves = false;                       ///< some rank holds more than one stage, so shades differ
-  std::vector<std::vector<const Interval*>> steps;  ///< per rank: its compute intervals that take time, by begin
+  std::int64_t num_ranks = 0;
+  std::int64_t num_micro_batches = 0;  ///< highest named plus one
+  std::int64_t num_stages = 0;         ///< highest named plus one
+  bool second_halves = false;          ///< some rank holds more than one stage, so shades differ
+  bool lanes = false;                  ///< some row has nodes or collectives
+  bool transfers = false;              ///< some row has them
+  bool one_pair = false;               ///< the nodes are those of one forward and one backward
+  std::vector<Row> rows;
 
   static constexpr double max_units = 20000;
 
   /// Throws InvalidArgument if the timeline is not sound: a rank it does not have, times that are not numbers or run
-  /// backwards.
-  explicit Picture(const Timeline& timeline);
+  /// backwards; or if the options name a rank or a window that it does not have.
+  explicit Picture(const Timeline& timeline, const PictureOptions& options = {});
+
+  double length() const { return end - begin; }
+  /// The part of an interval that is shown.
+  Window shown(const Interval& interval) const;
 
   /// The rank's second stage: the way from the other end (DualPipe) or a later chunk (V, interleaved).
   static bool second_half(int rank, const Op& op) { return op.stage != rank; }
 
   /// Micro-batches enter at both ends of the ranks.
-  bool bidirectional() const { return second_halves && num_stages == static_cast<std::int64_t>(steps.size()); }
+  bool bidirectional() const { return second_halves && num_stages == num_ranks; }
 
   /// What the shades mean; empty if there is only one.
   std::string shades() const;
@@ -41,5 +59,12 @@ std::string number(double value);
 
 /// "forward", "backward", …
 const char* pass_name(Pass pass);
+
+/// "attention-F" of a node or a collective, as the published order of a pair names it; I and B are both "-B".
+std::string node_label(const Interval& interval);
+
+/// Which op a collective or a node belongs to, for its colour: the backward of a collective is a part of the input
+/// gradient, whether the step is a B or an I.
+Op colored_op(const Interval& interval);
 
 }  // namespace dualpipe::detail

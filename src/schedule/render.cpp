@@ -12,56 +12,16 @@
 
 #include "dualpipe/error.hpp"
 #include "schedule/picture.hpp"
+#include "schedule/text_line.hpp"
 
 namespace dualpipe {
 namespace {
 
+using detail::fitted;
 using detail::Picture;
-
-/// Background of a cell; two for each pass, the second for the rank's other stages.
-enum class Style : unsigned char { none, forward, forward2, backward, backward2, input, input2, weight, weight2 };
-
-constexpr std::array<const char*, 9> escapes{"\x1b[0m",           "\x1b[30;48;5;75m",  "\x1b[30;48;5;153m",
-                                             "\x1b[30;48;5;71m",  "\x1b[30;48;5;157m", "\x1b[30;48;5;37m",
-                                             "\x1b[30;48;5;123m", "\x1b[30;48;5;178m", "\x1b[30;48;5;229m"};
-
-Style style_of(int rank, const Op& op) {
-  Style first = Style::backward;
-  if (op.pass == Pass::Forward) first = Style::forward;
-  if (op.pass == Pass::BackwardInput) first = Style::input;
-  if (op.pass == Pass::BackwardWeight) first = Style::weight;
-  return static_cast<Style>(static_cast<int>(first) + (Picture::second_half(rank, op) ? 1 : 0));
-}
-
-/// One line of characters, each with its style.
-class Line {
- public:
-  Line& text(const std::string& characters, Style style = Style::none) {
-    characters_ += characters;
-    styles_.resize(characters_.size(), style);
-    return *this;
-  }
-  Line& pad_to(std::size_t width, char fill = ' ') {
-    if (characters_.size() < width) text(std::string(width - characters_.size(), fill));
-    return *this;
-  }
-  std::size_t size() const { return characters_.size(); }
-
-  std::string str(bool color) const {
-    if (!color) return characters_.substr(0, characters_.find_last_not_of(' ') + 1) + "\n";
-    std::string out;
-    Style current = Style::none;
-    for (std::size_t i = 0; i < characters_.size(); ++i) {
-      if (styles_[i] != current) out += escapes[static_cast<std::size_t>(current = styles_[i])];
-      out += characters_[i];
-    }
-    return out + (current == Style::none ? "\n" : "\x1b[0m\n");
-  }
-
- private:
-  std::string characters_;
-  std::vector<Style> styles_;
-};
+using detail::Style;
+using detail::style_of;
+using Line = detail::TextLine;
 
 /// Micro-batches are written in one character where 0-9 and a-z are enough for all of them, else in decimal.
 class Symbols {
@@ -81,11 +41,6 @@ class Symbols {
   bool letters_;
   std::size_t width_;
 };
-
-std::string fitted(std::string text, std::size_t width) {
-  text.resize(width, ' ');
-  return text;
-}
 
 /// Writes a step into exactly `width` characters.
 void write_cell(Line& line, int rank, const Step& step, std::size_t width, const Symbols& symbol) {
@@ -133,10 +88,10 @@ std::string ranges(const std::vector<int>& sorted, const Symbols& symbol) {
 /// Which micro-batches start at which rank.
 std::string entrances(const Picture& picture, const Symbols& symbol) {
   std::map<int, std::vector<int>> at;
-  for (std::size_t rank = 0; rank < picture.steps.size(); ++rank)
-    for (const Interval* interval : picture.steps[rank]) {
-      const Op& op = interval->step.op;
-      if (op.pass == Pass::Forward && op.stage == 0) at[static_cast<int>(rank)].push_back(op.micro_batch);
+  for (const auto& row : picture.rows)
+    for (const auto& step : row.activity.steps) {
+      const Op& op = step.interval->step.op;
+      if (op.pass == Pass::Forward && op.stage == 0) at[row.rank].push_back(op.micro_batch);
     }
   std::string out;
   for (auto& [rank, micro_batches] : at) {
@@ -157,8 +112,8 @@ void write_legend(std::string& out, const Picture& picture, const Symbols& symbo
   // Only what occurs.
   bool pair = false;
   std::map<Pass, bool> seen;
-  for (const auto& rank : picture.steps)
-    for (const Interval* interval : rank) {
+  for (const auto& row : picture.rows)
+    for (const auto& [interval, whole] : row.activity.steps) {
       pair = pair || interval->step.overlapped;
       if (!interval->step.overlapped) seen[interval->step.op.pass] = true;
     }
@@ -184,42 +139,31 @@ void write_legend(std::string& out, const Picture& picture, const Symbols& symbo
 
 }  // namespace
 
-std::string to_ascii(const Timeline& timeline, bool color) {
-  const Picture picture(timeline);
+std::string to_ascii(const Timeline& timeline, const PictureOptions& options) {
+  const Picture picture(timeline, options);
+  if (options.lanes) return lanes_to_ascii(timeline, picture, options);
   const Symbols symbol(picture.num_micro_batches);
-  const double columns_per_time = static_cast<double>(symbol.width() + 1) / picture.unit;
   const std::size_t width = std::to_string(std::max(0, timeline.num_ranks - 1)).size();
-  const std::size_t indent = 5 + width + 2;
-  const auto column = [&](double time) {
-    return indent + static_cast<std::size_t>(std::llround((time - picture.begin) * columns_per_time));
-  };
+  const detail::Columns column{picture, 5 + width + 2, static_cast<double>(symbol.width() + 1) / picture.unit};
 
-  std::string out;
-  const bool seconds = timeline.seconds_per_unit != 0;
-  const double shown = seconds ? timeline.seconds_per_unit : 1;  // of one unit
-  const double tick = detail::round_step(10 / columns_per_time * shown);
-  Line axis;
-  axis.text(seconds ? "time/s" : "time");
-  for (int i = 0; i * tick <= (picture.end - picture.begin) * shown * (1 + 1e-9); ++i) {
-    const std::size_t at = column(picture.begin + i * tick / shown);
-    if (at > axis.size()) axis.pad_to(at).text(detail::number(i * tick));
-  }
-  out += axis.str(color);
-
-  for (int rank = 0; rank < timeline.num_ranks; ++rank) {
-    const std::string index = std::to_string(rank);
+  std::string out = column.axis(timeline.seconds_per_unit, options.color);
+  for (const auto& row : picture.rows) {
+    const std::string index = std::to_string(row.rank);
     Line line;
-    line.text("rank " + std::string(width - index.size(), ' ') + index).pad_to(indent);
-    for (const Interval* interval : picture.steps[static_cast<std::size_t>(rank)]) {
-      line.pad_to(column(interval->begin), '.');
+    line.text("rank " + std::string(width - index.size(), ' ') + index).pad_to(column.indent);
+    for (const auto& step : row.activity.steps) {
+      const Window shown = picture.shown(*step.interval);
+      line.pad_to(column(shown.begin), '.');
       // Where measured steps seem to overlap by less than a column, the later one gives way.
-      const std::size_t end = column(interval->end);
-      if (end > line.size()) write_cell(line, rank, interval->step, end - line.size(), symbol);
+      const std::size_t end = column(shown.end);
+      if (end > line.size()) write_cell(line, row.rank, step.interval->step, end - line.size(), symbol);
     }
     line.pad_to(column(picture.end), '.');
-    out += line.str(color);
+    out += line.str(options.color);
+    if (!options.marks.empty()) out += mark_line(options.marks, row.rank, column);
   }
-  write_legend(out, picture, symbol, indent, color);
+  write_legend(out, picture, symbol, column.indent, options.color);
+  for (const std::string& note : options.notes) out += note + "\n";
   return out;
 }
 

@@ -2,100 +2,170 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <limits>
+#include <unordered_set>
 #include <utility>
-#include <vector>
 
 #include "dualpipe/error.hpp"
+#include "schedule/spans.hpp"
 
 namespace dualpipe {
 namespace {
 
-using Span = std::pair<double, double>;
-
-/// Sorted and disjoint.
-std::vector<Span> merged(std::vector<Span> spans) {
-  std::sort(spans.begin(), spans.end());
-  std::vector<Span> result;
-  for (const Span& span : spans) {
-    if (!result.empty() && span.first <= result.back().second)
-      result.back().second = std::max(result.back().second, span.second);
-    else
-      result.push_back(span);
-  }
-  return result;
-}
-
-double length(const std::vector<Span>& spans) {
-  double sum = 0;
-  for (const auto& [begin, end] : spans) sum += end - begin;
-  return sum;
-}
-
-/// Of two lists made by merged().
-double common_length(const std::vector<Span>& a, const std::vector<Span>& b) {
-  double sum = 0;
-  for (std::size_t i = 0, k = 0; i < a.size() && k < b.size();) {
-    sum += std::max(0.0, std::min(a[i].second, b[k].second) - std::max(a[i].first, b[k].first));
-    a[i].second < b[k].second ? ++i : ++k;
-  }
-  return sum;
-}
+using detail::Activity;
+using detail::clipped;
+using detail::length;
+using detail::TimeSpans;
 
 /// Forwards held at once by a rank whose steps are given in order.
-int peak_activations(const std::vector<const Interval*>& steps) {
+int peak_activations(const std::vector<detail::ActiveStep>& steps) {
   int held = 0, peak = 0;
   const auto run = [&](const Op& op) {
     if (op.pass == Pass::Forward) peak = std::max(peak, ++held);
     if (op.pass == Pass::Backward || op.pass == Pass::BackwardInput) held = std::max(0, held - 1);
   };
-  for (const Interval* interval : steps) {
+  for (const auto& [interval, whole] : steps) {
     run(interval->step.op);
     if (interval->step.overlapped) run(*interval->step.overlapped);
   }
   return peak;
 }
 
+Overlap overlap(const TimeSpans& communication, const TimeSpans& computing) {
+  return {.hidden = length(detail::common(communication, computing)),
+          .exposed = length(detail::without(communication, computing))};
+}
+
+Report report_of(const std::vector<Activity>& ranks, const Window& window) {
+  Report result{.makespan = std::max(0.0, window.length()), .ranks = {}};
+  for (const Activity& rank : ranks) {
+    RankReport& out = result.ranks.emplace_back();
+    out.rank = static_cast<int>(result.ranks.size()) - 1;
+    for (const auto& [step, whole] : rank.steps)
+      out.busy += std::max(0.0, std::min(step->end, window.end) - std::max(step->begin, window.begin));
+    const TimeSpans computing = clipped(rank.computing, window);
+    out.compute = length(computing);
+    out.collectives = overlap(clipped(rank.collectives, window), computing);
+    out.transfers = overlap(clipped(rank.transfers, window), computing);
+    out.bubble = std::max(0.0, result.makespan - out.compute - out.collectives.exposed);
+    out.peak_activations = peak_activations(rank.steps);
+  }
+  return result;
+}
+
+/// The longest run of pairs, from its first begin to its last end.
+std::optional<Window> run_of_pairs(const Activity& rank) {
+  constexpr int least = 2;
+  std::optional<Window> longest;
+  for (std::size_t i = 0, best = least; i < rank.steps.size(); ++i) {
+    std::size_t end = i;
+    while (end < rank.steps.size() && rank.steps[end].interval->step.overlapped) ++end;
+    if (end - i >= best) {
+      best = end - i + 1;
+      longest = {rank.steps[i].interval->begin, rank.steps[end - 1].interval->end};
+    }
+    i = end;
+  }
+  return longest;
+}
+
+/// Calls `f` with each number of a usage and its counterpart in others.
+template <class F>
+void each_number(const F& f) {
+  f([](auto& usage) -> auto& { return usage.busy; });
+  f([](auto& usage) -> auto& { return usage.compute; });
+  f([](auto& usage) -> auto& { return usage.bubble; });
+  f([](auto& usage) -> auto& { return usage.collectives.hidden; });
+  f([](auto& usage) -> auto& { return usage.collectives.exposed; });
+  f([](auto& usage) -> auto& { return usage.transfers.hidden; });
+  f([](auto& usage) -> auto& { return usage.transfers.exposed; });
+}
+
 }  // namespace
 
-Report report(const Timeline& timeline) {
-  struct Rank {
-    std::vector<const Interval*> steps;
-    std::vector<Span> transfers;
-  };
-  std::vector<Rank> ranks(static_cast<std::size_t>(std::max(0, timeline.num_ranks)));
-  bool any = false;
-  double first = 0, last = 0;
-  for (const Interval& interval : timeline.intervals) {
-    DUALPIPE_CHECK(interval.rank >= 0 && interval.rank < timeline.num_ranks, "an interval of rank ", interval.rank,
-                   " in a timeline of ", timeline.num_ranks, " ranks");
-    Rank& rank = ranks[interval.rank];
-    if (interval.lane == Lane::send || interval.lane == Lane::receive)
-      rank.transfers.emplace_back(interval.begin, interval.end);
-    if (interval.lane != Lane::compute) continue;
-    rank.steps.push_back(&interval);
-    first = any ? std::min(first, interval.begin) : interval.begin;
-    last = any ? std::max(last, interval.end) : interval.end;
-    any = true;
-  }
+Usage Report::total() const {
+  Usage sum;
+  for (const Usage& rank : ranks) each_number([&](const auto& number) { number(sum) += number(rank); });
+  return sum;
+}
 
-  Report result{.makespan = last - first, .ranks = {}};
-  for (int index = 0; index < timeline.num_ranks; ++index) {
-    Rank& rank = ranks[index];
-    // Stable, so that steps that take no time stay in the order in which the rank ran them.
-    std::stable_sort(rank.steps.begin(), rank.steps.end(),
-                     [](const Interval* a, const Interval* b) { return a->begin < b->begin; });
-    RankReport& out = result.ranks.emplace_back();
-    out.rank = index;
-    std::vector<Span> computing;
-    for (const Interval* interval : rank.steps) {
-      out.busy += interval->end - interval->begin;
-      computing.emplace_back(interval->begin, interval->end);
+Window extent(const Timeline& timeline) {
+  Window window{std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()};
+  for (const Interval& interval : timeline.intervals) {
+    if (interval.lane != Lane::compute) continue;
+    window = {std::min(window.begin, interval.begin), std::max(window.end, interval.end)};
+  }
+  return window.begin <= window.end ? window : Window{};
+}
+
+std::optional<Window> main_part(const Timeline& timeline) {
+  std::optional<Window> common;
+  for (const Activity& rank : detail::activities(timeline)) {
+    const std::optional<Window> run = run_of_pairs(rank);
+    if (!run) return std::nullopt;
+    common = common ? Window{std::max(common->begin, run->begin), std::min(common->end, run->end)} : *run;
+  }
+  if (common && common->begin >= common->end) common.reset();
+  return common;
+}
+
+Report report(const Timeline& timeline) { return report(timeline, extent(timeline)); }
+
+Report report(const Timeline& timeline, const Window& window) {
+  return report_of(detail::activities(timeline), window);
+}
+
+std::vector<Timeline> split_steps(const Timeline& timeline) {
+  // For each step the end of the last rank.
+  std::vector<double> ends;
+  for (const Activity& rank : detail::activities(timeline)) {
+    std::unordered_set<Op> seen;
+    std::size_t step = 0;
+    for (const auto& [interval, whole] : rank.steps) {
+      if (!seen.insert(interval->step.op).second) {
+        seen = {interval->step.op};
+        ++step;
+      }
+      if (step == ends.size()) ends.push_back(interval->end);
+      ends[step] = std::max(ends[step], interval->end);
     }
-    out.bubble = result.makespan - out.busy;
-    const std::vector<Span> transfers = merged(std::move(rank.transfers));
-    out.communication = length(transfers);
-    out.hidden = common_length(transfers, merged(std::move(computing)));
-    out.peak_activations = peak_activations(rank.steps);
+  }
+  if (ends.size() <= 1) return {timeline};
+  std::vector<Timeline> result;
+  for (std::size_t step = 0; step < ends.size(); ++step)
+    result.push_back(
+        {detail::str(timeline.name, timeline.name.empty() ? "" : ", ", "step ", step + 1, " of ", ends.size()),
+         timeline.num_ranks,
+         timeline.seconds_per_unit,
+         {}});
+  for (const Interval& interval : timeline.intervals) {
+    std::size_t step = 0;
+    while (step + 1 < ends.size() && interval.begin >= ends[step]) ++step;
+    result[step].intervals.push_back(interval);
+  }
+  return result;
+}
+
+Report median(const std::vector<Report>& reports) {
+  DUALPIPE_CHECK(!reports.empty(), "the median of no report");
+  for (const Report& report : reports)
+    DUALPIPE_CHECK(report.ranks.size() == reports.front().ranks.size(), "reports of ", reports.front().ranks.size(),
+                   " and ", report.ranks.size(), " ranks have no common median");
+  std::vector<double> values(reports.size());
+  const auto median_of = [&](const auto& number) {
+    std::transform(reports.begin(), reports.end(), values.begin(), number);
+    const auto middle = values.begin() + static_cast<std::ptrdiff_t>((values.size() - 1) / 2);
+    std::nth_element(values.begin(), middle, values.end());
+    return *middle;
+  };
+  Report result = reports.front();
+  result.makespan = median_of([](const Report& report) { return report.makespan; });
+  for (std::size_t rank = 0; rank < result.ranks.size(); ++rank) {
+    each_number([&](const auto& number) {
+      number(result.ranks[rank]) = median_of([&](const Report& report) { return number(report.ranks[rank]); });
+    });
+    result.ranks[rank].peak_activations =
+        static_cast<int>(median_of([&](const Report& report) { return report.ranks[rank].peak_activations; }));
   }
   return result;
 }

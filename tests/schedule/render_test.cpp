@@ -97,12 +97,12 @@ TEST(Ascii, ColorAddsOnlyColor) {
   const std::string plain = to_ascii(timeline);
   EXPECT_THAT(plain, Not(HasSubstr("\x1b")));
   const std::vector<std::string> colored =
-      lines(std::regex_replace(to_ascii(timeline, true), std::regex("\x1b\\[[0-9;]*m"), ""));
+      lines(std::regex_replace(to_ascii(timeline, {.color = true}), std::regex("\x1b\\[[0-9;]*m"), ""));
   const std::vector<std::string> expected = lines(plain);
   for (std::size_t i = 0; i < 5; ++i) EXPECT_EQ(colored[i].substr(0, expected[i].size()), expected[i]);
   EXPECT_EQ(colored.back(), "        dark: entered at rank 0, light: entered at rank 3");
   // The two directions of a pass differ.
-  EXPECT_THAT(to_ascii(timeline, true), testing::AllOf(HasSubstr("48;5;75m0 "), HasSubstr("48;5;153m4 ")));
+  EXPECT_THAT(to_ascii(timeline, {.color = true}), testing::AllOf(HasSubstr("48;5;75m0 "), HasSubstr("48;5;153m4 ")));
 }
 
 TEST(Ascii, MeasuredTimelines) {
@@ -133,10 +133,65 @@ TEST(Ascii, RefusesTimelinesThatAreNotSound) {
               ThrowsMessage<InvalidArgument>(HasSubstr("rank 5 in a timeline of 2 ranks")));
 }
 
+Timeline measured_pair(double at) {
+  // One pair on rank 1 of two, in seconds: combine hides half, dispatch not at all.
+  Timeline timeline{.name = "measured", .num_ranks = 2, .seconds_per_unit = 1, .intervals = {}};
+  timeline.intervals = {{0, Lane::compute, parse_step("0F0"), at, at + 0.4},
+                        {1, Lane::compute, parse_step("(1F1;1B0)OVERLAP_F_B"), at + 0.1, at + 1.1},
+                        {1, Lane::node, parse_step("1F1"), at + 0.1, at + 0.4, "attention"},
+                        {1, Lane::collective, parse_step("1B0"), at + 0.1, at + 0.7, "combine"},
+                        {1, Lane::node, parse_step("1I0"), at + 0.7, at + 0.9, "MLP"},
+                        {1, Lane::collective, parse_step("1F1"), at + 0.9, at + 1.1, "dispatch"}};
+  return timeline;
+}
+
+TEST(Ascii, LanesNameNodesAndCollectives) {
+  const Timeline timeline = measured_pair(7);
+  EXPECT_EQ(to_ascii(timeline, {.lanes = true}),
+            "time/s                 0           0.2         0.4         0.6         0.8         1\n"
+            "rank 0, compute        [F0                    ]..........................................\n"
+            "rank 0, communication  ..................................................................\n"
+            "rank 1, compute        ......[attention-F     ]..................[MLP-B     ]............\n"
+            "rank 1, communication  ......[combine-B                         ]............[dispatch-F]\n");
+}
+
+TEST(Ascii, RowsAndWindowShowAPart) {
+  const Timeline timeline = timeline_of("1f1b", 4, 6);
+  const std::vector<std::string> all = lines(to_ascii(timeline)), some = lines(to_ascii(timeline, {.ranks = {2, 0}}));
+  EXPECT_EQ(some[0], all[0]);
+  EXPECT_EQ(some[1], all[3]);
+  EXPECT_EQ(some[2], all[1]);
+  // A step that reaches beyond the window is cut.
+  const std::vector<std::string> part = lines(to_ascii(timeline, {.window = Window{5, 11}, .ranks = {3}}));
+  EXPECT_EQ(part[0], "time    5         10");
+  EXPECT_EQ(part[1], "rank 3  [01 [1 ]2 [2");
+  EXPECT_THAT([&] { to_ascii(timeline, {.ranks = {4}}); },
+              ThrowsMessage<InvalidArgument>(HasSubstr("rank 4 cannot be shown, there are 4 ranks")));
+  EXPECT_THAT([&] { to_svg({timeline}, {.window = Window{70, 80}}); },
+              ThrowsMessage<InvalidArgument>(HasSubstr("the window from 70 to 80 shows nothing")));
+  EXPECT_THAT([&] { to_svg({timeline}, {.window = Window{2, 2}}); },
+              ThrowsMessage<InvalidArgument>(HasSubstr("window")));
+}
+
+TEST(Ascii, MarksAndNotes) {
+  const Timeline timeline = timeline_of("1f1b", 2, 2);
+  const std::string picture = to_ascii(
+      timeline, {.marks = {{1, {1, 4}, "1"}, {1, {4, 7}, "2"}, {0, {100, 200}, "not in sight"}}, .notes = {"a note"}});
+  EXPECT_EQ(picture,
+            "time    0         5\n"
+            "rank 0  0 1 ..[0 ]..[1 ]\n"
+            "\n"
+            "rank 1  ..0 [0 ]1 [1 ]..\n"
+            "          1-----2-----\n"
+            "        0  forward   [0 ] backward   ... idle\n"
+            "        micro-batches 0-1 enter at rank 0\n"
+            "a note\n");
+}
+
 /// Tags open and close properly, which is what a picture of ours can get wrong.
 void expect_well_formed(const std::string& xml) {
   std::vector<std::string> open;
-  const std::regex tag("<(/?)([a-z]+)((?: [a-zA-Z0-9-]+=\"[^\"<]*\")*)(/?)>");
+  const std::regex tag("<(/?)([a-z]+)((?: [a-zA-Z0-9:-]+=\"[^\"<]*\")*)(/?)>");
   std::size_t tags = 0;
   for (std::sregex_iterator it(xml.begin(), xml.end(), tag), end; it != end; ++it, ++tags) {
     if ((*it)[1].length() > 0) {
@@ -168,6 +223,63 @@ TEST(Svg, HoldsEveryStepOnceAndAFramePerPair) {
     EXPECT_EQ(count(svg, "stroke=\"#222222\" stroke-width"), pairs) << kind;
     for (int rank = 0; rank < 4; ++rank) EXPECT_EQ(count(svg, ">rank " + std::to_string(rank) + "<"), 1U);
   }
+}
+
+/// The rectangles drawn in the group with this title.
+std::vector<std::string> group(const std::string& svg, const std::string& title) {
+  const std::size_t begin = svg.find("<title>" + title), end = svg.find("</g>", begin);
+  EXPECT_NE(begin, std::string::npos) << title;
+  return begin == std::string::npos ? std::vector<std::string>{} : lines(svg.substr(begin, end - begin));
+}
+
+double attribute(const std::string& element, const std::string& name) {
+  std::smatch match;
+  EXPECT_TRUE(std::regex_search(element, match, std::regex(" " + name + "=\"([-0-9.]+)\""))) << element;
+  return match.empty() ? 0 : std::stod(match[1]);
+}
+
+TEST(Svg, NodesAndCollectivesHaveLanesAndWhatIsExposedIsRed) {
+  const std::string svg = to_svg({measured_pair(3)});
+  expect_well_formed(svg);
+  const auto node = group(svg, "attention, 1F1, 0.1 to 0.4 s"), combine = group(svg, "combine, 1B0, 0.1 to 0.7 s"),
+             dispatch = group(svg, "dispatch, 1F1, 0.9 to 1.1 s");
+  ASSERT_EQ(node.size(), 3U);
+  EXPECT_THAT(node[2], HasSubstr(">attention-F<"));
+  EXPECT_EQ(attribute(node[1], "x"), attribute(combine[1], "x"));
+  EXPECT_NEAR(attribute(combine[1], "width"), 2 * attribute(node[1], "width"), 0.02);
+  // The forward's collectives above the backward's, both below the node.
+  EXPECT_GT(attribute(dispatch[1], "y"), attribute(node[1], "y"));
+  EXPECT_GT(attribute(combine[1], "y"), attribute(dispatch[1], "y"));
+  // Exposed: 0.4 to 0.7 and 0.9 to 1.1.
+  std::vector<double> exposed;
+  for (const std::string& line : lines(svg))
+    if (line.find("#d62728") != std::string::npos) exposed.push_back(attribute(line, "width"));
+  ASSERT_EQ(exposed.size(), 3U);  // the last is the legend's
+  EXPECT_NEAR(exposed[0], attribute(node[1], "width"), 0.02);
+  EXPECT_NEAR(exposed[1], attribute(dispatch[1], "width"), 0.02);
+  EXPECT_EQ(count(svg, ">forward's<"), 2U);
+}
+
+TEST(Svg, AWindowIsDrawnAsWideAsTheWhole) {
+  const Timeline timeline = measured_pair(3);
+  const std::string svg = to_svg({timeline}, {.window = Window{3.4, 3.9}, .ranks = {1}});
+  expect_well_formed(svg);
+  EXPECT_THAT(svg, HasSubstr("makespan 1.1 s; shown from 0.4 to 0.9 s"));
+  EXPECT_EQ(count(svg, ">rank 1<"), 1U);
+  EXPECT_EQ(count(svg, ">rank 0<"), 0U);
+  EXPECT_EQ(count(svg, "attention"), 0U);  // over before the window
+  const auto combine = group(svg, "combine, 1B0, 0.1 to 0.7 s"), node = group(svg, "MLP, 1I0, 0.7 to 0.9 s");
+  EXPECT_NEAR(attribute(combine[1], "width"), 1.5 * attribute(node[1], "width"), 0.02);  // 0.3 of it is in sight
+  EXPECT_NEAR(attribute(combine[1], "x") + attribute(combine[1], "width"), attribute(node[1], "x"), 0.02);
+}
+
+TEST(Svg, MarksAndNotes) {
+  const Timeline timeline = timeline_of("dualpipe", 2, 2);
+  const std::string svg = to_svg({timeline, timeline}, {.marks = {{0, {0, 1}, "<1>"}}, .notes = {"first", "second"}});
+  expect_well_formed(svg);
+  EXPECT_EQ(count(svg, ">&lt;1&gt;<"), 1U);  // in the first picture only
+  EXPECT_EQ(count(svg, ">first<"), 1U);
+  EXPECT_EQ(count(svg, ">second<"), 1U);
 }
 
 TEST(Svg, StacksTimelinesOfDifferentUnits) {

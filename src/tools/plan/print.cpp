@@ -1,10 +1,12 @@
 #include "tools/plan/print.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <iomanip>
 #include <nlohmann/json.hpp>
 #include <sstream>
+#include <utility>
 #include <vector>
 
 #include "dualpipe/error.hpp"
@@ -14,10 +16,6 @@ namespace {
 
 using nlohmann::ordered_json;
 using Do = Instruction::Do;
-
-std::string dumped(const ordered_json& value) {
-  return value.dump(-1, ' ', false, ordered_json::error_handler_t::replace);
-}
 
 const char* name_of(Do what) {
   switch (what) {
@@ -57,12 +55,20 @@ std::string table(const std::vector<std::vector<std::string>>& rows) {
   return out;
 }
 
-/// Number and unit.
-std::string time(double value, double seconds_per_unit) {
-  return seconds_per_unit == 0 ? detail::str(value) : detail::str(value * seconds_per_unit, " s");
+}  // namespace
+
+std::string dumped(const ordered_json& value) {
+  return value.dump(-1, ' ', false, ordered_json::error_handler_t::replace);
 }
 
-}  // namespace
+std::string time(double value, double seconds_per_unit) {
+  if (seconds_per_unit == 0) return detail::str(std::abs(value) < 1e-9 ? 0.0 : value);
+  const double seconds = value * seconds_per_unit;
+  std::ostringstream out;
+  out << std::fixed;
+  seconds < 10 ? out << std::setprecision(2) << 1e3 * seconds << " ms" : out << std::setprecision(3) << seconds << " s";
+  return std::move(out).str();
+}
 
 std::string describe(const Schedule& schedule) {
   return detail::str(schedule.name, ": ", schedule.ranks.size(), " ranks, ", schedule.num_stages, " stages, ",
@@ -148,33 +154,42 @@ std::string text(const Program& program) {
   return out;
 }
 
-std::string json(const Report& report, bool transfers) {
+std::string json(const Report& report) {
   ordered_json ranks = ordered_json::array();
-  for (const RankReport& rank : report.ranks) {
-    ordered_json& entry = ranks.emplace_back(ordered_json{{"rank", rank.rank},
-                                                          {"busy", rank.busy},
-                                                          {"bubble", rank.bubble},
-                                                          {"peak_activations", rank.peak_activations}});
-    if (!transfers) continue;
-    entry["communication"] = rank.communication;
-    entry["hidden"] = rank.hidden;
-  }
+  for (const RankReport& rank : report.ranks)
+    ranks.push_back({{"rank", rank.rank},
+                     {"busy", rank.busy},
+                     {"bubble", rank.bubble},
+                     {"peak_activations", rank.peak_activations}});
   return dumped({{"makespan", report.makespan}, {"ranks", std::move(ranks)}}) + "\n";
 }
 
 std::string text(const Report& report, double seconds_per_unit) {
-  const bool transfers = std::any_of(report.ranks.begin(), report.ranks.end(),
-                                     [](const RankReport& rank) { return rank.communication > 0; });
-  std::vector<std::vector<std::string>> rows{{"rank", "busy", "bubble", "", "peak activations"}};
-  if (transfers) rows.front().insert(rows.front().end(), {"communication", "hidden"});
-  for (const RankReport& rank : report.ranks) {
-    auto& row = rows.emplace_back(std::vector<std::string>{
-        std::to_string(rank.rank), time(rank.busy, seconds_per_unit), time(rank.bubble, seconds_per_unit),
-        percent(rank.bubble, report.makespan), std::to_string(rank.peak_activations)});
-    if (!transfers) continue;
-    row.push_back(time(rank.communication, seconds_per_unit));
-    row.push_back(percent(rank.hidden, rank.communication));
-  }
+  const bool collectives = report.total().collectives.total() > 0, transfers = report.total().transfers.total() > 0;
+  const auto shown = [&](double value) { return time(value, seconds_per_unit); };
+  std::vector<std::vector<std::string>> rows{{"rank", "compute", ""}};
+  const auto add = [](std::vector<std::string>& row, const std::vector<std::string>& cells) {
+    row.insert(row.end(), cells.begin(), cells.end());
+  };
+  if (collectives) add(rows[0], {"exposed", ""});
+  add(rows[0], {"bubble", ""});
+  if (collectives) add(rows[0], {"collectives", "hidden"});
+  if (transfers) add(rows[0], {"transfers", "hidden"});
+  add(rows[0], {"peak activations"});
+  const auto row = [&](const std::string& name, const Usage& usage, double whole, const std::string& peak) {
+    auto& cells =
+        rows.emplace_back(std::vector<std::string>{name, shown(usage.compute), percent(usage.compute, whole)});
+    if (collectives) add(cells, {shown(usage.collectives.exposed), percent(usage.collectives.exposed, whole)});
+    add(cells, {shown(usage.bubble), percent(usage.bubble, whole)});
+    for (const auto& [any, overlap] :
+         {std::pair(collectives, usage.collectives), std::pair(transfers, usage.transfers)})
+      if (any) add(cells, {shown(overlap.total()), percent(overlap.hidden, overlap.total())});
+    cells.push_back(peak);
+  };
+  for (const RankReport& rank : report.ranks)
+    row(std::to_string(rank.rank), rank, report.makespan, std::to_string(rank.peak_activations));
+  if (report.ranks.size() > 1)
+    row("all", report.total(), report.makespan * static_cast<double>(report.ranks.size()), "");
   return table(rows) + summary(report, seconds_per_unit);
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 
 #include "dualpipe/schedule/lower.hpp"
@@ -7,8 +8,14 @@
 #include "dualpipe/schedule/simulate.hpp"
 #include "dualpipe/schedule/timeline.hpp"
 
-// What dualpipe-plan prints. Everything ends in a newline.
+// What dualpipe-plan prints. Texts and JSON end in a newline.
 namespace dualpipe::plan {
+
+/// On one line, without the newline; what is no UTF-8 is replaced.
+std::string dumped(const nlohmann::ordered_json& value);
+
+/// Number and unit: of what is measured to a hundredth of a millisecond, or to a millisecond from ten seconds on.
+std::string time(double value, double seconds_per_unit);
 
 /// "dualpipe: 8 ranks, 8 stages, 20 micro-batches"
 std::string describe(const Schedule& schedule);
@@ -16,7 +23,7 @@ std::string describe(const Schedule& schedule);
 /// "F=1 B=2 W=1 pair=3 send=0, results published early"
 std::string describe(const Costs& costs, Publish publish);
 
-/// "makespan 63, bubble 3 (4.8 %) and 9 activations on the worst rank"
+/// "makespan 63, bubble 3 (4.8 %) on the worst rank, at most 9 activations held on a rank"
 std::string summary(const Report& report, double seconds_per_unit = 0);
 
 /// {"name":…,"num_stages":…,"num_micro_batches":…,"ranks":[["0F0",…],…]}
@@ -27,10 +34,10 @@ std::string json(const Schedule& schedule);
 std::string json(const Program& program);
 std::string text(const Program& program);
 
-/// {"makespan":…,"ranks":[{"rank":…,"busy":…,"bubble":…,"peak_activations":…},…]}; `transfers` adds "communication" and
-/// "hidden".
-std::string json(const Report& report, bool transfers);
-/// A table with a row per rank; in seconds where `seconds_per_unit` is not 0.
+/// Of a simulation: {"makespan":…,"ranks":[{"rank":…,"busy":…,"bubble":…,"peak_activations":…},…]}
+std::string json(const Report& report);
+/// A table with a row per rank, then the summary; in seconds where `seconds_per_unit` is not 0. Communication appears
+/// where there is any.
 std::string text(const Report& report, double seconds_per_unit);
 
 }  // namespace dualpipe::plan

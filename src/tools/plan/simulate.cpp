@@ -26,7 +26,7 @@ std::string simulate_and_print(const Options& options) {
   if (options.output.format == "svg") return to_svg({timeline});
   if (options.output.format == "trace") return to_trace(timeline);
   const Report result = report(timeline);
-  if (options.output.format == "json") return json(result, false);
+  if (options.output.format == "json") return json(result);
   return describe(plan) + "; " + describe(options.costs.all(), options.publish) + "\n" + text(result, 0);
 }
 

@@ -1,0 +1,65 @@
+// Runs dualpipe-plan as a user does: a process with arguments, two outputs and an exit code.
+#pragma once
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <string>
+#include <utility>
+
+namespace dualpipe {
+
+namespace fs = std::filesystem;
+
+inline std::string read(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream text;
+  text << file.rdbuf();
+  return std::move(text).str();
+}
+
+struct Result {
+  int code = -1;
+  std::string out, err;
+};
+
+class PlanTool : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::string name = (fs::temp_directory_path() / "plan_tool_XXXXXX").string();
+    ASSERT_NE(::mkdtemp(name.data()), nullptr);
+    folder_ = name;
+  }
+  void TearDown() override { fs::remove_all(folder_); }
+
+  /// Runs the tool in a folder of its own; `arguments` as a shell reads them.
+  Result run(const std::string& arguments) const {
+    const std::string command =
+        "cd " + folder_.string() + " && " DUALPIPE_PLAN " " + arguments + " >stdout 2>stderr </dev/null";
+    const int status = std::system(command.c_str());
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read(folder_ / "stdout"), read(folder_ / "stderr")};
+  }
+
+  void write(const std::string& name, const std::string& text) const {
+    std::ofstream(folder_ / name, std::ios::binary) << text;
+  }
+
+  /// Exit code 1 or 2, nothing on standard output, and one message that begins with the program's name.
+  void expect_refused(const std::string& arguments, int code, const std::string& message) const {
+    const Result result = run(arguments);
+    EXPECT_EQ(result.code, code) << arguments;
+    EXPECT_EQ(result.out, "") << arguments;
+    EXPECT_THAT(result.err, testing::StartsWith("dualpipe-plan: ")) << arguments;
+    EXPECT_THAT(result.err, testing::HasSubstr(message)) << arguments;
+  }
+
+  fs::path folder_;
+};
+
+}  // namespace dualpipe
