@@ -1,7 +1,7 @@
 // How much of what stages communicate hides under compute. Nodes sleep for a given time and collectives cross a delayed
 // network, so that many ranks fit on few cores. Ranks are pipelines times groups of two.
 //
-//   dualpipe-run -n 2 -- dualpipe-bench-overlap --pair    one pair, beside its halves with communication exposed
+//   dualpipe-run -n 2 -- dualpipe-bench-overlap --pair    one pair in several orders, also wrong ones
 //   dualpipe-run -n 8 -- dualpipe-bench-overlap           steps of a pipeline of four
 #include <sys/prctl.h>
 #include <torch/torch.h>
@@ -11,7 +11,10 @@
 #include <chrono>
 #include <cstdio>
 #include <exception>
+#include <fstream>
+#include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -22,6 +25,7 @@
 #include "dualpipe/runtime/group_collectives.hpp"
 #include "dualpipe/runtime/pair.hpp"
 #include "dualpipe/runtime/tracer.hpp"
+#include "dualpipe/schedule/render.hpp"
 #include "dualpipe/testing/communicators.hpp"
 
 namespace {
@@ -35,6 +39,7 @@ struct Flags {
   double attention = 10, mlp = 10, communication = 10;  // milliseconds
   int steps = 3;
   bool pair = false;
+  std::string trace;
 };
 
 /// A node that takes a given time in each of forward, input part and weight part.
@@ -95,12 +100,62 @@ double milliseconds_since(Clock::time_point begin) {
 double max_over(Communicator& comm, double value) {
   return comm.all_reduce({torch::tensor({value}, torch::kDouble)}, Reduce::max).take()[0].item<double>();
 }
-double sum_over(Communicator& comm, double value) {
-  return comm.all_reduce({torch::tensor({value}, torch::kDouble)}).take()[0].item<double>();
+
+void write(const std::string& path, const std::string& text) {
+  std::ofstream file(path, std::ios::binary);
+  file << text;
+  file.close();
+  DUALPIPE_CHECK(file, "cannot write ", path);
 }
 
+/// What a pair does, as the executor would record it: the forward 0F1 with the backward 0B0.
+class PairRecorder final : public PairListener {
+ public:
+  PairRecorder(const Stage& stage, const ForwardPass& forward, const BackwardPass& backward)
+      : stage_(stage), forward_(forward), backward_(backward) {}
+
+  void computed(const Piece& piece, const Span& span) override {
+    const Pass pass = piece.side == Side::forward    ? Pass::Forward
+                      : piece.side == Side::backward ? Pass::BackwardInput
+                                                     : Pass::BackwardWeight;
+    record(Lane::node, {pass, 0, piece.side == Side::forward ? 1 : 0}, piece.node, span);
+  }
+  void collected(Side side, const Span& span) override {
+    const bool ahead = side == Side::forward;
+    record(Lane::collective, ahead ? forward_op : backward_op, ahead ? forward_.node() : backward_.node(), span);
+  }
+
+  Timeline timeline(const std::string& name, double begin, double end) const {
+    Timeline result{name, 1, 1, {{0, Lane::compute, {forward_op, backward_op}, begin, end, {}}}};
+    result.intervals.insert(result.intervals.end(), intervals_.begin(), intervals_.end());
+    for (Interval& interval : result.intervals) {
+      interval.begin -= begin;
+      interval.end -= begin;
+    }
+    return result;
+  }
+
+ private:
+  static constexpr Op forward_op{Pass::Forward, 0, 1}, backward_op{Pass::Backward, 0, 0};
+
+  void record(Lane lane, const Op& op, int node, const Span& span) {
+    intervals_.push_back({0, lane, {op, {}}, span.begin, span.end, stage_.chain_name(node)});
+  }
+
+  const Stage& stage_;
+  const ForwardPass& forward_;
+  const BackwardPass& backward_;
+  std::vector<Interval> intervals_;
+};
+
+struct MeasuredPair {
+  double milliseconds = std::numeric_limits<double>::infinity();
+  Timeline timeline;  // of this rank
+};
+
 /// Runs a pair in `order`; `exposed` waits for each collective where it is launched.
-double time_pair(Communicator& comm, const Stage& stage, const std::vector<Piece>& order, bool exposed) {
+MeasuredPair time_pair(Communicator& comm, const Stage& stage, const std::string& name, const std::vector<Piece>& order,
+                       bool exposed) {
   const Tensors none;
   const auto context = [&](int micro_batch) { return StageContext{0, micro_batch, 0, true, none}; };
   Tensors inputs = inputs_of(4, comm.size());
@@ -110,35 +165,78 @@ double time_pair(Communicator& comm, const Stage& stage, const std::vector<Piece
   BackwardPass backward(before, {torch::ones_like(before.outputs[0]), torch::Tensor()});
   comm.barrier().wait();
   const auto begin = Clock::now();
-  PairListener listener;
+  const auto seconds = [](Clock::time_point time) {
+    return std::chrono::duration<double>(time.time_since_epoch()).count();
+  };
+  PairRecorder recorder(stage, forward, backward);
   for (const Piece& piece : order) {
-    run_pair({&piece, 1}, &forward, &backward, listener);
-    if (!exposed) continue;
-    forward.settle();
-    backward.settle();
+    run_pair({&piece, 1}, &forward, &backward, recorder);
+    // Past the last node settle_last does it, and tells.
+    for (Pending pending : {forward.under_way(), backward.under_way()})
+      if (exposed && pending) pending.wait();
+    settle_last(&forward, &backward, recorder, /*block=*/false);
   }
-  settle_last(&forward, &backward, listener, /*block=*/true);
-  return max_over(comm, milliseconds_since(begin));
+  settle_last(&forward, &backward, recorder, /*block=*/true);
+  const auto end = Clock::now();
+  return {max_over(comm, 1e3 * (seconds(end) - seconds(begin))), recorder.timeline(name, seconds(begin), seconds(end))};
+}
+
+/// "pair.json" and 2: "pair-2.json"
+std::string numbered(const std::string& path, int number) {
+  const std::size_t dot = path.rfind('.');
+  const bool suffix = dot != std::string::npos && path.find('/', dot) == std::string::npos;
+  return path.substr(0, suffix ? dot : path.size()) + "-" + std::to_string(number) + (suffix ? path.substr(dot) : "");
 }
 
 void pair(const std::shared_ptr<Communicator>& comm, const std::shared_ptr<Communicator>& network, const Flags& flags) {
   const Stage stage = make_stage(flags, network);
   const std::string chain = stage.structure();
-  std::vector<Piece> halves = pair_order(chain, "");
-  for (const Piece& piece : pair_order("", chain)) halves.push_back(piece);
-  const auto table = pair_order(chain, chain);
-  if (comm->rank() == 0) std::printf("%-44s %8s %8s\n", "order", "ms", "ratio");
-  double exposed = 0;
-  const auto measure = [&](const char* name, const std::vector<Piece>& order, bool expose) {
-    double best = 1e300;
-    for (int i = 0; i < flags.steps; ++i) best = std::min(best, time_pair(*comm, stage, order, expose));
-    if (exposed == 0) exposed = best;
-    if (comm->rank() == 0) std::printf("%-44s %8.2f %8.3f\n", name, best, best / exposed);
+  const std::vector<Piece> forward = pair_order(chain, ""), backward = pair_order("", chain);
+  const auto both = [](std::vector<Piece> first, const std::vector<Piece>& second) {
+    first.insert(first.end(), second.begin(), second.end());
+    return first;
   };
-  measure("forward, then backward, waiting for each", halves, true);
-  measure("forward, then backward", halves, false);
-  measure("the order as a trace shows it", table, false);
-  measure("the order as a host launches it", launch_order(chain, chain, table), false);
+  const std::vector<Piece> table = pair_order(chain, chain);
+  const std::vector<Piece> launched = launch_order(chain, chain, table);
+  // As an ordinary backward does it: each weight part within its node, so that what follows in the chain waits for it.
+  std::vector<Piece> unsplit = launched;
+  std::erase_if(unsplit, [](const Piece& piece) { return piece.side == Side::weight; });
+  for (std::size_t i = 0; i < unsplit.size(); ++i)
+    if (unsplit[i].side == Side::backward && chain[static_cast<std::size_t>(unsplit[i].node)] == 'C')
+      unsplit.insert(unsplit.begin() + static_cast<std::ptrdiff_t>(i) + 1, {Side::weight, unsplit[i].node});
+  // A forward node, a backward node, and so on; weight parts last.
+  std::vector<Piece> alternating;
+  for (int node = 0; node < static_cast<int>(chain.size()); ++node) {
+    alternating.push_back({Side::forward, node});
+    alternating.push_back({Side::backward, static_cast<int>(chain.size()) - 1 - node});
+  }
+  for (const Piece& piece : backward)
+    if (piece.side == Side::weight) alternating.push_back(piece);
+
+  if (comm->rank() == 0) std::printf("%-44s %8s %8s %10s\n", "order", "ms", "ratio", "hidden");
+  double slowest = 0;
+  int number = 0;
+  const auto measure = [&](const char* name, const std::vector<Piece>& order, bool expose) {
+    MeasuredPair best;
+    for (int i = 0; i < flags.steps; ++i) {
+      MeasuredPair measured = time_pair(*comm, stage, name, order, expose);
+      if (measured.milliseconds < best.milliseconds) best = std::move(measured);
+    }
+    if (slowest == 0) slowest = best.milliseconds;
+    ++number;
+    if (comm->rank() != 0) return;
+    const Overlap communication = report(best.timeline).total().collectives;
+    std::printf("%-44s %8.2f %8.3f %8.1f %%\n", name, best.milliseconds, best.milliseconds / slowest,
+                100 * communication.hidden / communication.total());
+    if (!flags.trace.empty()) write(numbered(flags.trace, number), to_trace(best.timeline));
+  };
+  measure("forward, then backward, waiting for each", both(forward, backward), true);
+  measure("forward, then backward", both(forward, backward), false);
+  measure("backward, then forward", both(backward, forward), false);
+  measure("alternating, forward first, weights last", alternating, false);
+  measure("the published order, backward not split", unsplit, false);
+  measure("the published order, as its trace shows it", table, false);
+  measure("the published order, as a host launches it", launched, false);
 }
 
 void pipeline(const std::shared_ptr<Communicator>& world, const std::shared_ptr<Communicator>& pipe_comm,
@@ -159,27 +257,20 @@ void pipeline(const std::shared_ptr<Communicator>& world, const std::shared_ptr<
     const auto begin = Clock::now();
     pipe->step(batch, loss);
     const double wall = max_over(*world, milliseconds_since(begin));
-    double in_pairs = 0, computing = 0, communicating = 0;
-    std::vector<std::pair<double, double>> pairs;
-    for (const Interval& interval : tracer->last().intervals)
-      if (interval.lane == Lane::compute && interval.step.overlapped) pairs.emplace_back(interval.begin, interval.end);
-    const auto inside = [&](const Interval& interval) {
-      return std::any_of(pairs.begin(), pairs.end(), [&](const auto& span) {
-        return span.first <= interval.begin && interval.begin < span.second;
-      });
-    };
-    for (const auto& [from, to] : pairs) in_pairs += to - from;
-    for (const Interval& interval : tracer->last().intervals) {
-      if (interval.lane == Lane::node && inside(interval)) computing += interval.end - interval.begin;
-      if (interval.lane == Lane::collective && inside(interval)) communicating += interval.end - interval.begin;
+    const Timeline timeline = gather(*pipe_comm, tracer->last());
+    if (world->rank() != 0 || step == 0) continue;
+    const Usage whole = report(timeline).total();
+    std::printf("step %7.1f ms, communication %5.1f %% hidden", wall,
+                100 * whole.collectives.hidden / whole.collectives.total());
+    if (const std::optional<Window> part = main_part(timeline)) {
+      const Usage main = report(timeline, *part).total();
+      const double time = part->length() * pipe_comm->size();
+      std::printf("; main part %7.1f ms: compute %4.1f %%, communication %4.1f %%, of it hidden %6.2f %%",
+                  1e3 * part->length(), 100 * main.compute / time, 100 * main.collectives.total() / time,
+                  100 * main.collectives.hidden / main.collectives.total());
     }
-    in_pairs = sum_over(*world, in_pairs);
-    computing = sum_over(*world, computing);
-    communicating = sum_over(*world, communicating);
-    if (world->rank() == 0 && step > 0)
-      std::printf("step %7.1f ms; in pairs, of all ranks: %.0f ms, compute %.0f, communication %.0f, exposed %.1f %%\n",
-                  wall, 1e3 * in_pairs, 1e3 * computing, 1e3 * communicating,
-                  100 * (in_pairs - computing) / communicating);
+    std::printf("\n");
+    if (step == flags.steps && !flags.trace.empty()) write(flags.trace, to_trace(timeline));
   }
 }
 
@@ -197,6 +288,9 @@ int main(int argc, char** argv) {
     app.add_option("--communication-ms", flags.communication, "time of a dispatch or combine")->capture_default_str();
     app.add_option("--steps", flags.steps, "measured steps")->capture_default_str()->check(CLI::PositiveNumber);
     app.add_flag("--pair", flags.pair, "one pair only, on two ranks");
+    app.add_option("--trace", flags.trace,
+                   "write what rank 0's pipeline did in its last step; with --pair one file per order, numbered")
+        ->option_text("FILE");
     CLI11_PARSE(app, argc, argv);
 
     at::set_num_threads(1);
