@@ -292,6 +292,11 @@ void Fabric::abort(int origin, const std::string& reason) noexcept {
 
 void Fabric::failed(int origin, const std::string& reason) noexcept { fail(origin, reason); }
 
+bool Fabric::has_failed() const {
+  const std::lock_guard lock(mutex_);
+  return failure_.has_value();
+}
+
 bool Fabric::fail(int origin, const std::string& reason) noexcept {
   {
     const std::lock_guard lock(mutex_);

@@ -2,7 +2,6 @@
 
 #include <pthread.h>
 
-#include <atomic>
 #include <exception>
 #include <mutex>
 #include <optional>
@@ -21,8 +20,7 @@ class LocalFabric final : public detail::Fabric, public std::enable_shared_from_
 
   LocalFabric(int rank, int size, std::chrono::milliseconds timeout) : Fabric(rank, size, timeout, /*epoch=*/0) {}
   ~LocalFabric() override {
-    // After a failure there is no orderly goodbye: it would overtake the reason on its way to the slower ranks.
-    if (!failed_) for_others([this](LocalFabric& other) { other.departed(rank()); });
+    if (!has_failed()) for_others([this](LocalFabric& other) { other.departed(rank()); });
   }
   /// `ranks` of all; before any thread uses one of them.
   void join(std::shared_ptr<const Ranks> ranks) { ranks_ = std::move(ranks); }
@@ -37,11 +35,7 @@ class LocalFabric final : public detail::Fabric, public std::enable_shared_from_
   }
 
   void spread(int origin, const std::string& reason) noexcept override {
-    failed_ = true;
-    for_others([&](LocalFabric& other) {
-      other.failed_ = true;
-      other.failed(origin, reason);
-    });
+    for_others([&](LocalFabric& other) { other.failed(origin, reason); });
   }
 
   template <class Action>
@@ -54,7 +48,6 @@ class LocalFabric final : public detail::Fabric, public std::enable_shared_from_
   }
 
   std::shared_ptr<const Ranks> ranks_;
-  std::atomic<bool> failed_{false};
 };
 
 /// What ended a rank.

@@ -167,6 +167,8 @@ class Fabric {
   void departed(int peer);
   /// Another rank aborted: as abort(), but is not spread again.
   void failed(int origin, const std::string& reason) noexcept;
+  /// A back end that is destroyed afterwards says no goodbye: to slower ranks it would come ahead of the reason.
+  bool has_failed() const;
 
  private:
   struct Lane {

@@ -44,7 +44,7 @@ class SocketFabric final : public Fabric, public LinkOwner {
       const auto deadline = std::chrono::steady_clock::now() + kFarewell;
       leaving_ = true;
       waiting(true);  // reads on, so that peers get rid of what they still send, and drops it
-      if (!failed_) for_links([](Link& link) { link.say_goodbye(); });
+      if (!has_failed()) for_links([](Link& link) { link.say_goodbye(); });
       // Usually the kernel has already taken all.
       while (!flushed() && std::chrono::steady_clock::now() < deadline) std::this_thread::sleep_for(1ms);
     } catch (...) {
