@@ -30,14 +30,15 @@ std::string show(const Options& options) {
   const Schedule plan = schedule(options.schedule);
   if (options.output.format == "csv") return to_csv(plan);
   if (options.output.format == "json") return json(plan);
-  const Timeline timeline = simulate(plan, options.costs.all(), options.publish).timeline;
+  const Costs costs = options.costs.of(plan).time;
+  const Timeline timeline = simulate(plan, costs, options.publish).timeline;
   PictureOptions picture = picture_options(options.view, options.output, timeline);
   if (options.explain) {
     picture.marks = step_marks(plan, timeline);
-    picture.notes = step_notes(plan);
+    if (options.view.window.empty() && options.view.rows.empty()) picture.notes = step_notes(plan);
   }
   if (options.output.format == "svg") return to_svg({timeline}, picture);
-  return describe(plan) + "; " + describe(options.costs.all(), options.publish) + "\n" + to_ascii(timeline, picture) +
+  return describe(plan) + "; " + describe(costs, options.publish) + "\n" + to_ascii(timeline, picture) +
          summary(report(timeline));
 }
 
@@ -52,8 +53,9 @@ void add_show(CLI::App& app) {
   add_costs(command, options->costs);
   add_publish(command, options->publish);
   add_view(command, options->view);
-  CLI::Option* explain = command.add_flag("--explain", options->explain,
-                                          "mark the eight steps of dualpipe and dualpipev, and tell what each does");
+  CLI::Option* explain = command.add_flag(
+      "--explain", options->explain,
+      "mark the eight steps of dualpipe and dualpipev, and tell, unless only a part is shown, what each does");
   CLI::Option* pair =
       command
           .add_option(
