@@ -24,6 +24,7 @@ using detail::Picture;
 
 // Pixels.
 constexpr double bar_height = 17, strip_height = 3, row_gap = 5, mark_height = 11;
+constexpr double least_name_width = 40;  // where there is less room, numbers say more
 constexpr double exposed_height = 3, lane_height = 12, lane_gap = 1;
 constexpr double margin = 12, title_height = 30, axis_height = 26, legend_height = 30, note_height = 15, gap = 18;
 constexpr double min_width = 1040, max_width = 16000;
@@ -138,11 +139,11 @@ class Panel {
                 width > 3 ? " stroke=\"#ffffff\" stroke-width=\"0.5\"" : "");
     const std::string number = std::to_string(op.micro_batch);
     const std::string name = detail::node_label(interval);
-    for (const std::string& label : {picture_.one_pair ? name : name + " " + number, name, interval.node, number})
-      if (!label.empty() && text_width(label) + 2 <= width) {
-        canvas.text(x(begin) + width / 2, y + height / 2 + font_size * 0.34, label, centred);
-        break;
-      }
+    for (const std::string& label : {picture_.one_pair ? name : name + " " + number, name, interval.node, number}) {
+      if (label.empty() || text_width(label) + 2 > width || (label != number && width < least_name_width)) continue;
+      canvas.text(x(begin) + width / 2, y + height / 2 + font_size * 0.34, label, centred);
+      break;
+    }
     canvas.close();
   }
 

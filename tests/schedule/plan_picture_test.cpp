@@ -161,6 +161,7 @@ TEST_F(PlanTool, ReportDrawsSeveralTracesOverEachOther) {
   for (std::size_t at = svg.out.find("makespan"); at != std::string::npos; at = svg.out.find("makespan", at + 1))
     ++panels;
   EXPECT_EQ(panels, 2U);
+  EXPECT_THAT(svg.out, testing::AllOf(HasSubstr(">predicted, dualpipe: 4 ranks"), HasSubstr(">measured, dualpipe: 4")));
   EXPECT_EQ(json::parse(run("report predicted.json measured.json --format json").out).size(), 2U);
   const std::string ascii = run("report measured.json --format ascii --rows 2 --window 4,12").out;
   EXPECT_THAT(ascii,

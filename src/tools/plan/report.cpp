@@ -1,4 +1,5 @@
 #include <CLI/CLI.hpp>
+#include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -112,7 +113,12 @@ std::string text_of(const TraceReport& report) {
 
 std::string report_traces(const Options& options) {
   std::vector<Timeline> timelines;
-  for (const std::string& path : options.traces) timelines.push_back(read_trace(path));
+  for (const std::string& path : options.traces) {
+    Timeline& timeline = timelines.emplace_back(read_trace(path));
+    // Several traces of one schedule have one name.
+    if (options.traces.size() > 1)
+      timeline.name = std::filesystem::path(path).stem().string() + (timeline.name.empty() ? "" : ", ") + timeline.name;
+  }
   const PictureOptions picture = picture_options(options.view, options.output, timelines.front());
   if (options.output.format == "svg") return to_svg(timelines, picture);
   std::string out;
