@@ -3,7 +3,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <random>
 #include <string>
+#include <utility>
 
 #include "dualpipe/error.hpp"
 #include "dualpipe/schedule/generate.hpp"
@@ -118,6 +121,64 @@ TEST(EightSteps, NotesSayHowOften) {
   EXPECT_THAT(notes[1], testing::StartsWith("1  F0          x 6 to 0 "));
   EXPECT_THAT(notes[4], testing::StartsWith("4  F0&B1 F1&B0 x 3 to 6 "));
   EXPECT_THAT(step_notes(make_schedule({"dualpipev", 4, 9}))[0], HasSubstr("chunk"));
+}
+
+double worst_bubble(const std::string& kind, int ranks, int micro_batches, const Costs& costs, Publish publish) {
+  double worst = 0;
+  const Schedule schedule = make_schedule({kind, ranks, micro_batches});
+  for (const RankReport& rank : report(simulate(schedule, costs, publish).timeline).ranks)
+    worst = std::max(worst, rank.bubble);
+  return worst;
+}
+
+// docs/schedule.md: where the published formulas are exact.
+TEST(Bubble, PublishedFormulasHoldWhereTheDocumentSays) {
+  const unsigned seed = 2024;
+  SCOPED_TRACE(seed);
+  std::mt19937 random(seed);
+  const auto between = [&](double low, double high) {
+    return std::uniform_real_distribution<double>(low, high)(random);
+  };
+  for (int trial = 0; trial < 60; ++trial) {
+    const int ranks = 2 * (1 + static_cast<int>(random() % 6)),
+              micro_batches = ranks * (2 + 2 * static_cast<int>(random() % 3));
+    const double forward = between(0.3, 2);
+    SCOPED_TRACE(detail::str(ranks, " ranks, ", micro_batches, " micro-batches, trial ", trial));
+    {  // any costs
+      const double weight = between(0.1, 2), backward = weight + between(0.1, 2);
+      const Costs costs{forward, backward, weight, forward + backward};
+      for (const char* kind : {"1f1b", "gpipe"})
+        EXPECT_NEAR(worst_bubble(kind, ranks, micro_batches, costs, Publish::atomic),
+                    (ranks - 1) * (forward + backward), 1e-9);
+    }
+    {  // W <= F, W <= I
+      const double input = between(0.3, 2), weight = between(0.05, std::min(forward, input)), backward = input + weight;
+      EXPECT_NEAR(
+          worst_bubble("zb1p", ranks, micro_batches, {forward, backward, weight, forward + backward}, Publish::atomic),
+          (ranks - 1) * (forward + backward - 2 * weight), 1e-9);
+    }
+    {  // F = I, W <= F, B <= pair <= F + B
+      const double weight = between(0.05, forward), backward = forward + weight;
+      const double pair = between(backward, forward + backward);
+      const Costs costs{forward, backward, weight, pair};
+      const double turn = pair + backward - 3 * weight;
+      EXPECT_NEAR(worst_bubble("dualpipe", ranks, micro_batches, costs, Publish::atomic), (ranks / 2 - 1) * turn, 1e-9);
+      EXPECT_NEAR(worst_bubble("dualpipev", ranks / 2, micro_batches, costs, Publish::atomic), (ranks / 2 - 1) * turn,
+                  1e-9);
+    }
+  }
+}
+
+TEST(Bubble, TheDocumentsTable) {
+  struct Row {
+    Costs costs;
+    double atomic, early;
+  };
+  for (const Row& row : {Row{{1, 2, 1, 3}, 6, 3}, Row{{1, 1.5, 0.5, 2.5}, 7.5, 5.5}, Row{{1, 3, 1, 4}, 11, 8},
+                         Row{{1, 3, 2, 4}, 6, 3}, Row{{1, 2, 1, 3.5}, 8.5, 5.5}}) {
+    EXPECT_NEAR(worst_bubble("dualpipe", 8, 20, row.costs, Publish::atomic), row.atomic, 1e-9);
+    EXPECT_NEAR(worst_bubble("dualpipe", 8, 20, row.costs, Publish::early), row.early, 1e-9);
+  }
 }
 
 }  // namespace
