@@ -27,12 +27,6 @@ void check_stage(const StageCosts& costs, const std::string& of) {
   check_cost(costs.forward + costs.backward, "forward and backward together" + of);
 }
 
-template <class T>
-void check_length(const std::vector<T>& list, int expected, const char* list_of, const char* each) {
-  DUALPIPE_CHECK(list.empty() || list.size() == static_cast<std::size_t>(expected), "costs: ", list_of, " of ",
-                 list.size(), " ", each, ", but the schedule has ", expected);
-}
-
 void check_index(int index, int count, const char* what, const std::string& where) {
   DUALPIPE_CHECK(index >= 0 && index < count, where, ": ", what, " ", index, ", but the schedule has ", count,
                  " of them");
@@ -51,7 +45,8 @@ void check(const Costs& costs, int num_ranks, int num_stages) {
                    "a pair's result is ready at a fraction of it above 0 and up to 1, or negative for before its weight"
                    " part; got ",
                    fraction);
-  check_length(costs.stages, num_stages, "durations", "stages");
+  DUALPIPE_CHECK(costs.stages.empty() || costs.stages.size() == static_cast<std::size_t>(num_stages), "costs of ",
+                 costs.stages.size(), " stages, but the schedule has ", num_stages);
   for (std::size_t stage = 0; stage < costs.stages.size(); ++stage)
     check_stage(costs.stages[stage], detail::str(" of stage ", stage));
   for (const PairCost& pair : costs.pairs) {
@@ -74,7 +69,8 @@ void check(const Costs& costs, int num_ranks, int num_stages) {
     }
     check_cost(send.duration, what);
   }
-  check_length(costs.slowdown, num_ranks, "slowdown factors", "ranks");
+  DUALPIPE_CHECK(costs.slowdown.size() <= static_cast<std::size_t>(num_ranks), "costs: a slowdown of rank ",
+                 costs.slowdown.size() - 1, ", but there are ", num_ranks, " ranks");
   for (std::size_t rank = 0; rank < costs.slowdown.size(); ++rank)
     DUALPIPE_CHECK(std::isfinite(costs.slowdown[rank]) && costs.slowdown[rank] > 0, "the slowdown of rank ", rank,
                    " must be a positive factor, got ", costs.slowdown[rank]);

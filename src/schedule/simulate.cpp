@@ -1,8 +1,8 @@
 #include "dualpipe/schedule/simulate.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -11,19 +11,6 @@
 #include "schedule/simulator.hpp"
 
 namespace dualpipe {
-namespace {
-
-/// Loaded, run, and found to end at a finite time.
-double run(detail::Simulator& simulator, const Schedule& schedule) {
-  DUALPIPE_CHECK(simulator.load(schedule), "the schedule '", schedule.name,
-                 "' cannot run to its end:", simulator.stuck(schedule));
-  const double makespan = simulator.makespan();
-  DUALPIPE_CHECK(std::isfinite(makespan), "the costs add up to ", makespan, ": choose a larger unit");
-  return makespan;
-}
-
-}  // namespace
-
 std::string to_string(const Transfer& transfer) {
   const Pass pass = transfer.payload == Payload::activation ? Pass::Forward : Pass::BackwardInput;
   return detail::str(to_string(Op{pass, transfer.stage, transfer.micro_batch}), " from rank ", transfer.from,
@@ -32,7 +19,7 @@ std::string to_string(const Transfer& transfer) {
 
 detail::Flow detail::flow(const Schedule& schedule, const Costs& costs, Publish publish) {
   Simulator simulator(costs, publish);
-  run(simulator, schedule);
+  simulator.load_or_throw(schedule);
   Flow flow;
   flow.begin.resize(schedule.ranks.size());
   flow.duration.resize(schedule.ranks.size());
@@ -94,7 +81,7 @@ Simulation simulate(const Schedule& schedule, const Costs& costs, Publish publis
 
 double simulate_makespan(const Schedule& schedule, const Costs& costs, Publish publish) {
   detail::Simulator simulator(costs, publish);
-  return run(simulator, schedule);
+  return simulator.load_or_throw(schedule);
 }
 
 }  // namespace dualpipe

@@ -62,6 +62,13 @@ bool Simulator::load(const Schedule& schedule) {
   return std::all_of(missing_.begin(), missing_.end(), [](int slot) { return slot == nothing; });
 }
 
+double Simulator::load_or_throw(const Schedule& schedule) {
+  DUALPIPE_CHECK(load(schedule), "the schedule '", schedule.name, "' cannot run to its end:", stuck(schedule));
+  const double last = makespan();
+  DUALPIPE_CHECK(std::isfinite(last), "the costs add up to ", last, ": choose a larger unit");
+  return last;
+}
+
 void Simulator::reshape(const Schedule& schedule) {
   const auto cells = static_cast<std::size_t>(schedule.num_stages) * schedule.num_micro_batches;
   const bool fits = num_ranks_ == schedule.ranks.size() && num_stages_ == schedule.num_stages;
@@ -134,9 +141,10 @@ void Simulator::append(int rank, int at, const Step& step) {
     const bool split = step.overlapped->pass == Pass::BackwardInput;
     const double whole = pair_duration(step.op.stage, step.overlapped->stage);
     weight = stages_[step.overlapped->stage].weight;
-    DUALPIPE_CHECK(whole >= weight, "the pair ", to_string(step), " costs ", whole,
+    constexpr double rounding = 1e-12;
+    DUALPIPE_CHECK(whole >= weight * (1 - rounding), "the pair ", to_string(step), " costs ", whole,
                    ", less than the weight part that belongs to it: ", weight);
-    node.duration = split ? whole - weight : whole;
+    node.duration = split ? std::max(0.0, whole - weight) : whole;
     if (split) weight = 0;
   } else if (step.op.pass == Pass::Backward) {
     node.duration = costs.backward;

@@ -40,6 +40,12 @@ class Simulator {
   ///     op out of range), and costs that do not fit it.
   bool load(const Schedule& schedule);
 
+  /// Loads and evaluates.
+  ///
+  /// @return  the makespan.
+  /// @throws InvalidArgument  also ranks that wait in a circle, and a makespan that is not finite.
+  double load_or_throw(const Schedule& schedule);
+
   /// "\n  rank 1 at step 1, 1F1, waits for the result of 0F1 from rank 0" for each rank.
   std::string stuck(const Schedule& schedule) const;
 

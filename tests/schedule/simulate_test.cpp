@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <limits>
 #include <map>
 #include <random>
@@ -267,6 +268,206 @@ TEST(Simulate, PairsMayHaveTheirResultsElsewhere) {
   // Pairs that give nothing before their end run as the published blocks do.
   const Schedule large = make_schedule({"dualpipe", 8, 20});
   EXPECT_EQ(makespan(large, {.ready = {1, 1}}, Publish::early), 66);
+}
+
+/// The rules once more, as times that are filled in until none is missing.
+double brute_force(const Schedule& schedule, const Costs& costs, Publish publish) {
+  std::vector<StageCosts> stages = costs.stages;
+  stages.resize(static_cast<std::size_t>(schedule.num_stages), {costs.forward, costs.backward, costs.weight});
+  const auto pair = [&](int forward, int backward) {
+    double duration = costs.stages.empty() ? costs.pair
+                                           : costs.pair / (costs.forward + costs.backward) *
+                                                 (stages[forward].forward + stages[backward].backward);
+    for (const PairCost& given : costs.pairs)
+      if (given.forward == forward && given.backward == backward) duration = given.duration;
+    return duration;
+  };
+  const auto send = [&](int boundary, int from, int to) {
+    double duration = costs.send;
+    for (const SendCost& given : costs.sends) {
+      const bool here = given.boundary == -1 || given.boundary == boundary;
+      const bool us = given.rank_a == -1 || (given.rank_a == from && given.rank_b == to) ||
+                      (given.rank_a == to && given.rank_b == from);
+      if (here && us) duration = given.duration;
+    }
+    return duration;
+  };
+
+  std::map<std::tuple<char, int, int>, double> early, late;  // by F or I, stage, micro-batch: published, step's end
+  std::vector<std::size_t> next(schedule.ranks.size(), 0);
+  std::vector<double> clock(schedule.ranks.size(), 0);
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (std::size_t rank = 0; rank < schedule.ranks.size(); ++rank) {
+      if (next[rank] == schedule.ranks[rank].size()) continue;
+      const Step& step = schedule.ranks[rank][next[rank]];
+      double begin = clock[rank];
+      bool ready = true;
+      for (const Op& op : reference::ops_of(step)) {
+        if (op.pass == Pass::BackwardWeight) continue;
+        const bool forward = op.pass == Pass::Forward;
+        const int from_stage = forward ? op.stage - 1 : op.stage + 1;
+        if (from_stage < 0 || from_stage == schedule.num_stages) continue;
+        const std::tuple key(forward ? 'F' : 'I', from_stage, op.micro_batch);
+        if (!early.contains(key)) {
+          ready = false;
+          break;
+        }
+        const int from = rank_of(schedule, from_stage, op.micro_batch), to = static_cast<int>(rank);
+        begin = std::max(begin, from == to ? late[key] : early[key] + send(std::min(from_stage, op.stage), from, to));
+      }
+      if (!ready) continue;
+      double duration = 0, weight = 0;
+      const StageCosts& own = stages[step.op.stage];
+      if (step.overlapped) {
+        const double its_weight = stages[step.overlapped->stage].weight;
+        duration = pair(step.op.stage, step.overlapped->stage);
+        if (step.overlapped->pass == Pass::Backward)
+          weight = its_weight;
+        else
+          duration -= its_weight;
+      } else if (step.op.pass == Pass::Forward) {
+        duration = own.forward;
+      } else if (step.op.pass == Pass::Backward) {
+        duration = own.backward;
+        weight = own.weight;
+      } else {
+        duration = step.op.pass == Pass::BackwardWeight ? own.weight : own.backward - own.weight;
+      }
+      const double slow = rank < costs.slowdown.size() ? costs.slowdown[rank] : 1;
+      clock[rank] = begin + slow * duration;
+      for (const Op& op : reference::ops_of(step)) {
+        const std::tuple key(op.pass == Pass::Forward ? 'F' : 'I', op.stage, op.micro_batch);
+        if (op.pass == Pass::BackwardWeight) continue;
+        const double fraction = op.pass == Pass::Forward ? costs.ready.activation : costs.ready.gradient;
+        double after = duration;
+        if (publish == Publish::early)
+          after = step.overlapped && fraction > 0 ? fraction * duration : duration - weight;
+        early[key] = begin + slow * after;
+        late[key] = clock[rank];
+      }
+      ++next[rank];
+      moved = true;
+    }
+  }
+  return *std::max_element(clock.begin(), clock.end());
+}
+
+TEST(Simulate, UnevenCostsAgreeWithBruteForce) {
+  std::mt19937 random(42);
+  std::uniform_real_distribution<double> cost(0.3, 2);
+  const auto chance = [&] { return cost(random) < 1; };
+  for (const std::string& kind : schedule_kinds())
+    for (int trial = 0; trial < 20; ++trial) {
+      const int ranks = 2 * (1 + trial % 4);
+      const Schedule schedule = make_schedule({kind, ranks, 2 * ranks + 2 * (trial % 3) * ranks});
+      Costs costs{.send = cost(random) / 10};
+      if (chance()) costs.ready = {cost(random) / 2, cost(random) / 2};
+      if (trial % 5 > 0)
+        for (int stage = 0; stage < schedule.num_stages; ++stage) {
+          const double weight = cost(random);
+          costs.stages.push_back({cost(random), weight + cost(random), weight});
+        }
+      for (int i = 0; i < trial % 4; ++i) {
+        const auto stage = [&] { return static_cast<int>(random() % static_cast<unsigned>(schedule.num_stages)); };
+        const auto rank = [&] { return static_cast<int>(random() % static_cast<unsigned>(ranks)); };
+        const int a = rank();
+        const int b = (a + 1) % ranks;
+        if (chance()) costs.sends.push_back({.rank_a = a, .rank_b = b, .duration = cost(random)});
+        if (schedule.num_stages > 1)
+          costs.sends.push_back({.boundary = stage() % (schedule.num_stages - 1), .duration = cost(random)});
+        costs.slowdown.resize(static_cast<std::size_t>(ranks), 1);
+        costs.slowdown[a] = cost(random);
+        const int forward = stage(), backward = stage();
+        if (std::none_of(costs.pairs.begin(), costs.pairs.end(),
+                         [&](const PairCost& pair) { return pair.forward == forward && pair.backward == backward; }))
+          costs.pairs.push_back({forward, backward, 3 + cost(random)});
+      }
+      for (const Publish publish : {Publish::early, Publish::atomic}) {
+        SCOPED_TRACE(detail::str(kind, ", seed 42, trial ", trial, publish == Publish::early ? ", early" : ", atomic"));
+        const double expected = brute_force(schedule, costs, publish);
+        EXPECT_NEAR(simulate_makespan(schedule, costs, publish), expected, 1e-9 * expected);
+        EXPECT_NEAR(makespan(schedule, costs, publish), expected, 1e-9 * expected);
+      }
+    }
+}
+
+TEST(Simulate, AStragglerDecidesHowLongItTakes) {
+  // GPipe on ranks that hand over at once: the slowest rank works through all of its micro-batches, the others once
+  // before and once after it.
+  const Schedule schedule = make_schedule({"gpipe", 4, 10});
+  for (const double slow : {1.0, 1.5, 4.0})
+    for (std::size_t rank = 0; rank < 4; ++rank) {
+      Costs costs;
+      costs.slowdown.resize(4, 1);
+      costs.slowdown[rank] = slow;
+      EXPECT_NEAR(makespan(schedule, costs, Publish::atomic), 10 * 3 * slow + 3 * 3, 1e-9) << rank;
+    }
+}
+
+TEST(Simulate, ASlowLinkDelaysWhatCrossesIt) {
+  // One micro-batch there and back over three boundaries, of which the second costs 5 and the third, between the ranks
+  // 2 and 3, 0.5.
+  const Schedule schedule = make_schedule({"gpipe", 4, 1});
+  const Costs costs{.send = 0.25,
+                    .sends = {{.boundary = 1, .duration = 5}, {.rank_a = 3, .rank_b = 2, .duration = 0.5}}};
+  EXPECT_NEAR(makespan(schedule, costs, Publish::atomic), 4 * 3 + 2 * (0.25 + 5 + 0.5), 1e-9);
+  const Simulation result = simulate(schedule, costs);
+  EXPECT_NEAR(result.transfers[1].arrival - result.transfers[1].ready, 5, 1e-9);
+}
+
+TEST(Jitter, ASeedIsARun) {
+  const Schedule schedule = make_schedule({"dualpipe", 4, 12});
+  const auto run = [&](const Jitter& jitter) { return simulate_jitter(schedule, {.send = 0.1}, jitter); };
+  const std::vector<double> first = run({.deviation = 0.1, .trials = 50, .seed = 1});
+  EXPECT_EQ(first, run({.deviation = 0.1, .trials = 50, .seed = 1}));
+  EXPECT_NE(first, run({.deviation = 0.1, .trials = 50, .seed = 2}));
+  EXPECT_TRUE(std::is_sorted(first.begin(), first.end()));
+  EXPECT_EQ(first.size(), 50U);
+  for (const double makespan : run({.deviation = 0, .trials = 3}))
+    EXPECT_EQ(makespan, simulate_makespan(schedule, {.send = 0.1}));
+}
+
+TEST(Jitter, FactorsHaveTheirMeanAndDeviation) {
+  // A single op: the makespans are the factors.
+  const Schedule schedule = from_csv("0F0\n");
+  for (const double deviation : {0.05, 0.1, 0.5}) {
+    const int trials = 40000;
+    const std::vector<double> found = simulate_jitter(schedule, {}, {deviation, trials, 5});
+    double mean = 0, square = 0;
+    for (const double value : found) {
+      EXPECT_GT(value, 0);
+      mean += value / trials;
+      square += value * value / trials;
+    }
+    // Five standard errors.
+    EXPECT_NEAR(mean, 1, 5 * deviation / std::sqrt(trials)) << "seed 5";
+    EXPECT_NEAR(std::sqrt(square - mean * mean), deviation, 0.05 * deviation) << "seed 5";
+    // Log-normal: the median is 1 / sqrt(1 + deviation^2).
+    EXPECT_NEAR(percentile(found, 50), 1 / std::sqrt(1 + deviation * deviation), 0.02) << "seed 5";
+  }
+}
+
+TEST(Jitter, RefusesWithTheValue) {
+  const Schedule schedule = make_schedule({"1f1b", 2, 4});
+  const auto with = [&](const Jitter& jitter) {
+    return [&schedule, jitter] { simulate_jitter(schedule, {}, jitter); };
+  };
+  EXPECT_THAT(with({.deviation = -0.1}), ThrowsMessage<InvalidArgument>(HasSubstr("got -0.1")));
+  EXPECT_THAT(with({.deviation = std::nan("")}), ThrowsMessage<InvalidArgument>(HasSubstr("got nan")));
+  EXPECT_THAT(with({.trials = 0}), ThrowsMessage<InvalidArgument>(HasSubstr("trials must be from 1 to")));
+  EXPECT_THAT(with({.deviation = 1e300}), ThrowsMessage<InvalidArgument>(HasSubstr("1e+300")));
+}
+
+TEST(Percentile, InterpolatesBetweenNeighbours) {
+  const std::vector<double> values{1, 2, 4, 8};
+  EXPECT_EQ(percentile(values, 0), 1);
+  EXPECT_EQ(percentile(values, 100), 8);
+  EXPECT_EQ(percentile(values, 50), 3);
+  EXPECT_DOUBLE_EQ(percentile(values, 90), 4 + 0.7 * 4);
+  EXPECT_EQ(percentile({7}, 95), 7);
+  EXPECT_THROW(percentile({}, 50), InvalidArgument);
+  EXPECT_THROW(percentile(values, 101), InvalidArgument);
 }
 
 TEST(Simulate, IsLinearInTheNumberOfOps) {

@@ -54,14 +54,14 @@ struct Costs {
   std::vector<StageCosts> stages = {};
   std::vector<PairCost> pairs = {};   ///< pairs that cost something else
   std::vector<SendCost> sends = {};   ///< transfers that cost something else than `send`; the last that fits counts
-  std::vector<double> slowdown = {};  ///< empty, or a factor for each rank's computing: 1.2 is a straggler
+  std::vector<double> slowdown = {};  ///< factors for the computing of the ranks 0, 1, …; those not listed have 1
 
   double seconds_per_unit = 0;  ///< 0: the unit is abstract; 1: seconds, as measured
   bool operator==(const Costs&) const = default;
 };
 
 /// @throws InvalidArgument  naming the member and its value: a cost that is negative, not finite or out of proportion;
-/// a list that does not have one entry per stage or rank; an entry for a stage, boundary or rank that is not there.
+/// `stages` that are not the schedule's; an entry for a stage, boundary or rank that is not there.
 void check(const Costs& costs, int num_ranks, int num_stages);
 
 }  // namespace dualpipe

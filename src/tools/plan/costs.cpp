@@ -1,18 +1,283 @@
 #include "tools/plan/costs.hpp"
 
-namespace dualpipe::plan {
+#include <unistd.h>
 
-Costs CostOptions::all() const {
-  return {.forward = costs[0], .backward = costs[1], .weight = costs[2], .pair = costs[3], .send = send};
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <string_view>
+#include <utility>
+
+#include "dualpipe/error.hpp"
+#include "dualpipe/schedule/render.hpp"
+#include "tools/plan/commands.hpp"
+#include "tools/plan/files.hpp"
+#include "tools/plan/options.hpp"
+#include "tools/plan/print.hpp"
+
+namespace dualpipe::plan {
+namespace {
+
+double parse_number(const std::string& option, const std::string& text) {
+  char* end = nullptr;
+  errno = 0;
+  const double value = std::strtod(text.c_str(), &end);
+  const bool overflow = errno == ERANGE && std::isinf(value);
+  if (text.empty() || end != text.c_str() + text.size())
+    throw CLI::ValidationError(option, "'" + text + "' is not a number");
+  DUALPIPE_CHECK(!overflow, option, ": ", text, " is beyond what a number can hold");
+  return value;
+}
+
+int parse_index(const std::string& option, const std::string& text) {
+  const double value = parse_number(option, text);
+  constexpr double most = 1 << 30;
+  DUALPIPE_CHECK(value == std::floor(value) && std::abs(value) <= most, option, ": ", text, " is no whole number");
+  return static_cast<int>(value);
+}
+
+std::vector<std::string> parts(std::string_view text, char separator) {
+  std::vector<std::string> result;
+  for (std::size_t at = 0; at <= text.size();) {
+    const std::size_t end = std::min(text.find(separator, at), text.size());
+    result.emplace_back(text.substr(at, end - at));
+    at = end + 1;
+  }
+  return result;
+}
+
+template <std::size_t Count>
+std::array<double, Count> parse_numbers(const std::string& option, const std::string& text, const char* form) {
+  const std::vector<std::string> given = parts(text, ',');
+  if (given.size() != Count)
+    throw CLI::ValidationError(
+        option, "takes " + std::to_string(Count) + " numbers (" + form + "), got " + std::to_string(given.size()));
+  std::array<double, Count> numbers{};
+  for (std::size_t i = 0; i < Count; ++i) numbers[i] = parse_number(option, given[i]);
+  return numbers;
+}
+
+/// PLACE:NUMBER
+std::pair<std::string, double> parse_entry(const std::string& option, const std::string& text, const char* form) {
+  const std::size_t colon = text.find(':');
+  if (colon == std::string::npos) throw CLI::ValidationError(option, "takes " + std::string(form) + ", got " + text);
+  return {text.substr(0, colon), parse_number(option, text.substr(colon + 1))};
+}
+
+/// Negative places count from the end.
+int parse_place(const std::string& option, const std::string& text, int count, const char* what) {
+  const int place = parse_index(option, text);
+  DUALPIPE_CHECK(place < count && place >= -count, option, ": there is no ", what, " ", place, " of ", count);
+  return place >= 0 ? place : place + count;
+}
+
+/// Where a duration of zero makes no sense; what is wrong otherwise is found by check.
+void check_takes_time(const char* what, double duration) {
+  DUALPIPE_CHECK(duration != 0, "the cost of ", what, " must be positive, got ", duration);
+}
+
+CostModel from_numbers(const std::string& text) {
+  const auto [forward, backward, weight, pair] = parse_numbers<4>("--costs", text, "F,B,W,FB");
+  check_takes_time("forward", forward);
+  check_takes_time("backward", backward);
+  check_takes_time("pair", pair);
+  CostModel model;
+  model.time = {.forward = forward, .backward = backward, .weight = weight, .pair = pair};
+  return model;
+}
+
+bool looks_like_numbers(const std::string& text) {
+  return text.find(',') != std::string::npos && ::access(text.c_str(), F_OK) != 0;
+}
+
+CostModel read(const std::string& costs) {
+  if (looks_like_numbers(costs)) return from_numbers(costs);
+  char* end = nullptr;
+  std::strtod(costs.c_str(), &end);
+  if (!costs.empty() && *end == '\0' && ::access(costs.c_str(), F_OK) != 0) return from_numbers(costs);  // too few
+  return read_cost_file(costs);
+}
+
+void scale_stage(CostModel& model, int stage, double factor, int num_stages) {
+  Costs& time = model.time;
+  DUALPIPE_CHECK(std::isfinite(factor) && factor > 0, "--stage-scale: a stage's factor must be positive, got ", factor);
+  if (time.stages.empty())
+    time.stages.assign(static_cast<std::size_t>(num_stages), {time.forward, time.backward, time.weight});
+  StageCosts& costs = time.stages[static_cast<std::size_t>(stage)];
+  for (double* cost : {&costs.forward, &costs.backward, &costs.weight}) *cost *= factor;
+  std::erase_if(time.pairs, [&](const PairCost& pair) { return pair.forward == stage || pair.backward == stage; });
+}
+
+/// "1", or "1 to 1.5"
+std::string range(const Costs& costs, double StageCosts::* member, double even) {
+  if (costs.stages.empty()) return time(even, costs.seconds_per_unit);
+  double least = costs.stages.front().*member, most = least;
+  for (const StageCosts& stage : costs.stages) {
+    least = std::min(least, stage.*member);
+    most = std::max(most, stage.*member);
+  }
+  const std::string low = time(least, costs.seconds_per_unit), high = time(most, costs.seconds_per_unit);
+  return low == high ? low : low + " to " + high;
+}
+
+std::string send_range(const Costs& costs) {
+  double least = costs.send, most = costs.send;
+  for (const SendCost& send : costs.sends) {
+    least = std::min(least, send.duration);
+    most = std::max(most, send.duration);
+  }
+  const std::string low = time(least, costs.seconds_per_unit), high = time(most, costs.seconds_per_unit);
+  return low == high ? low : low + " to " + high;
+}
+
+}  // namespace
+
+CostModel read_cost_file(const std::string& path) {
+  const std::string text = read_file(path);
+  try {
+    if (text.find("\"traceEvents\"") == std::string::npos) return read_costs(text);
+    MeasuredCosts measured = measure_costs(from_trace(text));
+    for (const std::string& note : measured.notes)
+      std::fprintf(stderr, "dualpipe-plan: %s: %s\n", path.c_str(), note.c_str());
+    return {std::move(measured.costs), {}};
+  } catch (const InvalidArgument& error) {
+    throw InvalidArgument(path + ": " + error.what());
+  }
+}
+
+CostModel CostOptions::of(const Schedule& schedule) const {
+  return of(static_cast<int>(schedule.ranks.size()), schedule.num_stages);
+}
+
+CostModel CostOptions::of(int num_ranks, int num_stages) const {
+  CostModel model = read(costs);
+  Costs& time = model.time;
+  DUALPIPE_CHECK(time.stages.empty() || static_cast<int>(time.stages.size()) == num_stages, costs, " has costs of ",
+                 time.stages.size(), " stages, here there are ", num_stages,
+                 "; 'compare' spreads them over any number of stages");
+  if (send) {
+    time.send = *send;
+    time.sends.clear();
+  }
+  if (!ready.empty()) {
+    const auto [activation, gradient] = parse_numbers<2>("--pair-ready", ready, "activation,gradient");
+    time.ready = {activation, gradient};
+  }
+  if (!memory.empty()) {
+    const auto [activation, weight, state] = parse_numbers<3>("--memory", memory, "activation,weight part,state");
+    model.memory = {activation, weight, state, {}};
+  }
+  for (const std::string& entry : stage_scale) {
+    const auto [place, factor] = parse_entry("--stage-scale", entry, "STAGE:FACTOR");
+    scale_stage(model, parse_place("--stage-scale", place, num_stages, "stage"), factor, num_stages);
+  }
+  for (const std::string& entry : boundary_send) {
+    const auto [place, duration] = parse_entry("--boundary-send", entry, "BOUNDARY:DURATION");
+    time.sends.push_back(
+        {.boundary = parse_place("--boundary-send", place, num_stages - 1, "boundary"), .duration = duration});
+  }
+  for (const std::string& entry : links) {
+    const auto [place, duration] = parse_entry("--link", entry, "RANK-RANK:DURATION");
+    const std::vector<std::string> ends = parts(place, '-');
+    if (ends.size() != 2) throw CLI::ValidationError("--link", "takes RANK-RANK:DURATION, got " + entry);
+    time.sends.push_back({.rank_a = parse_place("--link", ends[0], num_ranks, "rank"),
+                          .rank_b = parse_place("--link", ends[1], num_ranks, "rank"),
+                          .duration = duration});
+  }
+  for (const std::string& entry : stragglers) {
+    const auto [place, factor] = parse_entry("--straggler", entry, "RANK:FACTOR");
+    const auto rank = static_cast<std::size_t>(parse_place("--straggler", place, num_ranks, "rank"));
+    if (time.slowdown.size() <= rank) time.slowdown.resize(rank + 1, 1);
+    time.slowdown[rank] *= factor;
+  }
+  check(time, num_ranks, num_stages);
+  check(model.memory, num_stages);
+  return model;
+}
+
+int CostOptions::listed_stages() const {
+  const CostModel model = read(costs);
+  return static_cast<int>(std::max(model.time.stages.size(), model.memory.stages.size()));
 }
 
 void add_costs(CLI::App& command, CostOptions& costs) {
   command
-      .add_option("--costs", costs.costs,
-                  "durations of a forward, a backward, its weight part, and an overlapped pair (default: 1,2,1,3)")
+      .add_option(
+          "--costs", costs.costs,
+          "durations of a forward, a backward, its weight part, and an overlapped pair (default: 1,2,1,3); or a "
+          "file: costs as JSON, or a trace to measure them from ('costs --help' tells more)")
+      ->option_text("F,B,W,FB|FILE");
+  command.add_option("--send", costs.send, "duration of a transfer between two ranks (default: 0, or the file's)");
+  command
+      .add_option("--stage-scale", costs.stage_scale,
+                  "stages that take longer or shorter, by this factor: 0:1.3,-1:1.5 for the first and the last")
       ->delimiter(',')
-      ->option_text("F,B,W,FB");
-  command.add_option("--send", costs.send, "duration of a transfer between two ranks")->capture_default_str();
+      ->option_text("STAGE:FACTOR,...");
+  command
+      .add_option("--boundary-send", costs.boundary_send,
+                  "transfers between stage B and B+1 that take another time than --send")
+      ->delimiter(',')
+      ->option_text("B:DURATION,...");
+  command
+      .add_option("--link", costs.links, "transfers between two ranks that take another time: 3-4:0.5 for a slow link")
+      ->delimiter(',')
+      ->option_text("RANK-RANK:DURATION,...");
+  command.add_option("--straggler", costs.stragglers, "ranks that compute slower, by this factor")
+      ->delimiter(',')
+      ->option_text("RANK:FACTOR,...");
+  command
+      .add_option("--pair-ready", costs.ready,
+                  "when the results of a pair leave it, as fractions of its duration (default: before its weight part)")
+      ->option_text("ACTIVATION,GRADIENT");
+}
+
+void add_memory(CLI::App& command, CostOptions& costs) {
+  command
+      .add_option("--memory", costs.memory,
+                  "memory of a stage for each activation that it holds, for each weight part that waits, and for its "
+                  "parameters and optimizer (default: 1,0,0, or the file's)")
+      ->option_text("ACTIVATION,WEIGHT,STATE");
+}
+
+void add_cost_file(CLI::App& app) {
+  CLI::App& command =
+      *app.add_subcommand("costs", "print what was measured in a trace as a costs file, to edit or reuse");
+  struct Options {
+    std::string file;
+    OutputOptions output;
+  };
+  auto options = std::make_shared<Options>();
+  command.add_option("file", options->file, "trace, or costs file")->required()->option_text("FILE");
+  command.footer(
+      "A costs file is a JSON object; every key may be absent:\n"
+      "  forward, backward, weight, pair, send   durations; pair: a forward with a whole backward\n"
+      "  stages       [{forward, backward, weight, memory}, ...], one for each stage\n"
+      "  pairs        [{forward: STAGE, backward: STAGE, duration}, ...], pairs that take another time\n"
+      "  sends        [{boundary: B and/or ranks: [A, B], duration}, ...], transfers that do\n"
+      "  slowdown     [factor of rank 0, of rank 1, ...]\n"
+      "  pair_ready   {activation, gradient}: when results leave a pair, as fractions of it\n"
+      "  memory       {activation, weight, state} of a stage\n"
+      "  seconds_per_unit   1 where durations are seconds; 0: in a unit of your own\n"
+      "Measured are medians over a trace's steps; of several steps the first, which warms up, does not count.");
+  add_output(command, options->output, {});
+  command.callback([options] { write_output(to_json(read_cost_file(options->file)), options->output.path); });
+}
+
+std::string describe(const Costs& costs, Publish publish) {
+  std::string pair = time(costs.pair, costs.seconds_per_unit);
+  if (!costs.stages.empty() && costs.forward + costs.backward > 0)
+    pair = detail::str("(F+B)*", costs.pair / (costs.forward + costs.backward));
+  std::string text = "F=" + range(costs, &StageCosts::forward, costs.forward) +
+                     " B=" + range(costs, &StageCosts::backward, costs.backward) +
+                     " W=" + range(costs, &StageCosts::weight, costs.weight) + " pair=" + pair +
+                     " send=" + send_range(costs);
+  for (std::size_t rank = 0; rank < costs.slowdown.size(); ++rank)
+    if (costs.slowdown[rank] != 1)
+      text += detail::str(", rank ", rank, " takes ", costs.slowdown[rank], " times as long");
+  return text + ", results published " + (publish == Publish::early ? "early" : "when a step ends (atomic)");
 }
 
 }  // namespace dualpipe::plan

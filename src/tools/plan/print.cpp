@@ -33,13 +33,18 @@ const char* name_of(Do what) {
   return "release";
 }
 
+}  // namespace
+
+std::string dumped(const ordered_json& value) {
+  return value.dump(-1, ' ', false, ordered_json::error_handler_t::replace);
+}
+
 std::string percent(double part, double whole) {
   std::ostringstream out;
   out << std::fixed << std::setprecision(1) << (whole > 0 ? 100 * part / whole : 0.0) << " %";
   return std::move(out).str();
 }
 
-/// Columns aligned to the right.
 std::string table(const std::vector<std::vector<std::string>>& rows) {
   std::vector<std::size_t> widths;
   for (const auto& row : rows) {
@@ -55,12 +60,6 @@ std::string table(const std::vector<std::vector<std::string>>& rows) {
   return out;
 }
 
-}  // namespace
-
-std::string dumped(const ordered_json& value) {
-  return value.dump(-1, ' ', false, ordered_json::error_handler_t::replace);
-}
-
 std::string time(double value, double seconds_per_unit) {
   if (seconds_per_unit == 0) return detail::str(std::abs(value) < 1e-9 ? 0.0 : value);
   const double seconds = value * seconds_per_unit;
@@ -73,12 +72,6 @@ std::string time(double value, double seconds_per_unit) {
 std::string describe(const Schedule& schedule) {
   return detail::str(schedule.name, ": ", schedule.ranks.size(), " ranks, ", schedule.num_stages, " stages, ",
                      schedule.num_micro_batches, " micro-batches");
-}
-
-std::string describe(const Costs& costs, Publish publish) {
-  return detail::str("F=", costs.forward, " B=", costs.backward, " W=", costs.weight, " pair=", costs.pair,
-                     " send=", costs.send, ", results published ",
-                     publish == Publish::early ? "early" : "when a step ends (atomic)");
 }
 
 std::string summary(const Report& report, double seconds_per_unit) {
@@ -154,14 +147,14 @@ std::string text(const Program& program) {
   return out;
 }
 
-std::string json(const Report& report) {
+ordered_json json_of(const Report& report) {
   ordered_json ranks = ordered_json::array();
   for (const RankReport& rank : report.ranks)
     ranks.push_back({{"rank", rank.rank},
                      {"busy", rank.busy},
                      {"bubble", rank.bubble},
                      {"peak_activations", rank.peak_activations}});
-  return dumped({{"makespan", report.makespan}, {"ranks", std::move(ranks)}}) + "\n";
+  return {{"makespan", report.makespan}, {"ranks", std::move(ranks)}};
 }
 
 std::string text(const Report& report, double seconds_per_unit) {

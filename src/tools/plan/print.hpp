@@ -2,6 +2,7 @@
 
 #include <nlohmann/json_fwd.hpp>
 #include <string>
+#include <vector>
 
 #include "dualpipe/schedule/lower.hpp"
 #include "dualpipe/schedule/schedule.hpp"
@@ -20,8 +21,11 @@ std::string time(double value, double seconds_per_unit);
 /// "dualpipe: 8 ranks, 8 stages, 20 micro-batches"
 std::string describe(const Schedule& schedule);
 
-/// "F=1 B=2 W=1 pair=3 send=0, results published early"
-std::string describe(const Costs& costs, Publish publish);
+/// "4.8 %"
+std::string percent(double part, double whole);
+
+/// Columns aligned to the right.
+std::string table(const std::vector<std::vector<std::string>>& rows);
 
 /// "makespan 63, bubble 3 (4.8 %) on the worst rank, at most 9 activations held on a rank"
 std::string summary(const Report& report, double seconds_per_unit = 0);
@@ -35,7 +39,7 @@ std::string json(const Program& program);
 std::string text(const Program& program);
 
 /// Of a simulation: {"makespan":…,"ranks":[{"rank":…,"busy":…,"bubble":…,"peak_activations":…},…]}
-std::string json(const Report& report);
+nlohmann::ordered_json json_of(const Report& report);
 /// A table with a row per rank, then the summary; in seconds where `seconds_per_unit` is not 0. Communication appears
 /// where there is any.
 std::string text(const Report& report, double seconds_per_unit);
