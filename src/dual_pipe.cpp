@@ -278,6 +278,7 @@ DualPipeImpl::DualPipeImpl(std::shared_ptr<Communicator> communicator, DualPipeO
   comm.connect(state.edges());
   state.replicas = std::make_unique<Replicas>(comm, schedule, state.executor->stages());
   state.replicas->broadcast();
+  for (const auto& [number, stage] : state.executor->stages()) stage.freeze(comm.rank(), number);
 }
 
 DualPipeImpl::~DualPipeImpl() = default;

@@ -51,7 +51,15 @@ Stage& Stage::communicate(std::string name, std::shared_ptr<Collective> collecti
   return *this;
 }
 
+void Stage::change(const std::string& what) {
+  DUALPIPE_CHECK(built_.stage() < 0, "rank ", built_.rank(), ", stage ", built_.stage(), ": ", what,
+                 " after a pipeline was built of it, which would not notice; do it in the stage factory, or change a "
+                 "copy and build another pipeline");
+  built_ = Built();
+}
+
 void Stage::add(Node node) {
+  change(detail::str("node '", node.name, "' is added"));
   const std::size_t index = nodes_.size();
   const bool joins = !node.communication && !nodes_.empty() && !nodes_.back().communication;
   nodes_.push_back(std::move(node));
@@ -63,6 +71,7 @@ void Stage::add(Node node) {
 }
 
 Stage& Stage::append(const std::string& name, const Stage& next) {
+  change(detail::str("stage '", name, "' is appended"));
   if (nodes_.empty()) num_inputs_ = next.num_inputs_;
   split_ = split_ && next.split_;
   for (std::size_t i = 0, count = next.nodes_.size(); i < count; ++i) {
@@ -74,12 +83,14 @@ Stage& Stage::append(const std::string& name, const Stage& next) {
 }
 
 Stage& Stage::split_backward(bool split) {
+  change("split_backward is set");
   split_ = split;
   return *this;
 }
 
 Stage& Stage::takes(int num_inputs) {
   DUALPIPE_CHECK(num_inputs >= 0, "a stage cannot take ", num_inputs, " tensors");
+  change("takes is set");
   num_inputs_ = num_inputs;
   return *this;
 }

@@ -583,17 +583,28 @@ TEST(Chain, RanksThatLaunchDifferentCollectivesAllFail) {
   for (const std::string& message : messages) EXPECT_THAT(message, HasSubstr("stage "));
 }
 
-TEST(Chain, NodesAddedAfterConstructionHaveNoEffect) {
+TEST(Chain, StagesChangedAfterConstructionAreRefused) {
   const auto batches = batches_of(24);
   const MoeReference expected = moe_reference({moe(0), moe(1)}, batches, 6);
   run_ranks(kExperts * kPipeline, [&](std::shared_ptr<Communicator> world) {
     const Place place(world);
     std::map<int, Stage> mine;
     const StageFactory inner = factory_of({moe(0), moe(1)}, place.member, place.group);
-    DualPipe pipe(place.pipeline, DualPipeOptions{.num_micro_batches = 6},
-                  [&](int number) { return mine.emplace(number, inner(number)).first->second; });
-    for (auto& [number, stage] : mine)
-      stage.compute("late", [](const Tensors&, const StageContext&) -> Tensors { throw std::runtime_error("late"); });
+    const auto factory = [&](int number) { return mine.try_emplace(number, inner(number)).first->second; };
+    DualPipe pipe(place.pipeline, DualPipeOptions{.num_micro_batches = 6}, factory);
+    const Compute late = [](const Tensors&, const StageContext&) -> Tensors { throw std::runtime_error("late"); };
+    for (auto& [number, stage] : mine) {
+      const std::string where = detail::str("rank ", place.pipeline->rank(), ", stage ", number, ": ");
+      EXPECT_THAT(message_of([&, &own = stage] { own.compute("late", late); }),
+                  AllOf(HasSubstr(where), HasSubstr("node 'late' is added after")));
+      EXPECT_THAT(message_of([&, &own = stage] { own.append("more", Stage().compute("late", late)); }),
+                  HasSubstr(where));
+      EXPECT_THAT(message_of([&, &own = stage] { own.split_backward(false); }), HasSubstr(where));
+      EXPECT_THAT(message_of([&, &own = stage] { own.takes(7); }), HasSubstr(where));
+      Stage copy = stage;
+      copy.compute("late", late);
+      EXPECT_EQ(copy.node_names().size(), stage.node_names().size() + 1);
+    }
     pipe->step(batches[static_cast<std::size_t>(place.member)], moe_loss());
     expect_moe_gradients(pipe, expected, place.member);
   });

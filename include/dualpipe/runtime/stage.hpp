@@ -2,6 +2,7 @@
 
 #include <torch/nn/module.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -62,7 +63,8 @@ struct StageActivation {
 };
 
 /// What a stage computes and communicates, and the module that owns its parameters. A description: the pipeline copies
-/// it when it is constructed, and nodes that are added to the original afterwards have no effect.
+/// it when it is constructed. Changing the original afterwards would have no effect and throws InvalidArgument; a copy
+/// of it may be changed.
 class Stage {
  public:
   /// @param module  owner of the parameters and buffers; null: none.
@@ -87,6 +89,9 @@ class Stage {
   /// Number of tensors the stage takes, where known; a micro-batch with another number is an error before user code
   /// runs.
   Stage& takes(int num_inputs);
+
+  /// For pipelines: from now on this stage, and those it was copied from as it is, refuse to be changed.
+  void freeze(int rank, int stage) const noexcept { built_.set(rank, stage); }
 
   const std::shared_ptr<torch::nn::Module>& module() const noexcept { return module_; }
   bool splits_backward() const noexcept { return split_; }
@@ -122,6 +127,26 @@ class Stage {
     std::size_t end = 0;
   };
 
+  /// The pipeline that copied a stage, known to all stages that are copies of one another and unchanged since.
+  class Built {
+   public:
+    Built() : place_(std::make_shared<Place>()) {}
+    Built(const Built& other) : place_(other.stage() < 0 ? other.place_ : std::make_shared<Place>()) {}
+    Built& operator=(const Built& other) { return place_ = Built(other).place_, *this; }
+    ~Built() = default;
+    void set(int rank, int stage) const noexcept { place_->rank = rank, place_->stage = stage; }
+    int rank() const noexcept { return place_->rank; }
+    int stage() const noexcept { return place_->stage; }  ///< -1: none
+
+   private:
+    struct Place {
+      std::atomic<int> rank{-1}, stage{-1};
+    };
+    std::shared_ptr<Place> place_;
+  };
+
+  /// Checks that it may be changed; from now on it is a stage of its own.
+  void change(const std::string& what);
   void add(Node node);
 
   std::shared_ptr<torch::nn::Module> module_;
@@ -129,6 +154,7 @@ class Stage {
   std::vector<Segment> chain_;
   bool split_ = true;
   std::optional<int> num_inputs_;
+  Built built_;
 };
 
 using StageFactory = std::function<Stage(int stage)>;
