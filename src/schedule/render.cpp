@@ -19,7 +19,6 @@ namespace {
 
 using detail::fitted;
 using detail::Picture;
-using detail::Style;
 using detail::style_of;
 using Line = detail::TextLine;
 
