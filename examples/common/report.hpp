@@ -8,7 +8,7 @@
 #include "dualpipe/schedule/simulate.hpp"
 #include "dualpipe/schedule/timeline.hpp"
 
-namespace lm {
+namespace example {
 
 /// The schedule as it would run if a weight gradient cost as much as a forward, and the bubble that leaves.
 std::string picture(const dualpipe::Schedule& schedule, dualpipe::Publish publish);
@@ -34,4 +34,4 @@ void prepare_folder(const std::filesystem::path& path);
 /// the reason.
 void write_file(const std::filesystem::path& path, std::string_view text);
 
-}  // namespace lm
+}  // namespace example

@@ -13,7 +13,7 @@
 #include "dualpipe/error.hpp"
 #include "dualpipe/schedule/render.hpp"
 
-namespace lm {
+namespace example {
 namespace {
 
 namespace fs = std::filesystem;
@@ -149,4 +149,4 @@ void write_file(const fs::path& path, std::string_view text) {
   DUALPIPE_CHECK(!error, "cannot replace ", path, ": ", error.message());
 }
 
-}  // namespace lm
+}  // namespace example

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-namespace lm {
+namespace example {
 
 /// Files read as if they were one, one after the other. Only an index: bytes are read when they are asked for, so that
 /// eight processes need no eight copies, and a text may be larger than memory.
@@ -50,9 +50,12 @@ std::filesystem::path default_text();
 ///                                    than `shortest` bytes to train on or to hold out; the text names the path.
 Corpus open_corpus(const std::vector<std::filesystem::path>& paths, std::int64_t shortest);
 
-/// `count` windows of `length` bytes, int64 [count, length].
-torch::Tensor random_windows(const Text& text, std::int64_t count, std::int64_t length, std::uint64_t seed);
-/// The same at equal distances, from the first byte to the last.
-torch::Tensor spread_windows(const Text& text, std::int64_t count, std::int64_t length);
+/// Windows `first` to `first + count - 1` of an endless series that follows from `seed`, int64 [count, length]. Ranks
+/// that take different parts of it learn from different text.
+torch::Tensor random_windows(const Text& text, std::int64_t first, std::int64_t count, std::int64_t length,
+                             std::uint64_t seed);
+/// The same of `total` windows at equal distances, from the first byte to the last.
+torch::Tensor spread_windows(const Text& text, std::int64_t first, std::int64_t count, std::int64_t total,
+                             std::int64_t length);
 
-}  // namespace lm
+}  // namespace example

@@ -12,7 +12,7 @@
 
 #include "dualpipe/error.hpp"
 
-namespace lm {
+namespace example {
 namespace {
 
 namespace fs = std::filesystem;
@@ -76,7 +76,7 @@ torch::Tensor Text::read(std::int64_t offset, std::int64_t length) const {
   return bytes;
 }
 
-fs::path default_text() { return LM_DEFAULT_TEXT; }
+fs::path default_text() { return EXAMPLE_DEFAULT_TEXT; }
 
 Corpus open_corpus(const std::vector<fs::path>& paths, std::int64_t shortest) {
   Corpus corpus;
@@ -116,8 +116,10 @@ Corpus open_corpus(const std::vector<fs::path>& paths, std::int64_t shortest) {
   return corpus;
 }
 
-torch::Tensor random_windows(const Text& text, std::int64_t count, std::int64_t length, std::uint64_t seed) {
+torch::Tensor random_windows(const Text& text, std::int64_t first, std::int64_t count, std::int64_t length,
+                             std::uint64_t seed) {
   std::mt19937_64 random(seed);
+  random.discard(static_cast<unsigned long long>(first));
   std::vector<torch::Tensor> windows;
   for (std::int64_t i = 0; i < count; ++i) {
     const auto places = static_cast<std::uint64_t>(text.size() - length + 1);
@@ -126,11 +128,12 @@ torch::Tensor random_windows(const Text& text, std::int64_t count, std::int64_t 
   return torch::stack(windows).to(torch::kInt64);
 }
 
-torch::Tensor spread_windows(const Text& text, std::int64_t count, std::int64_t length) {
+torch::Tensor spread_windows(const Text& text, std::int64_t first, std::int64_t count, std::int64_t total,
+                             std::int64_t length) {
   std::vector<torch::Tensor> windows;
-  for (std::int64_t i = 0; i < count; ++i)
-    windows.push_back(text.read((text.size() - length) * i / std::max<std::int64_t>(count - 1, 1), length));
+  for (std::int64_t i = first; i < first + count; ++i)
+    windows.push_back(text.read((text.size() - length) * i / std::max<std::int64_t>(total - 1, 1), length));
   return torch::stack(windows).to(torch::kInt64);
 }
 
-}  // namespace lm
+}  // namespace example

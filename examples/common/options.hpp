@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <filesystem>
 #include <optional>
@@ -7,14 +8,21 @@
 #include <vector>
 
 #include "dualpipe/config.hpp"
-#include "model.hpp"
+#include "model_size.hpp"
 
-namespace lm {
+namespace example {
 
-/// Everything a user can set, with the values of a run without arguments.
+/// What a user can set of a training run, whatever the model.
 struct Options {
+  std::string program;  ///< its name, which its files have too
+
   std::vector<std::filesystem::path> text;  ///< empty: default_text()
   dualpipe::DualPipeOptions pipe{.num_micro_batches = 20};
+  int pipelines = 1;    ///< side by side, each of world size / pipelines ranks
+  int num_sharing = 1;  ///< pipelines that share one set of experts
+  std::chrono::nanoseconds latency{0};
+  double bytes_per_second = 0;  ///< of each link, 0: as fast as it is
+
   ModelSize model;
 
   int steps = 600;
@@ -31,13 +39,9 @@ struct Options {
   double temperature = 0.8;
   std::optional<std::string> prompt;  ///< none: the beginning of the held-out text
 
-  std::filesystem::path trace = "out/dualpipe-lm.trace.json";  ///< empty: not written
-  std::filesystem::path svg = "out/dualpipe-lm.svg";
+  std::filesystem::path trace;  ///< empty: not written
+  std::filesystem::path svg;
   bool quiet = false;  ///< no picture of the schedule, no line per step
 };
 
-/// @return  none where only the help was asked for; then `help` holds it.
-/// @throws dualpipe::InvalidArgument  an unknown flag, a value out of range, a configuration file that does not read.
-std::optional<Options> parse(int argc, const char* const* argv, std::string& help);
-
-}  // namespace lm
+}  // namespace example

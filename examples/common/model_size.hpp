@@ -1,0 +1,15 @@
+#pragma once
+
+namespace example {
+
+struct ModelSize {
+  int layers = 14;  ///< transformer blocks
+  int width = 64;
+  int heads = 4;
+  int context = 64;  ///< longest text the model sees at once, in bytes
+};
+
+/// @throws dualpipe::InvalidArgument  a size below 1, or a width that the heads do not divide into even parts.
+void check(const ModelSize& size);
+
+}  // namespace example

@@ -1,0 +1,322 @@
+#include "trainer.hpp"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Parallel.h>
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <exception>
+#include <fstream>
+#include <iterator>
+#include <numbers>
+#include <thread>
+#include <utility>
+
+#include "dualpipe/comm/socket.hpp"
+#include "dualpipe/launch/failure.hpp"
+#include "dualpipe/schedule/generate.hpp"
+#include "dualpipe/schedule/render.hpp"
+#include "dualpipe/testing/communicators.hpp"
+#include "report.hpp"
+
+namespace example {
+namespace {
+
+using dualpipe::Batch;
+using dualpipe::Communicator;
+using dualpipe::Tensors;
+using dualpipe::Timeline;
+
+/// The number of stages that the model must be cut into.
+int num_stages(const Options& options, int world_size) {
+  Grid::check(world_size, options.pipelines, options.num_sharing);
+  const dualpipe::DualPipeOptions& pipe = options.pipe;
+  const int num_ranks = world_size / options.pipelines;
+  DUALPIPE_CHECK(pipe.num_ranks == 0 || pipe.num_ranks == num_ranks, "the configuration is for ", pipe.num_ranks,
+                 " ranks, ", num_ranks, " were started", options.pipelines > 1 ? " for each pipeline" : "", "; start ",
+                 pipe.num_ranks * options.pipelines, " or correct num_ranks");
+  const auto& kinds = dualpipe::schedule_kinds();
+  if (std::find(kinds.begin(), kinds.end(), pipe.schedule) != kinds.end())
+    return dualpipe::make_schedule({pipe.schedule, num_ranks, pipe.num_micro_batches, pipe.chunks_per_rank}).num_stages;
+  std::ifstream file(pipe.schedule, std::ios::binary);
+  DUALPIPE_CHECK(file, "--schedule ", pipe.schedule,
+                 " is neither a kind nor a file that can be read; --help lists the kinds");
+  return dualpipe::from_csv(std::string(std::istreambuf_iterator<char>(file), {}), pipe.schedule).num_stages;
+}
+
+std::shared_ptr<Communicator> connect(const dualpipe::World& world, const Options& options) {
+  auto sockets = dualpipe::connect_sockets(world);
+  if (options.latency.count() == 0 && options.bytes_per_second == 0) return sockets;
+  return dualpipe::testing::delayed_links(std::move(sockets), {options.latency, options.bytes_per_second});
+}
+
+dualpipe::StageFactory cut(const Model& model, int num_stages, const Options& options) {
+  const int spare = static_cast<int>(model.layers.size()) - options.model.layers;
+  DUALPIPE_CHECK(options.model.layers + spare >= num_stages, "schedule ", options.pipe.schedule, " has ", num_stages,
+                 " stages here, the model ", options.model.layers,
+                 " blocks, an embedding and a head; at least --layers ", num_stages - spare, " is needed");
+  return dualpipe::split(model.layers, num_stages, model.costs);
+}
+
+/// In nats per byte.
+torch::Tensor cross_entropy(const Tensors& outputs, const Tensors& targets) {
+  return torch::nn::functional::cross_entropy(outputs[0].flatten(0, 1), targets[0].flatten());
+}
+
+/// Windows of context + 1 bytes: all but the last go in, all but the first are to be predicted.
+Batch batch_of(const torch::Tensor& windows) {
+  const auto length = windows.size(1) - 1;
+  Batch batch;
+  batch.inputs = {windows.narrow(1, 0, length)};
+  batch.targets = {windows.narrow(1, 1, length)};
+  return batch;
+}
+
+/// Rises to its full value, then falls to a twentieth along half a cosine.
+double learning_rate(const Options& options, double progress) {
+  const double rise = options.warm_up > 0 ? std::min(1.0, progress / options.warm_up) : 1.0;
+  return options.learning_rate * rise * (0.525 + 0.475 * std::cos(std::numbers::pi * progress));
+}
+
+std::int64_t draw(const torch::Tensor& logits, double temperature, at::Generator& random) {
+  if (temperature <= 0) return logits.argmax().item<std::int64_t>();
+  const auto probabilities = torch::softmax(logits.to(torch::kDouble) / temperature, 0);
+  return torch::multinomial(probabilities, 1, false, random).item<std::int64_t>();
+}
+
+std::string printable(const torch::Tensor& bytes) {
+  std::string text;
+  const torch::Tensor flat = bytes.flatten();
+  for (std::int64_t i = 0; i < flat.numel(); ++i) {
+    const auto byte = flat[i].item<std::int64_t>();
+    text += byte == '\n' || byte == '\t' || (byte >= ' ' && byte <= '~') ? static_cast<char>(byte) : '?';
+  }
+  return text;
+}
+
+/// The same pipeline several times, ranks numbered on.
+Timeline side_by_side(const Timeline& one, int count) {
+  Timeline all = one;
+  all.num_ranks *= count;
+  for (int pipeline = 1; pipeline < count; ++pipeline)
+    for (dualpipe::Interval interval : one.intervals) {
+      interval.rank += pipeline * one.num_ranks;
+      all.intervals.push_back(std::move(interval));
+    }
+  return all;
+}
+
+}  // namespace
+
+Trainer::Trainer(const dualpipe::World& world, const Options& options, const MakeModel& make_model)
+    : world_(world),
+      options_(options),
+      num_stages_(num_stages(options, world.size)),
+      corpus_(
+          open_corpus(options.text.empty() ? std::vector{default_text()} : options.text, options.model.context + 1)),
+      grid_(connect(world, options), options.pipelines, options.num_sharing),
+      model_(make_model(grid_)),
+      pipe_(grid_.pipeline(), options.pipe, cut(model_, num_stages_, options)),
+      tracer_(std::make_shared<dualpipe::Tracer>(world.rank)) {
+  pipe_->add_observer(tracer_);
+}
+
+void Trainer::run() {
+  introduce();
+  say("held-out loss before training: %.2f nats per byte\n", held_out_loss());
+  const Timeline last_step = train();
+  say("held-out loss: %.3f nats per byte\n", held_out_loss());
+  if (options_.sample > 0) sample();
+  report(last_step);
+}
+
+template <class... Arguments>
+void Trainer::say(const char* pattern, const Arguments&... arguments) const {
+  if (world_.rank != 0) return;
+  if constexpr (sizeof...(arguments) == 0)
+    std::fputs(pattern, stdout);
+  else
+    std::printf(pattern, arguments...);
+  std::fflush(stdout);
+}
+
+void Trainer::introduce() const {
+  const auto& schedule = pipe_->schedule();
+  if (grid_.num_pipelines() > 1) say("%d pipelines side by side, each: ", grid_.num_pipelines());
+  say("%s on %d ranks, %d stages, %d micro-batches per step\n", schedule.name.c_str(), grid_.pipeline()->size(),
+      schedule.num_stages, schedule.num_micro_batches);
+  if (!options_.quiet && world_.rank == 0) say(picture(schedule, options_.pipe.publish).c_str());
+  say("model: %s\n", model_.description.c_str());
+  say("text: %d files, %.1f MB to learn from, %.1f MB held out\n", corpus_.num_files,
+      1e-6 * static_cast<double>(corpus_.training.size()), 1e-6 * static_cast<double>(corpus_.held_out.size()));
+}
+
+Timeline Trainer::train() {
+  using Clock = std::chrono::steady_clock;
+  const auto start = Clock::now();
+  const auto elapsed = [&] { return std::chrono::duration<double>(Clock::now() - start).count(); };
+  const double budget = 60 * options_.minutes;
+  torch::optim::AdamW optimizer(
+      pipe_->parameters(),
+      torch::optim::AdamWOptions(options_.learning_rate).betas({0.9, 0.95}).weight_decay(options_.weight_decay));
+
+  // Each pipeline's loss counts for its share, so that losses and gradients add up to those of the whole batch.
+  const int pipelines = grid_.num_pipelines();
+  const dualpipe::LossFn loss = [&](const Tensors& outputs, const Tensors& targets) {
+    torch::Tensor value = cross_entropy(outputs, targets);
+    if (model_.penalty) {
+      const torch::Tensor penalty = model_.penalty(outputs);
+      penalty_ += penalty.item<double>();
+      value = value + penalty;
+    }
+    return value / pipelines;
+  };
+
+  Timeline measured;
+  for (int step = 0; step < options_.steps; ++step) {
+    const double began = elapsed();
+    const double progress =
+        agree(std::max(static_cast<double>(step + 1) / options_.steps, budget > 0 ? began / budget : 0.0));
+    if (progress > 1) break;
+    for (auto& group : optimizer.param_groups()) group.options().set_lr(learning_rate(options_, progress));
+    optimizer.zero_grad();
+    const Batch batch = needs_data()
+                            ? batch_of(random_windows(corpus_.training, grid_.pipeline_index() * sequences(),
+                                                      sequences(), options_.model.context + 1,
+                                                      options_.seed * 1'000'003 + static_cast<std::uint64_t>(step)))
+                            : Batch{};
+    penalty_ = 0;
+    const dualpipe::StepResult result = pipe_->step(batch, loss);
+    measured = trace();
+    if (pipelines > 1) grid_.sum_gradients(*pipe_, model_.is_expert);
+    if (options_.clip > 0) grid_.clip_gradients(*pipe_, model_.is_expert, options_.clip);
+    optimizer.step();
+    const auto [mean, penalty] = loss_and_penalty(result);
+    if (options_.quiet || world_.rank != 0) continue;
+    const double now = elapsed();
+    const double left = std::min(now / (step + 1) * (options_.steps - step - 1), budget > 0 ? budget - now : HUGE_VAL);
+    say("step %d  loss %.3f", step + 1, mean);
+    if (model_.penalty) say("  %s %.4f", model_.penalty_name.c_str(), penalty);
+    say("  %.0f tokens/s  bubble %.0f %%  %s left\n",
+        static_cast<double>(pipelines * sequences() * options_.model.context) / (now - began),
+        100 * bubble_share(dualpipe::report(measured)), minutes(left).c_str());
+  }
+  return measured;
+}
+
+std::pair<double, double> Trainer::loss_and_penalty(const dualpipe::StepResult& result) {
+  // All ranks of a pipeline know its loss, the penalties lie where the last stage ran.
+  const double scale = 1.0 / (grid_.num_pipelines() * options_.pipe.num_micro_batches);
+  const bool first = grid_.pipeline()->rank() == 0;
+  const torch::Tensor sums =
+      torch::tensor({first ? result.losses.mean().item<double>() : 0.0, penalty_ * scale}, torch::kDouble);
+  grid_.world()->all_reduce({sums}).wait();
+  const double penalty = sums[1].item<double>();
+  return {sums[0].item<double>() - penalty, penalty};
+}
+
+/// Of all pipelines' last step, by rank of the world.
+Timeline Trainer::trace() const {
+  Timeline mine = tracer_->last();
+  for (dualpipe::Interval& interval : mine.intervals) interval.rank = world_.rank;
+  return gather(*grid_.world(), mine);
+}
+
+/// Rank 0's value on every rank: clocks differ, decisions must not.
+double Trainer::agree(double value) const {
+  const torch::Tensor shared = torch::full({1}, value, torch::kDouble);
+  grid_.world()->broadcast({shared}, 0).wait();
+  return shared.item<double>();
+}
+
+double Trainer::held_out_loss() {
+  const std::int64_t count = sequences() * options_.held_out;
+  const Batch batch = needs_data() ? batch_of(spread_windows(corpus_.held_out, grid_.pipeline_index() * count, count,
+                                                             grid_.num_pipelines() * count, options_.model.context + 1))
+                                   : Batch{};
+  pipe_->eval();
+  const torch::Tensor loss = pipe_->evaluate(batch, cross_entropy).losses.mean() / grid_.world()->size();
+  pipe_->train();
+  grid_.world()->all_reduce({loss}).wait();
+  return loss.item<double>();
+}
+
+/// One byte after the other: a rank that has the logits draws it, all append it to what they feed next.
+void Trainer::sample() {
+  const int source = dualpipe::holders(pipe_->schedule(), num_stages_ - 1).front();
+  at::Generator random = at::detail::createCPUGenerator(options_.seed);
+  torch::Tensor text = prompt();
+  const auto prompt_length = text.size(1);
+  pipe_->eval();
+  for (int i = 0; i < options_.sample; ++i) {
+    const auto seen = std::min<std::int64_t>(text.size(1), options_.model.context);
+    Batch batch;
+    batch.inputs = {text.narrow(1, text.size(1) - seen, seen)};
+    const Tensors outputs = pipe_->predict(Batch::from_micro_batches({batch}));
+    const torch::Tensor byte = torch::zeros({1, 1}, torch::kInt64);
+    if (world_.rank == source) byte.fill_(draw(outputs[0][0][-1], options_.temperature, random));
+    grid_.world()->broadcast({byte}, source).wait();
+    text = torch::cat({text, byte}, 1);
+  }
+  pipe_->train();
+  say("sample, after the prompt \"%s\":\n", printable(text.narrow(1, 0, prompt_length)).c_str());
+  say("%s\n", printable(text.narrow(1, prompt_length, options_.sample)).c_str());
+}
+
+/// int64 [1, bytes], at least one byte.
+torch::Tensor Trainer::prompt() const {
+  torch::Tensor bytes;
+  if (options_.prompt && !options_.prompt->empty())
+    bytes = torch::tensor(std::vector<std::uint8_t>(options_.prompt->begin(), options_.prompt->end()));
+  else
+    bytes = corpus_.held_out.read(0, std::min<std::int64_t>(32, options_.model.context));
+  return bytes.to(torch::kInt64).unsqueeze(0);
+}
+
+void Trainer::report(Timeline measured) const {
+  if (world_.rank != 0) return;
+  const dualpipe::Costs costs = mean_costs(measured);
+  Timeline predicted =
+      side_by_side(simulate(pipe_->schedule(), costs, options_.pipe.publish).timeline, grid_.num_pipelines());
+  predicted.name = "predicted";
+  predicted.seconds_per_unit = measured.seconds_per_unit;
+  const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+  say("%s", comparison(predicted, measured, costs, world_.local_size, cores).c_str());
+  if (!options_.trace.empty()) {
+    write_file(options_.trace, dualpipe::to_trace(measured));
+    say("trace of the last step, for chrome://tracing and ui.perfetto.dev: %s\n", options_.trace.c_str());
+  }
+  if (!options_.svg.empty()) {
+    measured.name = "measured";
+    write_file(options_.svg, dualpipe::to_svg({predicted, measured}));
+    say("picture of the last step, predicted above measured: %s\n", options_.svg.c_str());
+  }
+}
+
+int run_program(
+    int argc, const char* const* argv,
+    const std::function<std::optional<Program>(int argc, const char* const* argv, std::string& help)>& parse) {
+  dualpipe::World world;
+  try {
+    world = dualpipe::World::from_env();
+    std::string help;
+    const auto program = parse(argc, argv, help);
+    if (!program) {
+      if (world.rank == 0) std::fputs(help.c_str(), stdout);
+      return 0;
+    }
+    prepare_folder(program->options.trace);
+    prepare_folder(program->options.svg);
+    at::set_num_threads(1);  // ranks are the parallelism; there are usually more of them than cores
+    Trainer(world, program->options, program->make_model).run();
+    return 0;
+  } catch (const std::exception& error) {
+    dualpipe::report_failure(world, error);
+    return 1;
+  }
+}
+
+}  // namespace example

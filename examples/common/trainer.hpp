@@ -1,0 +1,86 @@
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "corpus.hpp"
+#include "dualpipe/dual_pipe.hpp"
+#include "dualpipe/launch/world.hpp"
+#include "dualpipe/runtime/tracer.hpp"
+#include "dualpipe/train/partition.hpp"
+#include "grid.hpp"
+#include "options.hpp"
+
+namespace example {
+
+/// A language model as it is trained: int64 [batch, length] to logits of each position's next byte, [batch, length,
+/// 256], as the first of its outputs.
+struct Model {
+  std::vector<dualpipe::NamedLayer> layers;
+  std::vector<double> costs;      ///< of these layers, beside each other
+  std::string description;        ///< "14 blocks, width 64, …"
+  Grid::IsExpert is_expert = {};  ///< null: no parameter is
+  /// From the outputs to what is added to the loss in training; null: nothing.
+  std::function<torch::Tensor(const dualpipe::Tensors& outputs)> penalty = {};
+  std::string penalty_name = {};
+};
+using MakeModel = std::function<Model(const Grid& grid)>;
+
+/// One rank of a run: learns from a text, says how far it is, and shows at the end what the pipeline did.
+class Trainer {
+ public:
+  /// Collective.
+  ///
+  /// @throws dualpipe::InvalidArgument  options that do not fit each other, the number of ranks, or the text.
+  Trainer(const dualpipe::World& world, const Options& options, const MakeModel& make_model);
+
+  void run();
+
+ private:
+  /// As printf, on rank 0 alone.
+  template <class... Arguments>
+  void say(const char* pattern, const Arguments&... arguments) const;
+  void introduce() const;
+  dualpipe::Timeline train();
+  /// Of the whole grid's last step: loss without penalty, and penalty.
+  std::pair<double, double> loss_and_penalty(const dualpipe::StepResult& result);
+  dualpipe::Timeline trace() const;
+  double held_out_loss();
+  void sample();
+  void report(dualpipe::Timeline measured) const;
+
+  bool needs_data() const { return pipe_->feeds_inputs() || pipe_->computes_loss(); }
+  /// Of one pipeline's step.
+  std::int64_t sequences() const { return std::int64_t{options_.pipe.num_micro_batches} * options_.batch; }
+  double agree(double value) const;
+  torch::Tensor prompt() const;
+
+  dualpipe::World world_;
+  Options options_;
+  int num_stages_;
+  Corpus corpus_;
+  Grid grid_;
+  Model model_;
+  dualpipe::DualPipe pipe_;
+  std::shared_ptr<dualpipe::Tracer> tracer_;
+  double penalty_ = 0;  // sum over the micro-batches that ended here in the step under way
+};
+
+/// What a program made of its arguments.
+struct Program {
+  Options options;
+  MakeModel make_model;
+};
+
+/// The body of such a program's main().
+///
+/// @param parse  gives nothing where only the help was asked for, which it puts into `help`.
+/// @return       the exit code.
+int run_program(
+    int argc, const char* const* argv,
+    const std::function<std::optional<Program>(int argc, const char* const* argv, std::string& help)>& parse);
+
+}  // namespace example
