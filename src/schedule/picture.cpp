@@ -27,11 +27,12 @@ Picture::Picture(const Timeline& timeline, const PictureOptions& options) : num_
     all[rank].activity = std::move(active[rank]);
   }
   const Window whole = extent(timeline), window = options.window.value_or(whole);
+  DUALPIPE_CHECK(!options.window || (window.begin < window.end && window.begin < whole.end && window.end > whole.begin),
+                 "the window from ", window.begin - whole.begin, " to ", window.end - whole.begin,
+                 " shows nothing of a timeline that lasts ", whole.length());
   origin = whole.begin;
-  begin = window.begin;
-  end = window.end;
-  DUALPIPE_CHECK(!options.window || (begin < end && begin < whole.end && end > whole.begin), "the window from ",
-                 begin - origin, " to ", end - origin, " shows nothing of a timeline that lasts ", whole.length());
+  begin = options.window ? std::max(window.begin, whole.begin) : whole.begin;
+  end = options.window ? std::min(window.end, whole.end) : whole.end;
 
   double shortest = std::numeric_limits<double>::infinity();
   std::set<std::pair<bool, int>> micro_batches;  // of nodes: forward or not, which

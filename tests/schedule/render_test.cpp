@@ -165,6 +165,10 @@ TEST(Ascii, RowsAndWindowShowAPart) {
   const std::vector<std::string> part = lines(to_ascii(timeline, {.window = Window{5, 11}, .ranks = {3}}));
   EXPECT_EQ(part[0], "time    5         10");
   EXPECT_EQ(part[1], "rank 3  [01 [1 ]2 [2");
+  // One that reaches beyond the timeline shows as much as there is.
+  EXPECT_EQ(to_ascii(timeline, {.window = Window{-5, std::numeric_limits<double>::infinity()}}), to_ascii(timeline));
+  EXPECT_THAT([&] { to_ascii(timeline, {.window = Window{std::numeric_limits<double>::quiet_NaN(), 5}}); },
+              ThrowsMessage<InvalidArgument>(HasSubstr("the window from nan to 5 shows nothing")));
   EXPECT_THAT([&] { to_ascii(timeline, {.ranks = {4}}); },
               ThrowsMessage<InvalidArgument>(HasSubstr("rank 4 cannot be shown, there are 4 ranks")));
   EXPECT_THAT([&] { to_svg({timeline}, {.window = Window{70, 80}}); },

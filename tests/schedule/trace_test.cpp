@@ -1,6 +1,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <string>
 
@@ -63,6 +64,21 @@ TEST(Trace, IsWhatViewersExpect) {
   // One abstract unit is a millisecond.
   timeline.seconds_per_unit = 0;
   EXPECT_THAT(to_trace(timeline), HasSubstr("\"ts\":500.0"));
+}
+
+TEST(Trace, NodesAndCollectivesKeepTheirNames) {
+  Timeline timeline{.name = "t", .num_ranks = 1, .seconds_per_unit = 1, .intervals = {}};
+  timeline.intervals = {{0, Lane::compute, parse_step("(0F1;0B0)OVERLAP_F_B"), 0, 3, {}},
+                        {0, Lane::node, parse_step("0I0"), 0, 1, "layer 3 \"MLP\""},
+                        {0, Lane::collective, parse_step("0F1"), 1, 2, "dispatch"}};
+  expect_same(from_trace(to_trace(timeline)), timeline);
+  const json root = json::parse(to_trace(timeline));
+  const auto named = [&](const std::string& name) {
+    return std::count_if(root["traceEvents"].begin(), root["traceEvents"].end(),
+                         [&](const json& event) { return event["name"] == name; });
+  };
+  EXPECT_EQ(named("0F1 dispatch"), 1);
+  EXPECT_EQ(named("0I0 layer 3 \"MLP\""), 1);
 }
 
 TEST(Trace, EventsOfOthersAreSkipped) {
