@@ -2,7 +2,9 @@
 // processor time per op with stages that do next to nothing. Sleeping needs no core, so eight ranks fit on two.
 //
 //   dualpipe-run -n 8 -- dualpipe-bench-step
-//   dualpipe-run -n 4 -- dualpipe-bench-step --cpu
+//   dualpipe-run -n 4 -- dualpipe-bench-step --ms 30 --schedule dualpipe dualpipev 1f1b zb1p interleaved zbv
+//   --microbatches 8 12 16 dualpipe-run -n 8 -- dualpipe-bench-step --scale 1.3 1 1 1 1 1 1 1.5 --send-ms 1 --schedule
+//   dualpipe found.csv dualpipe-run -n 4 -- dualpipe-bench-step --cpu
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <torch/torch.h>
@@ -30,12 +32,27 @@ using namespace dualpipe;
 using Clock = std::chrono::steady_clock;
 
 struct Flags {
-  int num_micro_batches = 20;
+  std::vector<int> micro_batches{20};
   std::vector<std::string> schedules{"dualpipe"};
+  std::vector<double> scale;
   double milliseconds = 10;
   double send_milliseconds = 0;
   int steps = 5;
   bool cpu = false;
+
+  double scale_of(int stage) const {
+    if (scale.empty()) return 1;
+    const auto index = static_cast<std::size_t>(stage);
+    DUALPIPE_CHECK(index < scale.size(), "--scale gives ", scale.size(), " factors, none for stage ", stage);
+    return scale[index];
+  }
+  Costs costs(int num_stages) const {
+    const double unit = milliseconds;
+    Costs costs{unit, 2 * unit, unit, 3 * unit, send_milliseconds};
+    for (int stage = 0; stage < num_stages && !scale.empty(); ++stage)
+      costs.stages.push_back({scale_of(stage) * unit, scale_of(stage) * 2 * unit, scale_of(stage) * unit});
+    return costs;
+  }
 };
 
 void sleep_for(double seconds) { std::this_thread::sleep_for(std::chrono::duration<double>(seconds)); }
@@ -102,55 +119,61 @@ Batch batch_of(int num_micro_batches, int width) {
 
 torch::Tensor mean_loss(const Tensors& outputs, const Tensors&) { return outputs[0].mean(); }
 
+/// Milliseconds of each step on the slowest rank, ascending.
+std::vector<double> measure(Communicator& comm, DualPipe& pipe, int num_micro_batches, int steps) {
+  const Batch batch = batch_of(num_micro_batches, 1);
+  std::vector<double> times;
+  pipe->step(batch, mean_loss);
+  for (int step = 0; step < steps; ++step) {
+    comm.barrier().wait();
+    const auto begin = Clock::now();
+    pipe->step(batch, mean_loss);
+    const double mine = std::chrono::duration<double, std::milli>(Clock::now() - begin).count();
+    times.push_back(sum_over_ranks(comm, mine, Reduce::max));
+  }
+  std::sort(times.begin(), times.end());
+  return times;
+}
+
 void sleeping(const std::shared_ptr<Communicator>& comm, const Flags& flags) {
   const std::shared_ptr<Communicator> network =
       flags.send_milliseconds > 0
           ? testing::delayed_links(comm,
                                    {std::chrono::nanoseconds(static_cast<std::int64_t>(flags.send_milliseconds * 1e6))})
           : comm;
-  const double pass = calibrated(flags.milliseconds / 1e3);
   if (comm->rank() == 0)
-    std::printf("%-12s %-7s %12s %12s %12s %9s\n", "schedule", "publish", "predicted ms", "median ms", "min ms",
-                "ratio");
-  for (const std::string& kind : flags.schedules) {
-    for (const Publish publish : {Publish::early, Publish::atomic}) {
-      DualPipe pipe(network,
-                    DualPipeOptions{.num_micro_batches = flags.num_micro_batches, .schedule = kind, .publish = publish},
-                    [&](int stage) { return as_stage(SleepingStage(Passes{pass, stage == 0})); });
-      const double unit = flags.milliseconds;
-      const Costs costs{unit, 2 * unit, unit, 3 * unit, flags.send_milliseconds};
-      const double predicted = report(simulate(pipe->schedule(), costs, publish).timeline).makespan;
-      const Batch batch = batch_of(flags.num_micro_batches, 1);
-      std::vector<double> times;
-      pipe->step(batch, mean_loss);
-      for (int step = 0; step < flags.steps; ++step) {
-        comm->barrier().wait();
-        const auto begin = Clock::now();
-        pipe->step(batch, mean_loss);
-        const double mine = std::chrono::duration<double, std::milli>(Clock::now() - begin).count();
-        times.push_back(sum_over_ranks(*comm, mine, Reduce::max));
-      }
-      std::sort(times.begin(), times.end());
-      const double median = times[times.size() / 2];
-      if (comm->rank() == 0) {
-        std::printf("%-12s %-7s %12.1f %12.1f %12.1f %9.4f\n", kind.c_str(),
+    std::printf("%-12s %4s %-7s %12s %12s %12s %9s\n", "schedule", "N", "publish", "predicted ms", "median ms",
+                "min ms", "ratio");
+  for (const std::string& kind : flags.schedules)
+    for (const int num_micro_batches : flags.micro_batches)
+      for (const Publish publish : {Publish::early, Publish::atomic}) {
+        const DualPipeOptions options{.num_micro_batches = num_micro_batches, .schedule = kind, .publish = publish};
+        DualPipe pipe(network, options, [&](int stage) {
+          return as_stage(
+              SleepingStage(Passes{calibrated(flags.scale_of(stage) * flags.milliseconds / 1e3), stage == 0}));
+        });
+        const double predicted =
+            report(simulate(pipe->schedule(), flags.costs(pipe->schedule().num_stages), publish).timeline).makespan;
+        const std::vector<double> times = measure(*comm, pipe, num_micro_batches, flags.steps);
+        if (comm->rank() != 0) continue;
+        const double median = times[times.size() / 2];
+        std::printf("%-12s %4d %-7s %12.1f %12.1f %12.1f %9.4f\n", kind.c_str(), num_micro_batches,
                     publish == Publish::early ? "early" : "atomic", predicted, median, times.front(),
                     median / predicted);
         std::fflush(stdout);
       }
-    }
-  }
 }
 
 void processor_time(const std::shared_ptr<Communicator>& comm, const Flags& flags) {
   if (comm->rank() == 0) std::printf("%-12s %14s %14s\n", "schedule", "cpu us per op", "wall us per op");
+  const int num_micro_batches = flags.micro_batches.front();
   for (const std::string& kind : flags.schedules) {
-    DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = flags.num_micro_batches, .schedule = kind},
+    DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = num_micro_batches, .schedule = kind},
                   [](int) { return as_stage(torch::nn::Linear(16, 16)); });
-    const Batch batch = batch_of(flags.num_micro_batches, 16);
+    const Batch batch = batch_of(num_micro_batches, 16);
     for (int step = 0; step < 10; ++step) pipe->step(batch, mean_loss);
     // One op is one forward or one backward of one micro-batch on one stage.
-    const double ops = 2.0 * pipe->schedule().num_stages * flags.num_micro_batches * flags.steps;
+    const double ops = 2.0 * pipe->schedule().num_stages * num_micro_batches * flags.steps;
     comm->barrier().wait();
     const auto begin = Clock::now();
     const double cpu = cpu_seconds();
@@ -171,10 +194,12 @@ int main(int argc, char** argv) {
   try {
     CLI::App app{"Step time beside the simulator's prediction, with stages that sleep"};
     Flags flags;
-    app.add_option("--microbatches", flags.num_micro_batches, "micro-batches of a step")->capture_default_str();
+    app.add_option("--microbatches", flags.micro_batches, "micro-batches of a step, one or several numbers")
+        ->capture_default_str();
     app.add_option("--schedule", flags.schedules, "kinds or CSV files")->capture_default_str();
     app.add_option("--ms", flags.milliseconds, "time of each pass: F, I and W")->capture_default_str();
     app.add_option("--send-ms", flags.send_milliseconds, "latency added to each transfer")->capture_default_str();
+    app.add_option("--scale", flags.scale, "factor of each stage's times, first to last")->check(CLI::PositiveNumber);
     app.add_option("--steps", flags.steps, "measured steps")->capture_default_str()->check(CLI::PositiveNumber);
     app.add_flag("--cpu", flags.cpu, "processor time per op of near-empty stages instead");
     CLI11_PARSE(app, argc, argv);
