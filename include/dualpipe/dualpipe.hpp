@@ -37,6 +37,7 @@
 #include "dualpipe/schedule/pair_timeline.hpp"
 #include "dualpipe/schedule/render.hpp"
 #include "dualpipe/schedule/schedule.hpp"
+#include "dualpipe/schedule/search.hpp"
 #include "dualpipe/schedule/simulate.hpp"
 #include "dualpipe/schedule/timeline.hpp"
 #include "dualpipe/testing/communicators.hpp"

@@ -71,25 +71,11 @@ double Simulator::load_or_throw(const Schedule& schedule) {
 
 void Simulator::reshape(const Schedule& schedule) {
   const auto cells = static_cast<std::size_t>(schedule.num_stages) * schedule.num_micro_batches;
-  const bool fits = num_ranks_ == schedule.ranks.size() && num_stages_ == schedule.num_stages;
+  const bool fits = table_ && num_ranks_ == schedule.ranks.size() && num_stages_ == schedule.num_stages;
   num_ranks_ = schedule.ranks.size();
   num_stages_ = schedule.num_stages;
   num_micro_batches_ = schedule.num_micro_batches;
-  if (!fits) {
-    check(costs_, static_cast<int>(num_ranks_), num_stages_);
-    stages_ = costs_.stages;
-    stages_.resize(num_stages_, {costs_.forward, costs_.backward, costs_.weight});
-    const double apart = costs_.forward + costs_.backward;
-    overlap_ = apart > 0 ? costs_.pair / apart : 1;
-    pairs_.assign(num_stages_, {});
-    for (const PairCost& pair : costs_.pairs) pairs_[pair.forward].push_back(pair);
-    sends_.assign(num_stages_, {});
-    for (const SendCost& send : costs_.sends)
-      for (int boundary = 0; boundary + 1 < num_stages_; ++boundary)
-        if (send.boundary == SendCost::any || send.boundary == boundary) sends_[boundary].push_back(send);
-    slowdown_ = costs_.slowdown;
-    slowdown_.resize(num_ranks_, 1);
-  }
+  if (!fits) table_.emplace(costs_, publish_, static_cast<int>(num_ranks_), num_stages_);
   rank_.assign(cells, none);
   for (auto& steps : at_) steps.assign(cells, none);
   made_.assign(2 + 2 * cells, 0);
@@ -132,42 +118,17 @@ int Simulator::input_slot(const Op& op) const {
 }
 
 void Simulator::append(int rank, int at, const Step& step) {
+  const StepTimes times = table_->times(step, rank);
   Node& node = nodes_.emplace_back();
   node.rank = rank;
   node.at = at;
-  const StageCosts& costs = stages_[step.op.stage];
-  double weight = 0;  // the part at the end that no other rank waits for
-  if (step.overlapped) {
-    const bool split = step.overlapped->pass == Pass::BackwardInput;
-    const double whole = pair_duration(step.op.stage, step.overlapped->stage);
-    weight = stages_[step.overlapped->stage].weight;
-    constexpr double rounding = 1e-12;
-    DUALPIPE_CHECK(whole >= weight * (1 - rounding), "the pair ", to_string(step), " costs ", whole,
-                   ", less than the weight part that belongs to it: ", weight);
-    node.duration = split ? std::max(0.0, whole - weight) : whole;
-    if (split) weight = 0;
-  } else if (step.op.pass == Pass::Backward) {
-    node.duration = costs.backward;
-    weight = costs.weight;
-  } else {
-    node.duration = step.op.pass == Pass::Forward          ? costs.forward
-                    : step.op.pass == Pass::BackwardWeight ? costs.weight
-                                                           : costs.backward - costs.weight;
-  }
-  if (publish_ == Publish::atomic) weight = 0;
-  const auto ready_at = [&](double fraction) {
-    const bool own = publish_ == Publish::early && step.overlapped && fraction > 0;
-    return own ? fraction * node.duration : node.duration - weight;
-  };
+  node.duration = times.duration;
   node.input = {input_slot(step.op), step.overlapped ? input_slot(*step.overlapped) : nothing};
-  publish(node, 0, step.op, ready_at(costs_.ready.activation));
-  if (step.overlapped) publish(node, 1, *step.overlapped, ready_at(costs_.ready.gradient));
-  const double slow = slowdown_[rank];
-  node.duration *= slow;
-  for (double& ready : node.ready) ready *= slow;
+  publish(node, 0, step.op, times);
+  if (step.overlapped) publish(node, 1, *step.overlapped, times);
 }
 
-void Simulator::publish(Node& node, int which, const Op& op, double ready) {
+void Simulator::publish(Node& node, int which, const Op& op, const StepTimes& times) {
   const bool gradient = op.pass != Pass::Forward;
   const int to_stage = gradient ? op.stage - 1 : op.stage + 1;
   if (op.pass == Pass::BackwardWeight || to_stage < 0 || to_stage == num_stages_) return;
@@ -176,25 +137,10 @@ void Simulator::publish(Node& node, int which, const Op& op, double ready) {
   const int made = slot(gradient, op.stage, op.micro_batch);
   node.output[which] = made;
   node.to[which] = to;
-  node.ready[which] = to == node.rank ? node.duration : ready;
-  node.send[which] = to == node.rank ? 0 : send_duration(std::min(op.stage, to_stage), node.rank, to);
+  node.ready[which] = to == node.rank ? times.duration : times.ready[which];
+  node.send[which] = to == node.rank ? 0 : table_->send(std::min(op.stage, to_stage), node.rank, to);
   made_[made] = 1;
   if (to != node.rank && missing_[to] == made) runnable_.push_back(to);
-}
-
-double Simulator::pair_duration(int forward, int backward) const {
-  for (const PairCost& pair : pairs_[forward])
-    if (pair.backward == backward) return pair.duration;
-  if (costs_.stages.empty()) return costs_.pair;
-  return overlap_ * (stages_[forward].forward + stages_[backward].backward);
-}
-
-double Simulator::send_duration(int boundary, int from, int to) const {
-  const auto& sends = sends_[boundary];
-  for (auto send = sends.rbegin(); send != sends.rend(); ++send)
-    if (send->rank_a == SendCost::any || std::minmax(send->rank_a, send->rank_b) == std::minmax(from, to))
-      return send->duration;
-  return costs_.send;
 }
 
 std::string Simulator::stuck(const Schedule& schedule) const {

@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "dualpipe/schedule/simulate.hpp"
+#include "schedule/cost_table.hpp"
 
 namespace dualpipe::detail {
 
@@ -92,20 +94,13 @@ class Simulator {
   void enter(int rank, int at, const Op& op);
   int input_slot(const Op& op) const;
   void append(int rank, int at, const Step& step);
-  void publish(Node& node, int which, const Op& op, double ready);
-  double pair_duration(int forward, int backward) const;
-  double send_duration(int boundary, int from, int to) const;
+  void publish(Node& node, int which, const Op& op, const StepTimes& times);
 
   Costs costs_;
   Publish publish_;
   std::size_t num_ranks_ = 0;
   int num_stages_ = 0, num_micro_batches_ = 0;
-  // Costs by where they are asked for.
-  std::vector<StageCosts> stages_;
-  double overlap_ = 1;                        // what a pair costs, of what its halves cost
-  std::vector<std::vector<PairCost>> pairs_;  // by stage of the forward
-  std::vector<std::vector<SendCost>> sends_;  // by boundary
-  std::vector<double> slowdown_;              // by rank
+  std::optional<CostTable> table_;  // for this many ranks and stages
   // By (stage, micro-batch).
   std::vector<int> rank_;
   std::array<std::vector<int>, 2> at_;  // forward, backward: the step of its rank

@@ -11,6 +11,7 @@ void add_check(CLI::App& app);
 void add_lower(CLI::App& app);
 void add_simulate(CLI::App& app);
 void add_compare(CLI::App& app);
+void add_search(CLI::App& app);
 void add_cost_file(CLI::App& app);
 void add_report(CLI::App& app);
 
