@@ -1,6 +1,3 @@
-#include <c10/core/GradMode.h>
-#include <c10/core/InferenceMode.h>
-
 #include <algorithm>
 #include <utility>
 
@@ -8,12 +5,6 @@
 
 namespace dualpipe::detail {
 namespace {
-
-/// What travels is outside autograd, and an ordinary tensor even where the caller is in inference mode.
-struct PlainTensors {
-  c10::InferenceMode inference{false};
-  c10::NoGradGuard no_grad;
-};
 
 /// Whether nobody but `tensor` can reach its memory, and none of that memory is wasted. Memory without an allocator
 /// (at::from_blob) belongs to somebody whom reference counts do not show.
@@ -202,7 +193,7 @@ void Fabric::meet(std::unique_lock<std::mutex> lock, Transfer& receive, Message 
     abort(rank_, str("rank ", rank_, ": ", receive.describe(), ": ", problem));
     return;
   }
-  changed_.notify_all();
+  notify();
   if (accepted) accepted();
 }
 
@@ -229,7 +220,7 @@ void Fabric::complete(const std::shared_ptr<Transfer>& transfer) {
     transfer->completed_ns = now_ns();
     transfer->done = true;
   }
-  changed_.notify_all();
+  notify();
 }
 
 void Fabric::departed(int peer) {
@@ -237,7 +228,7 @@ void Fabric::departed(int peer) {
     const std::lock_guard lock(mutex_);
     departed_[static_cast<std::size_t>(peer)] = true;
   }
-  changed_.notify_all();
+  notify();
 }
 
 bool Fabric::lost(const Transfer& transfer) const {
@@ -252,6 +243,11 @@ bool Fabric::done(std::span<const std::shared_ptr<Transfer>> transfers) const {
   waiting(true);
   waiting(false);
   return false;
+}
+
+bool Fabric::succeeded(std::span<const std::shared_ptr<Transfer>> transfers) const {
+  const std::lock_guard lock(mutex_);
+  return !failure_ && all_done(transfers);
 }
 
 void Fabric::wait(std::span<const std::shared_ptr<Transfer>> transfers, const Transfer& whole) {
@@ -303,8 +299,25 @@ bool Fabric::fail(int origin, const std::string& reason) noexcept {
     if (failure_) return false;
     failure_ = Failure{origin, reason};
   }
-  changed_.notify_all();
+  notify();
   return true;
+}
+
+void Fabric::listen(std::weak_ptr<FabricListener> listener) {
+  const std::lock_guard lock(mutex_);
+  listener_ = std::move(listener);
+  has_listener_ = true;
+}
+
+void Fabric::notify() noexcept {
+  changed_.notify_all();
+  if (!has_listener_) return;
+  std::shared_ptr<FabricListener> listener;
+  {
+    const std::lock_guard lock(mutex_);
+    listener = listener_.lock();
+  }
+  if (listener) listener->fabric_changed();
 }
 
 void Fabric::raise(int origin, const Transfer& transfer, const std::string& problem) {

@@ -1,7 +1,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -39,6 +42,20 @@ struct Header {
   std::int64_t issued_ns = 0;  ///< when the sender came to it
   std::string operation;       ///< "send", "all_reduce(sum)", "broadcast from rank 2"
   Signature signature;
+  bool tensors_follow = true;  ///< false: they travel by another way, the message only announces them
+};
+
+/// What travels is outside autograd, and an ordinary tensor even where the caller is in inference mode.
+struct PlainTensors {
+  c10::InferenceMode inference{false};
+  c10::NoGradGuard no_grad;
+};
+
+/// Learns that something has arrived, ended or failed. Called from any thread, with no lock held.
+class FabricListener {
+ public:
+  virtual ~FabricListener() = default;
+  virtual void fabric_changed() noexcept = 0;
 };
 
 /// Remembers the versions of tensors without holding their memory.
@@ -135,12 +152,17 @@ class Fabric {
   void wait(std::span<const std::shared_ptr<Transfer>> transfers, const Transfer& whole);
   /// Whether wait() would return or throw at once.
   bool done(std::span<const std::shared_ptr<Transfer>> transfers) const;
+  /// Whether all are over, and the family has not failed.
+  bool succeeded(std::span<const std::shared_ptr<Transfer>> transfers) const;
 
   /// The first failure wins: all waiting and later calls throw, here and on every other rank. Any thread.
   void abort(int origin, const std::string& reason) noexcept;
   /// Aborts because of `transfer` and throws; `problem` completes "rank 3: receive from rank 2 (message 17 of group 0):
   /// …".
   [[noreturn]] void raise(int origin, const Transfer& transfer, const std::string& problem);
+
+  /// From now on `listener` learns of changes, for as long as it lives.
+  void listen(std::weak_ptr<FabricListener> listener);
 
   /// Ids of groups: every group of two ranks has an id that these two have used for no other group. Used by the rank's
   /// thread only.
@@ -182,6 +204,8 @@ class Fabric {
   using LaneKey = std::tuple<int, std::int64_t, Channel>;
 
   bool fail(int origin, const std::string& reason) noexcept;
+  /// Wakes those that wait; without the mutex.
+  void notify() noexcept;
   /// Lets a receive and its message meet; `lock` holds the mutex.
   void meet(std::unique_lock<std::mutex> lock, Transfer& receive, Message message);
   /// Empty if there is none.
@@ -201,6 +225,8 @@ class Fabric {
   std::map<LaneKey, Lane> lanes_;
   std::vector<bool> departed_;
   std::optional<Failure> failure_;
+  std::weak_ptr<FabricListener> listener_;
+  std::atomic<bool> has_listener_{false};
 };
 
 /// A group of ranks of a fabric.
@@ -210,6 +236,11 @@ class MeshCommunicator final : public Communicator {
   MeshCommunicator(std::shared_ptr<Fabric> fabric, std::int64_t group, std::vector<int> members, int rank);
   /// All ranks of the world, group 0.
   static std::shared_ptr<MeshCommunicator> world(std::shared_ptr<Fabric> fabric);
+
+  const std::shared_ptr<Fabric>& fabric() const noexcept { return fabric_; }
+  std::int64_t group() const noexcept { return group_; }
+  /// World ranks of this communicator's ranks.
+  const std::vector<int>& members() const noexcept { return members_; }
 
   at::Device device() const override { return at::kCPU; }
   void connect(const std::vector<Edge>& edges) override;

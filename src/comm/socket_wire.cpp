@@ -87,6 +87,7 @@ std::string message_frame(const Header& header, std::uint64_t payload_bytes) {
   out.put(header.sequence);
   out.put(header.issued_ns);
   out.put_text(header.operation);
+  out.put(header.tensors_follow);
   out.put(static_cast<std::uint32_t>(header.signature.size()));
   for (const TensorSignature& tensor : header.signature) {
     out.put(tensor.defined);
@@ -128,6 +129,7 @@ Header read_header(std::string_view head) {
   header.sequence = in.get<std::uint64_t>();
   header.issued_ns = in.get<std::int64_t>();
   header.operation = in.get_text();
+  header.tensors_follow = in.get<char>() != 0;
   header.signature.resize(in.get_count(2 * sizeof(char) + sizeof(at::ScalarType) + sizeof(std::uint32_t)));
   for (TensorSignature& tensor : header.signature) {
     tensor.defined = in.get<char>() != 0;
@@ -162,10 +164,12 @@ Tensors allocate(const Header& header, std::uint64_t payload_bytes) {
     if (too_large || __builtin_add_overflow(total, bytes, &total))
       throw Malformed("a message announces " + to_string(header.signature));
   }
+  if (!header.tensors_follow) total = 0;
   if (total != payload_bytes)
     throw Malformed(str("a message announces ", to_string(header.signature), " and ", payload_bytes, " bytes"));
 
   Tensors tensors;
+  if (!header.tensors_follow) return tensors;
   tensors.reserve(header.signature.size());
   for (const TensorSignature& tensor : header.signature)
     tensors.push_back(tensor.defined ? at::empty(tensor.sizes, tensor.dtype) : at::Tensor());

@@ -13,7 +13,7 @@
 namespace dualpipe::detail::wire {
 
 /// Raised with every change of what is below; ranks built from different sources must not talk to each other.
-constexpr std::uint32_t kVersion = 1;
+constexpr std::uint32_t kVersion = 2;
 constexpr std::uint64_t kMagic = 0x4455'414c'5049'5045;  // "DUALPIPE"
 
 /// The bytes are not what a rank of this version sends.

@@ -26,6 +26,13 @@ struct BackEnd {
   bool asynchronous = true;
   /// Whether all ranks read one clock; across hosts the difference is only estimated.
   bool exact_clock = true;
+  /// Whether the transfers of a rank may be issued in any order. Otherwise they run one after the other, and all ranks
+  /// must issue theirs in one global order.
+  bool any_order = true;
+  /// Whether a send can be over, or its sender gone, before the other end has come to it.
+  bool buffered = true;
+  /// Whether sums are in rank order.
+  bool rank_order = true;
 };
 inline std::ostream& operator<<(std::ostream& out, const BackEnd& back_end) { return out << back_end.name; }
 inline std::string name_of(const ::testing::TestParamInfo<BackEnd>& info) { return info.param.name; }

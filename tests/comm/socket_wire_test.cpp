@@ -49,6 +49,16 @@ TEST(SocketWire, AbortsComeBackAndLongReasonsAreCut) {
   EXPECT_EQ(prefix_of(goodbye_frame()).kind, Kind::goodbye);
 }
 
+TEST(SocketWire, NothingFollowsAnAnnouncement) {
+  Header header = example();
+  header.tensors_follow = false;
+  const Header got = read_header(head_of(message_frame(header, 0)));
+  EXPECT_FALSE(got.tensors_follow);
+  EXPECT_EQ(got.signature, header.signature);
+  EXPECT_TRUE(allocate(got, 0).empty());
+  EXPECT_THROW(allocate(got, 8), Malformed);
+}
+
 TEST(SocketWire, AllocatesWhatAHeaderAnnounces) {
   const Tensors tensors = allocate(example(), 8);  // bfloat16 of no elements, and one int64
   ASSERT_EQ(tensors.size(), 3u);

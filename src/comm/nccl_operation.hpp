@@ -1,0 +1,44 @@
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "comm/nccl_communicator.hpp"
+
+namespace dualpipe::detail {
+
+/// The Pending of one flight: what remains to be done on the caller's thread.
+class NcclOperation final : public Pending::State {
+ public:
+  using Finish = std::function<Tensors(Flight&)>;
+  struct Parts {
+    std::optional<NcclFamily::QueueId> queue;  ///< none: the hosts alone have to come to it
+    std::shared_ptr<Flight> flight;
+    Watch watched;                   ///< what the caller must not write to before wait()
+    std::shared_ptr<Agreed> agreed;  ///< where headers have been seen to agree, `agreement` is noted
+    std::string agreement;
+    Finish finish;  ///< on the stream that waited; makes what take() gives
+  };
+
+  NcclOperation(std::shared_ptr<NcclFamily> family, Parts parts);
+
+  void wait() override;
+  bool done() const override;
+  Tensors take() override;
+  Span span() const override;
+
+ private:
+  bool launched() const;
+  void finish();
+
+  std::shared_ptr<NcclFamily> family_;
+  Parts parts_;
+  Tensors result_;
+  bool finished_ = false;
+  bool taken_ = false;
+};
+
+}  // namespace dualpipe::detail

@@ -1,0 +1,91 @@
+// What one device, or none, can show.
+#include <gmock/gmock.h>
+#include <torch/torch.h>
+
+#include <thread>
+
+#include "comm/nccl_cuda.hpp"
+#include "dualpipe/comm/nccl.hpp"
+
+namespace dualpipe {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+
+TEST(GpuMissing, AMachineWithoutADeviceSaysSoOnEveryRank) {
+  std::string why;
+  if (detail::cuda_device_count(why) > 0) GTEST_SKIP() << "there is a device";
+  EXPECT_FALSE(why.empty());
+  try {
+    connect_nccl(World{});
+    ADD_FAILURE() << "nothing was thrown";
+  } catch (const InvalidArgument& error) {
+    EXPECT_THAT(error.what(), AllOf(HasSubstr("rank 0: no CUDA device (" + why), HasSubstr("connect_sockets")));
+  }
+}
+
+TEST(GpuMissing, WrongOptionsComeFirst) {
+  EXPECT_THROW(connect_nccl(World{}, {.max_ctas = -1}), InvalidArgument);
+  EXPECT_THROW(connect_nccl(World{}, {.max_ctas = 2, .min_ctas = 4}), InvalidArgument);
+}
+
+TEST(NcclLibrary, IsTheOneOfLibTorchAndMakesIdsWithoutADevice) {
+  const auto nccl = detail::nccl_library(0);  // throws if an older one was loaded
+  EXPECT_NE(nccl->unique_id(), nccl->unique_id());
+}
+
+class OneGpu : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    std::string why;
+    if (detail::cuda_device_count(why) < 1) GTEST_SKIP() << "no CUDA device: " << why;
+    device_ = detail::cuda_device(0);
+    nccl_ = detail::nccl_library(0);
+  }
+  std::shared_ptr<detail::DeviceApi> device_;
+  std::shared_ptr<detail::NcclApi> nccl_;
+};
+
+TEST_F(OneGpu, ACommunicatorOfOneRankSendsToItself) {
+  const auto comm = nccl_->init(1, nccl_->unique_id(), 0, {.name = "self"});
+  const auto stream = device_->create_stream();
+  const auto ready = device_->create_event();
+  const auto end = device_->create_event();
+  const auto sent = torch::arange(1 << 20, torch::device(torch::kCUDA).dtype(torch::kFloat));
+  const at::Tensor got = device_->empty(sent.sizes(), sent.scalar_type(), device_->current_stream());
+  device_->record(ready, device_->current_stream());
+  device_->wait(stream, ready);
+  nccl_->group_start();
+  nccl_->send(sent.const_data_ptr(), sent.nbytes(), 0, comm, stream);
+  nccl_->receive(got.mutable_data_ptr(), got.nbytes(), 0, comm, stream);
+  nccl_->group_end();
+  device_->record(end, stream);
+  device_->wait(device_->current_stream(), end);
+  EXPECT_TRUE(torch::equal(got, sent));
+  EXPECT_TRUE(device_->done(end));
+  EXPECT_FALSE(nccl_->async_error(comm));
+  nccl_->destroy(comm);
+  device_->destroy(ready);
+  device_->destroy(end);
+  device_->destroy(stream);
+}
+
+TEST_F(OneGpu, EventsTellTheTimeOfTheHostsClock) {
+  const auto now = [] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  };
+  const auto event = device_->create_event();
+  for (int i = 0; i < 3; ++i) {
+    const double before = now();
+    device_->record(event, device_->current_stream());
+    while (!device_->done(event)) std::this_thread::yield();
+    const double after = now();
+    EXPECT_GE(device_->time_of(event), before - 1e-3);
+    EXPECT_LE(device_->time_of(event), after + 1e-3);
+  }
+  device_->destroy(event);
+}
+
+}  // namespace
+}  // namespace dualpipe

@@ -1,0 +1,43 @@
+#include "comm/contract.hpp"
+
+#include <latch>
+
+#include "emulated.hpp"
+
+namespace dualpipe {
+namespace {
+
+const bool poisoned = [] {
+  testing::poison_freed_memory();
+  return true;
+}();
+
+contract::BackEnd nccl(std::string name, bool communicator_per_edge) {
+  const auto run = [communicator_per_edge](int num_ranks, std::chrono::milliseconds timeout,
+                                           const contract::Body& body) {
+    const testing::NcclEmulation emulation(num_ranks);
+    std::latch connected(num_ranks);  // what fails in the body must not end what is still connecting
+    test::run_emulated(emulation, num_ranks, {.timeout = timeout, .communicator_per_edge = communicator_per_edge},
+                       [&](test::EmulatedRank rank) {
+                         if (communicator_per_edge) rank.communicator->connect(test::all_edges(num_ranks));
+                         connected.arrive_and_wait();
+                         try {
+                           body(rank.communicator);
+                         } catch (const std::exception& error) {
+                           rank.communicator->abort(error.what());
+                           throw;
+                         }
+                       });
+    test::expect_clean(emulation);
+  };
+  return {
+      .name = std::move(name), .run = run, .any_order = communicator_per_edge, .buffered = false, .rank_order = false};
+}
+
+}  // namespace
+
+namespace contract {
+INSTANTIATE_TEST_SUITE_P(Nccl, Contract, ::testing::Values(nccl("Nccl", false), nccl("NcclPerEdge", true)), name_of);
+}
+
+}  // namespace dualpipe

@@ -1,0 +1,238 @@
+#include <gmock/gmock.h>
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "async_rank.hpp"
+
+// Streams that lag behind the host: what is right only because an event is waited for, because a tensor is kept, or
+// because all ranks keep to one order is wrong here as soon as one of these is missing. The mutations prove it.
+namespace dualpipe::test {
+namespace {
+
+using ::testing::HasSubstr;
+using namespace std::chrono_literals;
+using Forgets = ForgetfulDevice::Forgets;
+
+constexpr int kRounds = 8;
+constexpr std::int64_t kElements = 3000;
+
+/// What a mutant of the program does differently.
+struct Mutation {
+  bool frees_early = false;  ///< rank 1 gives the memory of what it sends back at once
+  bool reorders = false;     ///< rank 1 receives the next value from rank 0 before it sends the last one back
+};
+
+float value_of(int round, std::int64_t i) { return static_cast<float>(1000 * round + i % 100); }
+
+/// Three ranks hand values through in both directions, each adding one: 0 -> 1 -> 2 and 2 -> 1 -> 0. Each value is
+/// made, changed and looked at by kernels, and its memory given back as soon as the kernel is launched.
+class Relay {
+ public:
+  explicit Relay(Mutation mutation = {}) : mutation_(mutation) {}
+
+  void operator()(const EmulatedRank& emulated) {
+    const AsyncRank rank(emulated);
+    rank->connect({{0, 1}, {1, 0}, {1, 2}, {2, 1}});
+    std::vector<Pending> sends;
+    at::Tensor forward, backward;
+    const auto receive = [&](int from) { return rank->receive(from); };
+    for (int round = 0; round < kRounds; ++round) {
+      // The global order of a round: 0 -> 1, 2 -> 1, 1 -> 2, 1 -> 0.
+      if (rank.rank() != 1) {
+        at::Tensor made = rank.empty({kElements});
+        rank.run(slow_fill(made, [round](std::int64_t i) { return value_of(round, i); }, 300us));
+        sends.push_back(rank->send(1, {std::move(made)}));
+        keep(rank, rank->receive(1).take().at(0), round);
+      } else {
+        Pending from_first = ahead_ ? std::exchange(ahead_, {}) : receive(0);
+        Pending from_last = receive(2);
+        send_changed(rank, 2, from_first.take().at(0), sends);
+        at::Tensor back = from_last.take().at(0);
+        if (mutation_.reorders && round + 1 < kRounds) ahead_ = receive(0);
+        send_changed(rank, 0, std::move(back), sends);
+      }
+      while (sends.size() > 2) {
+        sends.front().wait();
+        sends.erase(sends.begin());
+      }
+    }
+    for (Pending& send : sends) send.wait();
+    rank.synchronize();
+    rank->barrier().wait();
+  }
+
+  /// How many of the values that arrived at the ends are not what they must be.
+  int wrong_values() const { return wrong_; }
+
+ private:
+  void send_changed(const AsyncRank& rank, int to, at::Tensor got, std::vector<Pending>& sends) {
+    at::Tensor changed = rank.empty({kElements});
+    float* const memory = changed.mutable_data_ptr<float>();
+    rank.run([got = std::move(got), into = memory] {
+      std::this_thread::sleep_for(300us);
+      const float* from = got.const_data_ptr<float>();
+      for (std::int64_t i = 0; i < kElements; ++i) into[i] = from[i] + 1;
+    });
+    if (mutation_.frees_early) {
+      sends.push_back(rank->send(to, {at::from_blob(memory, {kElements})}));
+    } else {
+      sends.push_back(rank->send(to, {std::move(changed)}));
+    }
+  }
+  void keep(const AsyncRank& rank, at::Tensor got, int round) {
+    rank.run([this, got = std::move(got), round] {
+      std::this_thread::sleep_for(100us);
+      const float* data = got.const_data_ptr<float>();
+      for (std::int64_t i = 0; i < kElements; ++i)
+        if (data[i] != value_of(round, i) + 1) ++wrong_;
+    });
+  }
+
+  const Mutation mutation_;
+  Pending ahead_;  // of rank 1
+  std::atomic<int> wrong_{0};
+};
+
+int wrong_values(std::uint64_t seed, Mutation mutation = {}, const Decorate& decorate = nullptr,
+                 detail::NcclUse use = {.timeout = 20s}) {
+  const bool mutant = mutation.frees_early || decorate;
+  const testing::NcclEmulation emulation(3, {.seed = seed, .longest_delay = mutant ? 2000us : 100us});
+  Relay relay(mutation);
+  run_emulated(emulation, 3, use, std::ref(relay), decorate);
+  expect_clean(emulation);
+  return relay.wrong_values();
+}
+
+/// Mutants read and write memory at the same time, which is what they are for.
+bool races_are_errors() {
+#ifdef __SANITIZE_THREAD__
+  return true;
+#else
+  return false;
+#endif
+}
+
+TEST(Ordering, EventsAloneMakeTheProgramRight) {
+  for (std::uint64_t seed = 1; seed <= 10; ++seed) EXPECT_EQ(wrong_values(seed), 0) << "seed " << seed;
+}
+
+TEST(Ordering, SoTheyDoWithACommunicatorPerEdge) {
+  for (std::uint64_t seed = 1; seed <= 10; ++seed)
+    EXPECT_EQ(wrong_values(seed, {}, nullptr, {.timeout = 20s, .communicator_per_edge = true}), 0) << "seed " << seed;
+}
+
+class Mutants : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (races_are_errors()) GTEST_SKIP() << "data races are the point";
+  }
+};
+
+Decorate forgetful(int on_rank, Forgets forgets) {
+  return [=](int rank, std::shared_ptr<detail::DeviceApi>& device, std::shared_ptr<detail::NcclApi>&) {
+    if (rank == on_rank) device = std::make_shared<ForgetfulDevice>(device, forgets);
+  };
+}
+
+TEST_F(Mutants, ASendThatDoesNotWaitForItsProducerIsCaught) {
+  EXPECT_GT(wrong_values(1, {}, forgetful(0, Forgets::to_wait_for_the_caller)), 0);
+  EXPECT_GT(wrong_values(2, {}, forgetful(1, Forgets::to_wait_for_the_caller)), 0);
+}
+
+TEST_F(Mutants, AConsumerThatDoesNotWaitForItsTransferIsCaught) {
+  EXPECT_GT(wrong_values(1, {}, forgetful(1, Forgets::to_wait_for_the_transfer)), 0);
+  EXPECT_GT(wrong_values(2, {}, forgetful(2, Forgets::to_wait_for_the_transfer)), 0);
+}
+
+TEST_F(Mutants, ATensorFreedEarlyIsCaught) { EXPECT_GT(wrong_values(1, {.frees_early = true}), 0); }
+
+TEST_F(Mutants, TwoTransfersReorderedOnOneRankAreCaught) {
+  try {
+    (void)wrong_values(1, {.reorders = true}, nullptr, {.timeout = 300ms});
+    ADD_FAILURE() << "no deadlock";
+  } catch (const CommError& error) {
+    EXPECT_THAT(error.what(), HasSubstr("longer than the timeout of 300 ms"));
+  }
+}
+
+/// The receive's buffer was used by a kernel that is still to run when the transfer could begin.
+int spoiled_by_a_receive(const Decorate& decorate) {
+  const testing::NcclEmulation emulation(2);
+  std::atomic<int> spoiled{0};
+  run_emulated(
+      emulation, 2, {.timeout = 20s},
+      [&](const EmulatedRank& emulated) {
+        const AsyncRank rank(emulated);
+        rank->connect({{0, 1}});
+        if (rank.rank() == 0) {
+          at::Tensor made = rank.empty({kElements});
+          rank.run(slow_fill(made, [](std::int64_t) { return 2.0f; }, 0us));
+          rank->send(1, {std::move(made)}).wait();
+        } else {
+          at::Tensor used = rank.empty({kElements});
+          const float* memory = used.const_data_ptr<float>();
+          rank.run(
+              [&spoiled, into = used.mutable_data_ptr<float>()] {  // in the stream's order, before it is given back
+                std::fill(into, into + kElements, 1.0f);
+                for (int look = 0; look < 20; ++look) {
+                  std::this_thread::sleep_for(1ms);
+                  for (std::int64_t i = 0; i < kElements; ++i)
+                    if (into[i] != 1.0f) ++spoiled;
+                }
+              });
+          used.reset();
+          Pending received = rank->receive(0);
+          const at::Tensor got = received.take().at(0);
+          EXPECT_EQ(got.const_data_ptr<float>(), memory) << "the test needs the allocator to give the memory out again";
+          rank.run([got, &spoiled] {
+            for (std::int64_t i = 0; i < kElements; ++i)
+              if (got.const_data_ptr<float>()[i] != 2.0f) ++spoiled;
+          });
+        }
+        rank.synchronize();
+        rank->barrier().wait();
+      },
+      decorate);
+  return spoiled;
+}
+
+TEST(Ordering, AReceiveWaitsForWhoUsedItsMemoryBefore) { EXPECT_EQ(spoiled_by_a_receive(nullptr), 0); }
+
+TEST_F(Mutants, AReceiveThatDoesNotWaitForItsMemoryIsCaught) {
+  EXPECT_GT(spoiled_by_a_receive(forgetful(1, Forgets::to_wait_for_the_caller)), 0);
+}
+
+TEST(Ordering, AnySizesGoThroughInTheGlobalOrderOneTransferAtATime) {
+  // Above NCCL's internal buffers and below them.
+  const testing::NcclEmulation emulation(2, {.seed = 3, .one_transfer_at_a_time = true});
+  run_emulated(emulation, 2, {.timeout = 20s}, [&](const EmulatedRank& emulated) {
+    const AsyncRank rank(emulated);
+    rank->connect({{0, 1}, {1, 0}});
+    const std::vector<std::int64_t> sizes = {1, 1 << 20, 5, 4 << 20, 1 << 10};
+    std::vector<Pending> sends;
+    for (std::size_t k = 0; k < 2 * sizes.size(); ++k) {
+      const std::int64_t size = sizes[k % sizes.size()];
+      const int from = static_cast<int>(k % 2);
+      if (rank.rank() == from) {
+        at::Tensor made = rank.empty({size});
+        rank.run(slow_fill(made, [k](std::int64_t i) { return value_of(static_cast<int>(k), i); }, 0us));
+        sends.push_back(rank->send(1 - from, {std::move(made)}));
+      } else {
+        const at::Tensor got = rank->receive(from).take().at(0);
+        rank.run([got, k] {
+          for (std::int64_t i = 0; i < got.numel(); i += 97)
+            ASSERT_EQ(got.const_data_ptr<float>()[i], value_of(static_cast<int>(k), i));
+        });
+      }
+    }
+    for (Pending& send : sends) send.wait();
+    rank.synchronize();
+    rank->barrier().wait();
+  });
+  expect_clean(emulation);
+}
+
+}  // namespace
+}  // namespace dualpipe::test
