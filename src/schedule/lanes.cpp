@@ -55,7 +55,7 @@ class Lanes {
       if (last <= line.size()) continue;
       std::string text = fitted("[" + label(*interval), last - line.size());
       if (text.size() > 1) text.back() = ']';
-      line.text(text, style_of(rank, colored_op(*interval)));
+      line.text(text, style_of(colored_op(*interval), picture_.second_half(rank, interval->step.op)));
     }
     return line.pad_to(column(picture_.end), '.').str(color);
   }

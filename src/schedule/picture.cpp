@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <limits>
 #include <set>
+#include <unordered_map>
 #include <utility>
 
 #include "dualpipe/error.hpp"
@@ -34,6 +35,7 @@ Picture::Picture(const Timeline& timeline, const PictureOptions& options) : num_
   begin = options.window ? std::max(window.begin, whole.begin) : whole.begin;
   end = options.window ? std::min(window.end, whole.end) : whole.end;
 
+  std::vector<std::pair<int, int>> first(all.size(), {std::numeric_limits<int>::max(), 0});  // micro-batch and stage
   double shortest = std::numeric_limits<double>::infinity();
   std::set<std::pair<bool, int>> micro_batches;  // of nodes: forward or not, which
   for (const Interval& interval : timeline.intervals) {
@@ -46,7 +48,8 @@ Picture::Picture(const Timeline& timeline, const PictureOptions& options) : num_
       const auto see = [&](const Op& op) {
         num_micro_batches = std::max(num_micro_batches, std::int64_t{op.micro_batch} + 1);
         num_stages = std::max(num_stages, std::int64_t{op.stage} + 1);
-        second_halves = second_halves || second_half(interval.rank, op);
+        auto& earliest = first[static_cast<std::size_t>(interval.rank)];
+        earliest = std::min(earliest, {op.micro_batch, op.stage});
       };
       see(interval.step.op);
       if (interval.step.overlapped) see(*interval.step.overlapped);
@@ -60,6 +63,12 @@ Picture::Picture(const Timeline& timeline, const PictureOptions& options) : num_
           .push_back(&interval);
     }
   }
+  for (const auto& [micro_batch, stage] : first) first_stages.push_back(stage);
+  for (const Row& row : all)
+    for (const ActiveStep& step : row.activity.steps)
+      for (const Op* op :
+           {&step.interval->step.op, step.interval->step.overlapped ? &*step.interval->step.overlapped : nullptr})
+        second_halves = second_halves || (op != nullptr && second_half(row.rank, *op));
   one_pair = micro_batches.size() <= 2;
   if (std::isfinite(shortest)) unit = std::max(shortest, length() / max_units);
 
@@ -83,8 +92,19 @@ Window Picture::shown(const Interval& interval) const {
 
 std::string Picture::shades() const {
   if (!second_halves) return "";
-  if (bidirectional()) return str("dark: entered at rank 0, light: entered at rank ", num_ranks - 1);
-  return "dark: first stage of the rank, light: its other stages";
+  // In DualPipe each direction has micro-batches of its own, and as many stages as ranks; pipelines may lie side by
+  // side.
+  bool apart = true;
+  std::unordered_map<std::int64_t, int> stage_of;  // by rank and micro-batch
+  for (const Row& row : rows)
+    for (const ActiveStep& step : row.activity.steps) {
+      const Op& op = step.interval->step.op;
+      const auto [found, is_new] = stage_of.try_emplace(op.micro_batch * num_ranks + row.rank, op.stage);
+      apart = apart && found->second == op.stage;
+    }
+  if (!apart) return "dark: first stage of the rank, light: its other stages";
+  if (num_stages == num_ranks) return str("dark: entered at rank 0, light: entered at rank ", num_ranks - 1);
+  return "dark: entered at the first rank of a pipeline, light: entered at the last";
 }
 
 double round_step(double least) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -26,6 +27,7 @@ struct Picture {
   std::int64_t num_micro_batches = 0;  ///< highest named plus one
   std::int64_t num_stages = 0;         ///< highest named plus one
   bool second_halves = false;          ///< some rank holds more than one stage, so shades differ
+  std::vector<int> first_stages;       ///< of each rank: that of its first micro-batch, the lower one of two
   bool lanes = false;                  ///< some row has nodes or collectives
   bool transfers = false;              ///< some row has them
   bool one_pair = false;               ///< the nodes are those of one forward and one backward
@@ -42,10 +44,7 @@ struct Picture {
   Window shown(const Interval& interval) const;
 
   /// The rank's second stage: the way from the other end (DualPipe) or a later chunk (V, interleaved).
-  static bool second_half(int rank, const Op& op) { return op.stage != rank; }
-
-  /// Micro-batches enter at both ends of the ranks.
-  bool bidirectional() const { return second_halves && num_stages == num_ranks; }
+  bool second_half(int rank, const Op& op) const { return op.stage != first_stages[static_cast<std::size_t>(rank)]; }
 
   /// What the shades mean; empty if there is only one.
   std::string shades() const;

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <utility>
@@ -42,15 +43,17 @@ class Symbols {
 };
 
 /// Writes a step into exactly `width` characters.
-void write_cell(Line& line, int rank, const Step& step, std::size_t width, const Symbols& symbol) {
+void write_cell(Line& line, const Step& step, std::size_t width, const Symbols& symbol,
+                const std::function<bool(const Op&)>& is_light) {
+  const auto style = [&](const Op& op) { return style_of(op, is_light(op)); };
   const std::string own = symbol(step.op.micro_batch);
   if (step.overlapped) {
     // One cell with the shares of both, each in its colour.
     const std::size_t left = std::min(width, own.size() + 1);
-    line.text(fitted("{" + own, left), style_of(rank, step.op));
+    line.text(fitted("{" + own, left), style(step.op));
     std::string right = fitted("&" + symbol(step.overlapped->micro_batch), width - left);
     if (width - left > symbol.width() + 1) right.back() = '}';
-    line.text(right, style_of(rank, *step.overlapped));
+    line.text(right, style(*step.overlapped));
     return;
   }
   std::string text;
@@ -69,7 +72,7 @@ void write_cell(Line& line, int rank, const Step& step, std::size_t width, const
       text = fitted("+" + own, width);
       break;
   }
-  line.text(text, style_of(rank, step.op));
+  line.text(text, style(step.op));
 }
 
 /// "0-9" or "0 2 4".
@@ -120,7 +123,7 @@ void write_legend(std::string& out, const Picture& picture, const Symbols& symbo
   Line line;
   line.pad_to(indent);
   const auto entry = [&](const Step& step, std::size_t width, const std::string& meaning) {
-    write_cell(line, step.op.stage, step, width, symbol);
+    write_cell(line, step, width, symbol, [](const Op& op) { return op.stage != 0; });
     line.text(" " + meaning + "   ");
   };
   if (seen[Pass::Forward]) entry({{Pass::Forward, 0, 0}, {}}, unit, "forward");
@@ -150,12 +153,13 @@ std::string to_ascii(const Timeline& timeline, const PictureOptions& options) {
     const std::string index = std::to_string(row.rank);
     Line line;
     line.text("rank " + std::string(width - index.size(), ' ') + index).pad_to(column.indent);
+    const auto is_light = [&](const Op& op) { return picture.second_half(row.rank, op); };
     for (const auto& step : row.activity.steps) {
       const Window shown = picture.shown(*step.interval);
       line.pad_to(column(shown.begin), '.');
       // Where measured steps seem to overlap by less than a column, the later one gives way.
       const std::size_t end = column(shown.end);
-      if (end > line.size()) write_cell(line, row.rank, step.interval->step, end - line.size(), symbol);
+      if (end > line.size()) write_cell(line, step.interval->step, end - line.size(), symbol, is_light);
     }
     line.pad_to(column(picture.end), '.');
     out += line.str(options.color);

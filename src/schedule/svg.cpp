@@ -36,23 +36,11 @@ constexpr const char* see_through = " fill-opacity=\"0.6\"";
 double text_width(const std::string& text) { return digit_width * 0.9 * static_cast<double>(text.size()); }
 
 /// One op's share of a step, with its micro-batch where there is room.
-void draw_share(Canvas& canvas, int rank, const Op& op, double x, double y, double width) {
-  canvas.rect(x, y, width, bar_height, fill_of(op.pass, Picture::second_half(rank, op)));
+void draw_share(Canvas& canvas, const Op& op, bool light, double x, double y, double width) {
+  canvas.rect(x, y, width, bar_height, fill_of(op.pass, light));
   const std::string label = std::to_string(op.micro_batch);
   if (width >= digit_width * static_cast<double>(label.size()))
     canvas.text(x + width / 2, y + bar_height / 2 + font_size * 0.36, label, centred);
-}
-
-void draw_step(Canvas& canvas, int rank, const Step& step, double x, double y, double width) {
-  if (!step.overlapped) {
-    draw_share(canvas, rank, step.op, x, y, width);
-    canvas.rect(x, y, width, bar_height, "none", " stroke=\"#ffffff\" stroke-width=\"0.8\"");
-    return;
-  }
-  // Side by side in the proportion of forward to backward, and framed as one: both run during the whole of it.
-  draw_share(canvas, rank, step.op, x, y, width / 3);
-  draw_share(canvas, rank, *step.overlapped, x + width / 3, y, width * 2 / 3);
-  canvas.rect(x + 0.4, y, std::max(0.0, width - 0.8), bar_height, "none", frame);
 }
 
 /// Title, rows, axis.
@@ -112,6 +100,21 @@ class Panel {
     }
   }
 
+  void draw_step(Canvas& canvas, int rank, const Step& step, double x, double y, double width) const {
+    const auto share = [&](const Op& op, double from, double part) {
+      draw_share(canvas, op, picture_.second_half(rank, op), from, y, part);
+    };
+    if (!step.overlapped) {
+      share(step.op, x, width);
+      canvas.rect(x, y, width, bar_height, "none", " stroke=\"#ffffff\" stroke-width=\"0.8\"");
+      return;
+    }
+    // Side by side in the proportion of forward to backward, and framed as one: both run during the whole of it.
+    share(step.op, x, width / 3);
+    share(*step.overlapped, x + width / 3, width * 2 / 3);
+    canvas.rect(x + 0.4, y, std::max(0.0, width - 0.8), bar_height, "none", frame);
+  }
+
   void draw_collectives(Canvas& canvas, const Picture::Row& row, double top) const {
     const detail::TimeSpans exposed = detail::clipped(detail::without(row.activity.collectives, row.activity.computing),
                                                       {picture_.begin, picture_.end});
@@ -135,7 +138,7 @@ class Panel {
     const double width = (end - begin) * scale_;
     canvas.open(
         detail::str(interval.node, interval.node.empty() ? "" : ", ", to_string(interval.step), ", ", span(interval)));
-    canvas.rect(x(begin), y, width, height, fill_of(op.pass, Picture::second_half(rank, op)),
+    canvas.rect(x(begin), y, width, height, fill_of(op.pass, picture_.second_half(rank, op)),
                 width > 3 ? " stroke=\"#ffffff\" stroke-width=\"0.5\"" : "");
     const std::string number = std::to_string(op.micro_batch);
     const std::string name = detail::node_label(interval);

@@ -12,12 +12,12 @@ constexpr std::array<const char*, 9> escapes{"\x1b[0m",           "\x1b[30;48;5;
 
 }  // namespace
 
-Style style_of(int rank, const Op& op) {
+Style style_of(const Op& op, bool light) {
   Style first = Style::backward;
   if (op.pass == Pass::Forward) first = Style::forward;
   if (op.pass == Pass::BackwardInput) first = Style::input;
   if (op.pass == Pass::BackwardWeight) first = Style::weight;
-  return static_cast<Style>(static_cast<int>(first) + (Picture::second_half(rank, op) ? 1 : 0));
+  return static_cast<Style>(static_cast<int>(first) + (light ? 1 : 0));
 }
 
 TextLine& TextLine::text(const std::string& characters, Style style) {

@@ -12,7 +12,8 @@ namespace dualpipe::detail {
 /// Background of a cell; two for each pass, the second for the rank's other stages.
 enum class Style : unsigned char { none, forward, forward2, backward, backward2, input, input2, weight, weight2 };
 
-Style style_of(int rank, const Op& op);
+/// @param light  of a rank's other stages than its first.
+Style style_of(const Op& op, bool light);
 
 /// One line of characters, each with its style.
 class TextLine {

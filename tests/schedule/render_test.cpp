@@ -105,6 +105,23 @@ TEST(Ascii, ColorAddsOnlyColor) {
   EXPECT_THAT(to_ascii(timeline, {.color = true}), testing::AllOf(HasSubstr("48;5;75m0 "), HasSubstr("48;5;153m4 ")));
 }
 
+TEST(Ascii, PipelinesSideBySideHaveTheirShades) {
+  const Timeline one = timeline_of("dualpipe", 4, 8);
+  Timeline two{.name = "two", .num_ranks = 8, .intervals = one.intervals};
+  for (Interval interval : one.intervals) {
+    interval.rank += 4;
+    two.intervals.push_back(interval);
+  }
+  const std::vector<std::string> lone = lines(to_ascii(one, {.color = true})),
+                                 both = lines(to_ascii(two, {.color = true}));
+  for (std::size_t rank = 0; rank < 4; ++rank) {
+    EXPECT_EQ(both[rank + 1], lone[rank + 1]);
+    EXPECT_EQ(both[rank + 5].substr(6), lone[rank + 1].substr(6));  // but for its number
+  }
+  EXPECT_THAT(both.back(), HasSubstr("dark: entered at the first rank of a pipeline, light: entered at the last"));
+  EXPECT_THAT(to_ascii(timeline_of("dualpipev", 4, 8), {.color = true}), HasSubstr("dark: first stage of the rank"));
+}
+
 TEST(Ascii, MeasuredTimelines) {
   // Uneven, in seconds, and with a step so short that it cannot be shown.
   Timeline timeline{.name = "measured", .num_ranks = 1, .seconds_per_unit = 1, .intervals = {}};
