@@ -133,6 +133,21 @@ SendCost read_send(const json& object, const std::string& where) {
   return send;
 }
 
+/// A key per line, and an entry per line of lists of objects: what a person would write.
+std::string text_of(const ordered_json& root) {
+  std::string text;
+  for (const auto& [key, value] : root.items()) {
+    text += detail::str(text.empty() ? "{" : ",\n ", ordered_json(key).dump(), ": ");
+    if (!value.is_array() || !value.front().is_object()) {
+      text += value.dump();
+      continue;
+    }
+    for (std::size_t i = 0; i < value.size(); ++i) text += detail::str(i == 0 ? "[\n  " : ",\n  ", value[i].dump());
+    text += "]";
+  }
+  return text + "}\n";
+}
+
 }  // namespace
 
 CostModel read_costs(std::string_view text) {
@@ -149,6 +164,9 @@ CostModel read_costs(std::string_view text) {
   members.number("weight", time.weight);
   time.pair = time.forward + time.backward;
   members.duration("pair", time.pair);
+  for (const double derived : {time.backward, time.pair})
+    DUALPIPE_CHECK(std::isfinite(derived), "costs: \"forward\" and \"backward\" add up to ", derived,
+                   ": choose a larger unit");
   members.number("send", time.send);
   members.number("seconds_per_unit", time.seconds_per_unit);
   if (members.has("pair_ready")) {
@@ -202,7 +220,7 @@ std::string to_json(const CostModel& model) {
     entry["duration"] = send.duration;
   }
   if (!time.slowdown.empty()) root["slowdown"] = time.slowdown;
-  return root.dump(1, ' ', false) + "\n";
+  return text_of(root);
 }
 
 }  // namespace dualpipe

@@ -83,6 +83,7 @@ class Measurement {
     add_pairs();
     for (const auto& [where, times] : transfers_) {
       const auto& [boundary, a, b] = where;
+      if (boundary + 1 >= static_cast<int>(costs.stages.size())) continue;
       costs.sends.push_back({.boundary = boundary, .rank_a = a, .rank_b = b, .duration = *times.median()});
     }
     costs.send = all_transfers_.median().value_or(0);
@@ -120,6 +121,7 @@ class Measurement {
   void add_transfer(const Interval& send, const Interval& receive) {
     const Op& op = send.step.op;
     const int boundary = op.pass == Pass::Forward ? op.stage : op.stage - 1;
+    if (boundary < 0 || send.rank == receive.rank) return;  // goes nowhere
     const double duration = std::max(0.0, receive.end - std::max(send.begin, receive.begin));
     const auto [a, b] = std::minmax(send.rank, receive.rank);
     transfers_[{boundary, a, b}].add(duration);

@@ -89,16 +89,12 @@ CostModel from_numbers(const std::string& text) {
   return model;
 }
 
+/// Also of a single number, or of numbers and something else: what is wrong with these is said as of numbers.
 bool looks_like_numbers(const std::string& text) {
-  return text.find(',') != std::string::npos && ::access(text.c_str(), F_OK) != 0;
-}
-
-CostModel read(const std::string& costs) {
-  if (looks_like_numbers(costs)) return from_numbers(costs);
+  if (::access(text.c_str(), F_OK) == 0) return false;
   char* end = nullptr;
-  std::strtod(costs.c_str(), &end);
-  if (!costs.empty() && *end == '\0' && ::access(costs.c_str(), F_OK) != 0) return from_numbers(costs);  // too few
-  return read_cost_file(costs);
+  std::strtod(text.c_str(), &end);
+  return text.find(',') != std::string::npos || (!text.empty() && *end == '\0');
 }
 
 void scale_stage(CostModel& model, int stage, double factor, int num_stages) {
@@ -148,12 +144,17 @@ CostModel read_cost_file(const std::string& path) {
   }
 }
 
+const CostModel& CostOptions::base() const {
+  if (!base_) base_ = looks_like_numbers(costs) ? from_numbers(costs) : read_cost_file(costs);
+  return *base_;
+}
+
 CostModel CostOptions::of(const Schedule& schedule) const {
   return of(static_cast<int>(schedule.ranks.size()), schedule.num_stages);
 }
 
 CostModel CostOptions::of(int num_ranks, int num_stages) const {
-  CostModel model = read(costs);
+  CostModel model = base();
   Costs& time = model.time;
   DUALPIPE_CHECK(time.stages.empty() || static_cast<int>(time.stages.size()) == num_stages, costs, " has costs of ",
                  time.stages.size(), " stages, here there are ", num_stages,
@@ -199,7 +200,7 @@ CostModel CostOptions::of(int num_ranks, int num_stages) const {
 }
 
 int CostOptions::listed_stages() const {
-  const CostModel model = read(costs);
+  const CostModel& model = base();
   return static_cast<int>(std::max(model.time.stages.size(), model.memory.stages.size()));
 }
 

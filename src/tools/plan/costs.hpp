@@ -18,8 +18,8 @@ struct CostOptions {
   std::string memory;                                                      ///< activation,weight part,state
   std::vector<std::string> stage_scale, boundary_send, links, stragglers;  ///< each PLACE:NUMBER
 
-  /// For a model cut into `num_stages` stages; the ranks named are below `num_ranks`. A file is read on every call.
-  /// Notes of what a trace did not show go to standard error.
+  /// For a model cut into `num_stages` stages; the ranks named are below `num_ranks`. A file is read once; notes of
+  /// what a trace did not show go to standard error.
   ///
   /// @throws InvalidArgument  a value or a file that is wrong, a stage or rank that is not there.
   /// @throws CLI::ValidationError  what has not the form that the option takes.
@@ -28,6 +28,10 @@ struct CostOptions {
   CostModel of(const Schedule& schedule) const;
   /// How many stages a file lists costs of; 0: none, all are alike.
   int listed_stages() const;
+
+ private:
+  const CostModel& base() const;  // what --costs says alone
+  mutable std::optional<CostModel> base_;
 };
 
 /// --costs, --send, --stage-scale and so on. Binds to `costs`, which must live as long as the command does.

@@ -55,6 +55,7 @@ std::string table(const std::vector<std::vector<std::string>>& rows) {
   for (const auto& row : rows) {
     for (std::size_t i = 0; i < row.size(); ++i)
       out += std::string((i > 0 ? 2 : 0) + widths[i] - row[i].size(), ' ') + row[i];
+    out.erase(out.find_last_not_of(' ') + 1);
     out += '\n';
   }
   return out;
