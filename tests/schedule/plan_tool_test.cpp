@@ -181,5 +181,47 @@ TEST_F(PlanTool, OutputAppearsWholeAndReportReadsATraceBack) {
   EXPECT_FALSE(fs::is_regular_file("/dev/null"));
 }
 
+TEST_F(PlanTool, SearchWritesAFasterScheduleThatIsSimulatedAsSaid) {
+  const std::string search = "search --ranks 8 --microbatches 20 --send 0.1 --link 3-4:1 --evaluations 3000 ";
+  const Result written = run(search + "--format json --output found.csv");
+  ASSERT_EQ(written.code, 0) << written.err;
+  EXPECT_EQ(written.err, "");  // progress is for terminals
+  const json result = json::parse(written.out);
+  EXPECT_EQ(result["starts"][0]["order"], "dualpipe");
+  EXPECT_NEAR(result["starts"][0]["makespan"], 69.6, 1e-9);
+  EXPECT_LT(result["makespan"], 66.0);
+  EXPECT_NEAR(result["bound"]["makespan"], 63.3, 1e-9);
+  EXPECT_EQ(result["bound"]["rank"], 3);
+  EXPECT_EQ(result["limits"], (json{{"activations", 9}, {"weights", 4}, {"memory", nullptr}}));
+  EXPECT_EQ(result["evaluations"], 3000);
+
+  EXPECT_EQ(run("check found.csv").code, 0);
+  const json simulated = json::parse(run("simulate found.csv --send 0.1 --link 3-4:1 --format json").out);
+  EXPECT_NEAR(simulated["makespan"], result["makespan"], 1e-9);
+  for (const json& rank : simulated["ranks"]) EXPECT_LE(rank["peak_activations"], 9);
+
+  EXPECT_EQ(run(search + "--format csv").out, read(folder_ / "found.csv"));  // the seed decides
+  EXPECT_THAT(run(search).out, HasSubstr("of the distance between dualpipe and the bound removed."));
+  EXPECT_THAT(run("search --ranks 8 --microbatches 20 --send 0.1 --stage-scale 0:1.3,-1:1.5").out,
+              HasSubstr("dualpipe reaches it: no order with this placement is faster."));
+  // On: from a file, for costs of half as many stages, with less memory.
+  EXPECT_EQ(run("search found.csv --send 0.2 --evaluations 100 --max-activations 6").code, 0);
+  EXPECT_EQ(run("search dualpipev --ranks 4 --microbatches 9 --stages 4 --stage-scale 0:1.3 --evaluations 100").code,
+            0);
+  const json little = json::parse(
+      run("search --ranks 4 --microbatches 8 --memory 2,1,3 --memory-limit 12 --evaluations 500 --format json").out);
+  EXPECT_EQ(little["limits"]["memory"], 12.0);
+
+  expect_refused("search --ranks 4 --microbatches 8 --memory 2,1,3 --memory-limit 7", 1, "needs at least 8 of memory");
+  expect_refused("search --ranks 4 --microbatches 8 --memory-limit nan", 1, "got nan");
+  expect_refused("search --ranks 4 --microbatches 8 --output missing/found.csv", 1, "cannot write missing/found.csv");
+  expect_refused("search dualpipev --ranks 4 --microbatches 8 --max-activations 1", 1, "holds 2 activations");
+  expect_refused("search --ranks 4", 2, "needs --ranks and --microbatches");
+  expect_refused("search --ranks 4 --microbatches 8 --evaluations 0", 2,
+                 "--evaluations: must be a positive number, got 0");
+  expect_refused("search --ranks 90000 --microbatches 90000", 1, "would not end");
+  expect_refused("search --ranks 4 --microbatches 8 --seconds -1", 2, "--seconds: must be a positive number, got -1");
+}
+
 }  // namespace
 }  // namespace dualpipe

@@ -142,6 +142,9 @@ SearchResult search(const ScheduleSpec& spec, const CostModel& model, const Sear
   DUALPIPE_CHECK(spec.num_ranks >= 1 && spec.num_micro_batches >= 1 && spec.chunks_per_rank >= 1,
                  "a search needs at least one rank, micro-batch and chunk, got ", spec.num_ranks, ", ",
                  spec.num_micro_batches, " and ", spec.chunks_per_rank);
+  constexpr double most = 1e7;
+  const double forwards = static_cast<double>(spec.num_ranks) * spec.chunks_per_rank * spec.num_micro_batches;
+  DUALPIPE_CHECK(forwards <= most, "a search through ", forwards, " forwards would not end; at most ", most);
   std::vector<Schedule> orders;
   std::vector<std::string> kinds = detail::relatives(spec.kind);
   std::stable_partition(kinds.begin(), kinds.end(), [&](const std::string& kind) { return kind == spec.kind; });

@@ -37,6 +37,18 @@ struct Options {
   std::string output;  // of the schedule
 };
 
+constexpr int unlimited = std::numeric_limits<int>::max();
+
+/// CLI11's own spells out the largest double.
+CLI::Validator positive() {
+  return {[](std::string& text) {
+            double value = 0;
+            const bool fits = CLI::detail::lexical_cast(text, value) && value > 0 && std::isfinite(value);
+            return fits ? std::string() : "must be a positive number, got " + text;
+          },
+          ""};
+}
+
 /// Before a search of minutes, not after it.
 void check_writable(const std::string& path) {
   if (path.empty()) return;
@@ -75,11 +87,14 @@ std::string above(double makespan, const LowerBound& bound) {
 
 std::string text(const SearchResult& result, const Options& options, const Costs& costs) {
   const double unit = costs.seconds_per_unit;
-  std::string out =
-      describe(result.schedule) + "; " + describe(costs, options.search.publish) + "\nOn each rank at most " +
-      detail::str(result.limits.activations, " activations and ", result.limits.weights, " waiting weight parts");
-  if (std::isfinite(result.limits.memory)) out += detail::str(", and memory of ", result.limits.memory);
-  out += ".\n";
+  const SearchLimits& limits = result.limits;
+  std::string most;
+  const auto add = [&](const std::string& what) { most += (most.empty() ? "" : ", ") + what; };
+  if (limits.activations != unlimited) add(detail::str(limits.activations, " activations"));
+  if (limits.weights != unlimited) add(detail::str(limits.weights, " waiting weight parts"));
+  if (std::isfinite(limits.memory)) add(detail::str(limits.memory, " of memory"));
+  std::string out = describe(result.schedule) + "; " + describe(costs, options.search.publish) +
+                    "\nOn each rank at most " + most + ".\n";
   std::vector<std::vector<std::string>> rows{{"order", "makespan", "above the bound", ""}};
   for (const SearchStart& start : result.starts)
     rows.push_back({start.name, time(start.makespan, unit), above(start.makespan, result.bound),
@@ -102,21 +117,22 @@ std::string json(const SearchResult& result, const Options& options) {
   ordered_json starts = ordered_json::array();
   for (const SearchStart& start : result.starts)
     starts.push_back({{"order", start.name}, {"makespan", start.makespan}, {"fits", start.fits}});
-  ordered_json object{
-      {"makespan", result.makespan},
-      {"bound",
-       {{"makespan", result.bound.makespan},
-        {"rank", result.bound.rank},
-        {"head", result.bound.head},
-        {"busy", result.bound.busy},
-        {"tail", result.bound.tail},
-        {"by_memory", result.bound.by_memory}}},
-      {"limits", {{"activations", result.limits.activations}, {"weights", result.limits.weights}, {"memory", nullptr}}},
-      {"starts", std::move(starts)},
-      {"evaluations", result.evaluations},
-      {"seconds", result.seconds},
-      {"seed", options.search.seed}};
-  if (std::isfinite(result.limits.memory)) object["limits"]["memory"] = result.limits.memory;
+  ordered_json object{{"makespan", result.makespan},
+                      {"bound",
+                       {{"makespan", result.bound.makespan},
+                        {"rank", result.bound.rank},
+                        {"head", result.bound.head},
+                        {"busy", result.bound.busy},
+                        {"tail", result.bound.tail},
+                        {"by_memory", result.bound.by_memory}}},
+                      {"starts", std::move(starts)},
+                      {"evaluations", result.evaluations},
+                      {"seconds", result.seconds},
+                      {"seed", options.search.seed}};
+  ordered_json& limits = object["limits"] = {{"activations", nullptr}, {"weights", nullptr}, {"memory", nullptr}};
+  if (result.limits.activations != unlimited) limits["activations"] = result.limits.activations;
+  if (result.limits.weights != unlimited) limits["weights"] = result.limits.weights;
+  if (std::isfinite(result.limits.memory)) limits["memory"] = result.limits.memory;
   return dumped(object) + "\n";
 }
 
@@ -169,7 +185,7 @@ void add_search(CLI::App& app) {
   command
       .add_option("--stages", options->described_stages,
                   "the costs are those of a model cut into this many stages (default: as many as the schedule has)")
-      ->check(CLI::PositiveNumber)
+      ->check(positive())
       ->option_text("K");
   add_memory(command, options->costs);
   add_publish(command, options->search.publish);
@@ -177,7 +193,7 @@ void add_search(CLI::App& app) {
   command
       .add_option("--max-activations", limits.activations,
                   "activations held on a rank at once (default: as many as the kind's own order holds)")
-      ->check(CLI::PositiveNumber.description(""))
+      ->check(positive())
       ->option_text("N");
   command
       .add_option("--max-weights", limits.weights,
@@ -191,18 +207,18 @@ void add_search(CLI::App& app) {
             DUALPIPE_CHECK(std::isfinite(limit) && limit > 0, "--memory-limit must be positive, got ", limit);
             limits.memory = limit;
             // The memory decides, unless the numbers are given too.
-            if (limits.activations == 0) limits.activations = std::numeric_limits<int>::max();
-            if (limits.weights < 0) limits.weights = std::numeric_limits<int>::max();
+            if (limits.activations == 0) limits.activations = unlimited;
+            if (limits.weights < 0) limits.weights = unlimited;
           },
           "memory of a rank, in the unit of the memory costs, instead of the two numbers above")
       ->option_text("X");
   command.add_option("--evaluations", options->search.evaluations, "orders to look at (default: some seconds' worth)")
-      ->check(CLI::PositiveNumber.description(""))
+      ->check(positive())
       ->option_text("N");
   command
       .add_option("--seconds", options->search.seconds,
                   "end after this long; without --evaluations the search makes use of all of it")
-      ->check(CLI::PositiveNumber.description(""))
+      ->check(positive())
       ->option_text("S");
   command.add_option("--seed", options->search.seed, "the same seed and --evaluations find the same order")
       ->capture_default_str();
