@@ -1,5 +1,6 @@
 // Traces from JSON: what is read is written back the same and can be drawn and reported on.
 #include "dualpipe/error.hpp"
+#include "dualpipe/schedule/cost_model.hpp"
 #include "dualpipe/schedule/render.hpp"
 #include "dualpipe/schedule/timeline.hpp"
 #include "fuzz/target.hpp"
@@ -29,6 +30,7 @@ void read(std::string_view text) {
               again.seconds_per_unit == timeline.seconds_per_unit && again.intervals == timeline.intervals,
           "what was read is written so that it is read the same");
   draw([&] { report(timeline); });
+  draw([&] { to_json({measure_costs(timeline).costs, {}}); });
   draw([&] { to_ascii(timeline); });
   draw([&] { to_svg({timeline, timeline}); });
 }

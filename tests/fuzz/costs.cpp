@@ -1,0 +1,48 @@
+// Costs from JSON: what is read is written back the same, and either a schedule runs with it or is refused with a
+// message; the bound of a search is never above what it finds.
+#include <cmath>
+
+#include "dualpipe/error.hpp"
+#include "dualpipe/schedule/cost_model.hpp"
+#include "dualpipe/schedule/search.hpp"
+#include "dualpipe/schedule/simulate.hpp"
+#include "fuzz/target.hpp"
+
+namespace dualpipe::fuzz {
+namespace {
+
+void use(const CostModel& model) {
+  constexpr std::size_t kMostStages = 6;
+  if (model.time.stages.size() > kMostStages) return;
+  const int stages = model.time.stages.empty() ? 4 : static_cast<int>(model.time.stages.size());
+  for (const char* kind : {"dualpipe", "1f1b"}) {
+    const ScheduleSpec spec{kind, stages, 6};
+    const SearchResult found = search(spec, model, {.evaluations = 20});
+    require(std::isfinite(found.makespan), "a makespan is a number");
+    require(found.bound.makespan <= found.makespan * (1 + 1e-9), "no order is faster than the bound");
+  }
+  spread(model, stages, 2 * stages);
+}
+
+void read(std::string_view text) {
+  CostModel model;
+  try {
+    model = read_costs(text);
+  } catch (const InvalidArgument& error) {
+    return require_readable(error.what());
+  }
+  require(read_costs(to_json(model)) == model, "what was read is written so that it is read the same");
+  try {
+    use(model);
+  } catch (const InvalidArgument& error) {
+    require_readable(error.what());
+  }
+}
+
+}  // namespace
+}  // namespace dualpipe::fuzz
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  dualpipe::fuzz::read({reinterpret_cast<const char*>(data), size});
+  return 0;
+}
