@@ -3,7 +3,7 @@
 
 From torch: everything that its schedules dump, with and without its communication actions, is read and proven by
 dualpipe-plan; where torch's own validation refuses an order, dualpipe-plan does too.
-To torch: every kind with one holder per stage is loaded by torch's runtime and trained one step by processes over gloo;
+To torch: every kind with one holder per stage, and what the search makes of one, is loaded by torch's runtime and trained one step by processes over gloo;
 losses and gradients must equal those of the model in one piece.
 
 usage: exchange.py path/to/dualpipe-plan
@@ -216,6 +216,11 @@ def to_torch(tool, folder):
                        "--format", "csv", "--output", path)
         expect(written.returncode == 0, written.stderr)
         paths.append(path)
+    path = os.path.join(folder, "searched_dualpipev_3x6.csv")
+    searched = plan(tool, "search", "dualpipev", "--ranks", 3, "--microbatches", 6, "--send", 0.4, "--evaluations", 500,
+                    "--output", path)
+    expect(searched.returncode == 0, searched.stderr)
+    paths.append(path)
     world = max(ranks for _, ranks, _, _ in TO_TORCH)
     # Forked, so that torch is loaded once; this process has run nothing of it that starts threads.
     context = mp.get_context("fork")
