@@ -1,0 +1,332 @@
+// The mixture-of-experts example: its gradients are those of a plain model in one process in which every expert sees
+// every byte, and the program trains the same model however ranks form pipelines.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <regex>
+#include <string>
+#include <vector>
+
+#include "dualpipe/comm/local.hpp"
+#include "dualpipe/dual_pipe.hpp"
+#include "dualpipe/schedule/generate.hpp"
+#include "dualpipe/testing/communicators.hpp"
+#include "grid.hpp"
+#include "launch/process.hpp"
+#include "model.hpp"
+
+namespace dualpipe {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using testing::Process;
+
+constexpr double kBalance = 0.1;
+constexpr std::uint64_t kSeed = 7;
+
+moe::ModelSize small(int layers) {
+  moe::ModelSize size;
+  size.transformer = {.layers = layers, .width = 12, .heads = 2, .context = 10};
+  size.experts = 4;
+  size.top_k = 2;
+  size.expert_width = 9;
+  return size;
+}
+
+std::vector<NamedLayer> layers_of(const moe::ModelSize& size, const std::shared_ptr<Communicator>& sharing) {
+  std::vector<NamedLayer> layers = moe::layers_of(size, kSeed, sharing);
+  for (NamedLayer& layer : layers)
+    layer.make = [make = layer.make] {
+      Stage stage = make();
+      stage.module()->to(torch::kDouble);
+      return stage;
+    };
+  return layers;
+}
+
+torch::Tensor cross_entropy(const torch::Tensor& logits, const torch::Tensor& targets) {
+  return torch::nn::functional::cross_entropy(logits.flatten(0, 1), targets.flatten());
+}
+
+LossFn loss_of(int num_pipelines) {
+  return [num_pipelines](const Tensors& outputs, const Tensors& targets) {
+    return (cross_entropy(outputs[0], targets[0]) + kBalance * outputs[1].sum()) / num_pipelines;
+  };
+}
+
+/// The model again, written out: no stages, no dispatch, no sorting.
+class Plain {
+ public:
+  explicit Plain(const moe::ModelSize& size) : size_(size) {
+    for (const NamedLayer& layer : layers_of(size, local_communicators(1)[0]))
+      for (const auto& item : layer.make().module()->named_parameters())
+        parameters[layer.name + "." + item.key()] = item.value();
+  }
+
+  std::map<std::string, torch::Tensor> parameters;
+
+  torch::Tensor loss(const Batch& micro_batch) const {
+    torch::Tensor h = embedding(micro_batch.inputs[0]);
+    torch::Tensor balance = torch::zeros({}, torch::kDouble);
+    for (int i = 0; i < size_.transformer.layers; ++i) {
+      const std::string block = "block" + std::to_string(i) + ".";
+      h = h + attention(block + "attention.", h);
+      const auto y = norm(block + "mlp_norm", h);
+      const auto p = torch::softmax(linear(block + "router", y), -1);
+      const auto least = std::get<0>(p.sort(-1, true)).narrow(-1, size_.top_k - 1, 1);
+      const auto chosen = (p >= least).to(torch::kDouble).detach();
+      const auto shares = p * chosen / (p * chosen).sum(-1, true);
+      for (int e = 0; e < size_.experts; ++e) {
+        const std::string expert = block + "experts." + std::to_string(e);
+        h = h + shares.narrow(-1, e, 1) * linear(expert + "_out", torch::gelu(linear(expert + "_in", y)));
+      }
+      balance = balance - 1;
+      for (int e = 0; e < size_.experts; ++e)
+        balance = balance + size_.experts * (chosen.select(-1, e).mean() / size_.top_k) * p.select(-1, e).mean();
+    }
+    return cross_entropy(linear("norm_head.head", norm("norm_head.norm", h)), micro_batch.targets[0]) +
+           kBalance * balance;
+  }
+
+ private:
+  torch::Tensor linear(const std::string& name, const torch::Tensor& in) const {
+    return in.matmul(parameters.at(name + ".weight").t()) + parameters.at(name + ".bias");
+  }
+  torch::Tensor norm(const std::string& name, const torch::Tensor& in) const {
+    const auto centred = in - in.mean(-1, true);
+    const auto scaled = centred / (centred.square().mean(-1, true) + 1e-5).sqrt();
+    return scaled * parameters.at(name + ".weight") + parameters.at(name + ".bias");
+  }
+  torch::Tensor embedding(const torch::Tensor& text) const {
+    std::vector<torch::Tensor> places;
+    for (std::int64_t i = 0; i < text.size(1); ++i) {
+      torch::Tensor sum = torch::zeros({}, torch::kDouble);
+      for (std::int64_t back = 0; back <= std::min<std::int64_t>(3, i); ++back)
+        sum = sum + parameters.at("embedding.bytes" + std::to_string(back) + ".weight")
+                        .index_select(0, text.select(1, i - back));
+      places.push_back(sum);
+    }
+    return torch::stack(places, 1);
+  }
+  torch::Tensor attention(const std::string& name, const torch::Tensor& in) const {
+    const int heads = size_.transformer.heads, features = size_.transformer.width / heads;
+    const auto all = linear(name + "query_key_value", norm(name + "norm", in));
+    const auto place = torch::arange(in.size(1), torch::kDouble);
+    const auto distance = place.unsqueeze(1) - place;
+    std::vector<torch::Tensor> mixed;
+    for (int head = 0; head < heads; ++head) {
+      const auto part = [&](int which) {
+        return all.narrow(-1, which * size_.transformer.width + head * features, features);
+      };
+      auto scores = part(0).matmul(part(1).transpose(1, 2)) / std::sqrt(features);
+      scores = scores - std::exp2(-8.0 * (head + 1) / heads) * distance;
+      mixed.push_back(torch::softmax(scores.masked_fill(distance < 0, -1e300), -1).matmul(part(2)));
+    }
+    return linear(name + "out", torch::cat(mixed, -1));
+  }
+
+  moe::ModelSize size_;
+};
+
+Batch random_batch(std::int64_t rows, std::int64_t length, std::uint64_t seed) {
+  auto random = at::detail::createCPUGenerator(seed);
+  Batch batch;
+  batch.inputs = {torch::randint(256, {rows, length}, random, torch::kInt64)};
+  batch.targets = {torch::randint(256, {rows, length}, random, torch::kInt64)};
+  return batch;
+}
+
+double difference(const torch::Tensor& a, const torch::Tensor& b) {
+  return (a - b).abs().max().item<double>() / std::max(1e-300, b.abs().max().item<double>());
+}
+
+struct Layout {
+  int num_ranks;
+  int num_pipelines;
+  int num_sharing;
+  std::string schedule;
+  int num_micro_batches;  // of each pipeline
+  int layers;
+  bool slow = false;
+};
+
+void PrintTo(const Layout& layout, std::ostream* out) {
+  *out << layout.schedule << " on " << layout.num_pipelines << " pipelines of " << layout.num_ranks << " ranks";
+}
+
+class MoeGradients : public ::testing::TestWithParam<Layout> {};
+
+TEST_P(MoeGradients, AreThoseOfAPlainModelInOneProcess) {
+  const Layout layout = GetParam();
+  const moe::ModelSize size = small(layout.layers);
+  constexpr int kSteps = 3;
+  constexpr double kRate = 0.2, kLargestNorm = 0.1;
+  const auto batch_of = [&](int pipeline, int step) {
+    return random_batch(2 * layout.num_micro_batches, size.transformer.context, 100 * step + pipeline);
+  };
+
+  // Gradients of each step, after clipping, and the losses.
+  Plain plain(size);
+  std::vector<std::map<std::string, torch::Tensor>> expected;
+  std::vector<double> losses;
+  for (int step = 0; step < kSteps; ++step) {
+    torch::Tensor loss = torch::zeros({}, torch::kDouble);
+    for (int pipeline = 0; pipeline < layout.num_pipelines; ++pipeline)
+      for (const Batch& part : split_batch(batch_of(pipeline, step), layout.num_micro_batches, 0))
+        loss = loss + plain.loss(part) / (layout.num_pipelines * layout.num_micro_batches);
+    loss.backward();
+    losses.push_back(loss.item<double>());
+    double squares = 0;
+    for (const auto& [name, parameter] : plain.parameters) squares += parameter.grad().square().sum().item<double>();
+    ASSERT_GT(std::sqrt(squares), kLargestNorm) << "clipping is part of the test";
+    const torch::NoGradGuard no_grad;
+    auto& gradients = expected.emplace_back();
+    for (auto& [name, parameter] : plain.parameters) {
+      gradients[name] = parameter.grad() * (kLargestNorm / (std::sqrt(squares) + 1e-6));
+      parameter.sub_(kRate * gradients[name]);
+      parameter.mutable_grad().reset();
+    }
+  }
+
+  run_ranks(layout.num_ranks, [&](std::shared_ptr<Communicator> world) {
+    if (layout.slow) world = testing::delayed_links(world, {std::chrono::microseconds(300), 1e8});
+    const example::Grid grid(world, layout.num_pipelines, layout.num_sharing);
+    const DualPipeOptions options{.num_micro_batches = layout.num_micro_batches, .schedule = layout.schedule};
+    const int stages = make_schedule({layout.schedule, grid.pipeline()->size(), layout.num_micro_batches}).num_stages;
+    DualPipe pipe(grid.pipeline(), options, split(layers_of(size, grid.sharing()), stages, moe::layer_costs(size)));
+    for (int step = 0; step < kSteps; ++step) {
+      const StepResult result = pipe->step(batch_of(grid.pipeline_index(), step), loss_of(layout.num_pipelines));
+      const torch::Tensor loss = result.losses.mean() / grid.pipeline()->size();
+      world->all_reduce({loss}).wait();
+      EXPECT_NEAR(loss.item<double>(), losses[step], 1e-12) << "step " << step;
+
+      grid.sum_gradients(*pipe, moe::is_expert);
+      grid.clip_gradients(*pipe, moe::is_expert, kLargestNorm);
+      const torch::NoGradGuard no_grad;
+      int num_experts = 0, num_blocks = 0;
+      for (auto& item : pipe->named_parameters()) {
+        num_experts += moe::is_expert(item.key()) ? 1 : 0;
+        num_blocks += item.key().ends_with(".router.bias") ? 1 : 0;
+        const std::string name = item.key().substr(item.key().find('.') + 1);
+        EXPECT_LE(difference(item.value().grad(), expected[step].at(name)), 1e-10) << "step " << step << ": " << name;
+        item.value().sub_(kRate * item.value().grad());
+        item.value().mutable_grad().reset();
+      }
+      // Two layers with weight and bias each, of this rank's part of the experts.
+      EXPECT_EQ(num_experts, num_blocks * 4 * size.experts / layout.num_sharing);
+    }
+  });
+}
+
+INSTANTIATE_TEST_SUITE_P(Moe, MoeGradients,
+                         ::testing::Values(Layout{2, 1, 1, "dualpipe", 4, 2},         // one pipeline, no peers
+                                           Layout{4, 2, 2, "dualpipe", 4, 2},         // a block on each stage
+                                           Layout{4, 2, 2, "dualpipe", 4, 2, true},   //
+                                           Layout{4, 2, 2, "dualpipev", 4, 3, true},  //
+                                           Layout{4, 4, 2, "1f1b", 2, 1},             // two sets of experts
+                                           Layout{8, 4, 4, "dualpipe", 2, 1}),        // one expert on each rank
+                         [](const ::testing::TestParamInfo<Layout>& layout_of) {
+                           const Layout& layout = layout_of.param;
+                           return std::to_string(layout.num_ranks) + "_ranks_" + std::to_string(layout.num_pipelines) +
+                                  "_pipelines_sharing_" + std::to_string(layout.num_sharing) + "_" + layout.schedule +
+                                  (layout.slow ? "_slow" : "");
+                         });
+
+class MoeProgram : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    std::string name = (std::filesystem::temp_directory_path() / "dualpipe_moe_XXXXXX").string();
+    ASSERT_NE(::mkdtemp(name.data()), nullptr);
+    folder = name;
+    std::ofstream text(folder / "text.txt");
+    for (int i = 0; i < 2000; ++i) text << "int add" << i % 7 << "(int a, int b) { return a + b; }\n";
+  }
+  void TearDown() override { std::filesystem::remove_all(folder); }
+
+  /// A small model and text, a few steps.
+  std::vector<std::string> command(int num_ranks, const std::vector<std::string>& flags) const {
+    std::vector<std::string> all = {DUALPIPE_RUN, "-n", std::to_string(num_ranks), "--", DUALPIPE_MOE};
+    const std::vector<std::pair<std::string, std::string>> defaults = {{"--layers", "2"},
+                                                                       {"--width", "16"},
+                                                                       {"--heads", "2"},
+                                                                       {"--context", "16"},
+                                                                       {"--experts", "4"},
+                                                                       {"--expert-width", "16"},
+                                                                       {"--minutes", "0"},
+                                                                       {"--steps", "3"},
+                                                                       {"--held-out", "1"},
+                                                                       {"--sample", "5"},
+                                                                       {"--text", (folder / "text.txt").string()},
+                                                                       {"--svg", (folder / "run.svg").string()},
+                                                                       {"--trace", (folder / "run.json").string()}};
+    for (const auto& [name, value] : defaults)
+      if (std::find(flags.begin(), flags.end(), name) == flags.end()) all.insert(all.end(), {name, value});
+    all.insert(all.end(), flags.begin(), flags.end());
+    return all;
+  }
+
+  std::filesystem::path folder;
+};
+
+struct Line {
+  double loss, balance;
+};
+std::vector<Line> lines_of(const std::string& output) {
+  std::vector<Line> found;
+  const std::regex line("step [0-9]+  loss ([0-9.]+)  balance loss ([0-9.-]+)");
+  for (std::sregex_iterator it(output.begin(), output.end(), line), end; it != end; ++it)
+    found.push_back({std::stod((*it)[1]), std::stod((*it)[2])});
+  return found;
+}
+
+TEST_F(MoeProgram, HoweverRanksFormPipelinesTheyTrainTheSameModel) {
+  std::vector<Line> first;
+  const std::vector<std::pair<int, std::vector<std::string>>> runs = {
+      {2, {"--pipelines", "1", "--microbatches", "8"}},
+      {4, {"--pipelines", "2", "--microbatches", "4"}},
+      {4, {"--pipelines", "4", "--microbatches", "2", "--schedule", "1f1b", "--expert-parallel", "2"}},
+      {4, {"--pipelines", "2", "--microbatches", "4", "--link-latency-ms", "1"}},
+  };
+  for (const auto& [num_ranks, flags] : runs) {
+    Process process(command(num_ranks, flags));
+    ASSERT_EQ(process.wait(), 0) << process.out() << process.err();
+    const std::string output = process.out();
+    const auto lines = lines_of(output);
+    ASSERT_EQ(lines.size(), 3u) << output;
+    EXPECT_THAT(output, AllOf(HasSubstr("held-out loss:"), HasSubstr("sample"), HasSubstr("hidden under compute")));
+    if (first.empty()) first = lines;
+    EXPECT_NEAR(first[0].loss, std::log(256), 0.2) << "it knows nothing yet";
+    for (std::size_t step = 0; step < lines.size(); ++step) {
+      EXPECT_NEAR(lines[step].loss, first[step].loss, 2e-3) << "step " << step;
+      EXPECT_NEAR(lines[step].balance, first[step].balance, 2e-4) << "step " << step;
+    }
+  }
+  Process report({DUALPIPE_PLAN, "report", (folder / "run.json").string()});
+  EXPECT_EQ(report.wait(), 0) << report.err();
+  EXPECT_THAT(report.out(), HasSubstr("makespan"));
+}
+
+TEST_F(MoeProgram, WrongInputIsOneClearError) {
+  const auto failure = [&](int num_ranks, const std::vector<std::string>& flags) {
+    Process process(command(num_ranks, flags));
+    const int code = process.wait();
+    EXPECT_NE(code, 0);
+    EXPECT_NE(code, Process::kTimedOut);
+    return process.out() + process.err();
+  };
+  EXPECT_THAT(failure(3, {}), AllOf(HasSubstr("3 ranks"), HasSubstr("2"), HasSubstr("--pipelines")));
+  EXPECT_THAT(failure(4, {"--experts", "3"}), AllOf(HasSubstr("3 experts"), HasSubstr("2 pipelines")));
+  EXPECT_THAT(failure(4, {"--top-k", "5"}), AllOf(HasSubstr("1 to 4 experts"), HasSubstr("--top-k 5")));
+  EXPECT_THAT(failure(4, {"--pipelines", "4", "--expert-parallel", "3"}),
+              AllOf(HasSubstr("3 pipelines"), HasSubstr("--expert-parallel")));
+}
+
+}  // namespace
+}  // namespace dualpipe
