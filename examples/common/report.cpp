@@ -122,6 +122,34 @@ std::string comparison(const dualpipe::Timeline& predicted, const dualpipe::Time
   return text;
 }
 
+std::string overlap(const dualpipe::Timeline& measured) {
+  const dualpipe::Report whole = report(measured);
+  if (whole.total().collectives.total() == 0) return "";
+  const auto part = main_part(measured);
+  const dualpipe::Report main = part ? report(measured, *part) : dualpipe::Report{};
+  std::string text = "Where the time went, and how much of the communication inside stages was hidden under compute:\n";
+  text += "  rank        compute        exposed         bubble   collectives   hidden   in the main part   hidden\n";
+  const auto add = [&](const std::string& name, const dualpipe::Usage& usage, const dualpipe::Usage* in_main,
+                       double time) {
+    const auto part_of = [&](double seconds) {
+      return format("%6.2f s %4.1f %%", seconds, 100 * share(seconds, time));
+    };
+    text += format("  %4s %s %s %s %11.2f s %6.1f %%", name.c_str(), part_of(usage.compute).c_str(),
+                   part_of(usage.collectives.exposed).c_str(), part_of(usage.bubble).c_str(), usage.collectives.total(),
+                   100 * share(usage.collectives.hidden, usage.collectives.total()));
+    if (in_main != nullptr)
+      text += format(" %16.2f s %6.1f %%", in_main->collectives.total(),
+                     100 * share(in_main->collectives.hidden, in_main->collectives.total()));
+    text += '\n';
+  };
+  for (std::size_t r = 0; r < whole.ranks.size(); ++r)
+    add(std::to_string(whole.ranks[r].rank), whole.ranks[r], part ? &main.ranks[r] : nullptr, whole.makespan);
+  const dualpipe::Usage total = whole.total(), total_main = main.total();
+  add("all", total, part ? &total_main : nullptr, whole.makespan * static_cast<double>(whole.ranks.size()));
+  if (!part) text += "  (The ranks have no time in common in which all of them run pairs.)\n";
+  return text;
+}
+
 std::string minutes(double seconds) {
   const long whole = std::lround(std::max(0.0, seconds));
   return format("%ld:%02ld", whole / 60, whole % 60);

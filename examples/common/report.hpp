@@ -25,6 +25,10 @@ dualpipe::Costs mean_costs(const dualpipe::Timeline& measured);
 std::string comparison(const dualpipe::Timeline& predicted, const dualpipe::Timeline& measured,
                        const dualpipe::Costs& costs, int local_ranks, int cores);
 
+/// Where the time of each rank went in a measured step, and how much of what its stages communicate was hidden: in the
+/// whole step, and in the main part, in which every rank has pairs. Empty where stages do not communicate.
+std::string overlap(const dualpipe::Timeline& measured);
+
 /// "1:05" of 65 seconds.
 std::string minutes(double seconds);
 

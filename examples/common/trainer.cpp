@@ -285,6 +285,7 @@ void Trainer::report(Timeline measured) const {
   predicted.seconds_per_unit = measured.seconds_per_unit;
   const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
   say("%s", comparison(predicted, measured, costs, world_.local_size, cores).c_str());
+  say("%s", overlap(measured).c_str());
   if (!options_.trace.empty()) {
     write_file(options_.trace, dualpipe::to_trace(measured));
     say("trace of the last step, for chrome://tracing and ui.perfetto.dev: %s\n", options_.trace.c_str());
