@@ -1,5 +1,7 @@
 #include <CLI/CLI.hpp>
+#include <cstddef>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -113,12 +115,13 @@ std::string text_of(const TraceReport& report) {
 
 std::string report_traces(const Options& options) {
   std::vector<Timeline> timelines;
-  for (const std::string& path : options.traces) {
-    Timeline& timeline = timelines.emplace_back(read_trace(path));
-    // Several traces of one schedule have one name.
-    if (options.traces.size() > 1)
-      timeline.name = std::filesystem::path(path).stem().string() + (timeline.name.empty() ? "" : ", ") + timeline.name;
-  }
+  for (const std::string& path : options.traces) timelines.push_back(read_trace(path));
+  // Traces of one schedule have one name; their files tell them apart.
+  std::map<std::string, int> uses;
+  for (const Timeline& timeline : timelines) ++uses[timeline.name];
+  for (std::size_t i = 0; i < timelines.size(); ++i)
+    if (std::string& name = timelines[i].name; uses[name] > 1)
+      name = std::filesystem::path(options.traces[i]).stem().string() + (name.empty() ? "" : ", ") + name;
   const PictureOptions picture = picture_options(options.view, options.output, timelines.front());
   if (options.output.format == "svg") return to_svg(timelines, picture);
   std::string out;
