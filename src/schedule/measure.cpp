@@ -34,9 +34,41 @@ class Observed {
 
 double length(const Interval& interval) { return interval.end - interval.begin; }
 
-/// What travels is named by its producer: forward or not, stage, micro-batch.
-using Result = std::tuple<bool, int, int>;
-Result result_of(const Op& op) { return {op.pass == Pass::Forward, op.stage, op.micro_batch}; }
+/// Where a rank sits, as a trace may be of several pipelines side by side, each with a copy of all stages.
+struct Seat {
+  int rank = 0;      ///< within its pipeline
+  int pipeline = 0;  ///< which of those that do the same
+};
+
+/// By rank of the trace. A forward runs on one rank of each pipeline, so the least of its forwards tells where in it a
+/// rank is. Ranks without any have no seat.
+std::map<int, Seat> seats(const Timeline& step) {
+  using Forward = std::pair<int, int>;
+  std::map<int, Forward> least;
+  for (const Interval& interval : step.intervals) {
+    const Op& op = interval.step.op;
+    if (interval.lane != Lane::compute || op.pass != Pass::Forward) continue;
+    const Forward forward{op.stage, op.micro_batch};
+    const auto [known, added] = least.try_emplace(interval.rank, forward);
+    if (!added) known->second = std::min(known->second, forward);
+  }
+  std::map<Forward, std::vector<int>> sitting;
+  std::map<int, Seat> result;
+  for (const auto& [rank, forward] : least) {
+    const int place = static_cast<int>(sitting.size());
+    auto& same = sitting[forward];
+    const int own = same.empty() ? place : result[same.front()].rank;
+    result[rank] = {own, static_cast<int>(same.size())};
+    same.push_back(rank);
+  }
+  return result;
+}
+
+/// What travels is named by its pipeline and its producer: forward or not, stage, micro-batch.
+using Result = std::tuple<int, bool, int, int>;
+Result result_of(const Seat& seat, const Op& op) {
+  return {seat.pipeline, op.pass == Pass::Forward, op.stage, op.micro_batch};
+}
 
 /// "stages 0, 3 to 7"
 std::string list(const std::vector<int>& stages) {
@@ -54,20 +86,25 @@ std::string list(const std::vector<int>& stages) {
 class Measurement {
  public:
   void add_step(const Timeline& step) {
+    const std::map<int, Seat> all = seats(step);
     std::map<Result, const Interval*> pairs, sends;
     for (const Interval& interval : step.intervals) {
-      if (interval.lane == Lane::send) sends[result_of(interval.step.op)] = &interval;
       if (interval.lane == Lane::compute) add_compute(interval);
+      const auto seat = all.find(interval.rank);
+      if (seat == all.end()) continue;
+      if (interval.lane == Lane::send) sends[result_of(seat->second, interval.step.op)] = &interval;
       if (interval.lane == Lane::compute && interval.step.overlapped)
-        for (const Op& op : {interval.step.op, *interval.step.overlapped}) pairs[result_of(op)] = &interval;
+        for (const Op& op : {interval.step.op, *interval.step.overlapped})
+          pairs[result_of(seat->second, op)] = &interval;
     }
     for (const auto& [result, send] : sends)
       if (const auto pair = pairs.find(result); pair != pairs.end()) in_pairs_.emplace_back(*pair->second, *send);
-    for (const Interval& receive : step.intervals)
-      if (receive.lane == Lane::receive) {
-        const auto send = sends.find(result_of(receive.step.op));
-        if (send != sends.end()) add_transfer(*send->second, receive);
-      }
+    for (const Interval& receive : step.intervals) {
+      const auto seat = all.find(receive.rank);
+      if (receive.lane != Lane::receive || seat == all.end()) continue;
+      const auto send = sends.find(result_of(seat->second, receive.step.op));
+      if (send != sends.end()) add_transfer(*send->second, all.at(send->second->rank), receive, seat->second);
+    }
   }
 
   MeasuredCosts operator()() && {
@@ -118,12 +155,12 @@ class Measurement {
     }
   }
 
-  void add_transfer(const Interval& send, const Interval& receive) {
+  void add_transfer(const Interval& send, const Seat& from, const Interval& receive, const Seat& to) {
     const Op& op = send.step.op;
     const int boundary = op.pass == Pass::Forward ? op.stage : op.stage - 1;
-    if (boundary < 0 || send.rank == receive.rank) return;  // goes nowhere
+    if (boundary < 0 || from.rank == to.rank) return;  // goes nowhere
     const double duration = std::max(0.0, receive.end - std::max(send.begin, receive.begin));
-    const auto [a, b] = std::minmax(send.rank, receive.rank);
+    const auto [a, b] = std::minmax(from.rank, to.rank);
     transfers_[{boundary, a, b}].add(duration);
     all_transfers_.add(duration);
   }

@@ -154,6 +154,7 @@ TEST(CostFile, RefusesWithThePlace) {
   refused(R"({"backward": -0.0})", "costs: \"backward\" must take time");
   refused(R"({"pair": 0})", "costs: \"pair\" must take time");
   refused(R"({"send": 1e400})", "1e400");
+  refused(R"({"forward": 1e308, "backward": 1e308})", "add up to inf");
   refused(R"({"send": NaN})", "not JSON");
   refused(R"({"send": null})", "must be a number, got null");
   refused(R"({"pair_ready": {"activation": -0.5}})", "got -0.5");
@@ -333,6 +334,29 @@ TEST(MeasuredCosts, TheFirstOfSeveralStepsWarmsUp) {
   for (const StageCosts& stage : measured.costs.stages) {
     EXPECT_NEAR(stage.forward, 1.1, 1e-9);
     EXPECT_NEAR(stage.weight, 1.1, 1e-9);
+  }
+}
+
+TEST(MeasuredCosts, PipelinesSideBySideCountTogether) {
+  const Schedule schedule = make_schedule({"dualpipe", 4, 8});
+  std::mt19937 random(17);
+  const Costs costs = uneven_costs(random, 4);
+  const Timeline alone = simulate(schedule, costs).timeline;
+  // The second pipeline runs at another time, on the ranks behind the first or between them.
+  for (const bool between : {false, true}) {
+    Timeline both{.name = "", .num_ranks = 8, .seconds_per_unit = 0, .intervals = {}};
+    for (const int pipeline : {0, 1})
+      for (Interval interval : alone.intervals) {
+        interval.rank = between ? 2 * interval.rank + pipeline : 4 * pipeline + interval.rank;
+        interval.begin += 0.7 * pipeline;
+        interval.end += 0.7 * pipeline;
+        both.intervals.push_back(interval);
+      }
+    const MeasuredCosts measured = measure_costs(both);
+    EXPECT_EQ(measured.costs.sends.size(), measure_costs(alone).costs.sends.size());
+    for (const SendCost& send : measured.costs.sends)
+      EXPECT_NEAR(send.duration, costs.sends[send.boundary].duration, 1e-9) << "seed 17";
+    EXPECT_NEAR(simulate_makespan(schedule, measured.costs), simulate_makespan(schedule, costs), 1e-6) << "seed 17";
   }
 }
 

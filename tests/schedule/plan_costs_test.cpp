@@ -1,4 +1,5 @@
 // Costs and comparisons on the command line.
+#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
@@ -57,6 +58,8 @@ TEST_F(PlanCosts, MeasuredFromATrace) {
   const Result noted = run("simulate --schedule 1f1b --ranks 4 --microbatches 8 --costs plain.json --format json");
   EXPECT_EQ(noted.code, 0);
   EXPECT_THAT(noted.err, HasSubstr("plain.json: weight part of stages 0 to 3"));
+  const std::string twice = run("compare --ranks 4 --microbatches 8 --costs plain.json").err;
+  EXPECT_EQ(std::count(twice.begin(), twice.end(), '\n'), 2);  // two notes, once
   EXPECT_EQ(json::parse(noted.out)["makespan"], json::parse(run("simulate --schedule 1f1b --ranks 4 --microbatches 8 "
                                                                 "--format json")
                                                                 .out)["makespan"]);

@@ -45,6 +45,7 @@ struct MeasuredCosts {
 /// and link. A transfer takes the time from when both of its ends were there until it arrived: a receive that waits for
 /// its sender has not been slow. What a stage did not show is taken from the others, as its weight part, where no
 /// backward ran in two parts, is half of it. Of several steps the first, which warms up, does not count.
+/// A trace may be of several pipelines side by side: they are taken together, and ranks count within a pipeline.
 ///
 /// @throws InvalidArgument  no training step, or one where some stage does nothing.
 MeasuredCosts measure_costs(const Timeline& trace);
