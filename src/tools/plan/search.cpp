@@ -95,12 +95,13 @@ std::string text(const SearchResult& result, const Options& options, const Costs
   if (std::isfinite(limits.memory)) add(detail::str(limits.memory, " of memory"));
   std::string out = describe(result.schedule) + "; " + describe(costs, options.search.publish) +
                     "\nOn each rank at most " + most + ".\n";
-  std::vector<std::vector<std::string>> rows{{"order", "makespan", "above the bound", ""}};
-  for (const SearchStart& start : result.starts)
-    rows.push_back({start.name, time(start.makespan, unit), above(start.makespan, result.bound),
-                    start.fits ? "" : "over the limit"});
-  rows.push_back({"found", time(result.makespan, unit), above(result.makespan, result.bound), ""});
-  rows.push_back({"lower bound", time(result.bound.makespan, unit), "", ""});
+  std::vector<std::vector<std::string>> rows{{"order", "makespan", "above the bound"}};
+  for (const SearchStart& start : result.starts) {
+    rows.push_back({start.name, time(start.makespan, unit), above(start.makespan, result.bound)});
+    if (!start.fits) rows.back().emplace_back("over the limit");
+  }
+  rows.push_back({"found", time(result.makespan, unit), above(result.makespan, result.bound)});
+  rows.push_back({"lower bound", time(result.bound.makespan, unit)});
   out += table(rows) + "The bound is that of " + reason_of(result.bound, unit) + ".\n";
   constexpr double rounding = 1e-9;
   const SearchStart* published = best_published(result);
