@@ -1,5 +1,6 @@
-# Install rules and the CMake package. Two export sets, so that a program that only uses schedules needs no LibTorch:
+# Install rules and the CMake package. Three export sets, so that a program that only uses schedules needs no LibTorch:
 #   find_package(dualpipe)                      dualpipe::dualpipe and all below it; finds LibTorch (see LibTorch.cmake)
+#   find_package(dualpipe COMPONENTS nccl)      adds dualpipe::nccl, where it was built (see Nccl.cmake)
 #   find_package(dualpipe COMPONENTS schedule)  dualpipe::schedule; standard library only
 include(CMakePackageConfigHelpers)
 
@@ -13,7 +14,12 @@ endif()
 install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/dualpipe" TYPE INCLUDE FILES_MATCHING PATTERN "*.hpp")
 install(FILES "${PROJECT_SOURCE_DIR}/LICENSE" TYPE DOC)
 
-foreach(component schedule dualpipe)
+set(components schedule dualpipe)
+if(TARGET dualpipe_nccl)
+  install(TARGETS dualpipe_nccl EXPORT dualpipe-nccl ARCHIVE LIBRARY RUNTIME)
+  list(APPEND components nccl)
+endif()
+foreach(component IN LISTS components)
   install(EXPORT dualpipe-${component} NAMESPACE dualpipe:: FILE dualpipe-${component}-targets.cmake DESTINATION "${package_dir}")
 endforeach()
 
@@ -30,4 +36,4 @@ configure_package_config_file("${PROJECT_SOURCE_DIR}/cmake/Config.cmake.in" "${P
 # Before 1.0 a minor version may change the interface.
 write_basic_package_version_file("${PROJECT_BINARY_DIR}/dualpipeConfigVersion.cmake" COMPATIBILITY SameMinorVersion)
 install(FILES "${PROJECT_BINARY_DIR}/dualpipeConfig.cmake" "${PROJECT_BINARY_DIR}/dualpipeConfigVersion.cmake"
-  "${PROJECT_SOURCE_DIR}/cmake/LibTorch.cmake" DESTINATION "${package_dir}")
+  "${PROJECT_SOURCE_DIR}/cmake/LibTorch.cmake" "${PROJECT_SOURCE_DIR}/cmake/Nccl.cmake" DESTINATION "${package_dir}")

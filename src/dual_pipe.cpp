@@ -214,8 +214,11 @@ struct DualPipeImpl::State {
     at::Tensor losses = at::zeros({num_micro_batches}, at::kDouble);
     for (const auto& [micro_batch, loss] : outputs.losses) losses[micro_batch] = loss.to(at::kDouble).reshape({});
     losses = losses.to(communicator->device());
-    communicator->all_reduce({losses}).wait();
-    return losses.cpu();
+    Pending sum = communicator->all_reduce({losses});
+    sum.wait();
+    at::Tensor on_host = losses.cpu();  // once a device is through with this, it is through with the step
+    sum.wait();                         // and whether that was by an abort is known
+    return on_host;
   }
 
   StepResult result(at::Tensor losses, RunOutputs outputs, int num_micro_batches) const {

@@ -128,6 +128,13 @@ Transfer Transfer::without_message() const {
   return copy;
 }
 
+Transfer Transfer::collective(const Header& header) {
+  Transfer whole;
+  whole.kind = Transfer::Kind::receive;
+  whole.header = header;
+  return whole;
+}
+
 Fabric::Fabric(int rank, int size, std::chrono::milliseconds timeout, std::int32_t epoch)
     : rank_(rank),
       size_(size),

@@ -127,13 +127,6 @@ Signature signature_of_values(const Tensors& tensors) {
   return signature;
 }
 
-Transfer collective(const Header& header) {
-  Transfer whole;
-  whole.kind = Transfer::Kind::receive;
-  whole.header = header;
-  return whole;
-}
-
 std::string to_text(const at::Tensor& edges) {
   std::string text;
   const auto values = edges.accessor<std::int64_t, 2>();
@@ -329,8 +322,8 @@ void MeshCommunicator::send_to_others(const Header& head, const Tensors& shared)
 Pending MeshCommunicator::pending(const Header& head, Transfers transfers, Watch watched,
                                   std::function<Tensors()> finish) {
   std::erase(transfers, nullptr);
-  return Pending(std::make_shared<Operation>(fabric_, collective(head), std::move(transfers), std::move(watched),
-                                             std::move(finish)));
+  return Pending(std::make_shared<Operation>(fabric_, Transfer::collective(head), std::move(transfers),
+                                             std::move(watched), std::move(finish)));
 }
 
 void MeshCommunicator::connect(const std::vector<Edge>& edges) {
@@ -346,7 +339,7 @@ void MeshCommunicator::connect(const std::vector<Edge>& edges) {
   const Tensors all = exchange("connect", Tensors(static_cast<std::size_t>(size()), own)).take();
   for (std::size_t r = 0; r < all.size(); ++r) {
     if (at::equal(all[r], own)) continue;
-    Transfer whole = collective(header(Channel::collective, "connect", collectives_ - 1, {}));
+    Transfer whole = Transfer::collective(header(Channel::collective, "connect", collectives_ - 1, {}));
     fabric_->raise(members_[r], whole,
                    str("this rank announces ", to_text(own), "; rank ", members_[r], " announces ", to_text(all[r])));
   }

@@ -123,6 +123,8 @@ struct Transfer {
   /// "receive from rank 2 (message 17 of group 0)"
   std::string describe() const;
   Transfer without_message() const;
+  /// Stands for a collective, to name it.
+  static Transfer collective(const Header& header);
 };
 
 /// The world of ranks as one of them sees it: matching of messages, waiting, deadlines, and failure. Shared by all

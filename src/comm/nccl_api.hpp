@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -93,5 +94,27 @@ class NcclApi {
   virtual void all_reduce(void* data, std::size_t count, at::ScalarType dtype, Reduce reduce, NcclComm comm,
                           DeviceStream stream) = 0;
 };
+
+/// Calls of NCCL in one group. Larger ones can hang.
+constexpr std::size_t kLargestGroup = 64;
+
+/// `count` calls, as many at a time as one group may have.
+template <class Call>
+void in_groups(NcclApi& nccl, std::size_t count, const Call& call) {
+  for (std::size_t begin = 0; begin < count; begin += kLargestGroup) {
+    nccl.group_start();
+    try {
+      for (std::size_t i = begin; i < std::min(count, begin + kLargestGroup); ++i) call(i);
+    } catch (...) {
+      try {
+        nccl.group_end();
+      } catch (...) {
+        // The first error says more.
+      }
+      throw;
+    }
+    nccl.group_end();
+  }
+}
 
 }  // namespace dualpipe::detail

@@ -2,133 +2,15 @@
 
 #include <ATen/ATen.h>
 
-#include <algorithm>
-#include <set>
 #include <utility>
 
 #include "comm/nccl_operation.hpp"
+#include "comm/nccl_tensors.hpp"
 
 namespace dualpipe::detail {
 namespace {
 
-/// Calls of NCCL in one group. Larger ones can hang.
-constexpr std::size_t kLargestGroup = 64;
-
 using Headers = std::vector<std::shared_ptr<Transfer>>;
-
-/// `count` calls, as many at a time as one group may have.
-template <class Call>
-void in_groups(NcclApi& nccl, std::size_t count, const Call& call) {
-  for (std::size_t begin = 0; begin < count; begin += kLargestGroup) {
-    nccl.group_start();
-    try {
-      for (std::size_t i = begin; i < std::min(count, begin + kLargestGroup); ++i) call(i);
-    } catch (...) {
-      try {
-        nccl.group_end();
-      } catch (...) {
-        // The first error says more.
-      }
-      throw;
-    }
-    nccl.group_end();
-  }
-}
-
-bool empty(const at::Tensor& tensor) { return !tensor.defined() || tensor.numel() == 0; }
-
-void check_dense(const char* operation, const at::Tensor& tensor, std::size_t index, at::Device device) {
-  DUALPIPE_CHECK(tensor.device() == device, operation, ": tensor ", index, " is on ", tensor.device(),
-                 ", this communicator moves tensors of ", device, "; give it .to(communicator.device())");
-  DUALPIPE_CHECK(tensor.layout() == at::kStrided && !tensor.is_quantized() && !tensor.is_nested(), operation,
-                 ": tensor ", index, " has layout ", tensor.layout(), " and type ", tensor.toString(),
-                 "; only dense tensors travel: use to_dense() or dequantize()");
-}
-
-bool as_it_is(const at::Tensor& tensor) { return !tensor.is_conj() && !tensor.is_neg() && tensor.is_contiguous(); }
-
-/// Aliases of the tensors where possible, else copies made on the current stream; contiguous and outside autograd.
-Tensors travelling(const char* operation, const Tensors& tensors, at::Device device) {
-  for (std::size_t i = 0; i < tensors.size(); ++i)
-    if (tensors[i].defined()) check_dense(operation, tensors[i], i, device);
-  const PlainTensors plain;
-  Tensors result;
-  result.reserve(tensors.size());
-  for (const at::Tensor& tensor : tensors) {
-    if (!tensor.defined()) {
-      result.emplace_back();
-    } else if (tensor.is_inference()) {
-      result.push_back(tensor.resolve_conj().resolve_neg().clone(at::MemoryFormat::Contiguous));
-    } else if (as_it_is(tensor)) {
-      result.push_back(tensor.variable_data());
-    } else {
-      result.push_back(tensor.resolve_conj().resolve_neg().contiguous().variable_data());
-    }
-  }
-  return result;
-}
-
-/// What NCCL adds up in place of `dtype`, which it does not know.
-at::ScalarType added_up_as(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kByte:
-    case at::kChar:
-    case at::kInt:
-    case at::kLong:
-    case at::kHalf:
-    case at::kBFloat16:
-    case at::kFloat:
-    case at::kDouble:
-      return dtype;
-    default:
-      return at::isIntegralType(dtype, /*includeBool=*/true) ? at::kInt : at::kFloat;
-  }
-}
-
-/// Where an in-place collective works: the tensor's own memory where it can be used as it is, else a copy.
-class Place {
- public:
-  Place(at::Tensor tensor, bool as_bytes) : tensor_(std::move(tensor)) {
-    if (!tensor_.defined()) return;
-    const at::Tensor plain = tensor_.detach();
-    const bool direct =
-        as_it_is(plain) && (as_bytes || plain.is_complex() || added_up_as(plain.scalar_type()) == plain.scalar_type());
-    copied_ = !direct;
-    memory_ = direct                           ? plain
-              : as_bytes || plain.is_complex() ? plain.resolve_conj().resolve_neg().contiguous()
-                                               : plain.to(added_up_as(plain.scalar_type())).contiguous();
-    if (!as_bytes && memory_.is_complex()) memory_ = at::view_as_real(memory_);
-  }
-  const at::Tensor& memory() const { return memory_; }
-  /// On the stream that has waited.
-  void finish() {
-    if (!tensor_.defined()) return;
-    if (!copied_) {
-      if (!tensor_.is_inference()) tensor_.unsafeGetTensorImpl()->bump_version();
-    } else {
-      tensor_.copy_(tensor_.is_complex() && !memory_.is_complex() ? at::view_as_complex(memory_) : memory_);
-    }
-  }
-
- private:
-  at::Tensor tensor_, memory_;
-  bool copied_ = false;
-};
-
-std::vector<Place> places(const char* operation, const Tensors& tensors, at::Device device, bool as_bytes) {
-  for (std::size_t i = 0; i < tensors.size(); ++i)
-    if (tensors[i].defined()) check_dense(operation, tensors[i], i, device);
-  const PlainTensors plain;
-  std::vector<Place> result;
-  for (const at::Tensor& tensor : tensors) result.emplace_back(tensor, as_bytes);
-  return result;
-}
-
-Tensors memory_of(const std::vector<Place>& places) {
-  Tensors memory;
-  for (const Place& place : places) memory.push_back(place.memory());
-  return memory;
-}
 
 const char* name(Reduce reduce) {
   switch (reduce) {
@@ -149,71 +31,7 @@ Signature signature_of_values(const Tensors& tensors) {
   return signature;
 }
 
-Tensors allocate(DeviceApi& device, const Signature& signature, DeviceStream stream) {
-  Tensors tensors;
-  tensors.reserve(signature.size());
-  for (const TensorSignature& tensor : signature)
-    tensors.push_back(tensor.defined ? device.empty(tensor.sizes, tensor.dtype, stream) : at::Tensor());
-  return tensors;
-}
-
-/// Gives tensors as their sender described them.
-Tensors described(Tensors tensors, const Signature& signature) {
-  for (std::size_t i = 0; i < tensors.size(); ++i)
-    if (tensors[i].defined()) tensors[i].set_requires_grad(signature[i].requires_grad);
-  return tensors;
-}
-
-Transfer collective(const Header& header) {
-  Transfer whole;
-  whole.kind = Transfer::Kind::receive;
-  whole.header = header;
-  return whole;
-}
-
-/// A failure of NCCL or the device in a collective call ends it on all ranks.
-template <class Body>
-auto or_abort(Fabric& fabric, const char* operation, const Body& body) {
-  try {
-    return body();
-  } catch (const DeviceFailure& error) {
-    const std::string message = str("rank ", fabric.rank(), ": ", operation, ": ", error.what());
-    fabric.abort(fabric.rank(), message);
-    throw CommError(fabric.rank(), operation, message);
-  }
-}
-
 }  // namespace
-
-std::shared_ptr<NcclCommunicator> NcclCommunicator::world(const std::shared_ptr<Communicator>& control,
-                                                          std::shared_ptr<DeviceApi> device,
-                                                          std::shared_ptr<NcclApi> nccl, const NcclUse& use) {
-  const auto mesh = std::dynamic_pointer_cast<MeshCommunicator>(control);
-  DUALPIPE_CHECK(mesh != nullptr && mesh->group() == 0,
-                 "the control plane of an NCCL communicator is a local or socket communicator of the whole world");
-  auto family =
-      std::make_shared<NcclFamily>(mesh->fabric(), std::move(device), std::move(nccl), use.timeout, use.config);
-  return std::make_shared<NcclCommunicator>(std::move(family), mesh->group(), mesh->members(), mesh->rank(),
-                                            use.communicator_per_edge);
-}
-
-// The control plane's lanes have a group of their own, so that what it says does not mix with announcements.
-NcclCommunicator::NcclCommunicator(std::shared_ptr<NcclFamily> family, std::int64_t group,
-                                   const std::vector<int>& members, int rank, bool communicator_per_edge)
-    : Communicator(rank, static_cast<int>(members.size())),
-      family_(std::move(family)),
-      group_(group),
-      communicator_per_edge_(communicator_per_edge),
-      control_(family_->shared_fabric(), -1 - group, members, rank),
-      sends_(members.size(), 0),
-      receives_(members.size(), 0),
-      transfer_queue_(family_->add_queue()),
-      collective_queue_(family_->add_queue()) {
-  or_abort(family_->fabric(), "connect", [&] {
-    transfers_ = family_->open(control_, str(" transfers ", group_));
-    collectives_ = family_->open(control_, str(" collectives ", group_));
-  });
-}
 
 std::size_t NcclCommunicator::peer_index(const char* operation, int peer) const {
   DUALPIPE_CHECK(peer >= 0 && peer < size(), operation, ": there is no rank ", peer, " in this communicator of ",
@@ -336,7 +154,7 @@ Pending NcclCommunicator::all_reduce(Tensors tensors, Reduce reduce) {
   }
   std::vector<Place> in_place = places(name(reduce), tensors, device(), /*as_bytes=*/false);
   const Header head = next_collective(name(reduce), signature_of_values(tensors));
-  auto flight = this->flight(collective(head), announce_to_all(head, false), collectives_);
+  auto flight = this->flight(Transfer::collective(head), announce_to_all(head, false), collectives_);
   std::string agreement = head.operation + to_string(head.signature);
   flight->waits_for_headers = !agreed_->contains(agreement);
   flight->targets = memory_of(in_place);
@@ -370,7 +188,7 @@ Pending NcclCommunicator::broadcast(Tensors tensors, int root) {
   expected[static_cast<std::size_t>(root)].signature = signature;
   if (root == rank()) own.signature = signature;
 
-  auto flight = this->flight(collective(own), announce_to_all(own, expected, false), collectives_);
+  auto flight = this->flight(Transfer::collective(own), announce_to_all(own, expected, false), collectives_);
   std::string agreement = own.operation + to_string(signature);
   flight->waits_for_headers = !agreed_->contains(agreement);
   flight->targets = memory_of(in_place);
@@ -405,7 +223,7 @@ Pending NcclCommunicator::all_to_all(Tensors tensors) {
 
 Pending NcclCommunicator::barrier() {
   const Header head = next_collective("barrier", {});
-  auto flight = this->flight(collective(head), announce_to_all(head, false), {});
+  auto flight = this->flight(Transfer::collective(head), announce_to_all(head, false), {});
   return Pending(std::make_shared<NcclOperation>(
       family_, NcclOperation::Parts{std::nullopt, std::move(flight), Watch(), nullptr, {}, nullptr}));
 }
@@ -426,7 +244,7 @@ Pending NcclCommunicator::exchange(const char* operation, Tensors outgoing) {
   }
   Headers others = headers;
   std::erase(others, nullptr);
-  auto flight = this->flight(collective(head), std::move(others), collectives_);
+  auto flight = this->flight(Transfer::collective(head), std::move(others), collectives_);
   flight->sources = std::move(sources);
   flight->waits_briefly = true;
   flight->prepare = [device = &family_->device(), headers, me](Flight& self) {
@@ -458,75 +276,6 @@ Pending NcclCommunicator::exchange(const char* operation, Tensors outgoing) {
   return Pending(std::make_shared<NcclOperation>(
       family_,
       NcclOperation::Parts{collective_queue_, std::move(flight), std::move(watched), nullptr, {}, std::move(finish)}));
-}
-
-void NcclCommunicator::connect(const std::vector<Edge>& edges) {
-  control_.connect(edges);
-  const std::set<Edge> sorted(edges.begin(), edges.end());
-  or_abort(family_->fabric(), "connect", [&] {
-    // In one order on all ranks, so that the first of those that are not open yet always can be.
-    for (const Edge& edge : sorted) {
-      if (!communicator_per_edge_ || edges_.contains(edge) || (edge.from != rank() && edge.to != rank())) continue;
-      const std::int64_t world = family_->fabric().size();
-      const std::int64_t group = -(std::int64_t{1} << 40) - (group_ * world + edge.from) * world - edge.to;
-      MeshCommunicator both(family_->shared_fabric(), group, {world_rank(edge.from), world_rank(edge.to)},
-                            edge.from == rank() ? 0 : 1);
-      edges_[edge] = family_->open(both, str(" edge ", edge.from, "->", edge.to, " of ", group_));
-    }
-    warm_up({sorted.begin(), sorted.end()});
-  });
-}
-
-// NCCL connects on first use, and blocks the host meanwhile.
-void NcclCommunicator::warm_up(const std::vector<Edge>& edges) {
-  const auto run = [this](NcclLine line, NcclFamily::QueueId queue,
-                          std::function<void(const Flight&, NcclApi&, NcclLine)> issue) {
-    auto flight = this->flight(collective(header(Channel::collective, "connect", collectives_count_, {})), {}, line);
-    flight->waits_for_headers = false;
-    for (int i = 0; i < 2 * size(); ++i)
-      flight->targets.push_back(family_->device().empty({1}, at::kFloat, flight->caller));
-    flight->ready = family_->record(flight->caller);
-    flight->issue = std::move(issue);
-    family_->submit(queue, flight);
-    family_->await_launch(queue, *flight);
-    family_->await_on_host(flight);
-  };
-  const auto touch = [](const Flight& self, int me, Edge edge, int from, int to, NcclApi& nccl, NcclLine line) {
-    void* memory = self.targets[static_cast<std::size_t>(edge.from == me ? edge.to : edge.from)].mutable_data_ptr();
-    if (edge.from == me) nccl.send(memory, 1, to, line.comm, line.stream);
-    if (edge.to == me) {
-      memory = self.targets[self.targets.size() / 2 + static_cast<std::size_t>(edge.from)].mutable_data_ptr();
-      nccl.receive(memory, 1, from, line.comm, line.stream);
-    }
-  };
-  std::vector<Edge> shared;
-  for (const Edge& edge : edges) {
-    if (edge.from != rank() && edge.to != rank()) continue;
-    if (!edges_.contains(edge)) {
-      shared.push_back(edge);
-      continue;
-    }
-    run(edges_.at(edge), transfer_queue_, [&](const Flight& self, NcclApi& nccl, NcclLine line) {
-      in_groups(nccl, 1, [&](std::size_t) { touch(self, rank(), edge, 0, 1, nccl, line); });
-    });
-  }
-  if (!shared.empty())
-    run(transfers_, transfer_queue_, [&](const Flight& self, NcclApi& nccl, NcclLine line) {
-      in_groups(nccl, shared.size(),
-                [&](std::size_t i) { touch(self, rank(), shared[i], shared[i].from, shared[i].to, nccl, line); });
-    });
-  run(collectives_, collective_queue_, [](const Flight& self, NcclApi& nccl, NcclLine line) {
-    in_groups(nccl, 1, [&](std::size_t) {
-      nccl.all_reduce(self.targets[0].mutable_data_ptr(), 1, at::kFloat, Reduce::sum, line.comm, line.stream);
-    });
-  });
-}
-
-std::shared_ptr<Communicator> NcclCommunicator::split(int color, int key) {
-  const auto part = control_.split(color, key);
-  if (part == nullptr) return nullptr;
-  const auto& mesh = static_cast<const MeshCommunicator&>(*part);
-  return std::make_shared<NcclCommunicator>(family_, mesh.group(), mesh.members(), mesh.rank(), communicator_per_edge_);
 }
 
 void NcclCommunicator::abort(const std::string& reason) noexcept {

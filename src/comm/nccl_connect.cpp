@@ -1,7 +1,6 @@
 #include <ATen/ATen.h>
 
 #include <cstring>
-#include <map>
 #include <utility>
 
 #include "comm/nccl_communicator.hpp"

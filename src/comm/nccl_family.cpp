@@ -197,7 +197,11 @@ void NcclFamily::submit(QueueId queue, std::shared_ptr<Flight> flight) {
 void NcclFamily::progress(Queue& queue) {
   while (!queue.empty()) {
     const std::shared_ptr<Flight> flight = queue.front();
-    if (flight->waits_for_headers && !fabric().done(flight->headers)) return;
+    if (flight->waits_for_headers && !fabric().succeeded(flight->headers)) {
+      // Where they never will come, whoever waits for this learns it. Asking lets the sockets read on.
+      (void)fabric().done(flight->headers);
+      return;
+    }
     if (!launch(*flight)) return;
     queue.pop_front();
     waker_->queued(-1);
@@ -323,8 +327,11 @@ void NcclFamily::blame_what_is_late() {
 }
 
 void NcclFamily::abort_all() noexcept {
-  std::unique_lock launching(launch_mutex_, std::defer_lock);
-  (void)launching.try_lock_for(kInsideNccl);
+  std::unique_lock launching(launch_mutex_, std::try_to_lock);
+  for (const auto deadline = Clock::now() + kInsideNccl; !launching && Clock::now() < deadline;) {
+    std::this_thread::sleep_for(kPollPeriod);
+    (void)launching.try_lock();
+  }
   const std::lock_guard lock(comms_mutex_);
   aborted_ = true;
   for (const NcclComm comm : comms_) nccl_->abort(comm);

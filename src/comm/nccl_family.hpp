@@ -121,7 +121,7 @@ class NcclFamily {
   const std::shared_ptr<EventPool> events_;
   const std::shared_ptr<Waker> waker_;
 
-  std::timed_mutex launch_mutex_;
+  std::mutex launch_mutex_;
   std::deque<Queue> queues_;
   Queue in_flight_;  // launched, with an end to come; drops what nobody waited for
 

@@ -48,7 +48,10 @@ bool NcclOperation::launched() const {
 
 bool NcclOperation::done() const {
   if (launched() && (!parts_.flight->end || family_->device().done(parts_.flight->end.get()))) return true;
-  return family_->failed();
+  const Flight& flight = *parts_.flight;
+  const bool never = !flight.launched && flight.waits_for_headers && family_->fabric().done(flight.headers) &&
+                     !family_->fabric().succeeded(flight.headers);
+  return never || family_->failed();
 }
 
 Tensors NcclOperation::take() {
@@ -63,7 +66,7 @@ Span NcclOperation::span() const {
   for (const auto& header : flight.headers)
     if (family_->fabric().succeeded({&header, 1})) came = std::max(came, header->message.header.issued_ns);
   const double both = static_cast<double>(came) * 1e-9;
-  if (!flight.end) return {both, both};
+  if (!flight.end || !family_->device().done(flight.end.get())) return {both, both};
   DeviceApi& device = family_->device();
   const double begin = std::max(both, device.time_of(flight.begin.get()));
   return {begin, std::max(begin, device.time_of(flight.end.get()))};

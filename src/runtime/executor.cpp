@@ -55,6 +55,7 @@ class Run final : public StepHost {
       }
     }
     finish_trailing();
+    transfers_.record_rest();
     return std::move(micro_batches_.outputs());
   }
 

@@ -1,7 +1,6 @@
 #include "testing/nccl_emulation.hpp"
 
 #include <ATen/ATen.h>
-#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <condition_variable>
@@ -370,41 +369,5 @@ std::size_t NcclEmulation::open_streams() const {
   const std::lock_guard lock(cluster_->mutex);
   return cluster_->open_streams;
 }
-
-namespace {
-
-/// Memory of all tensors of the CPU, for work that is over when a call returns.
-class PoisoningAllocator final : public c10::Allocator {
- public:
-  c10::DataPtr allocate(std::size_t bytes) override {
-    if (bytes == 0) return {nullptr, nullptr, &ignore, at::kCPU};
-    auto* block = new Block{memory_.take(0, bytes), bytes};
-    return {block->data, block, &give_back, at::kCPU};
-  }
-  void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
-
-  static PoisoningAllocator& instance() {
-    static auto* allocator = new PoisoningAllocator;  // outlives every tensor
-    return *allocator;
-  }
-
- private:
-  struct Block {
-    void* data;
-    std::size_t bytes;
-  };
-  static void ignore(void*) {}
-  static void give_back(void* context) {
-    const std::unique_ptr<Block> block(static_cast<Block*>(context));
-    std::memset(block->data, 0xFF, block->bytes);
-    instance().memory_.give_back(0, block->data);
-  }
-
-  emulation::Memory memory_;
-};
-
-}  // namespace
-
-void poison_freed_memory() { c10::SetCPUAllocator(&PoisoningAllocator::instance(), /*priority=*/100); }
 
 }  // namespace dualpipe::testing

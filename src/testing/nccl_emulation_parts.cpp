@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <utility>
 
 namespace dualpipe::testing::emulation {
@@ -138,30 +137,6 @@ void perform(World& world, Member& member, Operation& operation) {
   }
   member.running = std::max(member.running, operation.turn + 1);
   world.changed.notify_all();
-}
-
-Memory::~Memory() {
-  for (const auto& [data, size] : sizes_) ::operator delete(data, std::align_val_t(64));
-}
-
-void* Memory::take(std::uint64_t stream, std::size_t bytes) {
-  const std::size_t size = rounded(bytes);
-  const std::lock_guard lock(mutex_);
-  auto& free = free_[{stream, size}];
-  if (!free.empty()) {
-    void* data = free.back();
-    free.pop_back();
-    return data;
-  }
-  void* data = ::operator new(size, std::align_val_t(64));
-  std::memset(data, 0xFF, size);
-  sizes_[data] = size;
-  return data;
-}
-
-void Memory::give_back(std::uint64_t stream, void* data) {
-  const std::lock_guard lock(mutex_);
-  free_[{stream, sizes_.at(data)}].push_back(data);
 }
 
 Stream::Stream(World& world, int rank, bool on_host) : world_(world), on_host_(on_host) {

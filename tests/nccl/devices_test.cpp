@@ -1,6 +1,9 @@
 #include "comm/nccl_devices.hpp"
 
 #include <gmock/gmock.h>
+#include <torch/torch.h>
+
+#include <atomic>
 
 #include "comm/nccl_cuda.hpp"
 #include "dualpipe/comm/nccl.hpp"
@@ -94,6 +97,36 @@ TEST(NcclTensors, SumsOfWhatNcclDoesNotAddUp) {
     EXPECT_TRUE(torch::equal(tensors[3], torch::complex(sum, -sum).t()));
   });
   test::expect_clean(emulation);
+}
+
+TEST(NcclSignatures, WhatWasAgreedOnOnceIsLaunchedAtOnceAndStillCompared) {
+  const testing::NcclEmulation emulation(2);
+  std::atomic<int> failed{0};
+  const auto body = [&](const test::EmulatedRank& rank) {
+    Communicator& comm = *rank.communicator;
+    const Signature expected = signature_of({torch::zeros({4})});
+    for (int k = 0; k < 3; ++k) {
+      if (comm.rank() == 0) {
+        comm.send(1, {torch::full({4}, 1.0f * k)}).wait();
+      } else {
+        EXPECT_TRUE(torch::equal(comm.receive(0, expected).take().at(0), torch::full({4}, 1.0f * k)));
+      }
+    }
+    try {
+      if (comm.rank() == 0) {
+        comm.send(1, {torch::zeros({8})}).wait();
+      } else {
+        comm.receive(0, expected).wait();
+      }
+      comm.barrier().wait();
+      ADD_FAILURE() << "nothing was thrown";
+    } catch (const CommError& error) {
+      EXPECT_THAT(error.what(), AllOf(HasSubstr("expected [float32 [4]]"), HasSubstr("got [float32 [8]]")));
+      ++failed;
+    }
+  };
+  test::run_emulated(emulation, 2, {.timeout = 20s}, body);
+  EXPECT_EQ(failed, 2);
 }
 
 TEST(NcclOptionsTest, AnUnknownControlPlaneIsRefused) {

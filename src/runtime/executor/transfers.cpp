@@ -1,5 +1,7 @@
 #include "runtime/executor/transfers.hpp"
 
+#include <chrono>
+#include <thread>
 #include <utility>
 
 namespace dualpipe {
@@ -36,8 +38,19 @@ void Transfers::release(int index) {
   sends_.erase(pending);
 }
 
-void Transfers::record(Lane lane, int index, const Pending& pending) const {
+void Transfers::record_rest() {
+  for (const Unrecorded& each : std::exchange(unrecorded_, {})) {
+    while (!each.pending.done()) std::this_thread::sleep_for(std::chrono::microseconds(50));
+    record(each.lane, each.index, each.pending);
+  }
+}
+
+void Transfers::record(Lane lane, int index, const Pending& pending) {
   if (!context_.observed()) return;
+  if (!pending.done()) {
+    unrecorded_.push_back({lane, index, pending});
+    return;
+  }
   const Transfer& transfer = (*this)[index];
   const Pass producer = transfer.payload == Payload::activation ? Pass::Forward : Pass::BackwardInput;
   const Span span = pending.span();
