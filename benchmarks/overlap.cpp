@@ -3,6 +3,7 @@
 //
 //   dualpipe-run -n 2 -- dualpipe-bench-overlap --pair    one pair in several orders, also wrong ones
 //   dualpipe-run -n 8 -- dualpipe-bench-overlap           steps of a pipeline of four
+//   dualpipe-bench-overlap --host                         what the executor adds to each node, on one rank
 #include <sys/prctl.h>
 #include <torch/torch.h>
 
@@ -39,6 +40,7 @@ struct Flags {
   double attention = 10, mlp = 10, communication = 10;  // milliseconds
   int steps = 3;
   bool pair = false;
+  bool host = false;
   std::string trace;
 };
 
@@ -274,6 +276,60 @@ void pipeline(const std::shared_ptr<Communicator>& world, const std::shared_ptr<
   }
 }
 
+/// A collective that is over at once.
+struct Nothing final : Collective {
+  Launched forward(Tensors inputs, const StageContext&) override {
+    Tensors outputs;
+    for (const torch::Tensor& input : inputs)
+      outputs.push_back(input.detach().set_requires_grad(input.requires_grad()));
+    return {join({}, [outputs](std::vector<Tensors>) { return outputs; }), nullptr};
+  }
+  Pending backward(std::shared_ptr<void>, Tensors gradients) override {
+    return join({}, [gradients](std::vector<Tensors>) { return gradients; });
+  }
+};
+
+/// Time of a micro-batch through stages of tiny nodes, beside the same code as one autograd graph. What is between is
+/// the executor's, graphs of their own for each node and the split of their backwards included.
+void host_time(const std::shared_ptr<Communicator>& comm, const Flags& flags) {
+  const Sleeping module;
+  const int num_nodes = 4 * flags.layers;
+  const auto compute = [module](const Tensors& inputs) { return Tensors{inputs[0] * module->weight}; };
+  Stage stage(module.ptr());
+  for (int i = 0; i < num_nodes / 2; ++i)
+    stage.compute("compute", [compute](const Tensors& inputs, const StageContext&) { return compute(inputs); })
+        .communicate("nothing", std::make_shared<Nothing>(), {0});
+  DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = flags.num_micro_batches, .schedule = "1f1b"},
+                [&](int) { return stage; });
+  Batch batch;
+  batch.inputs = {torch::ones({flags.num_micro_batches, 4})};
+  batch.targets = {torch::zeros({flags.num_micro_batches, 1})};
+  const LossFn loss = [](const Tensors& outputs, const Tensors&) { return outputs[0].mean(); };
+  const auto plain = [&] {
+    for (int m = 0; m < flags.num_micro_batches; ++m) {
+      Tensors tensors{batch.inputs[0].narrow(0, m, 1)};
+      for (int i = 0; i < num_nodes / 2; ++i) tensors = compute(tensors);
+      (loss(tensors, {}) / flags.num_micro_batches).backward();
+    }
+  };
+  const auto best_of = [&](const auto& body) {
+    double best = std::numeric_limits<double>::infinity();
+    for (int i = 0; i < 20 * flags.steps; ++i) {
+      const auto begin = Clock::now();
+      body();
+      best = std::min(best, milliseconds_since(begin));
+    }
+    return 1e3 * best / flags.num_micro_batches;
+  };
+  const double alone = best_of(plain), executed = best_of([&] { pipe->step(batch, loss); });
+  // Computing nodes run forward, input part and weight part, the others forward and backward.
+  const double runs = 2.5 * num_nodes;
+  std::printf(
+      "a micro-batch through %d nodes: %.1f us, as one graph %.1f us; between: %.1f us per node, %.1f us per run of a "
+      "node\n",
+      num_nodes, executed, alone, (executed - alone) / num_nodes, (executed - alone) / runs);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -288,6 +344,7 @@ int main(int argc, char** argv) {
     app.add_option("--communication-ms", flags.communication, "time of a dispatch or combine")->capture_default_str();
     app.add_option("--steps", flags.steps, "measured steps")->capture_default_str()->check(CLI::PositiveNumber);
     app.add_flag("--pair", flags.pair, "one pair only, on two ranks");
+    app.add_flag("--host", flags.host, "what the executor adds to each node, on one rank");
     app.add_option("--trace", flags.trace,
                    "write what rank 0's pipeline did in its last step; with --pair one file per order, numbered")
         ->option_text("FILE");
@@ -297,6 +354,11 @@ int main(int argc, char** argv) {
     prctl(PR_SET_TIMERSLACK, 1000);  // nanoseconds; the default of 50 us would lengthen every sleep
     world = World::from_env();
     const auto comm = connect_sockets(world);
+    if (flags.host) {
+      DUALPIPE_CHECK(comm->size() == 1, "--host is for one rank, there are ", comm->size());
+      host_time(comm, flags);
+      return 0;
+    }
     DUALPIPE_CHECK(comm->size() % 2 == 0 && (!flags.pair || comm->size() == 2),
                    "groups have two ranks: start an even number, with --pair two; there are ", comm->size());
     const auto pipe_comm = comm->split(comm->rank() % 2, comm->rank());
