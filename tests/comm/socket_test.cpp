@@ -16,6 +16,7 @@
 
 #include "comm/contract.hpp"
 #include "comm/socket_connect.hpp"
+#include "comm/socket_wire.hpp"
 #include "launch/process.hpp"
 
 namespace dualpipe {
@@ -168,7 +169,7 @@ TEST(Sockets, SayWhenNobodyServesThePort) {
 
 TEST(Sockets, NameARankThatComesButDoesNotConnect) {
   const StorePtr store = c10::make_intrusive<c10d::HashStore>();
-  meeting_place(store)->set("card/1", card(1, 2));
+  meeting_place(store)->set("card/1", card(static_cast<int>(detail::wire::kVersion), 2));
   const auto errors = errors_of(1, [&](int) { connect_sockets(world_of(0, 2), options_with(store, 300ms)); });
   EXPECT_THAT(errors[0], HasSubstr("rank 1 has started but does not connect"));
 }
@@ -179,14 +180,17 @@ TEST(Sockets, RefuseRanksOfAnotherKind) {
     meeting_place(store)->set("card/1", other);
     return errors_of(1, [&](int) { connect_sockets(world_of(0, 2), options_with(store)); })[0];
   };
-  EXPECT_THAT(error_with(card(1, 3)), HasSubstr("rank 1 has WORLD_SIZE 3, this rank 2"));
-  EXPECT_THAT(error_with(card(99, 2)), HasSubstr("rank 1 has protocol version 99, this rank 1"));
+  EXPECT_THAT(error_with(card(static_cast<int>(detail::wire::kVersion), 3)),
+              HasSubstr("rank 1 has WORLD_SIZE 3, this rank 2"));
+  EXPECT_THAT(error_with(card(99, 2)),
+              HasSubstr(detail::str("rank 1 has protocol version 99, this rank ", detail::wire::kVersion)));
 }
 
 TEST(Sockets, DropStrangersUnharmed) {
   const StorePtr store = c10::make_intrusive<c10d::HashStore>();
   const StorePtr place = meeting_place(store);
-  place->set("card/1", card(1, 2));  // so that rank 0 waits for a rank of another host
+  place->set("card/1",
+             card(static_cast<int>(detail::wire::kVersion), 2));  // so that rank 0 waits for a rank of another host
   std::vector<int> strangers;
   const auto errors = errors_of(2, [&](int rank) {
     if (rank == 1) {
