@@ -4,7 +4,6 @@
 //   dualpipe-run -n 2 -- dualpipe-bench-overlap --pair    one pair in several orders, also wrong ones
 //   dualpipe-run -n 8 -- dualpipe-bench-overlap           steps of a pipeline of four
 //   dualpipe-bench-overlap --host                         what the executor adds to each node, on one rank
-#include <sys/prctl.h>
 #include <torch/torch.h>
 
 #include <CLI/CLI.hpp>
@@ -17,7 +16,6 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "dualpipe/comm/socket.hpp"
@@ -28,6 +26,7 @@
 #include "dualpipe/runtime/tracer.hpp"
 #include "dualpipe/schedule/render.hpp"
 #include "dualpipe/testing/communicators.hpp"
+#include "sleep.hpp"
 
 namespace {
 
@@ -44,26 +43,6 @@ struct Flags {
   std::string trace;
 };
 
-/// A node that takes a given time in each of forward, input part and weight part.
-struct Sleep : torch::autograd::Function<Sleep> {
-  static void pass(double seconds) { std::this_thread::sleep_for(std::chrono::duration<double>(seconds)); }
-
-  static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& x,
-                               const torch::Tensor& weight, double seconds) {
-    context->saved_data["seconds"] = seconds;
-    pass(seconds);
-    return x * weight;
-  }
-  static torch::autograd::tensor_list backward(torch::autograd::AutogradContext* context,
-                                               torch::autograd::tensor_list gradients) {
-    const double seconds = context->saved_data["seconds"].toDouble();
-    const bool weight = context->needs_input_grad(1);
-    if (context->needs_input_grad(0)) pass(seconds);
-    if (weight) pass(seconds);
-    return {gradients[0], weight ? gradients[0].sum() : torch::Tensor(), torch::Tensor()};
-  }
-};
-
 struct SleepingImpl : torch::nn::Module {
   SleepingImpl() { weight = register_parameter("weight", torch::ones({})); }
   torch::Tensor weight;
@@ -75,19 +54,21 @@ Stage make_stage(const Flags& flags, const std::shared_ptr<Communicator>& group)
   const Sleeping module;
   Stage stage(module.ptr());
   const auto sleep = [&](double milliseconds) {
-    return [module, milliseconds](const Tensors& inputs, const StageContext&) {
+    const auto passes = std::make_shared<const Passes>(Passes{.seconds = calibrated(milliseconds / 1e3)});
+    return [module, passes](const Tensors& inputs, const StageContext&) {
       Tensors outputs = inputs;
       // Every node has an input part, also that of the first stage.
       outputs[0] = Sleep::apply(inputs[0].requires_grad() ? inputs[0] : inputs[0].detach().requires_grad_(),
-                                module->weight, milliseconds / 1e3);
+                                module->weight, passes.get());
       return outputs;
     };
   };
+  const auto attention = sleep(flags.attention), mlp = sleep(flags.mlp);
   const auto collective = all_to_all(group);
   for (int layer = 0; layer < flags.layers; ++layer)
-    stage.compute("attention", sleep(flags.attention))
+    stage.compute("attention", attention)
         .communicate("dispatch", collective, {0, 1})
-        .compute("MLP", sleep(flags.mlp))
+        .compute("MLP", mlp)
         .communicate("combine", collective, {0, 1});
   return stage;
 }
@@ -351,7 +332,7 @@ int main(int argc, char** argv) {
     CLI11_PARSE(app, argc, argv);
 
     at::set_num_threads(1);
-    prctl(PR_SET_TIMERSLACK, 1000);  // nanoseconds; the default of 50 us would lengthen every sleep
+    sleep_precisely();
     world = World::from_env();
     const auto comm = connect_sockets(world);
     if (flags.host) {

@@ -5,7 +5,6 @@
 //   dualpipe-run -n 4 -- dualpipe-bench-step --ms 30 --schedule dualpipe dualpipev 1f1b zb1p interleaved zbv
 //   --microbatches 8 12 16 dualpipe-run -n 8 -- dualpipe-bench-step --scale 1.3 1 1 1 1 1 1 1.5 --send-ms 1 --schedule
 //   dualpipe found.csv dualpipe-run -n 4 -- dualpipe-bench-step --cpu
-#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <torch/torch.h>
 
@@ -16,7 +15,6 @@
 #include <exception>
 #include <memory>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "dualpipe/comm/socket.hpp"
@@ -25,6 +23,7 @@
 #include "dualpipe/runtime/as_stage.hpp"
 #include "dualpipe/schedule/simulate.hpp"
 #include "dualpipe/testing/communicators.hpp"
+#include "sleep.hpp"
 
 namespace {
 
@@ -52,40 +51,6 @@ struct Flags {
     for (int stage = 0; stage < num_stages && !scale.empty(); ++stage)
       costs.stages.push_back({scale_of(stage) * unit, scale_of(stage) * 2 * unit, scale_of(stage) * unit});
     return costs;
-  }
-};
-
-void sleep_for(double seconds) { std::this_thread::sleep_for(std::chrono::duration<double>(seconds)); }
-
-/// How long to sleep so that it takes `seconds` on this machine, whose timers and scheduler add their part.
-double calibrated(double seconds) {
-  const int rounds = 50;
-  const auto begin = Clock::now();
-  for (int i = 0; i < rounds; ++i) sleep_for(seconds);
-  const double mean = std::chrono::duration<double>(Clock::now() - begin).count() / rounds;
-  return std::max(0.0, 2 * seconds - mean);
-}
-
-struct Passes {
-  double seconds = 0;  ///< of each: forward, input gradient, weight gradient
-  bool first = false;  ///< nobody asks the first stage for an input gradient; it takes the time all the same
-};
-
-/// Passes that take a given time.
-struct Sleep : torch::autograd::Function<Sleep> {
-  static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& x,
-                               const torch::Tensor& weight, const Passes* passes) {
-    context->saved_data["passes"] = reinterpret_cast<std::int64_t>(passes);
-    sleep_for(passes->seconds);
-    return x * weight;
-  }
-  static torch::autograd::tensor_list backward(torch::autograd::AutogradContext* context,
-                                               torch::autograd::tensor_list gradients) {
-    const auto* passes = reinterpret_cast<const Passes*>(context->saved_data["passes"].toInt());
-    const bool weight = context->needs_input_grad(1);
-    if (passes->first || context->needs_input_grad(0)) sleep_for(passes->seconds);
-    if (weight) sleep_for(passes->seconds);
-    return {gradients[0], weight ? gradients[0].sum() : torch::Tensor(), torch::Tensor()};
   }
 };
 
@@ -206,7 +171,7 @@ int main(int argc, char** argv) {
     if (flags.cpu && app.count("--steps") == 0) flags.steps = 200;
 
     at::set_num_threads(1);
-    prctl(PR_SET_TIMERSLACK, 1000);  // nanoseconds; the default of 50 us would lengthen every sleep
+    sleep_precisely();
     world = World::from_env();
     const auto comm = connect_sockets(world);
     (flags.cpu ? processor_time : sleeping)(comm, flags);
