@@ -18,12 +18,13 @@ import traceback
 
 SKIPPED = 77  # what CTest takes for "not run"
 try:
+    import numpy  # noqa: F401, torch needs it to tell the next stage the shapes
     import torch
     import torch.distributed as dist
     import torch.multiprocessing as mp
     from torch.distributed.pipelining import PipelineStage, schedules
 except ImportError as error:
-    print(f"skipped: {sys.executable} cannot import torch.distributed.pipelining: {error}")
+    print(f"skipped: {sys.executable} cannot import numpy and torch.distributed.pipelining: {error}")
     sys.exit(SKIPPED)
 
 WIDTH = 8
