@@ -45,11 +45,14 @@ struct Flags {
     DUALPIPE_CHECK(index < scale.size(), "--scale gives ", scale.size(), " factors, none for stage ", stage);
     return scale[index];
   }
+  /// Nobody asks the first stage for an input gradient, so where its backward is split, all of it is the weight part.
   Costs costs(int num_stages) const {
     const double unit = milliseconds;
     Costs costs{unit, 2 * unit, unit, 3 * unit, send_milliseconds};
-    for (int stage = 0; stage < num_stages && !scale.empty(); ++stage)
-      costs.stages.push_back({scale_of(stage) * unit, scale_of(stage) * 2 * unit, scale_of(stage) * unit});
+    for (int stage = 0; stage < num_stages; ++stage) {
+      const double own = scale_of(stage) * unit;
+      costs.stages.push_back({own, 2 * own, stage == 0 ? 2 * own : own});
+    }
     return costs;
   }
 };
