@@ -6,22 +6,6 @@
 namespace dualpipe::detail {
 namespace {
 
-/// Whether nobody but `tensor` can reach its memory, and none of that memory is wasted. Memory without an allocator
-/// (at::from_blob) belongs to somebody whom reference counts do not show.
-bool exclusive(const at::Tensor& tensor) {
-  const c10::Storage& storage = tensor.storage();
-  return storage.use_count() == 1 && storage.allocator() != nullptr && tensor.storage_offset() == 0 &&
-         storage.nbytes() == tensor.nbytes();
-}
-
-void check_dense(const at::Tensor& tensor, std::size_t index) {
-  DUALPIPE_CHECK(tensor.device().is_cpu(), "tensor ", index, " of the message is on ", tensor.device(),
-                 "; this communicator moves CPU tensors: use connect_nccl or .cpu()");
-  DUALPIPE_CHECK(tensor.layout() == at::kStrided && !tensor.is_quantized() && !tensor.is_nested(), "tensor ", index,
-                 " of the message has layout ", tensor.layout(), " and type ", tensor.toString(),
-                 "; only dense tensors travel: use to_dense() or dequantize()");
-}
-
 bool all_done(std::span<const std::shared_ptr<Transfer>> transfers) {
   return std::all_of(transfers.begin(), transfers.end(), [](const auto& transfer) { return transfer->done; });
 }
@@ -31,83 +15,6 @@ bool all_done(std::span<const std::shared_ptr<Transfer>> transfers) {
 std::int64_t now_ns() noexcept {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
       .count();
-}
-
-Watch::Watch(const Tensors& tensors) {
-  versions_.reserve(tensors.size());
-  for (const at::Tensor& tensor : tensors) {
-    // Undefined and inference tensors have no version.
-    const bool versioned = tensor.defined() && !tensor.is_inference();
-    const c10::VariableVersion version =
-        versioned ? tensor.unsafeGetTensorImpl()->version_counter() : c10::VariableVersion();
-    versions_.emplace_back(version, version.enabled() ? version.current_version() : 0);
-  }
-}
-
-std::optional<std::string> Watch::written() const {
-  for (std::size_t i = 0; i < versions_.size(); ++i) {
-    const auto& [version, before] = versions_[i];
-    if (version.enabled() && version.current_version() != before) {
-      return str("tensor ", i, " was written in place while it was under way (version ", before, ", now ",
-                 version.current_version(), "); call wait() before writing to it, or give a clone()");
-    }
-  }
-  return std::nullopt;
-}
-
-std::shared_ptr<Parcel> Parcel::of_fresh(Tensors tensors) {
-  auto parcel = std::make_shared<Parcel>();
-  parcel->tensors_ = std::move(tensors);
-  return parcel;
-}
-
-std::shared_ptr<Parcel> Parcel::of(const Tensors& tensors) {
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    if (tensors[i].defined()) check_dense(tensors[i], i);
-  }
-  const PlainTensors plain;
-  auto parcel = std::make_shared<Parcel>();
-  parcel->tensors_.reserve(tensors.size());
-  for (const at::Tensor& tensor : tensors) {
-    if (!tensor.defined()) {
-      parcel->tensors_.emplace_back();
-    } else if (tensor.is_inference()) {
-      parcel->tensors_.push_back(tensor.resolve_conj().resolve_neg().clone(at::MemoryFormat::Contiguous));
-    } else if (!tensor.is_conj() && !tensor.is_neg() && tensor.is_contiguous()) {
-      parcel->tensors_.push_back(tensor.variable_data());  // nearly always; the general way costs four dispatches
-    } else {
-      parcel->tensors_.push_back(tensor.resolve_conj().resolve_neg().contiguous().variable_data());
-    }
-  }
-  parcel->watch_ = Watch(tensors);
-  return parcel;
-}
-
-void Parcel::settle() {
-  const std::lock_guard lock(mutex_);
-  const PlainTensors plain;
-  for (at::Tensor& tensor : tensors_) {
-    if (tensor.defined() && !exclusive(tensor)) tensor = tensor.clone(at::MemoryFormat::Contiguous);
-  }
-  // From now on the sender may write.
-  if (!written_) written_ = watch_.written();
-  watch_ = Watch();
-}
-
-Tensors Parcel::take() {
-  settle();
-  const std::lock_guard lock(mutex_);
-  return std::exchange(tensors_, {});
-}
-
-void Parcel::release() {
-  const std::lock_guard lock(mutex_);
-  tensors_.clear();
-}
-
-std::optional<std::string> Parcel::written() const {
-  const std::lock_guard lock(mutex_);
-  return written_;
 }
 
 std::string Transfer::operation() const {
@@ -135,12 +42,13 @@ Transfer Transfer::collective(const Header& header) {
   return whole;
 }
 
-Fabric::Fabric(int rank, int size, std::chrono::milliseconds timeout, std::int32_t epoch)
+Fabric::Fabric(int rank, int size, std::chrono::milliseconds timeout, std::int32_t epoch, at::Device device)
     : rank_(rank),
       size_(size),
       // A deadline further away would leave the range of the clock.
       timeout_(std::min<std::chrono::milliseconds>(timeout, std::chrono::hours(24 * 365))),
       epoch_(epoch),
+      device_(device),
       departed_(static_cast<std::size_t>(size), false) {
   DUALPIPE_CHECK(timeout.count() > 0, "the timeout of a communicator must be positive, got ", timeout.count(), " ms");
 }

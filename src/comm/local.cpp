@@ -1,5 +1,7 @@
 #include "dualpipe/comm/local.hpp"
 
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <pthread.h>
 
 #include <exception>
@@ -18,7 +20,8 @@ class LocalFabric final : public detail::Fabric, public std::enable_shared_from_
  public:
   using Ranks = std::vector<std::weak_ptr<LocalFabric>>;
 
-  LocalFabric(int rank, int size, std::chrono::milliseconds timeout) : Fabric(rank, size, timeout, /*epoch=*/0) {}
+  LocalFabric(int rank, int size, std::chrono::milliseconds timeout, at::Device device)
+      : Fabric(rank, size, timeout, /*epoch=*/0, device) {}
   ~LocalFabric() override {
     if (!has_failed()) for_others([this](LocalFabric& other) { other.departed(rank()); });
   }
@@ -87,12 +90,27 @@ const Failure& first_cause(const std::vector<Failure>& failures) {
   return first;
 }
 
+/// With its index.
+at::Device resolved(at::Device device) {
+  if (device.is_cpu()) return device;
+  DUALPIPE_CHECK(c10::impl::hasDeviceGuardImpl(device.type()), "ranks on ", device,
+                 ": LibTorch's library for such devices is not loaded; for CUDA link the program with dualpipe::nccl");
+  const c10::impl::VirtualGuardImpl devices(device.type());
+  const int count = devices.deviceCount();
+  DUALPIPE_CHECK(device.index() < count, "ranks on ", device, ": there ", count == 1 ? "is " : "are ", count,
+                 " of these devices");
+  DUALPIPE_CHECK(count > 0, "ranks on ", device, ": there is no such device");
+  return device.has_index() ? device : devices.getDevice();
+}
+
 }  // namespace
 
 std::vector<std::shared_ptr<Communicator>> local_communicators(int num_ranks, const LocalOptions& options) {
   DUALPIPE_CHECK(num_ranks >= 1, "a communicator needs at least one rank, got ", num_ranks);
+  const at::Device device = resolved(options.device);
   std::vector<std::shared_ptr<LocalFabric>> fabrics;
-  for (int r = 0; r < num_ranks; ++r) fabrics.push_back(std::make_shared<LocalFabric>(r, num_ranks, options.timeout));
+  for (int r = 0; r < num_ranks; ++r)
+    fabrics.push_back(std::make_shared<LocalFabric>(r, num_ranks, options.timeout, device));
   const auto ranks = std::make_shared<const LocalFabric::Ranks>(fabrics.begin(), fabrics.end());
   std::vector<std::shared_ptr<Communicator>> communicators;
   for (auto& fabric : fabrics) {
@@ -105,6 +123,7 @@ std::vector<std::shared_ptr<Communicator>> local_communicators(int num_ranks, co
 void run_ranks(int num_ranks, const std::function<void(std::shared_ptr<Communicator>)>& body,
                const LocalOptions& options) {
   auto communicators = local_communicators(num_ranks, options);
+  const at::Device device = communicators.front()->device();
   std::mutex mutex;
   std::vector<Failure> failures;
   const auto run = [&](int rank, std::shared_ptr<Communicator> communicator) {
@@ -112,6 +131,7 @@ void run_ranks(int num_ranks, const std::function<void(std::shared_ptr<Communica
     pthread_setname_np(pthread_self(), detail::str("rank ", rank).c_str());
 #endif
     try {
+      const c10::DeviceGuard guard(device);
       body(communicator);
     } catch (...) {
       const Failure failure = Failure::current(rank);

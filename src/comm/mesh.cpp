@@ -34,6 +34,7 @@ class Operation final : public Pending::State {
       : fabric_(std::move(fabric)),
         whole_(std::move(whole)),
         transfers_(std::move(transfers)),
+        order_(collective() ? StreamOrder(fabric_->device()) : StreamOrder()),
         watched_(std::move(watched)),
         finish_(std::move(finish)) {}
 
@@ -42,7 +43,7 @@ class Operation final : public Pending::State {
     if (std::exchange(finished_, true)) return;
     settle_sends();
     if (const auto problem = watched_.written()) fabric_->raise(fabric_->rank(), whole_, *problem);
-    if (finish_) result_ = std::exchange(finish_, nullptr)();
+    if (finish_) finish();
     for (const auto& transfer : transfers_) {
       if (transfer->kind != Transfer::Kind::receive) continue;
       if (const auto problem = transfer->message.parcel->written()) {
@@ -75,6 +76,25 @@ class Operation final : public Pending::State {
   }
 
  private:
+  bool collective() const { return whole_.header.channel == Channel::collective; }
+
+  /// On a device, collectives read on this rank's stream what others made on theirs.
+  void finish() {
+    const Finish finish = std::exchange(finish_, nullptr);  // holds tensors that are read
+    order_.enter();
+    for_parcels_of_others([](Parcel& parcel) { parcel.enter(); });
+    result_ = finish();
+    for_parcels_of_others([](Parcel& parcel) { parcel.leave(); });
+    order_.leave();
+  }
+
+  template <class Action>
+  void for_parcels_of_others(const Action& action) const {
+    if (!collective()) return;  // a receive takes its tensors, which sees to that
+    for (const auto& transfer : transfers_)
+      if (transfer->kind == Transfer::Kind::receive) action(*transfer->message.parcel);
+  }
+
   // A send that the receiver has met but not taken yet is over for the sender once both do not share memory.
   void settle_sends() const {
     for (const auto& transfer : transfers_) {
@@ -87,6 +107,7 @@ class Operation final : public Pending::State {
   std::shared_ptr<Fabric> fabric_;
   Transfer whole_;
   Transfers transfers_;
+  StreamOrder order_;
   Watch watched_;
   Finish finish_;
   Tensors result_;
@@ -178,7 +199,7 @@ Header MeshCommunicator::next_collective(std::string operation, Signature signat
 
 Pending MeshCommunicator::send(int peer, Tensors tensors) {
   const std::size_t index = peer_index("send", peer);
-  auto parcel = Parcel::of(tensors);
+  auto parcel = Parcel::of(tensors, device());
   Message message{header(Channel::transfer, "send", sends_[index]++, signature_of(tensors)), std::move(parcel), {}};
   Watch watched(tensors);
   tensors.clear();  // the parcel alone refers to them now, so that the receiver may get the very memory
@@ -209,7 +230,7 @@ Pending MeshCommunicator::all_reduce(Tensors tensors, Reduce reduce) {
                    ": complex numbers have no order; only sum takes them");
   }
   // A copy: this rank writes its sum while others still read its contribution.
-  const Tensors own = Parcel::of(tensors)->take();
+  const Tensors own = Parcel::of(tensors, device())->take();
   const Header head = next_collective(name(reduce), signature_of_values(tensors));
   const Transfers receives = receive_from_others(head, false);
   send_to_others(head, own);
@@ -237,7 +258,7 @@ Pending MeshCommunicator::broadcast(Tensors tensors, int root) {
                  " ranks");
   const auto source = static_cast<std::size_t>(root);
   const Signature signature = signature_of_values(tensors);
-  const Tensors values = root == rank() ? Parcel::of(tensors)->take() : Tensors();
+  const Tensors values = root == rank() ? Parcel::of(tensors, device())->take() : Tensors();
   Header head = next_collective(str("broadcast from rank ", members_[source]), {});
   Transfers receives(members_.size());
   for (std::size_t r = 0; r < members_.size(); ++r) {
@@ -260,13 +281,13 @@ Pending MeshCommunicator::broadcast(Tensors tensors, int root) {
 }
 
 Pending MeshCommunicator::all_gather(at::Tensor tensor) {
-  return exchange("all_gather", Tensors(static_cast<std::size_t>(size()), tensor));
+  return exchange("all_gather", Tensors(static_cast<std::size_t>(size()), tensor), device());
 }
 
 Pending MeshCommunicator::all_to_all(Tensors tensors) {
   DUALPIPE_CHECK(static_cast<int>(tensors.size()) == size(), "all_to_all: needs one tensor for each of the ", size(),
                  " ranks, got ", tensors.size(), "; give an empty one to a rank that gets nothing");
-  return exchange("all_to_all", std::move(tensors));
+  return exchange("all_to_all", std::move(tensors), device());
 }
 
 Pending MeshCommunicator::barrier() {
@@ -276,9 +297,9 @@ Pending MeshCommunicator::barrier() {
   return pending(head, receives, Watch(), nullptr);
 }
 
-Pending MeshCommunicator::exchange(const char* operation, Tensors outgoing) {
+Pending MeshCommunicator::exchange(const char* operation, Tensors outgoing, at::Device device) {
   std::vector<std::shared_ptr<Parcel>> parcels;
-  for (const at::Tensor& tensor : outgoing) parcels.push_back(Parcel::of({tensor}));
+  for (const at::Tensor& tensor : outgoing) parcels.push_back(Parcel::of({tensor}, device));
   const Header head = next_collective(operation, {});
   const Transfers receives = receive_from_others(head, true);
   Transfers transfers = receives;
@@ -315,7 +336,7 @@ Transfers MeshCommunicator::receive_from_others(const Header& head, bool any_sig
 void MeshCommunicator::send_to_others(const Header& head, const Tensors& shared) {
   for (int i = 1; i < size(); ++i) {
     const int r = (rank() + i) % size();  // not all to rank 0 first
-    fabric_->send(members_[static_cast<std::size_t>(r)], {head, Parcel::of_fresh(shared), {}});
+    fabric_->send(members_[static_cast<std::size_t>(r)], {head, Parcel::of_fresh(shared, device()), {}});
   }
 }
 
@@ -336,7 +357,7 @@ void MeshCommunicator::connect(const std::vector<Edge>& edges) {
     values[static_cast<std::int64_t>(i)][0] = from;
     values[static_cast<std::int64_t>(i)][1] = to;
   }
-  const Tensors all = exchange("connect", Tensors(static_cast<std::size_t>(size()), own)).take();
+  const Tensors all = exchange("connect", Tensors(static_cast<std::size_t>(size()), own), at::kCPU).take();
   for (std::size_t r = 0; r < all.size(); ++r) {
     if (at::equal(all[r], own)) continue;
     Transfer whole = Transfer::collective(header(Channel::collective, "connect", collectives_ - 1, {}));
@@ -347,7 +368,7 @@ void MeshCommunicator::connect(const std::vector<Edge>& edges) {
 
 std::shared_ptr<Communicator> MeshCommunicator::split(int color, int key) {
   const auto own = at::tensor({std::int64_t{color}, std::int64_t{key}, fabric_->next_group()}, at::kLong);
-  const Tensors all = exchange("split", Tensors(static_cast<std::size_t>(size()), own)).take();
+  const Tensors all = exchange("split", Tensors(static_cast<std::size_t>(size()), own), at::kCPU).take();
   std::vector<std::int64_t> colors;
   std::vector<std::pair<std::int64_t, int>> order;  // key and rank here of those with this rank's color
   std::int64_t first_group = 0;

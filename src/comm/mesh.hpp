@@ -1,8 +1,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/GradMode.h>
-#include <c10/core/InferenceMode.h>
 
 #include <atomic>
 #include <chrono>
@@ -19,6 +17,7 @@
 #include <tuple>
 #include <vector>
 
+#include "comm/parcel.hpp"
 #include "dualpipe/comm/communicator.hpp"
 
 // Back ends without device streams differ only in how a message travels. A Fabric moves messages between the ranks of
@@ -45,59 +44,11 @@ struct Header {
   bool tensors_follow = true;  ///< false: they travel by another way, the message only announces them
 };
 
-/// What travels is outside autograd, and an ordinary tensor even where the caller is in inference mode.
-struct PlainTensors {
-  c10::InferenceMode inference{false};
-  c10::NoGradGuard no_grad;
-};
-
 /// Learns that something has arrived, ended or failed. Called from any thread, with no lock held.
 class FabricListener {
  public:
   virtual ~FabricListener() = default;
   virtual void fabric_changed() noexcept = 0;
-};
-
-/// Remembers the versions of tensors without holding their memory.
-class Watch {
- public:
-  Watch() = default;
-  explicit Watch(const Tensors& tensors);
-  /// What was written in place since, or nothing.
-  std::optional<std::string> written() const;
-
- private:
-  std::vector<std::pair<c10::VariableVersion, std::uint32_t>> versions_;
-};
-
-/// The tensors of one message, contiguous, outside autograd, and with version counters of their own. While the sender's
-/// user still holds one of them, both share its memory; settle() ends that. Where sender and receiver live in one
-/// process, both refer to one parcel. Thread-safe.
-class Parcel {
- public:
-  /// A back end that has copied bytes into fresh `tensors` wraps them so, for the receiver.
-  static std::shared_ptr<Parcel> of_fresh(Tensors tensors);
-  /// For the sender: aliases of the tensors where possible, copies elsewhere. @throws InvalidArgument  not a dense
-  /// tensor on the CPU.
-  static std::shared_ptr<Parcel> of(const Tensors& tensors);
-
-  /// For a back end that copies bytes out: contiguous tensors in host memory, or undefined ones. Not to be called after
-  /// release().
-  const Tensors& tensors() const noexcept { return tensors_; }
-  /// Copies what others still refer to. Afterwards the sender may write to its tensors.
-  void settle();
-  /// settle(), then gives the tensors away.
-  Tensors take();
-  /// Drops the tensors, once their bytes are copied elsewhere.
-  void release();
-  /// What the sender's user wrote in place before settle(), or nothing.
-  std::optional<std::string> written() const;
-
- private:
-  mutable std::mutex mutex_;
-  Tensors tensors_;
-  Watch watch_;
-  std::optional<std::string> written_;
 };
 
 struct Message {
@@ -135,7 +86,8 @@ struct Transfer {
 /// take. Its destructor sends what is still queued (for at most two seconds), then the goodbye.
 class Fabric {
  public:
-  Fabric(int rank, int size, std::chrono::milliseconds timeout, std::int32_t epoch);
+  /// @param device  where the tensors are that travel.
+  Fabric(int rank, int size, std::chrono::milliseconds timeout, std::int32_t epoch, at::Device device = at::kCPU);
   virtual ~Fabric() = default;
   Fabric(const Fabric&) = delete;
   Fabric& operator=(const Fabric&) = delete;
@@ -143,6 +95,7 @@ class Fabric {
   int rank() const noexcept { return rank_; }
   int size() const noexcept { return size_; }
   std::int32_t epoch() const noexcept { return epoch_; }
+  at::Device device() const noexcept { return device_; }
 
   /// Messages of one lane (peer, group, channel) arrive in the order of the sends and meet its receives in their order.
   /// @throws CommError  the family has failed.
@@ -220,6 +173,7 @@ class Fabric {
   const int size_;
   const std::chrono::milliseconds timeout_;
   const std::int32_t epoch_;
+  const at::Device device_;
   std::int64_t next_group_ = 1;
 
   mutable std::mutex mutex_;
@@ -244,7 +198,7 @@ class MeshCommunicator final : public Communicator {
   /// World ranks of this communicator's ranks.
   const std::vector<int>& members() const noexcept { return members_; }
 
-  at::Device device() const override { return at::kCPU; }
+  at::Device device() const override { return fabric_->device(); }
   void connect(const std::vector<Edge>& edges) override;
   Pending send(int peer, Tensors tensors) override;
   Pending receive(int peer, const std::optional<Signature>& expected) override;
@@ -263,8 +217,8 @@ class MeshCommunicator final : public Communicator {
   std::vector<std::shared_ptr<Transfer>> receive_from_others(const Header& head, bool any_signature);
   /// Nobody may write to `shared` any more.
   void send_to_others(const Header& head, const Tensors& shared);
-  /// `outgoing[r]` to rank r and what rank r sends here, of any signature, at r of the result.
-  Pending exchange(const char* operation, Tensors outgoing);
+  /// `outgoing[r]` to rank r and what rank r sends here, of any signature, at r of the result; all on `device`.
+  Pending exchange(const char* operation, Tensors outgoing, at::Device device);
   Pending pending(const Header& head, std::vector<std::shared_ptr<Transfer>> transfers, Watch watched,
                   std::function<Tensors()> finish);
 
