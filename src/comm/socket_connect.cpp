@@ -1,24 +1,20 @@
 #include "comm/socket_connect.hpp"
 
-#include <ifaddrs.h>
-#include <net/if.h>
 #include <netinet/tcp.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <asio/ip/tcp.hpp>
-#include <asio/ip/udp.hpp>
 #include <asio/local/stream_protocol.hpp>
 #include <asio/read.hpp>
 #include <asio/steady_timer.hpp>
 #include <asio/write.hpp>
-#include <cstring>
-#include <fstream>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <random>
 
+#include "comm/socket_host.hpp"
 #include "comm/socket_wire.hpp"
 
 namespace dualpipe::detail {
@@ -34,15 +30,6 @@ using Unix = asio::local::stream_protocol;
 constexpr auto kAttempt = 5s;
 constexpr auto kBetweenAttempts = 20ms;
 
-/// Which kernel and which network: within one, abstract Unix domain sockets reach.
-std::string host_identity() {
-  std::string boot;
-  std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
-  std::array<char, 64> network{};
-  const ssize_t length = ::readlink("/proc/self/ns/net", network.data(), network.size());
-  return boot + " " + std::string(network.data(), static_cast<std::size_t>(std::max<ssize_t>(length, 0)));
-}
-
 constexpr std::size_t kTokenLength = 32;
 
 /// Nobody guesses it, so a connection that brings it has read it in the store.
@@ -51,39 +38,6 @@ std::string random_token() {
   std::string token;
   while (token.size() < kTokenLength) token += "0123456789abcdef"[random() % 16];
   return token;
-}
-
-/// The addresses of this host, the one that leads to `master` first.
-std::vector<std::string> own_addresses(asio::io_context& io, const World& world) {
-  std::vector<std::string> result;
-  const auto add = [&](const asio::ip::address& address) {
-    const std::string text = address.to_string();
-    if (std::find(result.begin(), result.end(), text) == result.end()) result.push_back(text);
-  };
-  asio::error_code error;
-  for (const auto& entry :
-       asio::ip::udp::resolver(io).resolve(world.master_address, std::to_string(world.master_port), error)) {
-    asio::ip::udp::socket probe(io);
-    if (probe.connect(entry.endpoint(), error)) continue;  // sends nothing
-    const auto local = probe.local_endpoint(error);
-    if (!error) add(local.address());
-  }
-  ifaddrs* list = nullptr;
-  if (::getifaddrs(&list) != 0) return result;
-  for (const ifaddrs* entry = list; entry != nullptr; entry = entry->ifa_next) {
-    if (entry->ifa_addr == nullptr || (entry->ifa_flags & IFF_UP) == 0 || (entry->ifa_flags & IFF_LOOPBACK) != 0)
-      continue;
-    if (entry->ifa_addr->sa_family == AF_INET) {
-      const auto* address = reinterpret_cast<const sockaddr_in*>(entry->ifa_addr);
-      add(asio::ip::address_v4(ntohl(address->sin_addr.s_addr)));
-    } else if (entry->ifa_addr->sa_family == AF_INET6) {
-      asio::ip::address_v6::bytes_type bytes;
-      std::memcpy(bytes.data(), &reinterpret_cast<const sockaddr_in6*>(entry->ifa_addr)->sin6_addr, bytes.size());
-      if (const asio::ip::address_v6 address(bytes); !address.is_link_local()) add(address);
-    }
-  }
-  ::freeifaddrs(list);
-  return result;
 }
 
 /// The first bytes on a connection, in both directions.
@@ -102,6 +56,7 @@ struct Peer {
   std::string host, token, unix_name;
   std::vector<tcp::endpoint> endpoints;
   unsigned attempts = 0;
+  std::map<std::string, std::string> tried;  ///< where, and what came of it last
 };
 
 /// A connection that is being made.
@@ -109,8 +64,8 @@ struct Attempt {
   Attempt(asio::io_context& io, Socket connection) : socket(std::move(connection)), timer(io) {}
   Socket socket;
   asio::steady_timer timer;
+  std::string place;
   Hello sent, got;
-  std::uint8_t ready = 0;
 };
 
 class MeshBuilder {
@@ -133,10 +88,7 @@ class MeshBuilder {
     if (tcp_.is_open()) accept(tcp_);
     for (int peer = 0; peer < world_.rank; ++peer) approach(peer);
     run_until([this] { return connected() == world_.size - 1; });
-    if (const auto missing = first_missing()) {
-      throw failure(*missing, *missing < world_.rank ? "does not answer, although it has started"
-                                                     : "has started but does not connect");
-    }
+    if (const auto missing = first_missing()) throw failure(*missing, what_failed(*missing));
     unix_.close();
     tcp_.close();
     agree_to_begin();
@@ -199,8 +151,11 @@ class MeshBuilder {
     } catch (const asio::system_error&) {
       tcp_ = tcp::acceptor(io_, tcp::endpoint(tcp::v4(), 0));
     }
-    const nlohmann::json listener = {{"port", tcp_.local_endpoint().port()}, {"addresses", own_addresses(io_, world_)}};
-    rendezvous_.publish("tcp", listener.dump());
+    const std::uint16_t port = tcp_.local_endpoint().port();
+    const std::vector<std::string> addresses = own_addresses(world_);
+    rendezvous_.publish("tcp", nlohmann::json({{"port", port}, {"addresses", addresses}}).dump());
+    for (const std::string& address : addresses)
+      listens_at_ += str(listens_at_.empty() ? "" : ", ", tcp::endpoint(asio::ip::make_address(address), port));
   }
 
   /// What only a rank of this run knows. Anybody else is dropped without an answer.
@@ -260,41 +215,50 @@ class MeshBuilder {
   void approach(int rank) {
     Peer& peer = this->peer(rank);
     auto attempt = this->attempt(Socket(io_));
+    Endpoint endpoint;
+    if (peer.host == host_) {
+      endpoint = Unix::endpoint(std::string(1, '\0') + peer.unix_name);
+      attempt->place = "its Unix domain socket";
+    } else if (!peer.endpoints.empty()) {
+      const tcp::endpoint& next = peer.endpoints[peer.attempts++ % peer.endpoints.size()];
+      endpoint = next;
+      attempt->place = str(next);
+    } else {
+      attempt->place = "no address at all";
+      return approach_later(rank, attempt, "its host has none");
+    }
+    peer.tried.emplace(attempt->place, "no answer");
     const auto next = [this, attempt, rank](const asio::error_code& error, auto&& step) {
       if (error)
-        approach_later(rank, attempt);
+        approach_later(rank, attempt, error == asio::error::operation_aborted ? "no answer" : error.message());
       else
         step();
     };
-    Endpoint endpoint;
-    if (peer.host == host_)
-      endpoint = Unix::endpoint(std::string(1, '\0') + peer.unix_name);
-    else if (!peer.endpoints.empty())
-      endpoint = peer.endpoints[peer.attempts++ % peer.endpoints.size()];
-    else
-      return approach_later(rank, attempt);
     attempt->socket.async_connect(endpoint, [this, attempt, rank, next](const asio::error_code& error) {
       next(error, [&] {
         attempt->sent = hello(this->peer(rank).token);
-        asio::async_write(
-            attempt->socket, asio::buffer(&attempt->sent, sizeof(Hello)),
-            [this, attempt, rank, next](const asio::error_code& unsent, std::size_t) {
-              next(unsent, [&] {
-                asio::async_read(
-                    attempt->socket, asio::buffer(&attempt->got, sizeof(Hello)),
-                    [this, attempt, rank](const asio::error_code& unread, std::size_t) {
-                      if (unread || !is_valid(attempt->got, this->peer(rank).token) || attempt->got.rank != rank)
-                        return approach_later(rank, attempt);
-                      keep(rank, *attempt, (attempt->sent.clock_ns + now_ns()) / 2 - attempt->got.clock_ns);
-                    });
-              });
-            });
+        asio::async_write(attempt->socket, asio::buffer(&attempt->sent, sizeof(Hello)),
+                          [this, attempt, rank, next](const asio::error_code& unsent, std::size_t) {
+                            next(unsent, [&] {
+                              asio::async_read(
+                                  attempt->socket, asio::buffer(&attempt->got, sizeof(Hello)),
+                                  [this, attempt, rank, next](const asio::error_code& unread, std::size_t) {
+                                    next(unread, [&] {
+                                      if (!is_valid(attempt->got, this->peer(rank).token) || attempt->got.rank != rank)
+                                        return approach_later(rank, attempt, "somebody else answers");
+                                      keep(rank, *attempt,
+                                           (attempt->sent.clock_ns + now_ns()) / 2 - attempt->got.clock_ns);
+                                    });
+                                  });
+                            });
+                          });
       });
     });
   }
 
   /// The peer may have moved since: what it published may stem from an earlier life of the same name.
-  void approach_later(int rank, const std::shared_ptr<Attempt>& failed) {
+  void approach_later(int rank, const std::shared_ptr<Attempt>& failed, const std::string& problem) {
+    peer(rank).tried[failed->place] = problem;
     asio::error_code ignored;
     failed->socket.close(ignored);
     failed->timer.expires_after(kBetweenAttempts);
@@ -388,6 +352,16 @@ class MeshBuilder {
       if (rank != world_.rank && !sockets_[static_cast<std::size_t>(rank)]) return rank;
     return std::nullopt;
   }
+  std::string what_failed(int rank) {
+    static constexpr const char* kFirewall = "; is there a firewall between the hosts? All ports must be open";
+    const bool far = peer(rank).host != host_;
+    if (rank > world_.rank)
+      return "has started but does not connect" + (far ? str(" to this one at ", listens_at_, kFirewall) : "");
+    std::string tried;
+    for (const auto& [place, result] : peer(rank).tried)
+      tried += str(tried.empty() ? "" : ", ", place, " (", result, ")");
+    return str("has started but cannot be reached at ", tried, far ? kFirewall : "");
+  }
   CommError failure(int rank, const std::string& what) const {
     return {rank, "rendezvous", str("rank ", world_.rank, ": rank ", rank, " ", what)};
   }
@@ -403,6 +377,7 @@ class MeshBuilder {
   asio::io_context io_{1};  // its own: what is left to do on it ends with this object
   Unix::acceptor unix_{io_};
   tcp::acceptor tcp_{io_};
+  std::string listens_at_;
   std::vector<std::optional<Socket>> sockets_;
   std::vector<std::int64_t> offsets_;
 };

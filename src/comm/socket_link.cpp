@@ -274,7 +274,12 @@ void Link::resume() {
 void Link::ended(const asio::error_code& error) {
   if (over_ || error == asio::error::operation_aborted) return;
   over_ = true;
-  guarded([this] { owner_.lost(*this, "closed its connection without saying goodbye (killed?)"); });
+  const bool closed = error == asio::error::eof || error == asio::error::connection_reset;
+  guarded([&] {
+    owner_.lost(
+        *this, closed ? "closed its connection without saying goodbye (killed?)"
+                      : str("cannot be reached any more (", error.message(), "): has its host or the network failed?"));
+  });
 }
 
 }  // namespace dualpipe::detail

@@ -18,6 +18,10 @@ namespace {
 using namespace std::chrono_literals;
 constexpr auto kPollFirst = 1ms;
 constexpr auto kPollLast = 50ms;
+/// One try to reach the store.
+constexpr auto kAttempt = 5s;
+/// Somebody who watches the program wants to know by then why nothing happens.
+constexpr std::chrono::milliseconds kSilence = 10s;
 
 /// c10's errors carry a stack trace that helps nobody here.
 std::string text_of(const std::exception& error) {
@@ -31,6 +35,13 @@ std::chrono::milliseconds remaining(Rendezvous::Clock::time_point deadline) {
 }
 
 std::string name_of(const std::string& key, int rank) { return str(key, "/", rank); }
+
+/// "1, 2, 5"
+std::string list(const std::vector<int>& ranks) {
+  std::string text;
+  for (const int rank : ranks) text += str(text.empty() ? "" : ", ", rank);
+  return text;
+}
 
 /// Until the process ends, as a port belongs to the process and not to a communicator: ranks meet there again under
 /// other names and for later epochs, and those who come early must not find a server that is about to close.
@@ -48,10 +59,20 @@ Rendezvous::Rendezvous(const World& world, const ConnectOptions& options, Clock:
     : world_(world),
       options_(options),
       deadline_(deadline),
+      tell_at_(Clock::now() + std::min(kSilence, options.timeout / 4)),
       store_(c10::make_intrusive<c10d::PrefixStore>(
           str("dualpipe/", world.run_id, "/", options.name, "/", options.epoch), open())) {}
 
-c10::intrusive_ptr<c10d::Store> Rendezvous::open() const {
+bool Rendezvous::is_time_to_tell() const { return !told_ && Clock::now() >= tell_at_; }
+
+void Rendezvous::tell_once(const std::string& what) {
+  if (!is_time_to_tell()) return;
+  told_ = true;
+  const auto left = std::chrono::duration_cast<std::chrono::seconds>(remaining(deadline_));
+  TORCH_WARN("rank ", world_.rank, " waits for ", what, ", and gives up in ", left.count(), " s");
+}
+
+c10::intrusive_ptr<c10d::Store> Rendezvous::open() {
   if (options_.store) return options_.store;
   c10d::TCPStoreOptions settings;
   settings.port = static_cast<std::uint16_t>(world_.master_port);
@@ -79,9 +100,9 @@ c10::intrusive_ptr<c10d::Store> Rendezvous::open() const {
 }
 
 /// Looks by itself for a server that is not there yet: a TCPStore would look once a second and complain each time.
-void Rendezvous::await_server() const {
+void Rendezvous::await_server() {
   const std::string place = str(world_.master_address, ":", world_.master_port);
-  std::string problem = "no answer";
+  std::string problem;
   do {
     asio::io_context io;
     asio::ip::tcp::socket socket(io);
@@ -91,16 +112,18 @@ void Rendezvous::await_server() const {
     if (!error) {
       error = asio::error::timed_out;
       asio::async_connect(socket, endpoints, [&](const asio::error_code& result, const auto&) { error = result; });
-      io.run_for(remaining(deadline_));
+      io.run_for(std::min<std::chrono::milliseconds>(kAttempt, remaining(deadline_)));
       if (!error) return;
     }
     problem = error.message();
+    tell_once(str("rank 0 to serve the store at ", place, " (", problem, ")"));
     std::this_thread::sleep_for(std::min<std::chrono::milliseconds>(kPollLast, remaining(deadline_)));
   } while (Clock::now() < deadline_);
   throw CommError(0, "rendezvous",
                   str("rank ", world_.rank, ": rank 0 does not serve the store at ", place, " within ",
                       options_.timeout.count(), " ms (", problem,
-                      "): it has not started or has ended, or MASTER_ADDR and MASTER_PORT differ between the ranks"));
+                      "): it has not started or has ended, or MASTER_ADDR and MASTER_PORT (dualpipe-run: --rendezvous) "
+                      "do not name its host and a port that this host reaches there"));
 }
 
 template <class Action>
@@ -116,25 +139,30 @@ void Rendezvous::publish(const std::string& key, const std::string& value) {
   with_store([&](c10d::Store& store) { store.set(name_of(key, world_.rank), value); });
 }
 
+std::vector<int> Rendezvous::missing(const std::string& key, const std::vector<int>& ranks) {
+  std::vector<int> result;
+  for (const int rank : ranks)
+    if (!with_store([&](c10d::Store& store) { return store.check({name_of(key, rank)}); })) result.push_back(rank);
+  return result;
+}
+
 std::vector<std::string> Rendezvous::collect(const std::string& key, const std::vector<int>& ranks) {
   std::vector<std::string> keys;
   for (const int rank : ranks) keys.push_back(name_of(key, rank));
   // Not Store::wait(), which cannot say who is missing and blocks everybody else who uses the client.
   auto pause = std::chrono::milliseconds(kPollFirst);
   while (!with_store([&](c10d::Store& store) { return store.check(keys); })) {
-    if (Clock::now() >= deadline_) {
-      std::string missing;
-      int first = -1;
-      for (std::size_t i = 0; i < keys.size(); ++i) {
-        if (with_store([&](c10d::Store& store) { return store.check({keys[i]}); })) continue;
-        if (first < 0) first = ranks[i];
-        missing += str(missing.empty() ? "" : ", ", ranks[i]);
-      }
-      if (missing.empty()) break;
-      throw CommError(first, "rendezvous",
-                      str("rank ", world_.rank, ": no sign of rank ", missing, " within ", options_.timeout.count(),
-                          " ms (communicator '", options_.name, "', epoch ", options_.epoch, ", ", world_.size,
-                          " ranks): have all started, with the same WORLD_SIZE, name and epoch?"));
+    const bool late = Clock::now() >= deadline_;
+    if (late || is_time_to_tell()) {
+      const std::vector<int> who = missing(key, ranks);
+      if (who.empty()) break;
+      const std::string place = str("communicator '", options_.name, "', epoch ", options_.epoch);
+      if (late)
+        throw CommError(
+            who.front(), "rendezvous",
+            str("rank ", world_.rank, ": no sign of rank ", list(who), " within ", options_.timeout.count(), " ms (",
+                place, ", ", world_.size, " ranks): have all started, with the same WORLD_SIZE, name and epoch?"));
+      tell_once(str("rank ", list(who), " to start (", place, ")"));
     }
     std::this_thread::sleep_for(pause);
     pause = std::min<std::chrono::milliseconds>(pause * 2, kPollLast);

@@ -10,7 +10,7 @@
 namespace dualpipe::detail {
 
 /// What the ranks tell each other before they are connected, kept in a c10d store. Refers to the arguments of its
-/// constructor.
+/// constructor. Where others keep it waiting for long it says so once, as one of LibTorch's warnings.
 class Rendezvous {
  public:
   using Clock = std::chrono::steady_clock;
@@ -24,8 +24,13 @@ class Rendezvous {
   std::vector<std::string> collect(const std::string& key, const std::vector<int>& ranks);
 
  private:
-  c10::intrusive_ptr<c10d::Store> open() const;
-  void await_server() const;
+  c10::intrusive_ptr<c10d::Store> open();
+  void await_server();
+  /// Those of `ranks` that have not published `key`.
+  std::vector<int> missing(const std::string& key, const std::vector<int>& ranks);
+  bool is_time_to_tell() const;
+  /// `what` completes "rank 3 waits for …".
+  void tell_once(const std::string& what);
   /// Runs `action` on the store; what it throws becomes a CommError.
   template <class Action>
   auto with_store(const Action& action) const;
@@ -33,6 +38,8 @@ class Rendezvous {
   const World& world_;
   const ConnectOptions& options_;
   const Clock::time_point deadline_;
+  const Clock::time_point tell_at_;
+  bool told_ = false;
   const c10::intrusive_ptr<c10d::Store> store_;
 };
 

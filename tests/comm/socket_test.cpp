@@ -16,6 +16,7 @@
 
 #include "comm/contract.hpp"
 #include "comm/socket_connect.hpp"
+#include "comm/socket_host.hpp"
 #include "comm/socket_wire.hpp"
 #include "launch/process.hpp"
 
@@ -172,6 +173,52 @@ TEST(Sockets, NameARankThatComesButDoesNotConnect) {
   meeting_place(store)->set("card/1", card(static_cast<int>(detail::wire::kVersion), 2));
   const auto errors = errors_of(1, [&](int) { connect_sockets(world_of(0, 2), options_with(store, 300ms)); });
   EXPECT_THAT(errors[0], HasSubstr("rank 1 has started but does not connect"));
+}
+
+TEST(Sockets, SayWhereARankCannotBeReached) {
+  const StorePtr store = c10::make_intrusive<c10d::HashStore>();
+  const int closed = free_port();
+  meeting_place(store)->set("card/0", card(static_cast<int>(detail::wire::kVersion), 2));
+  meeting_place(store)->set("tcp/0", nlohmann::json({{"port", closed}, {"addresses", {"127.0.0.1"}}}).dump());
+  const auto errors = errors_of(2, [&](int rank) {
+    if (rank == 1) connect_sockets(world_of(1, 2), options_with(store, 300ms));
+  });
+  EXPECT_THAT(errors[1], AllOf(HasSubstr(detail::str("rank 0 has started but cannot be reached at 127.0.0.1:", closed,
+                                                     " (Connection refused)")),
+                               HasSubstr("firewall")));
+}
+
+TEST(Sockets, TellWhatTheyWaitForLongBeforeTheyGiveUp) {
+  struct Recorder : c10::WarningHandler {
+    std::vector<std::string> texts;
+    void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
+  } recorder;
+  const c10::WarningUtils::WarningHandlerGuard guard(&recorder);
+  World world = world_of(1, 3);
+  world.master_port = free_port();
+  ConnectOptions options;
+  options.timeout = 400ms;
+  EXPECT_THROW(connect_sockets(world, options), CommError);
+  options.store = c10::make_intrusive<c10d::HashStore>();
+  EXPECT_THROW(connect_sockets(world, options), CommError);
+  EXPECT_THAT(recorder.texts,
+              ::testing::ElementsAre(
+                  ::testing::StartsWith(detail::str("rank 1 waits for rank 0 to serve the store at 127.0.0.1:",
+                                                    world.master_port, " (Connection refused), and gives up in")),
+                  ::testing::StartsWith("rank 1 waits for rank 0, 2 to start (communicator 'dualpipe', epoch 0)")));
+}
+
+TEST(Sockets, AnnounceLoopbackAddressesLast) {
+  World world;
+  world.master_port = 1;
+  for (const std::string master : {"127.0.0.1", "127.0.1.1"}) {
+    world.master_address = master;  // as a host's own name often is on this host
+    const std::vector<std::string> addresses = detail::own_addresses(world);
+    EXPECT_THAT(addresses, ::testing::Contains(::testing::StartsWith("127.")));
+    EXPECT_TRUE(std::is_partitioned(addresses.begin(), addresses.end(), [](const std::string& address) {
+      return !address.starts_with("127.");
+    })) << ::testing::PrintToString(addresses);
+  }
 }
 
 TEST(Sockets, RefuseRanksOfAnotherKind) {
