@@ -58,10 +58,11 @@ void transfers(const World& world) {
   std::cout << "fine" << std::endl;
 }
 
-/// Rank 1 is hit by `signal` in the middle; the others say what they learn and how long that took.
+/// Rank 1 is hit by `signal` in the middle, unless that is 0; the others say what they learn and how long that took.
 void struck(const World& world, int signal, std::chrono::milliseconds timeout) {
   const auto comm = connect_sockets(world, {.timeout = timeout});
   exchange(comm, 2);
+  std::cout << "exchanging" << std::endl;
   auto begin = std::chrono::steady_clock::now();
   try {
     for (int round = 0;; ++round) {
@@ -189,6 +190,7 @@ int main(int argc, char** argv) {
       {"transfers", transfers},
       {"killed", [](const World& world) { struck(world, SIGKILL, 60s); }},
       {"stopped", [](const World& world) { struck(world, SIGSTOP, 1s); }},
+      {"endless", [](const World& world) { struck(world, 0, 2s); }},
       {"missing", missing},
       {"two_names", two_names},
       {"reconnect", reconnect},
