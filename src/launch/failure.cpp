@@ -39,7 +39,10 @@ void write_whole(const std::filesystem::path& path, const std::string& text) {
 
 void report_failure(const World& world, const std::exception& error) noexcept {
   try {
-    const std::string message = detail::str("rank ", world.rank, ": ", error.what());
+    std::string message = error.what();
+    // Errors of the communicator begin so by themselves.
+    if (const std::string name = detail::str("rank ", world.rank, ": "); !message.starts_with(name))
+      message = name + message;
     std::cout.flush();
     std::cerr << message + "\n" << std::flush;
     if (world.error_file.empty()) return;

@@ -34,6 +34,8 @@ TEST_F(ReportFailure, NamesTheRank) {
   World world;
   world.rank = 3;
   EXPECT_EQ(report(world, "the loss is gone"), "rank 3: the loss is gone\n");
+  EXPECT_EQ(report(world, "rank 3: send to rank 2: failed"), "rank 3: send to rank 2: failed\n") << "once is enough";
+  EXPECT_EQ(report(world, "rank 31: failed"), "rank 3: rank 31: failed\n");
 }
 
 TEST_F(ReportFailure, WritesWhatTorchrunReads) {
