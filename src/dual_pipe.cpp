@@ -6,6 +6,7 @@
 #include <fstream>
 #include <iterator>
 #include <map>
+#include <optional>
 #include <set>
 #include <utility>
 
@@ -209,15 +210,19 @@ struct DualPipeImpl::State {
           failure);
   }
 
-  /// Collective: losses of all micro-batches on every rank. Who comes back from it knows that every rank came this far.
+  /// Collective: losses of all micro-batches on every rank. Who comes back from it knows that every rank came this far,
+  /// and that all that was announced before agrees. The only wait of the host for a device.
   at::Tensor vote(const RunOutputs& outputs, int num_micro_batches) const {
-    at::Tensor losses = at::zeros({num_micro_batches}, at::kDouble);
-    for (const auto& [micro_batch, loss] : outputs.losses) losses[micro_batch] = loss.to(at::kDouble).reshape({});
-    losses = losses.to(communicator->device());
+    at::Tensor losses = at::zeros({num_micro_batches}, at::device(communicator->device()).dtype(at::kDouble));
+    for (const auto& [micro_batch, loss] : outputs.losses) losses[micro_batch].copy_(loss.reshape({}));
+    Communicator& hosts = communicator->control();
+    std::optional<Pending> arrived;
+    if (&hosts != communicator.get()) arrived = hosts.barrier();
     Pending sum = communicator->all_reduce({losses});
     sum.wait();
     at::Tensor on_host = losses.cpu();  // once a device is through with this, it is through with the step
-    sum.wait();                         // and whether that was by an abort is known
+    if (arrived) arrived->wait();
+    sum.wait();  // and whether that was by an abort is known
     return on_host;
   }
 

@@ -45,6 +45,7 @@ class NcclCommunicator final : public Communicator {
                    bool communicator_per_edge);
 
   at::Device device() const override { return family_->device().device(); }
+  Communicator& control() override { return control_; }
   void connect(const std::vector<Edge>& edges) override;
   Pending send(int peer, Tensors tensors) override;
   Pending receive(int peer, const std::optional<Signature>& expected) override;
@@ -75,7 +76,7 @@ class NcclCommunicator final : public Communicator {
   std::shared_ptr<NcclFamily> family_;
   std::int64_t group_;
   bool communicator_per_edge_;
-  MeshCommunicator control_;  // of the same ranks
+  MeshCommunicator control_;  // of the same ranks, in a group of its own
   std::vector<std::uint64_t> sends_;
   std::vector<std::uint64_t> receives_;
   std::uint64_t collectives_count_ = 0;

@@ -16,15 +16,13 @@ inline std::string message_of(const std::exception& error) {
   return torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
 }
 
-/// Collective: every rank's text, by rank.
+/// Collective: every rank's text, by rank. The hosts' own business: waits for no device.
 inline std::vector<std::string> all_gather_text(Communicator& communicator, const std::string& text) {
   at::Tensor bytes = at::empty({static_cast<std::int64_t>(text.size())}, at::kByte);
   std::memcpy(bytes.mutable_data_ptr(), text.data(), text.size());
   std::vector<std::string> texts;
-  for (const at::Tensor& tensor : communicator.all_gather(bytes.to(communicator.device())).take()) {
-    const at::Tensor host = tensor.cpu();
-    texts.emplace_back(static_cast<const char*>(host.const_data_ptr()), host.numel());
-  }
+  for (const at::Tensor& each : communicator.control().all_gather(bytes).take())
+    texts.emplace_back(static_cast<const char*>(each.const_data_ptr()), each.numel());
   return texts;
 }
 

@@ -70,7 +70,7 @@ void Replicas::sum_gradients() {
     Tensors gradients;
     for (std::size_t i = 0; i < group.parameters.size(); ++i) {
       at::Tensor& gradient = group.parameters[i].mutable_grad();
-      count[static_cast<std::int64_t>(i)] = gradient.defined() ? 1 : 0;
+      count.mutable_data_ptr<int>()[i] = gradient.defined() ? 1 : 0;
       if (!gradient.defined())
         gradient = at::zeros_like(group.parameters[i], at::MemoryFormat::Contiguous);
       else if (gradient.is_sparse())
@@ -79,17 +79,18 @@ void Replicas::sum_gradients() {
         gradient = gradient.contiguous();
       gradients.push_back(gradient);
     }
-    count = count.to(group.communicator->device());
-    gradients.push_back(count);
     present.push_back(count);
+    Communicator& hosts = group.communicator->control();
+    if (&hosts == group.communicator.get())
+      gradients.push_back(count);  // no message of its own
+    else
+      pending.push_back(hosts.all_reduce({count}));
     pending.push_back(group.communicator->all_reduce(std::move(gradients)));
   }
-  for (std::size_t g = 0; g < groups_.size(); ++g) {
-    pending[g].wait();
-    const at::Tensor count = present[g].cpu();
+  for (Pending& each : pending) each.wait();
+  for (std::size_t g = 0; g < groups_.size(); ++g)
     for (std::size_t i = 0; i < groups_[g].parameters.size(); ++i)
-      if (count[static_cast<std::int64_t>(i)].item<int>() == 0) groups_[g].parameters[i].mutable_grad().reset();
-  }
+      if (present[g].const_data_ptr<int>()[i] == 0) groups_[g].parameters[i].mutable_grad().reset();
 }
 
 void Replicas::broadcast() {

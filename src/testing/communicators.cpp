@@ -24,6 +24,10 @@ class Wrapper : public Communicator {
   explicit Wrapper(std::shared_ptr<Communicator> inner)
       : Communicator(inner->rank(), inner->size()), inner_(std::move(inner)) {}
   at::Device device() const override { return inner_->device(); }
+  Communicator& control() override {
+    Communicator& inner = inner_->control();
+    return &inner == inner_.get() ? *this : inner;
+  }
   void connect(const std::vector<Edge>& edges) override { inner_->connect(edges); }
   void abort(const std::string& reason) noexcept override { inner_->abort(reason); }
 

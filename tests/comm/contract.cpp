@@ -568,6 +568,29 @@ TEST_P(Contract, CollectivesAndTransfersDoNotMatchEachOther) {
   });
 }
 
+TEST_P(Contract, WhatHostsSayToEachOtherIsApart) {
+  run(3, [](Ptr comm) {
+    Communicator& hosts = comm->control();
+    EXPECT_TRUE(hosts.device().is_cpu());
+    EXPECT_EQ(hosts.rank(), comm->rank());
+    EXPECT_EQ(hosts.size(), comm->size());
+    const int r = comm->rank();
+    Pending sum = comm->all_reduce({torch::full({2}, r)});
+    Pending said = hosts.all_gather(torch::full({1}, 10 + r));
+    EXPECT_TRUE(torch::equal(torch::cat(said.take()), torch::tensor({10, 11, 12})));
+    EXPECT_TRUE(torch::equal(sum.take().at(0), torch::full({2}, 3)));
+    if (r == 0) {
+      comm->send(1, {torch::full({1}, 1)});
+      hosts.send(1, {torch::full({1}, 2)});
+    } else if (r == 1) {
+      Pending first = comm->receive(0);
+      EXPECT_TRUE(torch::equal(hosts.receive(0).take().at(0), torch::full({1}, 2)));
+      EXPECT_TRUE(torch::equal(first.take().at(0), torch::full({1}, 1)));
+    }
+    comm->barrier().wait();
+  });
+}
+
 TEST_P(Contract, SplitMakesGroupsOrderedByKeyThenRank) {
   run(5, [](Ptr comm) {
     const int r = comm->rank();

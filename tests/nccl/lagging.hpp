@@ -9,40 +9,72 @@
 
 namespace dualpipe::test {
 
+/// What a rank has asked of its device.
+struct Asked {
+  int host_waits = 0;  ///< of the host for the device: each time that values are read
+  int sends = 0, receives = 0, collectives = 0;
+  std::vector<Signature> collected;  ///< what the collectives moved
+};
+
 /// Lets host code use a device that lags behind. What it sends or reduces is written by a kernel into memory of the
 /// rank's stream when the stream comes to it, what it gets is read by one; so everything between depends on events.
 class Lagging final : public Communicator {
  public:
   Lagging(std::shared_ptr<Communicator> inner, std::shared_ptr<AsyncRank> rank)
-      : Communicator(inner->rank(), inner->size()), inner_(std::move(inner)), rank_(std::move(rank)) {}
+      : Lagging(std::move(inner), std::move(rank), std::make_shared<Asked>()) {}
+  /// Since it was called last; groups that were split off included.
+  Asked asked() { return std::exchange(*asked_, {}); }
 
   at::Device device() const override { return at::kCPU; }
+  Communicator& control() override { return inner_->control(); }
   void connect(const std::vector<Edge>& edges) override { inner_->connect(edges); }
-  Pending send(int peer, Tensors tensors) override { return lag(inner_->send(peer, on_device(tensors)), {}); }
+  Pending send(int peer, Tensors tensors) override {
+    ++asked_->sends;
+    return lag(inner_->send(peer, on_device(tensors)), {});
+  }
   Pending receive(int peer, const std::optional<Signature>& expected) override {
+    ++asked_->receives;
     return lag(inner_->receive(peer, expected), {});
   }
   Pending all_reduce(Tensors tensors, Reduce reduce) override {
+    note_collective(tensors);
     return lag(inner_->all_reduce(on_device(tensors), reduce), tensors);
   }
   Pending broadcast(Tensors tensors, int root) override {
+    note_collective(tensors);
     return lag(inner_->broadcast(on_device(tensors), root), tensors);
   }
-  Pending all_gather(at::Tensor tensor) override { return lag(inner_->all_gather(on_device({tensor})[0]), {}); }
-  Pending all_to_all(Tensors tensors) override { return lag(inner_->all_to_all(on_device(tensors)), {}); }
+  Pending all_gather(at::Tensor tensor) override {
+    note_collective({tensor});
+    return lag(inner_->all_gather(on_device({tensor})[0]), {});
+  }
+  Pending all_to_all(Tensors tensors) override {
+    note_collective(tensors);
+    return lag(inner_->all_to_all(on_device(tensors)), {});
+  }
   Pending barrier() override { return inner_->barrier(); }
   std::shared_ptr<Communicator> split(int color, int key) override {
     auto part = inner_->split(color, key);
-    return part == nullptr ? nullptr : std::make_shared<Lagging>(std::move(part), rank_);
+    return part == nullptr ? nullptr : std::shared_ptr<Lagging>(new Lagging(std::move(part), rank_, asked_));
   }
   void abort(const std::string& reason) noexcept override { inner_->abort(reason); }
 
  private:
+  Lagging(std::shared_ptr<Communicator> inner, std::shared_ptr<AsyncRank> rank, std::shared_ptr<Asked> asked)
+      : Communicator(inner->rank(), inner->size()),
+        inner_(std::move(inner)),
+        rank_(std::move(rank)),
+        asked_(std::move(asked)) {}
+  void note_collective(const Tensors& tensors) {
+    ++asked_->collectives;
+    asked_->collected.push_back(signature_of(tensors));
+  }
+
   /// Copies made by kernels, and the tensors of the host that results go into.
   class State final : public Pending::State {
    public:
-    State(Pending inner, std::shared_ptr<AsyncRank> rank, Tensors in_place)
-        : inner_(std::move(inner)), rank_(std::move(rank)), in_place_(std::move(in_place)) {}
+    State(Pending inner, std::shared_ptr<AsyncRank> rank, std::shared_ptr<Asked> asked, Tensors in_place)
+        : inner_(std::move(inner)), rank_(std::move(rank)), asked_(std::move(asked)), in_place_(std::move(in_place)) {}
     void wait() override {
       if (over_) return inner_.wait();
       if (in_place_.empty()) {
@@ -72,6 +104,7 @@ class Lagging final : public Communicator {
           if (got[i].defined() && got[i].numel() > 0)
             std::memcpy(on_host[i].mutable_data_ptr(), got[i].const_data_ptr(), got[i].nbytes());
       });
+      if (!got.empty()) ++asked_->host_waits;
       rank_->synchronize();
       for (std::size_t i = 0; i < got.size(); ++i) {
         if (!got[i].defined()) continue;
@@ -87,12 +120,13 @@ class Lagging final : public Communicator {
 
     Pending inner_;
     std::shared_ptr<AsyncRank> rank_;
+    std::shared_ptr<Asked> asked_;
     Tensors in_place_, results_;
     bool over_ = false;
   };
 
   Pending lag(Pending inner, Tensors in_place) {
-    return Pending(std::make_shared<State>(std::move(inner), rank_, std::move(in_place)));
+    return Pending(std::make_shared<State>(std::move(inner), rank_, asked_, std::move(in_place)));
   }
 
   Tensors on_device(const Tensors& tensors) {
@@ -117,6 +151,7 @@ class Lagging final : public Communicator {
 
   std::shared_ptr<Communicator> inner_;
   std::shared_ptr<AsyncRank> rank_;
+  std::shared_ptr<Asked> asked_;
 };
 
 }  // namespace dualpipe::test

@@ -82,6 +82,26 @@ INSTANTIATE_TEST_SUITE_P(
              (s.one_transfer_at_a_time ? "OneAtATime" : "");
     });
 
+TEST(EmulatedPipeline, AStepReadsNothingFromTheDeviceButItsData) {
+  const Setting setting{.num_ranks = 4, .num_micro_batches = 8};
+  const Batch batch = random_batch(2 * setting.num_micro_batches, 5);
+  run_pipeline(setting, [&](DualPipe& pipe, const std::shared_ptr<Communicator>& communicator) {
+    pipe->step(batch, squared_error());
+    auto& lagging = static_cast<Lagging&>(*communicator);
+    lagging.asked();
+    pipe->step(batch, squared_error());
+    const Asked asked = lagging.asked();
+    // The host of this test computes, and so reads what was received and the gradients. What is left is the commit.
+    EXPECT_EQ(asked.host_waits, asked.receives + 2);
+    ASSERT_EQ(asked.collectives, 2);
+    Signature gradients;
+    for (const at::Tensor& parameter : pipe->parameters())
+      gradients.push_back({.dtype = at::kDouble, .sizes = parameter.sizes().vec()});
+    EXPECT_EQ(to_string(asked.collected[0]), to_string(gradients));
+    EXPECT_EQ(to_string(asked.collected[1]), "[float64 [8]]") << "the losses";
+  });
+}
+
 /// All gradients of one step, by rank and in the order of the parameters.
 std::vector<std::vector<at::Tensor>> gradients_of(const Setting& setting) {
   std::vector<std::vector<at::Tensor>> gradients(static_cast<std::size_t>(setting.num_ranks));

@@ -56,6 +56,11 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   int size() const noexcept { return size_; }
   virtual at::Device device() const = 0;
 
+  /// Moves what is the hosts' own business between the same ranks: tensors of the CPU, whose wait() and take() hold up
+  /// the host alone. Where this communicator's own tensors are on the CPU, itself. Calls of one do not match calls of
+  /// the other. Lives as long as this one.
+  virtual Communicator& control() { return *this; }
+
   /// Collective, at most once: announces the edges that sends and receives will use, so that a back end can open and
   /// warm them up.
   virtual void connect(const std::vector<Edge>& edges) = 0;

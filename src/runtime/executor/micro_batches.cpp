@@ -92,11 +92,13 @@ const Batch& MicroBatches::batch(const Op& op) const {
   return batches.empty() ? no_batch_ : batches[op.micro_batch];
 }
 
-/// Copies, so that in-place code at the start of the first stage does not write into the caller's batch.
+/// Copies, so that in-place code at the start of the first stage does not write into the caller's batch. The host does
+/// not wait for a copy to a device, which reads the batch before the step is over.
 Tensors MicroBatches::batch_inputs(const Op& op) const {
   Tensors inputs;
   for (const at::Tensor& input : batch(op).inputs)
-    inputs.push_back(input.detach().to(context_.communicator.device(), input.scalar_type(), false, true));
+    inputs.push_back(input.detach().to(context_.communicator.device(), input.scalar_type(), /*non_blocking=*/true,
+                                       /*copy=*/true));
   return inputs;
 }
 
