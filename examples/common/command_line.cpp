@@ -49,6 +49,9 @@ void CommandLine::add_pipeline() {
   flag("--publish", publish_, "WHEN", "When results leave a step: early (as soon as they exist) or atomic (at its end)")
       ->check(CLI::IsMember({"early", "atomic"}).description(""))
       ->default_str("early");
+  flag("--device", device_, "DEVICE", "Where the ranks compute: cpu, or cuda, which needs a GPU for each of them")
+      ->check(CLI::IsMember({"cpu", "cuda"}).description(""))
+      ->capture_default_str();
   count("--pipelines", options_.pipelines, "Pipelines side by side, which share the ranks evenly")
       ->capture_default_str();
   number("--link-latency-ms", latency_milliseconds_, "A slower network: time that every message takes longer");
@@ -61,6 +64,9 @@ void CommandLine::add_model() {
   count("--width", options_.model.width, "Features per byte")->capture_default_str();
   count("--heads", options_.model.heads, "Attention heads")->capture_default_str();
   count("--context", options_.model.context, "Bytes the model sees at once")->capture_default_str();
+  flag("--dtype", dtype_, "DTYPE", "Of parameters and activations: float32, or bfloat16; losses are float32")
+      ->check(CLI::IsMember({"float32", "fp32", "bfloat16", "bf16"}).description(""))
+      ->capture_default_str();
 }
 
 void CommandLine::add_training() {
@@ -106,6 +112,8 @@ std::optional<std::string> CommandLine::parse(int argc, const char* const* argv)
   if (micro_batches_) options_.pipe.num_micro_batches = *micro_batches_;
   if (chunks_) options_.pipe.chunks_per_rank = *chunks_;
   if (publish_) options_.pipe.publish = *publish_ == "early" ? dualpipe::Publish::early : dualpipe::Publish::atomic;
+  if (device_ == "cuda") options_.device = at::kCUDA;
+  if (dtype_ == "bfloat16" || dtype_ == "bf16") options_.dtype = at::kBFloat16;
   options_.latency = std::chrono::nanoseconds(static_cast<std::int64_t>(latency_milliseconds_ * 1e6));
   check(options_.model);
   options_.bytes_per_second = megabytes_per_second_ * 1e6;

@@ -47,6 +47,7 @@ class CommandLine {
   std::string group_;
   std::string config_;
   std::optional<std::string> schedule_, publish_;
+  std::string device_ = "cpu", dtype_ = "float32";
   std::optional<int> micro_batches_, chunks_;
   double latency_milliseconds_ = 0;
   double megabytes_per_second_ = 0;

@@ -73,7 +73,8 @@ AttentionImpl::AttentionImpl(const ModelSize& size, at::Generator& random)
 torch::Tensor AttentionImpl::forward(const torch::Tensor& x) {
   const auto batch = x.size(0), length = x.size(1);
   const auto parts = query_key_value_(norm_(x)).view({batch, length, 3, heads_, -1}).permute({2, 0, 3, 1, 4}).unbind();
-  const auto bias = bias_.to(x.options()).narrow(1, 0, length).narrow(2, 0, length);
+  bias_ = bias_.to(x.options());
+  const auto bias = bias_.narrow(1, 0, length).narrow(2, 0, length);
   const auto mixed = at::scaled_dot_product_attention(parts[0], parts[1], parts[2], bias);
   return out_(mixed.transpose(1, 2).reshape({batch, length, -1}));
 }

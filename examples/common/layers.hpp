@@ -40,7 +40,7 @@ class AttentionImpl : public torch::nn::Module {
 
  private:
   std::int64_t heads_;
-  torch::Tensor bias_;  // no buffer: it never changes and needs neither saving nor sending
+  torch::Tensor bias_;  // no buffer, as it never changes: neither saved nor sent, it follows what comes
   torch::nn::LayerNorm norm_{nullptr};
   torch::nn::Linear query_key_value_{nullptr}, out_{nullptr};
 };

@@ -1,5 +1,8 @@
 #pragma once
 
+#include <c10/core/DeviceType.h>
+#include <c10/core/ScalarType.h>
+
 #include <chrono>
 #include <cstdint>
 #include <filesystem>
@@ -18,12 +21,14 @@ struct Options {
 
   std::vector<std::filesystem::path> text;  ///< empty: default_text()
   dualpipe::DualPipeOptions pipe{.num_micro_batches = 20};
-  int pipelines = 1;    ///< side by side, each of world size / pipelines ranks
-  int num_sharing = 1;  ///< pipelines that share one set of experts
+  at::DeviceType device = at::kCPU;  ///< kCUDA: a GPU for each rank
+  int pipelines = 1;                 ///< side by side, each of world size / pipelines ranks
+  int num_sharing = 1;               ///< pipelines that share one set of experts
   std::chrono::nanoseconds latency{0};
   double bytes_per_second = 0;  ///< of each link, 0: as fast as it is
 
   ModelSize model;
+  at::ScalarType dtype = at::kFloat;  ///< of parameters and of what flows between layers; losses are float32
 
   int steps = 600;
   double minutes = 2.5;  ///< 0: no limit

@@ -21,7 +21,7 @@ double bubble_share(const dualpipe::Report& report);
 dualpipe::Costs mean_costs(const dualpipe::Timeline& measured);
 
 /// Predicted beside measured, rank by rank: busy, bubble, activations, communication and how much of it was hidden.
-/// @param cores  of this host, for `local_ranks` ranks.
+/// @param cores  of this host, for `local_ranks` ranks; 0 where these compute on devices of their own.
 std::string comparison(const dualpipe::Timeline& predicted, const dualpipe::Timeline& measured,
                        const dualpipe::Costs& costs, int local_ranks, int cores);
 

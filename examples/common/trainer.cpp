@@ -15,18 +15,16 @@
 #include <thread>
 #include <utility>
 
-#include "dualpipe/comm/socket.hpp"
+#include "connect.hpp"
 #include "dualpipe/launch/failure.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/render.hpp"
-#include "dualpipe/testing/communicators.hpp"
 #include "report.hpp"
 
 namespace example {
 namespace {
 
 using dualpipe::Batch;
-using dualpipe::Communicator;
 using dualpipe::Tensors;
 using dualpipe::Timeline;
 
@@ -47,31 +45,33 @@ int num_stages(const Options& options, int world_size) {
   return dualpipe::from_csv(std::string(std::istreambuf_iterator<char>(file), {}), pipe.schedule).num_stages;
 }
 
-std::shared_ptr<Communicator> connect(const dualpipe::World& world, const Options& options) {
-  auto sockets = dualpipe::connect_sockets(world);
-  if (options.latency.count() == 0 && options.bytes_per_second == 0) return sockets;
-  return dualpipe::testing::delayed_links(std::move(sockets), {options.latency, options.bytes_per_second});
-}
-
 dualpipe::StageFactory cut(const Model& model, int num_stages, const Options& options) {
   const int spare = static_cast<int>(model.layers.size()) - options.model.layers;
   DUALPIPE_CHECK(options.model.layers + spare >= num_stages, "schedule ", options.pipe.schedule, " has ", num_stages,
                  " stages here, the model ", options.model.layers,
                  " blocks, an embedding and a head; at least --layers ", num_stages - spare, " is needed");
-  return dualpipe::split(model.layers, num_stages, model.costs);
+  std::vector<dualpipe::NamedLayer> layers = model.layers;
+  for (dualpipe::NamedLayer& layer : layers)
+    layer.make = [make = layer.make, dtype = options.dtype] {
+      dualpipe::Stage stage = make();
+      stage.module()->to(dtype);
+      return stage;
+    };
+  return dualpipe::split(std::move(layers), num_stages, model.costs);
 }
 
 /// In nats per byte.
 torch::Tensor cross_entropy(const Tensors& outputs, const Tensors& targets) {
-  return torch::nn::functional::cross_entropy(outputs[0].flatten(0, 1), targets[0].flatten());
+  return torch::nn::functional::cross_entropy(outputs[0].flatten(0, 1).to(torch::kFloat), targets[0].flatten());
 }
 
 /// Windows of context + 1 bytes: all but the last go in, all but the first are to be predicted.
-Batch batch_of(const torch::Tensor& windows) {
+Batch batch_of(const torch::Tensor& windows, at::Device device) {
   const auto length = windows.size(1) - 1;
+  const torch::Tensor there = windows.to(device);
   Batch batch;
-  batch.inputs = {windows.narrow(1, 0, length)};
-  batch.targets = {windows.narrow(1, 1, length)};
+  batch.inputs = {there.narrow(1, 0, length)};
+  batch.targets = {there.narrow(1, 1, length)};
   return batch;
 }
 
@@ -83,7 +83,7 @@ double learning_rate(const Options& options, double progress) {
 
 std::int64_t draw(const torch::Tensor& logits, double temperature, at::Generator& random) {
   if (temperature <= 0) return logits.argmax().item<std::int64_t>();
-  const auto probabilities = torch::softmax(logits.to(torch::kDouble) / temperature, 0);
+  const auto probabilities = torch::softmax(logits.to(torch::kCPU, torch::kDouble) / temperature, 0);
   return torch::multinomial(probabilities, 1, false, random).item<std::int64_t>();
 }
 
@@ -149,7 +149,8 @@ void Trainer::introduce() const {
   say("%s on %d ranks, %d stages, %d micro-batches per step\n", schedule.name.c_str(), grid_.pipeline()->size(),
       schedule.num_stages, schedule.num_micro_batches);
   if (!options_.quiet && world_.rank == 0) say(picture(schedule, options_.pipe.publish).c_str());
-  say("model: %s\n", model_.description.c_str());
+  say("model: %s%s%s\n", model_.description.c_str(), options_.dtype == at::kBFloat16 ? " in bfloat16" : "",
+      options_.device == at::kCUDA ? ", on GPUs" : "");
   say("text: %d files, %.1f MB to learn from, %.1f MB held out\n", corpus_.num_files,
       1e-6 * static_cast<double>(corpus_.training.size()), 1e-6 * static_cast<double>(corpus_.held_out.size()));
 }
@@ -169,7 +170,7 @@ Timeline Trainer::train() {
     torch::Tensor value = cross_entropy(outputs, targets);
     if (model_.penalty) {
       const torch::Tensor penalty = model_.penalty(outputs);
-      penalty_ += penalty.item<double>();
+      penalty_ += penalty.detach();
       value = value + penalty;
     }
     return value / pipelines;
@@ -186,9 +187,10 @@ Timeline Trainer::train() {
     const Batch batch = needs_data()
                             ? batch_of(random_windows(corpus_.training, grid_.pipeline_index() * sequences(),
                                                       sequences(), options_.model.context + 1,
-                                                      options_.seed * 1'000'003 + static_cast<std::uint64_t>(step)))
+                                                      options_.seed * 1'000'003 + static_cast<std::uint64_t>(step)),
+                                       device())
                             : Batch{};
-    penalty_ = 0;
+    penalty_ = torch::zeros({}, device());
     const dualpipe::StepResult result = pipe_->step(batch, loss);
     measured = trace();
     if (pipelines > 1) grid_.sum_gradients(*pipe_, model_.is_expert);
@@ -212,7 +214,9 @@ std::pair<double, double> Trainer::loss_and_penalty(const dualpipe::StepResult& 
   const double scale = 1.0 / (grid_.num_pipelines() * options_.pipe.num_micro_batches);
   const bool first = grid_.pipeline()->rank() == 0;
   const torch::Tensor sums =
-      torch::tensor({first ? result.losses.mean().item<double>() : 0.0, penalty_ * scale}, torch::kDouble);
+      torch::tensor({first ? result.losses.mean().item<double>() : 0.0, penalty_.item<double>() * scale},
+                    torch::kDouble)
+          .to(device());
   grid_.world()->all_reduce({sums}).wait();
   const double penalty = sums[1].item<double>();
   return {sums[0].item<double>() - penalty, penalty};
@@ -227,7 +231,7 @@ Timeline Trainer::trace() const {
 
 /// Rank 0's value on every rank: clocks differ, decisions must not.
 double Trainer::agree(double value) const {
-  const torch::Tensor shared = torch::full({1}, value, torch::kDouble);
+  const torch::Tensor shared = torch::full({1}, value, torch::dtype(torch::kDouble).device(device()));
   grid_.world()->broadcast({shared}, 0).wait();
   return shared.item<double>();
 }
@@ -235,10 +239,11 @@ double Trainer::agree(double value) const {
 double Trainer::held_out_loss() {
   const std::int64_t count = sequences() * options_.held_out;
   const Batch batch = needs_data() ? batch_of(spread_windows(corpus_.held_out, grid_.pipeline_index() * count, count,
-                                                             grid_.num_pipelines() * count, options_.model.context + 1))
+                                                             grid_.num_pipelines() * count, options_.model.context + 1),
+                                              device())
                                    : Batch{};
   pipe_->eval();
-  const torch::Tensor loss = pipe_->evaluate(batch, cross_entropy).losses.mean() / grid_.world()->size();
+  const torch::Tensor loss = (pipe_->evaluate(batch, cross_entropy).losses.mean() / grid_.world()->size()).to(device());
   pipe_->train();
   grid_.world()->all_reduce({loss}).wait();
   return loss.item<double>();
@@ -254,12 +259,12 @@ void Trainer::sample() {
   for (int i = 0; i < options_.sample; ++i) {
     const auto seen = std::min<std::int64_t>(text.size(1), options_.model.context);
     Batch batch;
-    batch.inputs = {text.narrow(1, text.size(1) - seen, seen)};
+    batch.inputs = {text.narrow(1, text.size(1) - seen, seen).to(device())};
     const Tensors outputs = pipe_->predict(Batch::from_micro_batches({batch}));
-    const torch::Tensor byte = torch::zeros({1, 1}, torch::kInt64);
+    const torch::Tensor byte = torch::zeros({1, 1}, torch::dtype(torch::kInt64).device(device()));
     if (world_.rank == source) byte.fill_(draw(outputs[0][0][-1], options_.temperature, random));
     grid_.world()->broadcast({byte}, source).wait();
-    text = torch::cat({text, byte}, 1);
+    text = torch::cat({text, byte.cpu()}, 1);
   }
   pipe_->train();
   say("sample, after the prompt \"%s\":\n", printable(text.narrow(1, 0, prompt_length)).c_str());
@@ -284,7 +289,8 @@ void Trainer::report(Timeline measured) const {
   predicted.name = "predicted";
   predicted.seconds_per_unit = measured.seconds_per_unit;
   const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
-  say("%s", comparison(predicted, measured, costs, world_.local_size, cores).c_str());
+  const int sharing = options_.device == at::kCPU ? world_.local_size : 0;
+  say("%s", comparison(predicted, measured, costs, sharing, cores).c_str());
   say("%s", overlap(measured).c_str());
   if (!options_.trace.empty()) {
     write_file(options_.trace, dualpipe::to_trace(measured));
@@ -309,6 +315,7 @@ int run_program(
       if (world.rank == 0) std::fputs(help.c_str(), stdout);
       return 0;
     }
+    become_gpu_program(program->options, argv);
     prepare_folder(program->options.trace);
     prepare_folder(program->options.svg);
     at::set_num_threads(1);  // ranks are the parallelism; there are usually more of them than cores

@@ -55,6 +55,7 @@ class Trainer {
   bool needs_data() const { return pipe_->feeds_inputs() || pipe_->computes_loss(); }
   /// Of one pipeline's step.
   std::int64_t sequences() const { return std::int64_t{options_.pipe.num_micro_batches} * options_.batch; }
+  at::Device device() const { return grid_.world()->device(); }
   double agree(double value) const;
   torch::Tensor prompt() const;
 
@@ -66,7 +67,7 @@ class Trainer {
   Model model_;
   dualpipe::DualPipe pipe_;
   std::shared_ptr<dualpipe::Tracer> tracer_;
-  double penalty_ = 0;  // sum over the micro-batches that ended here in the step under way
+  torch::Tensor penalty_;  // sum over the micro-batches that ended here in the step under way
 };
 
 /// What a program made of its arguments.

@@ -1,6 +1,7 @@
 #include "model.hpp"
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/OpMathType.h>
 
 #include <utility>
 
@@ -37,7 +38,7 @@ class ExpertsImpl : public torch::nn::Module {
   /// @param weights  [rows, 1], what its result is multiplied by
   torch::Tensor forward(const torch::Tensor& rows, const torch::Tensor& weights, const torch::Tensor& numbers) {
     const auto order = torch::argsort(numbers, /*stable=*/true, /*dim=*/0, /*descending=*/false);
-    const auto counts = torch::bincount(numbers - first_, {}, static_cast<std::int64_t>(in_.size()));
+    const auto counts = torch::bincount(numbers - first_, {}, static_cast<std::int64_t>(in_.size())).cpu();
     const auto parts = rows.index_select(0, order).split_with_sizes(
         at::IntArrayRef(counts.const_data_ptr<std::int64_t>(), in_.size()));
     Tensors results;
@@ -67,18 +68,20 @@ class BlockImpl : public torch::nn::Module {
   /// The node in front of the dispatch.
   Tensors attend(Tensors t) {
     t.resize(num_slots);
-    if (!t[balance].defined()) t[balance] = torch::zeros({1}, t[x].options());
+    // Shares that differ little add up to a loss close to zero: bfloat16 would not tell them apart.
+    const at::ScalarType precise = at::toOpMathType(t[x].scalar_type());
+    if (!t[balance].defined()) t[balance] = torch::zeros({1}, t[x].options().dtype(precise));
     t[x] = t[x] + attention_(t[x]);
     const auto bytes = norm_(t[x]).flatten(0, 1);
 
-    const auto probabilities = torch::softmax(router_(bytes), 1);
+    const auto probabilities = torch::softmax(router_(bytes), 1, precise);
     const auto [likeliest, chosen] = probabilities.topk(top_k_, 1);
     const auto shares = (likeliest / likeliest.sum(1, true)).flatten();
     const auto numbers = chosen.flatten();
     const auto order = torch::argsort(numbers, /*stable=*/true, /*dim=*/0, /*descending=*/false);
     t[token] = order.div(top_k_, "floor");
     t[rows] = bytes.index_select(0, t[token]);
-    t[weight] = shares.index_select(0, order).unsqueeze(1);
+    t[weight] = shares.index_select(0, order).unsqueeze(1).to(bytes.scalar_type());
     t[expert] = numbers.index_select(0, order);
     const auto load = torch::bincount(numbers, {}, experts_);
     t[splits] = load.view({ranks_, -1}).sum(1);

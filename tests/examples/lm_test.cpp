@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <regex>
@@ -34,24 +35,22 @@ class LanguageModel : public ::testing::Test {
     std::ofstream(folder / name) << text;
     return folder / name;
   }
-  /// A small model and text, a few steps.
+  /// A small model and text, a few steps, unless the flags say otherwise.
   std::vector<std::string> command(int num_ranks, const std::vector<std::string>& flags) const {
     std::vector<std::string> all = {DUALPIPE_RUN, "-n", std::to_string(num_ranks), "--", DUALPIPE_LM};
-    const std::vector<std::string> small = {"--layers",   "6",
-                                            "--width",    "16",
-                                            "--heads",    "2",
-                                            "--context",  "16",
-                                            "--minutes",  "0",
-                                            "--steps",    "4",
-                                            "--held-out", "1",
-                                            "--sample",   "20",
-                                            "--svg",      (folder / "run.svg").string(),
-                                            "--trace",    (folder / "run.json").string()};
-    all.insert(all.end(), small.begin(), small.end());
-    if (std::find(flags.begin(), flags.end(), "--text") == flags.end()) {
-      all.push_back("--text");
-      all.push_back((folder / "text.txt").string());
-    }
+    const std::vector<std::pair<std::string, std::string>> defaults = {{"--layers", "6"},
+                                                                       {"--width", "16"},
+                                                                       {"--heads", "2"},
+                                                                       {"--context", "16"},
+                                                                       {"--minutes", "0"},
+                                                                       {"--steps", "4"},
+                                                                       {"--held-out", "1"},
+                                                                       {"--sample", "20"},
+                                                                       {"--text", (folder / "text.txt").string()},
+                                                                       {"--svg", (folder / "run.svg").string()},
+                                                                       {"--trace", (folder / "run.json").string()}};
+    for (const auto& [name, value] : defaults)
+      if (std::find(flags.begin(), flags.end(), name) == flags.end()) all.insert(all.end(), {name, value});
     all.insert(all.end(), flags.begin(), flags.end());
     return all;
   }
@@ -91,6 +90,42 @@ TEST_F(LanguageModel, EveryScheduleTrainsTheSameModel) {
   Process report({DUALPIPE_PLAN, "report", (folder / "run.json").string()});
   EXPECT_EQ(report.wait(), 0) << report.err();
   EXPECT_THAT(report.out(), HasSubstr("makespan"));
+}
+
+TEST_F(LanguageModel, LearnsInBfloat16) {
+  std::vector<std::string> first;
+  for (const std::string dtype : {"float32", "bfloat16"}) {
+    Process process(command(2, {"--dtype", dtype, "--steps", "30", "--microbatches", "4"}));
+    ASSERT_EQ(process.wait(), 0) << process.out() << process.err();
+    const std::vector<std::string> lines = losses(process.out());
+    ASSERT_EQ(lines.size(), 30u) << process.out();
+    EXPECT_LT(std::stod(lines.back()), 0.8 * std::stod(lines.front())) << dtype;
+    if (first.empty()) first = lines;
+    EXPECT_NEAR(std::stod(lines.front()), std::stod(first.front()), 0.01) << "losses are float32";
+    EXPECT_NEAR(std::stod(lines.back()), std::stod(first.back()), 0.3) << dtype;
+    EXPECT_EQ(lines == first, dtype == "float32") << "parameters are not";
+  }
+}
+
+TEST_F(LanguageModel, GpuRanksWithoutAGpuAreOneClearError) {
+  const auto text_of = [&](const std::vector<std::string>& flags) {
+    Process process(command(2, flags), {{"CUDA_VISIBLE_DEVICES", "-1"}});
+    EXPECT_EQ(process.wait(), 1);
+    return process.err();
+  };
+  EXPECT_THAT(
+      text_of({"--device", "cuda", "--microbatches", "4"}),
+      AllOf(HasSubstr("--device cuda"), HasSubstr(DUALPIPE_LM_HAS_NCCL ? "no CUDA device" : "built without NCCL")));
+  EXPECT_THAT(text_of({"--device", "cuda", "--link-latency-ms", "1"}), HasSubstr("for CPU ranks"));
+  EXPECT_THAT(text_of({"--device", "gpu"}), AllOf(HasSubstr("gpu"), HasSubstr("cuda")));
+  EXPECT_THAT(text_of({"--dtype", "float16"}), AllOf(HasSubstr("float16"), HasSubstr("bfloat16")));
+}
+
+TEST_F(LanguageModel, CpuRanksLoadNoCuda) {
+  Process process({DUALPIPE_LM, "--help"}, {{"LD_DEBUG", "libs"}});
+  ASSERT_EQ(process.wait(), 0) << process.err();
+  EXPECT_THAT(process.err(),
+              AllOf(HasSubstr("libtorch_cpu"), Not(HasSubstr("libtorch_cuda")), Not(HasSubstr("libnccl"))));
 }
 
 TEST_F(LanguageModel, RunsFromAConfigurationFile) {

@@ -313,6 +313,19 @@ TEST_F(MoeProgram, HoweverRanksFormPipelinesTheyTrainTheSameModel) {
   EXPECT_THAT(report.out(), HasSubstr("makespan"));
 }
 
+TEST_F(MoeProgram, TrainsInBfloat16) {
+  Line first{};
+  for (const std::string dtype : {"float32", "bf16"}) {
+    Process process(command(4, {"--microbatches", "4", "--dtype", dtype}));
+    ASSERT_EQ(process.wait(), 0) << process.out() << process.err();
+    const auto lines = lines_of(process.out());
+    ASSERT_EQ(lines.size(), 3u) << process.out();
+    if (dtype == "float32") first = lines[0];
+    EXPECT_NEAR(lines[0].loss, first.loss, 0.01);
+    EXPECT_NEAR(lines[0].balance, first.balance, 0.1 * std::abs(first.balance)) << "experts are chosen in float32";
+  }
+}
+
 TEST_F(MoeProgram, WrongInputIsOneClearError) {
   const auto failure = [&](int num_ranks, const std::vector<std::string>& flags) {
     Process process(command(num_ranks, flags));
