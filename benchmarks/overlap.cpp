@@ -36,6 +36,7 @@ using Clock = std::chrono::steady_clock;
 struct Flags {
   int num_micro_batches = 20;
   int layers = 1;
+  int weights = 4;
   double attention = 10, mlp = 10, communication = 10;  // milliseconds
   int steps = 3;
   bool pair = false;
@@ -43,23 +44,28 @@ struct Flags {
   std::string trace;
 };
 
+/// One weight for each operation of a node, as the linear layers of an attention have theirs.
 struct SleepingImpl : torch::nn::Module {
-  SleepingImpl() { weight = register_parameter("weight", torch::ones({})); }
-  torch::Tensor weight;
+  explicit SleepingImpl(int count) {
+    for (int i = 0; i < count; ++i)
+      weights.push_back(register_parameter("weight" + std::to_string(i), torch::ones({})));
+  }
+  Tensors weights;
 };
 TORCH_MODULE(Sleeping);
 
 /// Layers of attention, dispatch, MLP, combine.
 Stage make_stage(const Flags& flags, const std::shared_ptr<Communicator>& group) {
-  const Sleeping module;
+  const Sleeping module(flags.weights);
   Stage stage(module.ptr());
   const auto sleep = [&](double milliseconds) {
-    const auto passes = std::make_shared<const Passes>(Passes{.seconds = calibrated(milliseconds / 1e3)});
+    const auto passes =
+        std::make_shared<const Passes>(Passes{.seconds = calibrated(milliseconds / 1e3 / flags.weights)});
     return [module, passes](const Tensors& inputs, const StageContext&) {
       Tensors outputs = inputs;
       // Every node has an input part, also that of the first stage.
-      outputs[0] = Sleep::apply(inputs[0].requires_grad() ? inputs[0] : inputs[0].detach().requires_grad_(),
-                                module->weight, passes.get());
+      if (!inputs[0].requires_grad()) outputs[0] = inputs[0].detach().requires_grad_();
+      for (const torch::Tensor& weight : module->weights) outputs[0] = Sleep::apply(outputs[0], weight, passes.get());
       return outputs;
     };
   };
@@ -273,9 +279,9 @@ struct Nothing final : Collective {
 /// Time of a micro-batch through stages of tiny nodes, beside the same code as one autograd graph. What is between is
 /// the executor's, graphs of their own for each node and the split of their backwards included.
 void host_time(const std::shared_ptr<Communicator>& comm, const Flags& flags) {
-  const Sleeping module;
+  const Sleeping module(1);
   const int num_nodes = 4 * flags.layers;
-  const auto compute = [module](const Tensors& inputs) { return Tensors{inputs[0] * module->weight}; };
+  const auto compute = [module](const Tensors& inputs) { return Tensors{inputs[0] * module->weights[0]}; };
   Stage stage(module.ptr());
   for (int i = 0; i < num_nodes / 2; ++i)
     stage.compute("compute", [compute](const Tensors& inputs, const StageContext&) { return compute(inputs); })
@@ -320,6 +326,9 @@ int main(int argc, char** argv) {
     Flags flags;
     app.add_option("--microbatches", flags.num_micro_batches, "micro-batches of a step")->capture_default_str();
     app.add_option("--layers", flags.layers, "layers of a stage")->capture_default_str()->check(CLI::PositiveNumber);
+    app.add_option("--weights", flags.weights, "weights of a node, each with its own share of F, I and W")
+        ->capture_default_str()
+        ->check(CLI::PositiveNumber);
     app.add_option("--attention-ms", flags.attention, "time of each of F, I and W")->capture_default_str();
     app.add_option("--mlp-ms", flags.mlp, "time of each of F, I and W")->capture_default_str();
     app.add_option("--communication-ms", flags.communication, "time of a dispatch or combine")->capture_default_str();

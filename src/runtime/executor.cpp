@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <memory>
-#include <thread>
 #include <utility>
 
 #include "runtime/executor/context.hpp"
@@ -22,9 +21,6 @@ class Run final : public StepHost {
   explicit Run(const RunContext& context)
       : context_(context),
         program_(context.plan.program.ranks[context.communicator.rank()]),
-        communicates_(
-            std::any_of(context.stages.begin(), context.stages.end(),
-                        [](const auto& entry) { return entry.second.structure().find('X') != std::string::npos; })),
         micro_batches_(context),
         transfers_(context) {}
 
@@ -124,46 +120,44 @@ class Run final : public StepHost {
     if (context_.early()) transfers_.issue(next_);
   }
 
-  /// Weight parts can hide the collective with which the backward of the next step begins, if its gradient is here, or
-  /// comes while one weight part has hardly begun. When that is depends on timing; the order of collectives does not,
-  /// as only weight parts lie between.
-  void weights_left(double seconds) override {
-    if (!communicates_ || ahead_ || !context_.early()) return;
+  /// Weight parts can hide the collective with which the backward of the next step begins, once what it takes is here.
+  /// When that is depends on timing; the order of collectives does not, as only weight parts lie between.
+  void only_weights_left() override {
+    if (!context_.communicates || ahead_ || !context_.early()) return;
     std::size_t at = next_;
     while (at < program_.size() && program_[at].what != Instruction::Do::compute) ++at;
     if (at == program_.size()) return;
     auto running = make(program_[at].step, cell_ + 1);
     const Op* const backward = running->launches_first();
     if (backward == nullptr) return;
-    for (std::size_t i = next_; i < at; ++i) {
-      if (program_[i].what != Instruction::Do::wait) continue;
-      const int index = program_[i].transfer;
-      const Transfer& transfer = transfers_[index];
-      if (transfer.payload != Payload::gradient || transfer.stage != backward->stage + 1 ||
-          transfer.micro_batch != backward->micro_batch)
-        continue;
-      const Pending* const gradient = transfers_.receive(index);
-      if (gradient == nullptr || !arrives(*gradient, seconds / 10)) return;
-      deliver(index);
-      delivered_ahead_ = index;
-      running->launch_ahead();
-      ahead_ = std::move(running);
-      return;
+    if (context_.last(*backward)) {
+      if (!micro_batches_.is_forward_over(*backward)) return;
+    } else {
+      const int gradient = awaited_gradient(*backward, at);
+      if (gradient < 0) return;
+      const Pending* const transfer = transfers_.receive(gradient);
+      if (transfer == nullptr || !transfer->done()) return;
+      deliver(gradient);
+      delivered_ahead_ = gradient;
     }
+    running->launch_ahead();
+    ahead_ = std::move(running);
   }
 
-  static bool arrives(const Pending& pending, double seconds) {
-    if (pending.done()) return true;
-    for (const double deadline = now() + seconds; now() < deadline;) {
-      std::this_thread::sleep_for(std::chrono::microseconds(20));
-      if (pending.done()) return true;
+  /// What the rank waits for before instruction `at`, to run this backward there; -1: nothing.
+  int awaited_gradient(const Op& backward, std::size_t at) const {
+    for (std::size_t i = next_; i < at; ++i) {
+      if (program_[i].what != Instruction::Do::wait) continue;
+      const Transfer& transfer = transfers_[program_[i].transfer];
+      if (transfer.payload == Payload::gradient && transfer.stage == backward.stage + 1 &&
+          transfer.micro_batch == backward.micro_batch)
+        return program_[i].transfer;
     }
-    return false;
+    return -1;
   }
 
   const RunContext& context_;
   const std::vector<Instruction>& program_;
-  const bool communicates_;  // some stage of this rank does
   MicroBatches micro_batches_;
   Transfers transfers_;
   std::size_t next_ = 0;                   // instruction to come
@@ -190,7 +184,10 @@ Executor::Executor(std::shared_ptr<Communicator> communicator, std::map<int, Sta
 
 RunOutputs Executor::run(const Plan& plan, const RunInputs& inputs,
                          const std::vector<std::shared_ptr<Observer>>& observers) {
-  const RunContext context{*communicator_, stages_, orders_, plan, inputs, observers};
+  const bool communicates = std::any_of(stages_.begin(), stages_.end(), [](const auto& entry) {
+    return entry.second.structure().find('X') != std::string::npos;
+  });
+  const RunContext context{*communicator_, stages_, orders_, plan, inputs, observers, communicates};
   return Run(context)();
 }
 

@@ -1,5 +1,6 @@
 #include "dualpipe/runtime/pair.hpp"
 
+#include <algorithm>
 #include <chrono>
 #include <string>
 
@@ -12,7 +13,7 @@ template <class Pass>
 void settle(Pass& pass, Side side, PairListener& listener) {
   if (!pass.under_way()) return;
   const Pending pending = pass.under_way();
-  if (!pending.done()) listener.blocks();
+  if (!pending.done()) listener.blocks(pending);
   pass.settle();
   listener.collected(side, pending.span());
 }
@@ -66,17 +67,22 @@ bool settle_last(ForwardPass* forward, BackwardPass* backward, PairListener& lis
 }
 
 const PairOrders::Entry& PairOrders::find(const Stage* forward, bool forward_loss, const Stage* backward,
-                                          bool backward_loss, bool weights) {
-  const auto [found, is_new] = entries_.try_emplace({forward, forward_loss, backward, backward_loss, weights});
+                                          bool backward_loss) {
+  const auto [found, is_new] = entries_.try_emplace({forward, forward_loss, backward, backward_loss});
   if (is_new) {
     const std::string ahead = forward != nullptr ? forward->structure(forward_loss) : "";
     const std::string back = backward != nullptr ? backward->structure(backward_loss) : "";
     Entry& entry = found->second;
-    entry.pieces = launch_order(ahead, back, pair_order(ahead, back, weights));
+    entry.pieces = launch_order(ahead, back, pair_order(ahead, back, /*weights=*/false));
     entry.communicates = (ahead + back).find('X') != std::string::npos;
-    entry.backward_first = !entry.pieces.empty() && entry.pieces.front().side == Side::backward && back.back() == 'X';
-    entry.last_weights = entry.pieces.size();
-    while (entry.last_weights > 0 && entry.pieces[entry.last_weights - 1].side == Side::weight) --entry.last_weights;
+    // What computes first is on the way to everything else, and waits for nothing. A backward that is not split
+    // accumulates gradients, whose order must not depend on time.
+    const auto first = std::find_if(entry.pieces.begin(), entry.pieces.end(), [&](const Piece& piece) {
+      return piece.side == Side::forward || back[static_cast<std::size_t>(piece.node)] == 'X';
+    });
+    const std::size_t computing = static_cast<std::size_t>(first - entry.pieces.begin());
+    if (first != entry.pieces.end() && first->side == Side::backward && (computing == 0 || backward->splits_backward()))
+      entry.launch_ahead = computing + 1;
   }
   return found->second;
 }

@@ -12,7 +12,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <memory>
+#include <numeric>
 #include <type_traits>
 #include <utility>
 
@@ -139,6 +141,28 @@ Survey survey(const edge_list& roots, const Node* entrance) {
     }
   }
   return result;
+}
+
+/// The accumulator that a backward reaches last: that of the operation that ran first. Null: there is none.
+Node* last_accumulator(const edge_list& roots) {
+  Node* found = nullptr;
+  auto first = std::numeric_limits<std::uint64_t>::max();
+  ska::flat_hash_set<const Node*> seen;
+  std::vector<const Node*> stack;
+  for (const auto& root : roots) stack.push_back(root.function.get());
+  while (!stack.empty()) {
+    const Node* const node = stack.back();
+    stack.pop_back();
+    if (!seen.insert(node).second) continue;
+    for (const auto& edge : node->next_edges()) {
+      if (!edge.is_valid()) continue;
+      stack.push_back(edge.function.get());
+      if (!std::as_const(*edge.function).next_edges().empty() || node->sequence_nr() >= first) continue;
+      first = node->sequence_nr();
+      found = edge.function.get();
+    }
+  }
+  return found;
 }
 
 /// Gives an operation other edges. A write into a view runs a node of its own inside, whose edges the engine wants to
@@ -280,22 +304,17 @@ Tensors BackwardGraph::backward(const Tensors& output_gradients) {
   return result;
 }
 
-Tensors BackwardGraph::backward_input(const Tensors& output_gradients) {
-  Roots roots = start("backward_input", output_gradients);
-  const NodePtr entrance = std::exchange(entrance_, nullptr);
-  if (!entrance) {
-    deferred_ = std::move(roots);
-    state_ = State::WeightsPending;
-    return Tensors(num_inputs_);
-  }
-
-  const Survey found = survey(roots.edges, entrance.get());
+/// Runs what leads to `entrance`, and frees what only that needed.
+///
+/// @return where the rest begins.
+BackwardGraph::Roots BackwardGraph::run_input_part(Roots roots, Node* entrance) {
+  const Survey found = survey(roots.edges, entrance);
   Roots input_roots;
   Roots weight_roots;
   for (std::size_t i = 0; i < roots.edges.size(); ++i) {
     Roots& part = found.reach.at(roots.edges[i].function.get()) & kInputs ? input_roots : weight_roots;
-    part.edges.push_back(roots.edges[i]);
-    part.gradients.push_back(roots.gradients[i]);
+    part.edges.push_back(std::move(roots.edges[i]));
+    part.gradients.push_back(std::move(roots.gradients[i]));
   }
   std::vector<Boundary> boundaries;
   for (Node* node : found.input_path) {
@@ -334,23 +353,94 @@ Tensors BackwardGraph::backward_input(const Tensors& output_gradients) {
       weight_roots.gradients.push_back(unused);
     }
   }
+  return weight_roots;
+}
 
-  Tensors result = static_cast<Entrance&>(*entrance).take();
+Tensors BackwardGraph::backward_input(const Tensors& output_gradients) {
+  Roots roots = start("backward_input", output_gradients);
+  const NodePtr entrance = std::exchange(entrance_, nullptr);
+  Tensors result;
+  if (entrance) {
+    roots = run_input_part(std::move(roots), entrance.get());
+    result = static_cast<Entrance&>(*entrance).take();
+    copy_adoptable(result, roots.gradients);
+  }
   result.resize(num_inputs_);
-  copy_adoptable(result, weight_roots.gradients);
-  deferred_ = std::move(weight_roots);
+  had_entrance_ = entrance != nullptr;
+  deferred_.push_back(std::move(roots));
   state_ = State::WeightsPending;
   return result;
 }
 
-void BackwardGraph::backward_weight() {
+void BackwardGraph::require_weights() const {
   if (state_ != State::WeightsPending) {
     throw Error(state_ == State::Ready ? "backward_weight called before backward_input"
                                        : "backward_weight called again, or after a backward that left nothing for it");
   }
+}
+
+void BackwardGraph::backward_weight() {
+  require_weights();
   state_ = State::Done;
-  const Roots roots = std::exchange(deferred_, {});
-  run_engine(roots.edges, roots.gradients, /*keep_graph=*/false);
+  std::vector<Roots> parts = std::exchange(deferred_, {});
+  for (; !parts.empty(); parts.pop_back()) run_engine(parts.back().edges, parts.back().gradients, /*keep_graph=*/false);
+}
+
+bool BackwardGraph::backward_weight_part() {
+  require_weights();
+  state_ = State::Done;  // also where something throws
+  std::vector<Roots> parts = std::exchange(deferred_, {});
+  if (std::exchange(divided_, true)) {
+    run_engine(parts.back().edges, parts.back().gradients, /*keep_graph=*/false);
+    parts.pop_back();
+  } else if (Node* const last = had_entrance_ ? nullptr : last_accumulator(parts.back().edges)) {
+    // What the input part would be if the first layer's parameters were inputs.
+    parts = independent(run_input_part(std::move(parts.back()), last));
+  } else {
+    parts = independent(std::move(parts.back()));
+    if (!parts.empty()) {
+      run_engine(parts.back().edges, parts.back().gradients, /*keep_graph=*/false);
+      parts.pop_back();
+    }
+  }
+  if (parts.empty()) return false;
+  deferred_ = std::move(parts);
+  state_ = State::WeightsPending;
+  return true;
+}
+
+/// Divides where a backward begins so that no operation is behind two of the parts.
+std::vector<BackwardGraph::Roots> BackwardGraph::independent(Roots roots) {
+  std::vector<std::size_t> leader(roots.edges.size());
+  std::iota(leader.begin(), leader.end(), std::size_t{0});
+  const auto leader_of = [&](std::size_t root) {
+    while (leader[root] != root) root = leader[root] = leader[leader[root]];
+    return root;
+  };
+  ska::flat_hash_map<const Node*, std::size_t> owners;
+  for (std::size_t root = 0; root < roots.edges.size(); ++root) {
+    std::vector<const Node*> stack{roots.edges[root].function.get()};
+    while (!stack.empty()) {
+      const Node* const node = stack.back();
+      stack.pop_back();
+      if (node == nullptr) continue;
+      const auto [owner, is_new] = owners.emplace(node, root);
+      if (!is_new) {
+        leader[leader_of(root)] = leader_of(owner->second);
+        continue;
+      }
+      for (const auto& edge : node->next_edges()) stack.push_back(edge.function.get());
+    }
+  }
+  std::vector<Roots> parts;
+  ska::flat_hash_map<std::size_t, std::size_t> part_of;
+  for (std::size_t root = 0; root < roots.edges.size(); ++root) {
+    const auto [part, is_new] = part_of.emplace(leader_of(root), parts.size());
+    if (is_new) parts.emplace_back();
+    parts[part->second].edges.push_back(std::move(roots.edges[root]));
+    parts[part->second].gradients.push_back(std::move(roots.gradients[root]));
+  }
+  return parts;
 }
 
 }  // namespace dualpipe

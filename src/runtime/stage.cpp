@@ -26,8 +26,16 @@ void StageActivation::backward_weight() {
 }
 
 void StageActivation::backward_weight(int node) {
-  Node& here = nodes[static_cast<std::size_t>(node)];
-  if (!here.communication && split && !here.whole) here.graph.backward_weight();
+  if (has_weight_part(node)) nodes[static_cast<std::size_t>(node)].graph.backward_weight();
+}
+
+bool StageActivation::backward_weight_part(int node) {
+  return has_weight_part(node) && nodes[static_cast<std::size_t>(node)].graph.backward_weight_part();
+}
+
+bool StageActivation::has_weight_part(int node) const {
+  const Node& here = nodes[static_cast<std::size_t>(node)];
+  return !here.communication && split && !here.whole;
 }
 
 Stage::Stage(std::shared_ptr<torch::nn::Module> module) : module_(std::move(module)) {}

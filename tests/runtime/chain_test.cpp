@@ -277,7 +277,7 @@ struct Told : PairListener {
     EXPECT_LE(span.begin, span.end);
     ran.push_back(piece);
   }
-  void blocks() override { ++blocked; }
+  void blocks(const Pending&) override { ++blocked; }
   void collected(Side, const Span&) override { ++collectives; }
   void forward_over() override { ++forwards; }
   void backward_over() override { ++backwards; }

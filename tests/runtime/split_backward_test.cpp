@@ -53,7 +53,19 @@ testing::AssertionResult same(const Tensor& expected, const Tensor& actual) {
 
 using Code = std::function<Tensors(const Tensors& inputs, const Tensors& parameters)>;
 
-enum class How { Whole, Split };
+enum class How { Whole, Split, Parts };
+constexpr How kHows[] = {How::Whole, How::Split, How::Parts};
+const char* name_of(How how) { return how == How::Whole ? "Whole" : how == How::Split ? "Split" : "Parts"; }
+
+/// What is left after the input part.
+void run_weights(How how, BackwardGraph& graph) {
+  if (how == How::Split) {
+    graph.backward_weight();
+  } else {
+    while (graph.backward_weight_part()) {
+    }
+  }
+}
 
 /// Gradients of inputs and of parameters.
 struct Gradients {
@@ -99,9 +111,15 @@ Gradients ours(How how, const Code& code, const Tensors& inputs, const Tensors& 
     for (std::size_t i = 0; i < parameters.size(); ++i) {
       EXPECT_TRUE(same(before[i], after[i])) << "I touched parameter " << i;
     }
-    graph.backward_weight();
+    run_weights(how, graph);
   }
   result.parameters = gradients_of(parameters);
+  return result;
+}
+
+Tensors detached(const Tensors& tensors) {
+  Tensors result;
+  for (const auto& tensor : tensors) result.push_back(tensor.defined() ? tensor.detach() : tensor);
   return result;
 }
 
@@ -402,6 +420,14 @@ TEST_P(SplitBackward, InTwoPartsIsBitwiseThatOfOneProcess) {
   compare(How::Split, GetParam().code, GetParam().inputs, GetParam().parameters);
 }
 
+TEST_P(SplitBackward, InManyPartsIsBitwiseThatOfOneProcess) {
+  compare(How::Parts, GetParam().code, GetParam().inputs, GetParam().parameters);
+}
+
+TEST_P(SplitBackward, InManyPartsWithoutDifferentiableInputIsBitwiseThatOfOneProcess) {
+  compare(How::Parts, GetParam().code, detached(GetParam().inputs), GetParam().parameters);
+}
+
 INSTANTIATE_TEST_SUITE_P(Graphs, SplitBackward, testing::ValuesIn(cases()),
                          [](const auto& test) { return test.param.name; });
 
@@ -458,8 +484,8 @@ TEST(SplitBackwardProperty, RandomGraphs) {
     const Tensors inputs{input({4, 4}), input({4, 4}), random({4, 4})};
     const Tensors parameters{parameter({4, 4}), parameter({4, 4}), random({4, 4})};
     const Code code = random_code(seed, 3 + static_cast<int>(seed % 40));
-    compare(How::Whole, code, inputs, parameters);
-    compare(How::Split, code, inputs, parameters);
+    for (const How how : kHows) compare(how, code, inputs, parameters);
+    compare(How::Parts, code, detached(inputs), parameters);
   }
 }
 
@@ -520,12 +546,56 @@ TEST(SplitBackwardWork, WithoutDifferentiableInputAllIsInW) {
   EXPECT_EQ(counts.weights, 2);
 }
 
+/// Runs the parts one by one, and says how many weight and input gradients each computed.
+std::vector<std::pair<int, int>> parts_of(BackwardGraph& graph, const Counts& counts) {
+  std::vector<std::pair<int, int>> parts;
+  for (bool more = true; more;) {
+    const int weights = counts.weights, inputs = counts.inputs;
+    more = graph.backward_weight_part();
+    parts.emplace_back(counts.weights - weights, counts.inputs - inputs);
+  }
+  return parts;
+}
+
+TEST(SplitBackwardWork, PartsShareNoOperation) {
+  Counts counts;
+  const Tensor w1 = parameter({4, 4}), w2 = parameter({4, 4}), w3 = parameter({4, 4});
+  const auto linear = [&](const Tensor& x, const Tensor& w) { return CountedLinear::apply(x, w, &counts); };
+  const auto chain = [&](const Tensor& x, const Tensor& last) {
+    const GraphInputs entered = enter_graph({x});
+    const Tensor y = linear(linear(linear(entered.tensors[0], w1), w2), last);
+    BackwardGraph graph(entered, {y});
+    graph.backward_input({torch::ones_like(y).detach()});
+    return graph;
+  };
+  using Parts = std::vector<std::pair<int, int>>;  // weight gradients, input gradients
+  BackwardGraph separate = chain(input({5, 4}), w3);
+  EXPECT_EQ(parts_of(separate, counts), (Parts{{1, 0}, {1, 0}, {1, 0}}));
+  BackwardGraph shared = chain(input({5, 4}), w1);
+  EXPECT_EQ(parts_of(shared, counts), (Parts{{1, 0}, {2, 0}})) << "both layers accumulate into one gradient";
+  BackwardGraph first_stage = chain(random({5, 4}), w3);
+  EXPECT_EQ(parts_of(first_stage, counts), (Parts{{1, 2}, {1, 0}, {1, 0}})) << "what leads to the first layer, first";
+}
+
+TEST(SplitBackwardWork, PartsCanBeLeftToOneCall) {
+  const Tensor w1 = parameter({4, 4}), w2 = parameter({4, 4});
+  const GraphInputs entered = enter_graph({input({5, 4})});
+  BackwardGraph graph(entered, {entered.tensors[0].mm(w1).mm(w2)});
+  graph.backward_input({random({5, 4})});
+  EXPECT_TRUE(graph.backward_weight_part());
+  EXPECT_TRUE(w2.grad().defined());
+  EXPECT_FALSE(w1.grad().defined());
+  graph.backward_weight();
+  EXPECT_TRUE(w1.grad().defined());
+  EXPECT_THROW(graph.backward_weight_part(), Error);
+}
+
 class Hooks : public testing::TestWithParam<How> {
  protected:
   static Tensors run(BackwardGraph& graph, const Tensors& gradients) {
     if (GetParam() == How::Whole) return graph.backward(gradients);
     Tensors result = graph.backward_input(gradients);
-    graph.backward_weight();
+    run_weights(GetParam(), graph);
     return result;
   }
 };
@@ -614,8 +684,7 @@ TEST_P(Hooks, BehindAccumulationFireOnce) {
   EXPECT_EQ(calls, 1);
 }
 
-INSTANTIATE_TEST_SUITE_P(Both, Hooks, testing::Values(How::Whole, How::Split),
-                         [](const auto& test) { return test.param == How::Whole ? "Whole" : "Split"; });
+INSTANTIATE_TEST_SUITE_P(All, Hooks, testing::ValuesIn(kHows), [](const auto& test) { return name_of(test.param); });
 
 using WeakStorage = c10::weak_intrusive_ptr<c10::StorageImpl>;
 WeakStorage watch(const Tensor& tensor) {
@@ -691,14 +760,14 @@ TEST(SplitBackwardMemory, AVeryDeepGraphNeedsNoDeepStack) {
 
 /// A parameter's first gradient is adopted, not copied: it must not be memory that was given away as an input gradient.
 TEST(SplitBackwardMemory, ParametersDoNotAdoptInputGradients) {
-  for (const How how : {How::Whole, How::Split}) {
-    SCOPED_TRACE(how == How::Whole ? "whole" : "split");
+  for (const How how : kHows) {
+    SCOPED_TRACE(name_of(how));
     const Tensor bias = parameter({4});
     auto run = [&](const Tensor& g) {
       const GraphInputs entered = enter_graph({input({1, 4})});
       BackwardGraph graph(entered, {entered.tensors[0] + bias.unsqueeze(0)});
       Tensors gradients = how == How::Whole ? graph.backward({g}) : graph.backward_input({g});
-      if (how == How::Split) graph.backward_weight();
+      if (how != How::Whole) run_weights(how, graph);
       return gradients[0];
     };
     const Tensor given = run(random({1, 4}) * 1);
@@ -720,7 +789,7 @@ struct Fails : torch::autograd::Function<Fails> {
 };
 
 TEST(SplitBackwardErrors, AThrowingBackwardLeavesNoMemoryAndNoSecondUse) {
-  for (const How how : {How::Whole, How::Split}) {
+  for (const How how : kHows) {
     const Tensor w = parameter({4, 4});
     WeakStorage hidden = watch(w);
     BackwardGraph graph;
@@ -731,11 +800,11 @@ TEST(SplitBackwardErrors, AThrowingBackwardLeavesNoMemoryAndNoSecondUse) {
       graph = BackwardGraph(entered, {torch::tanh(Fails::apply(h, w))});
     }
     const Tensors g{random({4, 4})};
-    if (how == How::Split) {
+    if (how != How::Whole) {
       graph.backward_input(g);
       EXPECT_FALSE(hidden.expired());
-      EXPECT_THROW(graph.backward_weight(), std::runtime_error);
-      EXPECT_THROW(graph.backward_weight(), Error);
+      EXPECT_THROW(run_weights(how, graph), std::runtime_error);
+      EXPECT_THROW(run_weights(how, graph), Error);
     } else {
       EXPECT_THROW(graph.backward(g), std::runtime_error);
       EXPECT_THROW(graph.backward(g), Error);

@@ -19,8 +19,8 @@ class PairListener {
   virtual void turn(const Piece& piece) { static_cast<void>(piece); }
   /// A piece computed.
   virtual void computed(const Piece& piece, const Span& span) { static_cast<void>(piece), static_cast<void>(span); }
-  /// The host is about to wait for a collective.
-  virtual void blocks() {}
+  /// The next piece waits for this collective. What the host does meanwhile may end it.
+  virtual void blocks(const Pending& pending) { static_cast<void>(pending); }
   /// A collective of this side ended and its results are in their places.
   virtual void collected(Side side, const Span& span) { static_cast<void>(side), static_cast<void>(span); }
   /// All nodes of a side have ended; its pass can be taken.
@@ -50,19 +50,18 @@ bool settle_last(ForwardPass* forward, BackwardPass* backward, PairListener& lis
 class PairOrders {
  public:
   struct Entry {
-    std::vector<Piece> pieces;
-    bool communicates = false;     ///< either chain has a collective
-    bool backward_first = false;   ///< the first piece launches a collective of the backward
-    std::size_t last_weights = 0;  ///< where the weight parts begin that follow everything else
+    std::vector<Piece> pieces;  ///< without the weight parts, which run wherever the next piece would wait
+    bool communicates = false;  ///< either chain has a collective
+    std::size_t launch_ahead =
+        0;  ///< how many pieces, all of the backward, launch its first collective; 0: others come first
   };
   /// @param forward, backward  null: that side is empty. Stages are told apart by their address, so they must outlive
   ///                           this and keep their nodes.
   /// @param forward_loss, backward_loss  the chain ends in a loss.
-  /// @param weights  as in pair_order.
-  const Entry& find(const Stage* forward, bool forward_loss, const Stage* backward, bool backward_loss, bool weights);
+  const Entry& find(const Stage* forward, bool forward_loss, const Stage* backward, bool backward_loss);
 
  private:
-  std::map<std::tuple<const Stage*, bool, const Stage*, bool, bool>, Entry> entries_;
+  std::map<std::tuple<const Stage*, bool, const Stage*, bool>, Entry> entries_;
 };
 
 }  // namespace dualpipe

@@ -67,6 +67,13 @@ class BackwardGraph {
   /// W: accumulates the parameters' gradients that backward_input left. Frees the rest of the graph.
   /// @throws Error  backward_input has not run, or this has.
   void backward_weight();
+  /// The same bit by bit, for a host that has other things to do in between: the next of the parts that share no
+  /// operation, as the weight gradients of two linear layers, last layer first. Where no input is differentiable, the
+  /// first part is all that leads to the first layer's parameters.
+  ///
+  /// @return whether there are more.
+  /// @throws Error  backward_input has not run, or no part is left.
+  bool backward_weight_part();
 
  private:
   enum class State { Ready, WeightsPending, Done };
@@ -76,11 +83,16 @@ class BackwardGraph {
   };
 
   Roots start(const char* what, const Tensors& output_gradients);
+  void require_weights() const;
+  static Roots run_input_part(Roots roots, torch::autograd::Node* entrance);
+  static std::vector<Roots> independent(Roots roots);
 
   NodePtr entrance_;
   std::size_t num_inputs_ = 0;
   torch::autograd::edge_list outputs_;  // invalid where the output has no gradient
-  Roots deferred_;                      // where the weight part begins
+  std::vector<Roots> deferred_;         // where the parts of the weight part begin, the last one to run first
+  bool divided_ = false;                // deferred_ is in parts, else it is all in one
+  bool had_entrance_ = false;
   State state_ = State::Ready;
 };
 

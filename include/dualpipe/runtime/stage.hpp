@@ -60,6 +60,9 @@ struct StageActivation {
   Tensors backward_input(const Tensors& output_gradients);  ///< I
   void backward_weight();                                   ///< W, to be called after every I, whether split or not
   void backward_weight(int node);                           ///< of one node, after its I
+  /// The next part of one node's W, see BackwardGraph. False: nothing is left.
+  bool backward_weight_part(int node);
+  bool has_weight_part(int node) const;  ///< once its I has run: there is something for W
 };
 
 /// What a stage computes and communicates, and the module that owns its parameters. A description: the pipeline copies

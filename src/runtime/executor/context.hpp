@@ -16,6 +16,7 @@ struct RunContext {
   const Plan& plan;
   const RunInputs& inputs;
   const std::vector<std::shared_ptr<Observer>>& observers;
+  bool communicates = false;  ///< some stage of this rank does
 
   const Stage& stage_of(const Op& op) const { return stages.at(op.stage); }
   bool last(const Op& op) const { return op.stage == plan.schedule.num_stages - 1; }

@@ -24,6 +24,12 @@ class MicroBatches {
   /// @return what goes to the next stage.
   Tensors end_forward(const Op& op, ForwardPass& pass);
 
+  /// Of a training run.
+  bool is_forward_over(const Op& op) const {
+    const auto found = slots_.find(place(op.stage, op.micro_batch));
+    return found != slots_.end() && !found->second.activation.nodes.empty();
+  }
+
   /// B, or I of a micro-batch whose W comes as an op of its own.
   void start_backward(const Op& op, std::optional<BackwardPass>& pass, bool communicates);
   /// @return what goes to the stage before, if there is one.

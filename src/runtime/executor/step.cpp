@@ -1,5 +1,6 @@
 #include "runtime/executor/step.hpp"
 
+#include <chrono>
 #include <exception>
 #include <span>
 #include <utility>
@@ -8,6 +9,8 @@
 
 namespace dualpipe {
 namespace {
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 const char* name_of(Pass pass) {
   switch (pass) {
@@ -36,7 +39,11 @@ RunningStep::RunningStep(const RunContext& context, MicroBatches& micro_batches,
 bool RunningStep::run() {
   return guarded([&] {
     if (backward_op_ && backward_op_->pass == Pass::BackwardWeight) {
-      weight();
+      const StageActivation& activation = micro_batches_.activation(*backward_op_);
+      for (int node = static_cast<int>(activation.nodes.size()); node-- > 0;)
+        if (activation.has_weight_part(node)) weights_.push_back(node);
+      remaining_weights();
+      micro_batches_.forget(*backward_op_);
       return true;
     }
     if (forward_op_) {
@@ -44,14 +51,10 @@ bool RunningStep::run() {
       micro_batches_.start_forward(*forward_op_, forward_);
     }
     start_backward();
-    const std::span<const Piece> pieces = order().pieces;
-    run_pair(pieces.subspan(next_, order().last_weights - next_), forward(), backward(), *this);
-    for (next_ = order().last_weights; next_ < pieces.size(); ++next_) {
-      host_.weights_left(weight_seconds_);
-      run_pair(pieces.subspan(next_, 1), forward(), backward(), *this);
-    }
+    run_pair(std::span(order().pieces).subspan(next_), forward(), backward(), *this);
+    remaining_weights();
     weights_over_ = true;
-    if (backward_op_ && backward_over_) leave_backward();
+    if (backward_over_ && backward_op_->pass == Pass::Backward) micro_batches_.forget(*backward_op_);
     return settle_last(forward(), backward(), *this, /*block=*/!context_.early());
   });
 }
@@ -62,14 +65,14 @@ bool RunningStep::settle(bool block) {
 
 const Op* RunningStep::launches_first() {
   const bool has_input_part = backward_op_ && backward_op_->pass != Pass::BackwardWeight;
-  return has_input_part && order().backward_first ? &*backward_op_ : nullptr;
+  return has_input_part && order().launch_ahead > 0 ? &*backward_op_ : nullptr;
 }
 
 void RunningStep::launch_ahead() {
   guarded([&] {
     start_backward();
-    run_pair(std::span(order().pieces).first(1), nullptr, backward(), *this);
-    next_ = 1;
+    next_ = order().launch_ahead;
+    run_pair(std::span(order().pieces).first(next_), nullptr, backward(), *this);
     return true;
   });
 }
@@ -88,9 +91,8 @@ const PairOrders::Entry& RunningStep::order() {
     const auto ends_in_loss = [&](const std::optional<Op>& op) {
       return op && context_.last(*op) && context_.inputs.loss != nullptr;
     };
-    const bool weights = backward_op_ && backward_op_->pass == Pass::Backward;
     order_ = &context_.orders.find(side(forward_op_), ends_in_loss(forward_op_), side(backward_op_),
-                                   ends_in_loss(backward_op_), weights);
+                                   ends_in_loss(backward_op_));
   }
   return *order_;
 }
@@ -101,23 +103,44 @@ void RunningStep::start_backward() {
   micro_batches_.start_backward(*backward_op_, backward_, order().communicates);
 }
 
-void RunningStep::weight() {
+void RunningStep::weight_part() {
+  const int node = weights_.front();
+  turn({Side::weight, node});
+  const double begin = now();
   StageActivation& activation = micro_batches_.activation(*backward_op_);
-  for (int node = static_cast<int>(activation.nodes.size()); node-- > 0;) {
-    turn({Side::weight, node});
+  bool more = false;
+  if (context_.communicates)
+    more = activation.backward_weight_part(node);
+  else
     activation.backward_weight(node);
-  }
-  micro_batches_.forget(*backward_op_);
+  computed(turn_, {begin, now()});
+  if (!more) weights_.pop_front();
+  host_.between();
 }
 
-void RunningStep::leave_backward() {
-  if (backward_op_->pass == Pass::Backward) micro_batches_.forget(*backward_op_);
+/// One after the other, as launches of others allow.
+void RunningStep::remaining_weights() {
+  while (!weights_.empty()) {
+    settle_last(forward(), backward(), *this, /*block=*/false);
+    host_.only_weights_left();
+    weight_part();
+  }
 }
 
 // --- what the pair tells
 
+/// Weight parts fill the wait.
+void RunningStep::blocks(const Pending& pending) {
+  const Piece waiting = turn_;
+  while (!weights_.empty() && !pending.done()) weight_part();
+  turn(waiting);
+  if (!pending.done()) host_.before_blocking();
+}
+
 void RunningStep::computed(const Piece& piece, const Span& span) {
-  if (piece.side == Side::weight) weight_seconds_ = span.end - span.begin;
+  if (piece.side == Side::backward && backward_op_->pass == Pass::Backward &&
+      backward_->activation().has_weight_part(piece.node))
+    weights_.push_back(piece.node);
   if (!order().communicates || !context_.observed()) return;
   Op op = this->op(piece.side);
   if (piece.side == Side::weight) op.pass = Pass::BackwardWeight;
@@ -140,7 +163,7 @@ void RunningStep::backward_over() {
   Tensors gradients = micro_batches_.end_backward(*backward_op_, *backward_);
   if (backward_op_->stage > 0) host_.publish(Payload::gradient, *backward_op_, std::move(gradients));
   backward_over_ = true;
-  if (weights_over_) leave_backward();
+  if (weights_over_ && backward_op_->pass == Pass::Backward) micro_batches_.forget(*backward_op_);
 }
 
 void RunningStep::record(Lane lane, const Op& op, int node, const Span& span) const {

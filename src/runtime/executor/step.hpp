@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <deque>
 #include <optional>
 #include <string>
 
@@ -19,8 +20,8 @@ class StepHost {
   virtual void before_blocking() = 0;
   /// Behind each piece.
   virtual void between() = 0;
-  /// Only weight parts are left, each of about this many seconds (0: not known).
-  virtual void weights_left(double seconds) = 0;
+  /// Only weight parts are left of the step under way.
+  virtual void only_weights_left() = 0;
 
   bool explained = false;  ///< the exception under way says where it happened
 };
@@ -38,8 +39,8 @@ class RunningStep final : public PairListener {
 
   /// The op whose backward begins by launching a collective, if there is one.
   const Op* launches_first();
-  /// Before the step's turn, when the gradient that its backward takes has come: launches the collective with which it
-  /// begins, and nothing else.
+  /// Before the step's turn, when what its backward takes is there: goes as far as launching the collective with which
+  /// it begins.
   void launch_ahead();
 
   bool involves(const Step& step) const;
@@ -48,7 +49,7 @@ class RunningStep final : public PairListener {
   void turn(const Piece& piece) override { turn_ = piece; }
   void computed(const Piece& piece, const Span& span) override;
   void collected(Side side, const Span& span) override;
-  void blocks() override { host_.before_blocking(); }
+  void blocks(const Pending& pending) override;
   void between() override { host_.between(); }
   void forward_over() override;
   void backward_over() override;
@@ -58,8 +59,8 @@ class RunningStep final : public PairListener {
   const Op& op(Side side) const { return side == Side::forward ? *forward_op_ : *backward_op_; }
   const PairOrders::Entry& order();
   void start_backward();
-  void weight();
-  void leave_backward();
+  void weight_part();
+  void remaining_weights();
   void record(Lane lane, const Op& op, int node, const Span& span) const;
 
   template <class Body>
@@ -76,8 +77,8 @@ class RunningStep final : public PairListener {
   std::optional<BackwardPass> backward_;
   Piece turn_;
   const PairOrders::Entry* order_ = nullptr;
-  std::size_t next_ = 0;       // of the pieces; 1 when the first was launched ahead
-  double weight_seconds_ = 0;  // how long the last weight part took
+  std::size_t next_ = 0;     // of the pieces
+  std::deque<int> weights_;  // nodes whose weight parts are to be run, and may be
   bool backward_over_ = false;
   bool weights_over_ = false;
 };
