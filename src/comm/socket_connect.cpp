@@ -10,11 +10,9 @@
 #include <asio/steady_timer.hpp>
 #include <asio/write.hpp>
 #include <map>
-#include <nlohmann/json.hpp>
 #include <optional>
-#include <random>
 
-#include "comm/socket_host.hpp"
+#include "comm/socket_cards.hpp"
 #include "comm/socket_wire.hpp"
 
 namespace dualpipe::detail {
@@ -30,16 +28,6 @@ using Unix = asio::local::stream_protocol;
 constexpr auto kAttempt = 5s;
 constexpr auto kBetweenAttempts = 20ms;
 
-constexpr std::size_t kTokenLength = 32;
-
-/// Nobody guesses it, so a connection that brings it has read it in the store.
-std::string random_token() {
-  std::random_device random;
-  std::string token;
-  while (token.size() < kTokenLength) token += "0123456789abcdef"[random() % 16];
-  return token;
-}
-
 /// The first bytes on a connection, in both directions.
 struct Hello {
   std::uint64_t magic = wire::kMagic;
@@ -47,16 +35,14 @@ struct Hello {
   std::int32_t rank = 0;
   std::int32_t size = 0;
   std::int32_t epoch = 0;
-  std::array<char, kTokenLength> token{};  ///< of the listening side
+  std::array<char, Cards::kTokenLength> token{};  ///< of the listening side
   std::int64_t clock_ns = 0;
 };
 
-/// What is known of another rank.
-struct Peer {
-  std::string host, token, unix_name;
-  std::vector<tcp::endpoint> endpoints;
-  unsigned attempts = 0;
-  std::map<std::string, std::string> tried;  ///< where, and what came of it last
+/// What has been done to call a rank.
+struct Calls {
+  std::size_t count = 0;
+  std::map<std::string, std::string> outcomes;  ///< by place, the last of each
 };
 
 /// A connection that is being made.
@@ -73,22 +59,18 @@ class MeshBuilder {
   MeshBuilder(const World& world, Rendezvous& rendezvous, int epoch, Rendezvous::Clock::time_point deadline,
               Route route)
       : world_(world),
-        rendezvous_(rendezvous),
         epoch_(epoch),
         deadline_(deadline),
-        host_(host_identity() + (route == Route::tcp ? str(" ", world.rank) : "")),
-        token_(random_token()),
-        peers_(static_cast<std::size_t>(world.size)),
+        cards_(world, rendezvous, route),
+        calls_(static_cast<std::size_t>(world.size)),
         sockets_(static_cast<std::size_t>(world.size)),
         offsets_(static_cast<std::size_t>(world.size), 0) {}
 
   std::vector<Connection> build(asio::io_context& io) {
-    exchange_cards();
-    if (unix_.is_open()) accept(unix_);
-    if (tcp_.is_open()) accept(tcp_);
-    for (int peer = 0; peer < world_.rank; ++peer) approach(peer);
+    listen();
+    for (int rank = 0; rank < world_.rank; ++rank) call(rank);
     run_until([this] { return connected() == world_.size - 1; });
-    if (const auto missing = first_missing()) throw failure(*missing, what_failed(*missing));
+    if (const auto missing = first_missing()) throw failure(*missing, why_missing(*missing));
     unix_.close();
     tcp_.close();
     agree_to_begin();
@@ -96,67 +78,28 @@ class MeshBuilder {
   }
 
  private:
-  void exchange_cards() {
-    nlohmann::json card = {{"version", wire::kVersion}, {"size", world_.size}, {"host", host_}, {"token", token_}};
-    if (world_.rank + 1 < world_.size) {
-      const std::string name = "dualpipe." + token_;
-      unix_ = Unix::acceptor(io_, Unix::endpoint(std::string(1, '\0') + name));
-      card["unix"] = name;
+  void listen() {
+    // Open before anybody learns of them.
+    if (!cards_.own().unix_name.empty()) unix_ = Unix::acceptor(io_, unix_endpoint(world_.rank));
+    cards_.exchange();
+    if (cards_.has_far_callers()) {
+      tcp_ = tcp_acceptor();
+      cards_.announce(tcp_.local_endpoint().port());
     }
-    rendezvous_.publish("card", card.dump());
-
-    std::vector<int> others;
-    for (int peer = 0; peer < world_.size; ++peer)
-      if (peer != world_.rank) others.push_back(peer);
-    const std::vector<std::string> cards = rendezvous_.collect("card", others);
-    for (std::size_t i = 0; i < others.size(); ++i) read_card(others[i], cards[i]);
-
-    const auto far = [this](int peer) { return this->peer(peer).host != host_; };
-    if (std::any_of(others.begin(), others.end(), [&](int peer) { return peer > world_.rank && far(peer); }))
-      listen_to_hosts();
-    std::vector<int> far_listeners;
-    std::copy_if(others.begin(), others.end(), std::back_inserter(far_listeners),
-                 [&](int peer) { return peer < world_.rank && far(peer); });
-    const std::vector<std::string> addresses = rendezvous_.collect("tcp", far_listeners);
-    for (std::size_t i = 0; i < addresses.size(); ++i) read_addresses(far_listeners[i], addresses[i]);
+    cards_.read_far_endpoints();
+    if (unix_.is_open()) accept(unix_);
+    if (tcp_.is_open()) accept(tcp_);
   }
 
-  void read_card(int rank, const std::string& text) {
-    const auto card = nlohmann::json::parse(text);
-    const auto disagree = [&](const char* what, std::int64_t theirs, std::int64_t ours) {
-      throw CommError(rank, "rendezvous",
-                      str("rank ", world_.rank, ": rank ", rank, " has ", what, " ", theirs, ", this rank ", ours,
-                          ": start all ranks from one build and with one WORLD_SIZE"));
-    };
-    const std::int64_t version = card.at("version");
-    const std::int64_t size = card.at("size");
-    if (version != wire::kVersion) disagree("protocol version", version, wire::kVersion);
-    if (size != world_.size) disagree("WORLD_SIZE", size, world_.size);
-    peer(rank).host = card.at("host");
-    peer(rank).token = card.at("token");
-    peer(rank).unix_name = card.value("unix", "");
-  }
-
-  void read_addresses(int rank, const std::string& text) {
-    peer(rank).endpoints.clear();
-    const auto listener = nlohmann::json::parse(text);
-    const std::uint16_t port = listener.at("port");
-    for (const std::string address : listener.at("addresses"))
-      peer(rank).endpoints.emplace_back(asio::ip::make_address(address), port);
-  }
-
-  void listen_to_hosts() {
+  tcp::acceptor tcp_acceptor() {
     try {
-      tcp_ = tcp::acceptor(io_, tcp::endpoint(tcp::v6(), 0));  // takes IPv4 as well
+      return {io_, tcp::endpoint(tcp::v6(), 0)};  // takes IPv4 as well
     } catch (const asio::system_error&) {
-      tcp_ = tcp::acceptor(io_, tcp::endpoint(tcp::v4(), 0));
+      return {io_, tcp::endpoint(tcp::v4(), 0)};
     }
-    const std::uint16_t port = tcp_.local_endpoint().port();
-    const std::vector<std::string> addresses = own_addresses(world_);
-    rendezvous_.publish("tcp", nlohmann::json({{"port", port}, {"addresses", addresses}}).dump());
-    for (const std::string& address : addresses)
-      listens_at_ += str(listens_at_.empty() ? "" : ", ", tcp::endpoint(asio::ip::make_address(address), port));
   }
+
+  Unix::endpoint unix_endpoint(int rank) const { return {std::string(1, '\0') + cards_[rank].unix_name}; }
 
   /// What only a rank of this run knows. Anybody else is dropped without an answer.
   bool is_valid(const Hello& hello, const std::string& token) const {
@@ -196,77 +139,71 @@ class MeshBuilder {
   }
 
   /// Somebody has connected.
-  void greet(std::shared_ptr<Attempt> attempt) {
-    asio::async_read(attempt->socket, asio::buffer(&attempt->got, sizeof(Hello)),
-                     [this, attempt](const asio::error_code& error, std::size_t) {
-                       const Hello& got = attempt->got;
-                       if (error || !is_valid(got, token_) || got.rank <= world_.rank || got.rank >= world_.size)
-                         return;
-                       attempt->sent = hello(token_);
-                       asio::async_write(attempt->socket, asio::buffer(&attempt->sent, sizeof(Hello)),
-                                         [this, attempt](const asio::error_code& failed, std::size_t) {
-                                           if (!failed)
-                                             keep(attempt->got.rank, *attempt, now_ns() - attempt->got.clock_ns);
-                                         });
-                     });
+  void greet(const std::shared_ptr<Attempt>& attempt) {
+    asio::async_read(
+        attempt->socket, asio::buffer(&attempt->got, sizeof(Hello)),
+        [this, attempt](const asio::error_code& error, std::size_t) {
+          const Hello& got = attempt->got;
+          if (error || !is_valid(got, cards_.own().token) || got.rank <= world_.rank || got.rank >= world_.size) return;
+          attempt->sent = hello(cards_.own().token);
+          asio::async_write(attempt->socket, asio::buffer(&attempt->sent, sizeof(Hello)),
+                            [this, attempt](const asio::error_code& failed, std::size_t) {
+                              if (!failed) keep(attempt->got.rank, *attempt, now_ns() - attempt->got.clock_ns);
+                            });
+        });
   }
 
-  /// Connects to a lower rank, again and again.
-  void approach(int rank) {
-    Peer& peer = this->peer(rank);
-    auto attempt = this->attempt(Socket(io_));
-    Endpoint endpoint;
-    if (peer.host == host_) {
-      endpoint = Unix::endpoint(std::string(1, '\0') + peer.unix_name);
-      attempt->place = "its Unix domain socket";
-    } else if (!peer.endpoints.empty()) {
-      const tcp::endpoint& next = peer.endpoints[peer.attempts++ % peer.endpoints.size()];
-      endpoint = next;
-      attempt->place = str(next);
-    } else {
-      attempt->place = "no address at all";
-      return approach_later(rank, attempt, "its host has none");
-    }
-    peer.tried.emplace(attempt->place, "no answer");
-    const auto next = [this, attempt, rank](const asio::error_code& error, auto&& step) {
+  /// What follows an operation of a call: `step`, or another call.
+  template <class Step>
+  auto then(int rank, const std::shared_ptr<Attempt>& attempt, Step step) {
+    return [this, rank, attempt, step](const asio::error_code& error, std::size_t = 0) {
       if (error)
-        approach_later(rank, attempt, error == asio::error::operation_aborted ? "no answer" : error.message());
+        call_again(rank, attempt, error == asio::error::operation_aborted ? "no answer" : error.message());
       else
         step();
     };
-    attempt->socket.async_connect(endpoint, [this, attempt, rank, next](const asio::error_code& error) {
-      next(error, [&] {
-        attempt->sent = hello(this->peer(rank).token);
-        asio::async_write(attempt->socket, asio::buffer(&attempt->sent, sizeof(Hello)),
-                          [this, attempt, rank, next](const asio::error_code& unsent, std::size_t) {
-                            next(unsent, [&] {
-                              asio::async_read(
-                                  attempt->socket, asio::buffer(&attempt->got, sizeof(Hello)),
-                                  [this, attempt, rank, next](const asio::error_code& unread, std::size_t) {
-                                    next(unread, [&] {
-                                      if (!is_valid(attempt->got, this->peer(rank).token) || attempt->got.rank != rank)
-                                        return approach_later(rank, attempt, "somebody else answers");
-                                      keep(rank, *attempt,
-                                           (attempt->sent.clock_ns + now_ns()) / 2 - attempt->got.clock_ns);
-                                    });
-                                  });
-                            });
-                          });
-      });
-    });
   }
 
-  /// The peer may have moved since: what it published may stem from an earlier life of the same name.
-  void approach_later(int rank, const std::shared_ptr<Attempt>& failed, const std::string& problem) {
-    peer(rank).tried[failed->place] = problem;
-    asio::error_code ignored;
-    failed->socket.close(ignored);
+  /// Connects to a lower rank, again and again.
+  void call(int rank) {
+    Calls& calls = this->calls(rank);
+    auto attempt = this->attempt(Socket(io_));
+    Endpoint endpoint;
+    if (cards_.is_near(rank)) {
+      endpoint = unix_endpoint(rank);
+      attempt->place = "its Unix domain socket";
+    } else if (const auto& endpoints = cards_[rank].endpoints; !endpoints.empty()) {
+      const tcp::endpoint& next = endpoints[calls.count++ % endpoints.size()];
+      endpoint = next;
+      attempt->place = str(next);
+    } else {
+      attempt->place = "an address";
+      return call_again(rank, attempt, "its host has none");
+    }
+    calls.outcomes.emplace(attempt->place, "no answer");
+
+    const auto finish = then(rank, attempt, [=, this] {
+      if (!is_valid(attempt->got, cards_[rank].token) || attempt->got.rank != rank)
+        return call_again(rank, attempt, "somebody else answers");
+      keep(rank, *attempt, (attempt->sent.clock_ns + now_ns()) / 2 - attempt->got.clock_ns);
+    });
+    const auto read_answer = then(
+        rank, attempt, [=] { asio::async_read(attempt->socket, asio::buffer(&attempt->got, sizeof(Hello)), finish); });
+    const auto write_hello = then(rank, attempt, [=, this] {
+      attempt->sent = hello(cards_[rank].token);
+      asio::async_write(attempt->socket, asio::buffer(&attempt->sent, sizeof(Hello)), read_answer);
+    });
+    attempt->socket.async_connect(endpoint, write_hello);
+  }
+
+  void call_again(int rank, const std::shared_ptr<Attempt>& failed, const std::string& problem) {
+    calls(rank).outcomes[failed->place] = problem;
+    failed->socket = Socket(io_);  // closes it
     failed->timer.expires_after(kBetweenAttempts);
     failed->timer.async_wait([this, rank, failed](const asio::error_code& error) {
       if (error) return;
-      read_card(rank, rendezvous_.collect("card", {rank}).front());
-      if (peer(rank).host != host_) read_addresses(rank, rendezvous_.collect("tcp", {rank}).front());
-      approach(rank);
+      cards_.read_again(rank);
+      call(rank);
     });
   }
 
@@ -275,7 +212,8 @@ class MeshBuilder {
     Socket& socket = attempt.socket;
     if (socket.local_endpoint().protocol().family() != AF_UNIX) {
       socket.set_option(tcp::no_delay(true));
-      // Notices within half a minute that a host has lost its power or its network.
+      // An idle connection notices within half a minute that a host has lost its power or its network. Where bytes are
+      // under way the deadlines of the operations do.
       const int fd = socket.native_handle();
       const auto set = [fd](int level, int option, int value) {
         ::setsockopt(fd, level, option, &value, sizeof value);
@@ -286,7 +224,7 @@ class MeshBuilder {
       set(IPPROTO_TCP, TCP_KEEPCNT, 3);
     }
     sockets_[static_cast<std::size_t>(rank)] = std::move(socket);
-    offsets_[static_cast<std::size_t>(rank)] = peer(rank).host == host_ ? 0 : clock_offset_ns;
+    offsets_[static_cast<std::size_t>(rank)] = cards_.is_near(rank) ? 0 : clock_offset_ns;
   }
 
   /// A byte to and from everybody, sent by those that have all their connections.
@@ -352,32 +290,32 @@ class MeshBuilder {
       if (rank != world_.rank && !sockets_[static_cast<std::size_t>(rank)]) return rank;
     return std::nullopt;
   }
-  std::string what_failed(int rank) {
-    static constexpr const char* kFirewall = "; is there a firewall between the hosts? All ports must be open";
-    const bool far = peer(rank).host != host_;
-    if (rank > world_.rank)
-      return "has started but does not connect" + (far ? str(" to this one at ", listens_at_, kFirewall) : "");
-    std::string tried;
-    for (const auto& [place, result] : peer(rank).tried)
-      tried += str(tried.empty() ? "" : ", ", place, " (", result, ")");
-    return str("has started but cannot be reached at ", tried, far ? kFirewall : "");
+  std::string why_missing(int rank) {
+    const std::string advice =
+        cards_.is_near(rank) ? "" : "; is there a firewall between the hosts? All TCP ports must be open";
+    std::string places;
+    const auto add = [&](const auto&... place) { places += str(places.empty() ? "" : ", ", place...); };
+    if (rank < world_.rank) {
+      for (const auto& [place, outcome] : calls(rank).outcomes) add(place, " (", outcome, ")");
+      return "has started but cannot be reached at " + places + advice;
+    }
+    if (cards_.is_near(rank)) return "has started but does not connect";
+    for (const tcp::endpoint& place : cards_.own().endpoints) add(place);
+    return "has started but does not connect to this one at " + places + advice;
   }
   CommError failure(int rank, const std::string& what) const {
     return {rank, "rendezvous", str("rank ", world_.rank, ": rank ", rank, " ", what)};
   }
-  Peer& peer(int rank) { return peers_[static_cast<std::size_t>(rank)]; }
+  Calls& calls(int rank) { return calls_[static_cast<std::size_t>(rank)]; }
 
   const World& world_;
-  Rendezvous& rendezvous_;
   const int epoch_;
   const Rendezvous::Clock::time_point deadline_;
-  const std::string host_;
-  const std::string token_;
-  std::vector<Peer> peers_;
+  Cards cards_;
+  std::vector<Calls> calls_;
   asio::io_context io_{1};  // its own: what is left to do on it ends with this object
   Unix::acceptor unix_{io_};
   tcp::acceptor tcp_{io_};
-  std::string listens_at_;
   std::vector<std::optional<Socket>> sockets_;
   std::vector<std::int64_t> offsets_;
 };
