@@ -47,6 +47,11 @@ class OneGpu : public ::testing::Test {
   std::shared_ptr<detail::NcclApi> nccl_;
 };
 
+TEST_F(OneGpu, HasADevice) {
+  EXPECT_EQ(device_->device(), at::Device(at::kCUDA, 0));
+  EXPECT_EQ(detail::cuda_device_identity(0).size(), 32u);
+}
+
 TEST_F(OneGpu, ACommunicatorOfOneRankSendsToItself) {
   const auto comm = nccl_->init(1, nccl_->unique_id(), 0, {.name = "self"});
   const auto stream = device_->create_stream();

@@ -1,0 +1,132 @@
+// Ranks that are threads and share one device through the local communicator: no NCCL, one process, so that debuggers
+// and compute-sanitizer see all of it.
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <mutex>
+#include <optional>
+#include <set>
+
+#include "comm/nccl_cuda.hpp"
+#include "gpu/checks.hpp"
+
+namespace dualpipe::test {
+namespace {
+
+using ::testing::HasSubstr;
+using namespace std::chrono_literals;
+
+/// Which streams are current on the ranks.
+enum class Streams { one, own };
+
+void PrintTo(Streams streams, std::ostream* out) { *out << (streams == Streams::one ? "one stream" : "own streams"); }
+
+class OneGpuRanks : public ::testing::TestWithParam<Streams> {
+ protected:
+  void SetUp() override {
+    std::string why;
+    if (detail::cuda_device_count(why) < 1) GTEST_SKIP() << "no CUDA device: " << why;
+  }
+
+  static void run(int num_ranks, const std::function<void(Ptr)>& body) {
+    run_ranks(num_ranks,
+              [&](Ptr comm) {
+                std::optional<c10::cuda::CUDAStreamGuard> guard;
+                if (GetParam() == Streams::own)
+                  guard.emplace(c10::cuda::getStreamFromPool(false, comm->device().index()));
+                body(comm);
+                torch::cuda::synchronize();
+              },
+              {.timeout = 60s, .device = at::kCUDA});
+  }
+};
+
+TEST_P(OneGpuRanks, KnowTheirDeviceAndStreams) {
+  std::mutex mutex;
+  std::set<c10::StreamId> streams;
+  run(4, [&](const Ptr& comm) {
+    EXPECT_EQ(comm->device(), at::Device(at::kCUDA, comm->device().index()));
+    EXPECT_EQ(torch::ones({1}, at::kCUDA).device(), comm->device());
+    const std::lock_guard lock(mutex);
+    streams.insert(c10::cuda::getCurrentCUDAStream().id());
+  });
+  EXPECT_EQ(streams.size(), GetParam() == Streams::own ? 4u : 1u);
+}
+
+TEST_P(OneGpuRanks, TwoTrainInFp32AsOneProcess) {
+  run(2, [](const Ptr& comm) { trains_as_one_process(comm, torch::kFloat, 1e-4); });
+}
+TEST_P(OneGpuRanks, FourTrainInFp32AsOneProcess) {
+  run(4, [](const Ptr& comm) { trains_as_one_process(comm, torch::kFloat, 1e-4); });
+}
+TEST_P(OneGpuRanks, TwoTrainInBf16AsOneProcess) {
+  run(2, [](const Ptr& comm) { trains_as_one_process(comm, torch::kBFloat16, 5e-2); });
+}
+TEST_P(OneGpuRanks, FourTrainInBf16AsOneProcess) {
+  run(4, [](const Ptr& comm) { trains_as_one_process(comm, torch::kBFloat16, 5e-2); });
+}
+
+TEST_P(OneGpuRanks, CollectivesMatchTheClosedForm) { run(4, collectives_match_the_closed_form); }
+TEST_P(OneGpuRanks, TensorsOf64MiBCrossBothWays) { run(2, tensors_of_64_mib_cross_both_ways); }
+
+TEST_P(OneGpuRanks, MemoryIsFlatOver100Steps) {
+  run(2, [](const Ptr& comm) { memory_is_flat_over_100_steps(comm, /*shared=*/true); });
+}
+
+TEST_P(OneGpuRanks, AnAbortInTheMiddleOfAStepLeavesParametersAndGradients) {
+  run(2, an_abort_leaves_parameters_and_gradients);
+}
+
+/// Each end gives its memory back while the other is still behind with its work on it.
+TEST_P(OneGpuRanks, MemoryIsReusedOnlyAfterTheOtherEndIsThrough) {
+  const int rounds = 50;
+  run(2, [&](const Ptr& comm) {
+    const auto options = torch::device(comm->device());
+    std::vector<at::Tensor> wrong;
+    for (int k = 0; k < rounds; ++k) {
+      if (comm->rank() == k % 2) {
+        Pending sent = comm->send(1 - comm->rank(), {torch::full({1 << 20}, 1.0F * k, options) + busy(comm->device())});
+        sent.wait();
+        sent = Pending();
+        for (int i = 0; i < 4; ++i) torch::full({1 << 20}, -1.0F, options);  // into what was given back
+      } else {
+        at::Tensor got = comm->receive(1 - comm->rank()).take().at(0);
+        wrong.push_back((got + busy(comm->device()) != k).sum());
+        got = at::Tensor();
+        for (int i = 0; i < 4; ++i) torch::full({1 << 20}, -2.0F, options);
+      }
+    }
+    for (std::size_t i = 0; i < wrong.size(); ++i) EXPECT_EQ(wrong[i].item<std::int64_t>(), 0) << "receive " << i;
+  });
+}
+
+TEST_P(OneGpuRanks, MemoryChangesHandsOnlyBetweenThreadsWithOneStream) {
+  std::array<void*, 2> address{};
+  run(2, [&](const Ptr& comm) {
+    if (comm->rank() == 0) {
+      auto tensor = torch::arange(1000, torch::device(comm->device()));
+      address[0] = tensor.data_ptr();
+      comm->send(1, {std::move(tensor)}).wait();
+    } else {
+      const at::Tensor got = comm->receive(0).take().at(0);
+      address[1] = got.data_ptr();
+      EXPECT_TRUE(torch::equal(got.cpu(), torch::arange(1000)));
+    }
+    comm->barrier().wait();
+  });
+  EXPECT_EQ(address[0] == address[1], GetParam() == Streams::one);
+}
+
+TEST_P(OneGpuRanks, ATensorOfAnotherDeviceIsRefused) {
+  run(2, [](const Ptr& comm) {
+    EXPECT_THAT(message_of([&] { comm->send(1 - comm->rank(), {torch::ones({2})}); }),
+                ::testing::AllOf(HasSubstr("tensor 0 of the message is on cpu"), HasSubstr("cuda:")));
+    comm->barrier().wait();
+  });
+}
+
+INSTANTIATE_TEST_SUITE_P(OneGpu, OneGpuRanks, ::testing::Values(Streams::one, Streams::own),
+                         [](const auto& tested) { return tested.param == Streams::one ? "OneStream" : "OwnStreams"; });
+
+}  // namespace
+}  // namespace dualpipe::test
