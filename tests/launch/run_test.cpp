@@ -255,6 +255,9 @@ TEST(Run, RefusesWrongUsage) {
        "nodes count from 0 to 1"},
       {{"-n", "2", "--nnodes", "2", "--node-rank", "1", "--rendezvous", "h", "--", "true"}, "got 'h'"},
       {{"-n", "2", "--nnodes", "2", "--node-rank", "1", "--rendezvous", "h:70000", "--", "true"}, "got 'h:70000'"},
+      {{"-n", "2", "--rendezvous", "tcp://h:29500", "--", "true"}, "as in host0:29500"},
+      {{"-n", "2", "--rendezvous", "fd00::1:29500", "--", "true"}, "[fd00::1]:29500"},
+      {{"-n", "2", "--node-rank", "1", "--", "true"}, "--node-rank: needs --nnodes"},
   };
   for (const auto& [arguments, message] : cases) {
     Process run(launcher(arguments));

@@ -18,13 +18,18 @@ constexpr int kMaxNodes = 100'000;
 /// "host:port" or "[::1]:port" into `options`.
 void set_rendezvous(const std::string& text, Options& options) {
   const auto refuse = [&] {
-    throw CLI::ValidationError("--rendezvous",
-                               "expected HOST:PORT of node 0 with a port from 1 to 65535, got '" + text + "'");
+    throw CLI::ValidationError(
+        "--rendezvous",
+        "expected HOST:PORT of node 0 with a port from 1 to 65535, as in host0:29500 or [fd00::1]:29500, got '" + text +
+            "'");
   };
   const std::size_t colon = text.rfind(':');
   if (colon == std::string::npos || colon == 0) refuse();
   std::string host = text.substr(0, colon);
-  if (host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
+  if (host.front() == '[' && host.back() == ']')
+    host = host.substr(1, host.size() - 2);
+  else if (host.find_first_of(":/ ") != std::string::npos)
+    refuse();  // an address of IPv6 without brackets, or a URL
   int port = 0;
   const char* end = text.data() + text.size();
   const auto parsed = std::from_chars(text.data() + colon + 1, end, port);
@@ -51,9 +56,9 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv, int
       "Starts the ranks of a program and watches over them.\n"
       "Each rank finds RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its "
       "environment.\n"
-      "When one rank fails, the others are ended; the exit code is that of the first rank that failed, 128 + signal "
-      "when it\n"
-      "was killed.",
+      "When one rank fails, the others of this node are ended, and those of other nodes learn of it by themselves. The "
+      "exit\n"
+      "code is that of the first rank of this node that failed, 128 + signal when it was killed.",
       "dualpipe-run"};
   app.footer(
       "PROGRAM and its arguments follow --, as in\n"
@@ -93,6 +98,8 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv, int
       throw CLI::ValidationError("PROGRAM", "name the program to run, as in: dualpipe-run -n 2 -- ./program");
     if (options.nodes > 1 && (meeting->empty() || node_rank->empty()))
       throw CLI::ValidationError("--nnodes", "several nodes need --node-rank and --rendezvous as well");
+    if (options.nodes == 1 && options.node_rank > 0)
+      throw CLI::ValidationError("--node-rank", "needs --nnodes, the number of nodes, as well");
     if (options.node_rank >= options.nodes)
       throw CLI::ValidationError("--node-rank", std::to_string(options.node_rank) + " with --nnodes " +
                                                     std::to_string(options.nodes) + ": nodes count from 0 to " +
