@@ -82,18 +82,11 @@ class Nodes : public ::testing::Test {
 
 class NodesLanguageModel : public Nodes {
  protected:
-  void SetUp() override {
-    Nodes::SetUp();
-    std::string name = (std::filesystem::temp_directory_path() / "dualpipe_nodes_lm_XXXXXX").string();
-    ASSERT_NE(::mkdtemp(name.data()), nullptr);
-    folder = name;
+  NodesLanguageModel() {
     std::ofstream out(folder / "text.txt");
     for (int i = 0; i < 2000; ++i) out << "int add" << i % 7 << "(int a, int b) { return a + b; }\n";
   }
-  void TearDown() override {
-    launches.clear();
-    std::filesystem::remove_all(folder);
-  }
+  void TearDown() override { launches.clear(); }  // they write into the folder
 
   Command model(const std::string& schedule, int steps) const {
     return {DUALPIPE_LM,
@@ -148,7 +141,7 @@ class NodesLanguageModel : public Nodes {
     EXPECT_THAT(launches[0]->out(), HasSubstr("dualpipe on 4 ranks"));
   }
 
-  std::filesystem::path folder;
+  testing::TemporaryFolder folder;
 };
 
 TEST_F(NodesLanguageModel, TrainsAsOneProcessUnderDualpipeRun) {

@@ -17,6 +17,27 @@
 
 namespace dualpipe::testing {
 
+/// An empty folder, which ends with this object.
+class TemporaryFolder {
+ public:
+  TemporaryFolder() {
+    std::string name = (std::filesystem::temp_directory_path() / "dualpipe_test_XXXXXX").string();
+    if (::mkdtemp(name.data()) == nullptr) throw std::runtime_error("cannot make " + name);
+    path_ = name;
+  }
+  ~TemporaryFolder() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+
+  std::filesystem::path operator/(const std::string& name) const { return path_ / name; }
+
+ private:
+  std::filesystem::path path_;
+};
+
 /// A program under test, with its output in files so that it never waits for a reader. Killed where a test gives up on
 /// it.
 class Process {
@@ -24,10 +45,6 @@ class Process {
   /// `changes` are set in its environment; those with an empty value are removed from it.
   explicit Process(std::vector<std::string> command,
                    const std::vector<std::pair<std::string, std::string>>& changes = {}) {
-    std::string folder = (std::filesystem::temp_directory_path() / "dualpipe_process_XXXXXX").string();
-    if (::mkdtemp(folder.data()) == nullptr) throw std::runtime_error("cannot make " + folder);
-    folder_ = folder;
-
     posix_spawn_file_actions_t files;
     posix_spawn_file_actions_init(&files);
     posix_spawn_file_actions_addopen(&files, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
@@ -57,8 +74,6 @@ class Process {
         ::waitpid(pid_, nullptr, 0);
       }
     }
-    std::error_code ignored;
-    std::filesystem::remove_all(folder_, ignored);
   }
   Process(const Process&) = delete;
   Process& operator=(const Process&) = delete;
@@ -109,7 +124,7 @@ class Process {
     return text.str();
   }
 
-  std::filesystem::path folder_;
+  TemporaryFolder folder_;
   pid_t pid_ = -1;
   bool ended_ = false;
   int code_ = 0;

@@ -21,9 +21,6 @@ class TwoNodes {
  public:
   /// @throws std::runtime_error  this machine does not let the test make them; the text says why.
   TwoNodes() {
-    std::string name = (std::filesystem::temp_directory_path() / "dualpipe_nodes_XXXXXX").string();
-    if (::mkdtemp(name.data()) == nullptr) throw std::runtime_error("cannot make " + name);
-    folder_ = name;
     std::vector<std::string> outside = {"unshare"};
     if (::geteuid() != 0) outside.insert(outside.end(), {"--user", "--map-root-user"});
     hold(0, outside);
@@ -34,11 +31,6 @@ class TwoNodes {
     run(0, "ip link add cable type veth peer name cable netns " + pid(1));
     for (const int node : {0, 1})
       run(node, "ip address add " + address(node) + "/24 dev cable && ip link set cable up");
-  }
-  ~TwoNodes() {
-    for (auto& process : processes_) process.reset();
-    std::error_code ignored;
-    std::filesystem::remove_all(folder_, ignored);
   }
   TwoNodes(const TwoNodes&) = delete;
   TwoNodes& operator=(const TwoNodes&) = delete;
@@ -63,7 +55,7 @@ class TwoNodes {
   }
 
  private:
-  /// Makes a node out of a process that does nothing.
+  /// Makes a node out of a process that does nothing, and that ends by itself should the test be killed.
   void hold(int node, std::vector<std::string> unshare) {
     const std::filesystem::path hosts = folder_ / ("hosts" + std::to_string(node));
     std::ofstream(hosts) << "127.0.0.1 localhost\n127.0.1.1 node" << node << "\n"
@@ -87,7 +79,7 @@ class TwoNodes {
 
   std::string pid(int node) const { return std::to_string(processes_[static_cast<std::size_t>(node)]->pid()); }
 
-  std::filesystem::path folder_;
+  TemporaryFolder folder_;
   std::array<std::unique_ptr<Process>, 2> processes_;
 };
 
