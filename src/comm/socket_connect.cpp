@@ -155,7 +155,7 @@ class MeshBuilder {
 
   /// What follows an operation of a call: `step`, or another call.
   template <class Step>
-  auto then(int rank, const std::shared_ptr<Attempt>& attempt, Step step) {
+  auto then(int rank, const std::shared_ptr<Attempt>& attempt, const Step& step) {
     return [this, rank, attempt, step](const asio::error_code& error, std::size_t = 0) {
       if (error)
         call_again(rank, attempt, error == asio::error::operation_aborted ? "no answer" : error.message());
