@@ -83,6 +83,7 @@ Tensors inputs_of(std::int64_t rows, int group_size) {
   return {torch::ones({rows, 4}), torch::full({group_size}, rows / group_size, torch::kLong)};
 }
 
+double now() { return std::chrono::duration<double>(Clock::now().time_since_epoch()).count(); }
 double milliseconds_since(Clock::time_point begin) {
   return std::chrono::duration<double, std::milli>(Clock::now() - begin).count();
 }
@@ -103,15 +104,17 @@ class PairRecorder final : public PairListener {
   PairRecorder(const Stage& stage, const ForwardPass& forward, const BackwardPass& backward)
       : stage_(stage), forward_(forward), backward_(backward) {}
 
-  void computed(const Piece& piece, const Span& span) override {
+  void computes(const Piece&) override { begin_ = now(); }
+  void computed(const Piece& piece) override {
     const Pass pass = piece.side == Side::forward    ? Pass::Forward
                       : piece.side == Side::backward ? Pass::BackwardInput
                                                      : Pass::BackwardWeight;
-    record(Lane::node, {pass, 0, piece.side == Side::forward ? 1 : 0}, piece.node, span);
+    record(Lane::node, {pass, 0, piece.side == Side::forward ? 1 : 0}, piece.node, {begin_, now()});
   }
-  void collected(Side side, const Span& span) override {
+  void collected(Side side, const Pending& pending) override {
     const bool ahead = side == Side::forward;
-    record(Lane::collective, ahead ? forward_op : backward_op, ahead ? forward_.node() : backward_.node(), span);
+    record(Lane::collective, ahead ? forward_op : backward_op, ahead ? forward_.node() : backward_.node(),
+           pending.span());
   }
 
   Timeline timeline(const std::string& name, double begin, double end) const {
@@ -134,6 +137,7 @@ class PairRecorder final : public PairListener {
   const Stage& stage_;
   const ForwardPass& forward_;
   const BackwardPass& backward_;
+  double begin_ = 0;
   std::vector<Interval> intervals_;
 };
 
@@ -153,10 +157,7 @@ MeasuredPair time_pair(Communicator& comm, const Stage& stage, const std::string
   ForwardPass forward(stage, inputs, context(1));
   BackwardPass backward(before, {torch::ones_like(before.outputs[0]), torch::Tensor()});
   comm.barrier().wait();
-  const auto begin = Clock::now();
-  const auto seconds = [](Clock::time_point time) {
-    return std::chrono::duration<double>(time.time_since_epoch()).count();
-  };
+  const double begin = now();
   PairRecorder recorder(stage, forward, backward);
   for (const Piece& piece : order) {
     run_pair({&piece, 1}, &forward, &backward, recorder);
@@ -166,8 +167,8 @@ MeasuredPair time_pair(Communicator& comm, const Stage& stage, const std::string
     settle_last(&forward, &backward, recorder, /*block=*/false);
   }
   settle_last(&forward, &backward, recorder, /*block=*/true);
-  const auto end = Clock::now();
-  return {max_over(comm, 1e3 * (seconds(end) - seconds(begin))), recorder.timeline(name, seconds(begin), seconds(end))};
+  const double end = now();
+  return {max_over(comm, 1e3 * (end - begin)), recorder.timeline(name, begin, end)};
 }
 
 /// "pair.json" and 2: "pair-2.json"

@@ -1,7 +1,6 @@
 #include "dualpipe/runtime/executor.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <memory>
 #include <utility>
 
@@ -12,8 +11,6 @@
 
 namespace dualpipe {
 namespace {
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 /// One run of one rank's program.
 class Run final : public StepHost {
@@ -51,18 +48,18 @@ class Run final : public StepHost {
       }
     }
     finish_trailing();
-    transfers_.record_rest();
     return std::move(micro_batches_.outputs());
   }
 
  private:
   void compute(const Step& step) {
-    const double begin = context_.observed() ? now() : 0;
+    const auto range = context_.recorder.range([&] { return to_string(step); });
+    const Mark begin = context_.recorder.mark();
     // What a chain's last collective will give may be what this step takes.
     if (trailing_ && trailing_->involves(step)) finish_trailing();
     auto running = ahead_ ? std::move(ahead_) : make(step, cell_);
     const bool over = running->run();
-    if (context_.observed()) context_.record({context_.communicator.rank(), Lane::compute, step, begin, now()});
+    context_.recorder.record(Lane::compute, step, begin, context_.recorder.mark());
     if (over) return;
     finish_trailing();
     trailing_ = std::move(running);
@@ -187,8 +184,11 @@ RunOutputs Executor::run(const Plan& plan, const RunInputs& inputs,
   const bool communicates = std::any_of(stages_.begin(), stages_.end(), [](const auto& entry) {
     return entry.second.structure().find('X') != std::string::npos;
   });
-  const RunContext context{*communicator_, stages_, orders_, plan, inputs, observers, communicates};
-  return Run(context)();
+  const auto recorder = std::make_shared<Recorder>(*communicator_, observers);
+  const RunContext context{*communicator_, stages_, orders_, plan, inputs, *recorder, communicates};
+  RunOutputs outputs = Run(context)();
+  outputs.recorder = recorder;
+  return outputs;
 }
 
 }  // namespace dualpipe

@@ -1,13 +1,10 @@
 #include "dualpipe/runtime/pair.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <string>
 
 namespace dualpipe {
 namespace {
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 template <class Pass>
 void settle(Pass& pass, Side side, PairListener& listener) {
@@ -15,7 +12,7 @@ void settle(Pass& pass, Side side, PairListener& listener) {
   const Pending pending = pass.under_way();
   if (!pending.done()) listener.blocks(pending);
   pass.settle();
-  listener.collected(side, pending.span());
+  listener.collected(side, pending);
 }
 
 void over(Side side, PairListener& listener) {
@@ -25,9 +22,9 @@ void over(Side side, PairListener& listener) {
 template <class Pass>
 void run(Pass& pass, const Piece& piece, PairListener& listener) {
   settle(pass, piece.side, listener);
-  const double begin = now();
+  listener.computes(piece);
   pass.advance();
-  if (!pass.under_way()) listener.computed(piece, {begin, now()});
+  if (!pass.under_way()) listener.computed(piece);
   if (pass.advanced() && !pass.under_way()) over(piece.side, listener);
 }
 
@@ -52,9 +49,9 @@ void run_pair(std::span<const Piece> order, ForwardPass* forward, BackwardPass* 
     } else if (piece.side == Side::backward) {
       run(*backward, piece, listener);
     } else {
-      const double begin = now();
+      listener.computes(piece);
       backward->activation().backward_weight(piece.node);
-      listener.computed(piece, {begin, now()});
+      listener.computed(piece);
     }
     settle_last(forward, backward, listener, /*block=*/false);
     listener.between();

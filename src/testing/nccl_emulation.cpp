@@ -150,13 +150,18 @@ class NcclEmulation::Device final : public detail::DeviceApi {
     });
   }
 
-  void push_range(const std::string&) override {
+  void push_range(const std::string& name) override {
     const std::lock_guard lock(cluster_->mutex);
-    ++ranges_;
+    ranges_.push_back(name);
+    ++open_ranges_;
   }
   void pop_range() override {
     const std::lock_guard lock(cluster_->mutex);
-    if (--ranges_ < 0) cluster_->violations.push_back("a range ended that had not begun");
+    if (--open_ranges_ < 0) cluster_->violations.push_back("a range ended that had not begun");
+  }
+  std::vector<std::string> ranges() const {
+    const std::lock_guard lock(cluster_->mutex);
+    return ranges_;
   }
 
  private:
@@ -165,7 +170,8 @@ class NcclEmulation::Device final : public detail::DeviceApi {
   std::unique_ptr<Stream> host_;
   std::vector<std::unique_ptr<Stream>> streams_;
   Stream* current_ = nullptr;
-  int ranges_ = 0;
+  std::vector<std::string> ranges_;
+  int open_ranges_ = 0;
 };
 
 class NcclEmulation::Nccl final : public detail::NcclApi {
@@ -364,6 +370,9 @@ void NcclEmulation::break_down(int rank, const std::string& error) const {
 std::vector<std::string> NcclEmulation::violations() const {
   const std::lock_guard lock(cluster_->mutex);
   return cluster_->violations;
+}
+std::vector<std::string> NcclEmulation::ranges(int rank) const {
+  return devices_.at(static_cast<std::size_t>(rank))->ranges();
 }
 std::size_t NcclEmulation::open_streams() const {
   const std::lock_guard lock(cluster_->mutex);

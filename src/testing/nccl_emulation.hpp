@@ -54,6 +54,8 @@ class NcclEmulation {
   void break_down(int rank, const std::string& error) const;
   /// What was done that real NCCL leaves undefined.
   std::vector<std::string> violations() const;
+  /// The names of a profiler's ranges on this rank, in the order in which they began.
+  std::vector<std::string> ranges(int rank) const;
   /// Of all devices, that have not been destroyed.
   std::size_t open_streams() const;
 

@@ -273,14 +273,19 @@ Tensors gradients_of(const Tensors& tensors) {
 
 /// Counts what a pair tells.
 struct Told : PairListener {
-  void computed(const Piece& piece, const Span& span) override {
-    EXPECT_LE(span.begin, span.end);
+  void computes(const Piece& piece) override { begun = piece; }
+  void computed(const Piece& piece) override {
+    EXPECT_EQ(begun, piece);
     ran.push_back(piece);
   }
   void blocks(const Pending&) override { ++blocked; }
-  void collected(Side, const Span&) override { ++collectives; }
+  void collected(Side, const Pending& pending) override {
+    EXPECT_TRUE(pending.done());
+    ++collectives;
+  }
   void forward_over() override { ++forwards; }
   void backward_over() override { ++backwards; }
+  Piece begun;
   std::vector<Piece> ran;
   int blocked = 0, collectives = 0, forwards = 0, backwards = 0;
 };

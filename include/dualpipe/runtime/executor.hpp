@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/runtime/arrivals.hpp"
 #include "dualpipe/runtime/batch.hpp"
 #include "dualpipe/runtime/observer.hpp"
 #include "dualpipe/runtime/pair.hpp"
@@ -45,12 +46,21 @@ struct RunInputs {
   std::int64_t step = 0;
   bool training = true;       ///< false: no graphs are built
   bool keep_outputs = false;  ///< of the last stage
+  /// Called at the first receive, if at all: what transfers of this plan brought before under the same conditions; what
+  /// is not known yet is filled in. Null: every transfer is taken as it comes.
+  std::function<Arrivals&()> arrivals = nullptr;
 };
 
-/// What leaves it, on the ranks that run the last stage.
+class Recorder;
+
+/// What leaves it.
 struct RunOutputs {
+  // On the ranks that run the last stage:
   std::map<int, at::Tensor> losses;  ///< by micro-batch, unscaled, detached
   std::map<int, Tensors> outputs;    ///< by micro-batch, detached; with keep_outputs
+
+  /// Has to tell the observers what was still under way, once somebody has waited for it.
+  std::shared_ptr<Recorder> recorder;
 };
 
 /// Interprets one rank's program: the only place where schedule, communicator and stages meet.

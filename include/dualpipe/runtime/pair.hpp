@@ -11,18 +11,19 @@
 
 namespace dualpipe {
 
-/// What happens while a pair runs, on its thread. Times in seconds of std::chrono::steady_clock.
+/// What happens while a pair runs, on its thread.
 class PairListener {
  public:
   virtual ~PairListener() = default;
   /// The next piece; what is thrown from here on belongs to its side.
   virtual void turn(const Piece& piece) { static_cast<void>(piece); }
-  /// A piece computed.
-  virtual void computed(const Piece& piece, const Span& span) { static_cast<void>(piece), static_cast<void>(span); }
+  /// A piece computes, from here to computed(). One that launches a collective has only the former.
+  virtual void computes(const Piece& piece) { static_cast<void>(piece); }
+  virtual void computed(const Piece& piece) { static_cast<void>(piece); }
   /// The next piece waits for this collective. What the host does meanwhile may end it.
   virtual void blocks(const Pending& pending) { static_cast<void>(pending); }
-  /// A collective of this side ended and its results are in their places.
-  virtual void collected(Side side, const Span& span) { static_cast<void>(side), static_cast<void>(span); }
+  /// A collective of this side was waited for and its results are in their places.
+  virtual void collected(Side side, const Pending& pending) { static_cast<void>(side), static_cast<void>(pending); }
   /// All nodes of a side have ended; its pass can be taken.
   virtual void forward_over() {}
   virtual void backward_over() {}

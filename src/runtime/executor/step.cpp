@@ -1,6 +1,5 @@
 #include "runtime/executor/step.hpp"
 
-#include <chrono>
 #include <exception>
 #include <span>
 #include <utility>
@@ -9,8 +8,6 @@
 
 namespace dualpipe {
 namespace {
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 const char* name_of(Pass pass) {
   switch (pass) {
@@ -104,16 +101,16 @@ void RunningStep::start_backward() {
 }
 
 void RunningStep::weight_part() {
-  const int node = weights_.front();
-  turn({Side::weight, node});
-  const double begin = now();
+  const Piece piece{Side::weight, weights_.front()};
+  turn(piece);
+  computes(piece);
   StageActivation& activation = micro_batches_.activation(*backward_op_);
   bool more = false;
   if (context_.communicates)
-    more = activation.backward_weight_part(node);
+    more = activation.backward_weight_part(piece.node);
   else
-    activation.backward_weight(node);
-  computed(turn_, {begin, now()});
+    activation.backward_weight(piece.node);
+  computed(piece);
   if (!more) weights_.pop_front();
   host_.between();
 }
@@ -137,21 +134,37 @@ void RunningStep::blocks(const Pending& pending) {
   if (!pending.done()) host_.before_blocking();
 }
 
-void RunningStep::computed(const Piece& piece, const Span& span) {
+void RunningStep::computes(const Piece& piece) {
+  if (!order().communicates) return;  // the step as a whole is recorded
+  begin_ = context_.recorder.mark();
+  range_ = context_.recorder.range([&] {
+    const Op op = recorded(piece);
+    return to_string(op) + ' ' + context_.stage_of(op).chain_name(piece.node);
+  });
+}
+
+void RunningStep::computed(const Piece& piece) {
   if (piece.side == Side::backward && backward_op_->pass == Pass::Backward &&
       backward_->activation().has_weight_part(piece.node))
     weights_.push_back(piece.node);
-  if (!order().communicates || !context_.observed()) return;
-  Op op = this->op(piece.side);
-  if (piece.side == Side::weight) op.pass = Pass::BackwardWeight;
-  if (piece.side == Side::backward && op.pass == Pass::Backward && !backward_->activation().nodes[piece.node].whole)
-    op.pass = Pass::BackwardInput;
-  record(Lane::node, op, piece.node, span);
+  if (!order().communicates) return;
+  range_.reset();
+  const Op op = recorded(piece);
+  context_.recorder.record(Lane::node, {op, {}}, begin_, context_.recorder.mark(),
+                           context_.stage_of(op).chain_name(piece.node));
 }
 
-void RunningStep::collected(Side side, const Span& span) {
-  if (span.end > span.begin)
-    record(Lane::collective, op(side), side == Side::forward ? forward_->node() : backward_->node(), span);
+void RunningStep::collected(Side side, const Pending& pending) {
+  const int node = side == Side::forward ? forward_->node() : backward_->node();
+  context_.recorder.record(Lane::collective, {op(side), {}}, pending, context_.stage_of(op(side)).chain_name(node));
+}
+
+Op RunningStep::recorded(const Piece& piece) const {
+  Op op = this->op(piece.side);
+  if (piece.side == Side::weight) op.pass = Pass::BackwardWeight;
+  if (piece.side == Side::backward && op.pass == Pass::Backward && backward_->activation().has_weight_part(piece.node))
+    op.pass = Pass::BackwardInput;
+  return op;
 }
 
 void RunningStep::forward_over() {
@@ -164,12 +177,6 @@ void RunningStep::backward_over() {
   if (backward_op_->stage > 0) host_.publish(Payload::gradient, *backward_op_, std::move(gradients));
   backward_over_ = true;
   if (weights_over_ && backward_op_->pass == Pass::Backward) micro_batches_.forget(*backward_op_);
-}
-
-void RunningStep::record(Lane lane, const Op& op, int node, const Span& span) const {
-  if (!context_.observed()) return;
-  context_.record(
-      {context_.communicator.rank(), lane, {op, {}}, span.begin, span.end, context_.stage_of(op).chain_name(node)});
 }
 
 // --- what is thrown

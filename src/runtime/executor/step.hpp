@@ -47,8 +47,9 @@ class RunningStep final : public PairListener {
 
  private:
   void turn(const Piece& piece) override { turn_ = piece; }
-  void computed(const Piece& piece, const Span& span) override;
-  void collected(Side side, const Span& span) override;
+  void computes(const Piece& piece) override;
+  void computed(const Piece& piece) override;
+  void collected(Side side, const Pending& pending) override;
   void blocks(const Pending& pending) override;
   void between() override { host_.between(); }
   void forward_over() override;
@@ -61,7 +62,8 @@ class RunningStep final : public PairListener {
   void start_backward();
   void weight_part();
   void remaining_weights();
-  void record(Lane lane, const Op& op, int node, const Span& span) const;
+  /// What a piece is in a trace.
+  Op recorded(const Piece& piece) const;
 
   template <class Body>
   bool guarded(const Body& body);
@@ -76,6 +78,8 @@ class RunningStep final : public PairListener {
   std::optional<ForwardPass> forward_;
   std::optional<BackwardPass> backward_;
   Piece turn_;
+  Mark begin_;             // of the piece that computes
+  Recorder::Range range_;  // the same for a profiler
   const PairOrders::Entry* order_ = nullptr;
   std::size_t next_ = 0;     // of the pieces
   std::deque<int> weights_;  // nodes whose weight parts are to be run, and may be
