@@ -64,12 +64,13 @@ std::shared_ptr<Transfer> Fabric::send(int to, Message message) {
   return transfer;
 }
 
-std::shared_ptr<Transfer> Fabric::receive(int from, Header expected, bool any_signature) {
+std::shared_ptr<Transfer> Fabric::receive(int from, Header expected, bool any_signature, std::string advice) {
   auto transfer = std::make_shared<Transfer>();
   transfer->kind = Transfer::Kind::receive;
   transfer->peer = from;
   transfer->header = std::move(expected);
   transfer->any_signature = any_signature;
+  transfer->advice = std::move(advice);
   throw_if_failed(*transfer);
   std::unique_lock lock(mutex_);
   Lane& lane = lanes_[{from, transfer->header.group, transfer->header.channel}];
@@ -124,7 +125,7 @@ std::string Fabric::disagreement(const Transfer& receive, const Header& got) {
   }
   if (!receive.any_signature && expected.signature != got.signature) {
     return str("expected ", to_string(expected.signature), ", got ", to_string(got.signature), " from rank ",
-               receive.peer);
+               receive.peer, receive.advice.empty() ? "" : "; ", receive.advice);
   }
   return {};
 }

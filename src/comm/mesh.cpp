@@ -7,6 +7,8 @@
 #include <numeric>
 #include <utility>
 
+#include "comm/arguments.hpp"
+
 namespace dualpipe::detail {
 namespace {
 
@@ -30,11 +32,13 @@ class Operation final : public Pending::State {
 
   /// @param whole    names the call in errors.
   /// @param watched  tensors that the caller must not write to before wait().
-  Operation(std::shared_ptr<Fabric> fabric, Transfer whole, Transfers transfers, Watch watched, Finish finish)
+  Operation(std::shared_ptr<Fabric> fabric, at::Device device, Transfer whole, Transfers transfers, Watch watched,
+            Finish finish)
       : fabric_(std::move(fabric)),
+        device_(device),
         whole_(std::move(whole)),
         transfers_(std::move(transfers)),
-        order_(collective() ? StreamOrder(fabric_->device()) : StreamOrder()),
+        order_(collective() ? StreamOrder(device) : StreamOrder()),
         watched_(std::move(watched)),
         finish_(std::move(finish)) {}
 
@@ -51,6 +55,13 @@ class Operation final : public Pending::State {
       }
     }
     for (const auto& transfer : transfers_) transfer->message.parcel.reset();
+  }
+
+  void synchronize() override {
+    wait();
+    if (device_.is_cpu()) return;
+    StreamOrder(device_).synchronize();
+    fabric_->wait({}, whole_);
   }
 
   bool done() const override {
@@ -105,6 +116,7 @@ class Operation final : public Pending::State {
   }
 
   std::shared_ptr<Fabric> fabric_;
+  at::Device device_;
   Transfer whole_;
   Transfers transfers_;
   StreamOrder order_;
@@ -115,17 +127,32 @@ class Operation final : public Pending::State {
   bool taken_ = false;
 };
 
-const char* name(Reduce reduce) {
-  switch (reduce) {
-    case Reduce::sum:
-      return "all_reduce(sum)";
-    case Reduce::max:
-      return "all_reduce(max)";
-    case Reduce::min:
-      return "all_reduce(min)";
+/// A moment of the stream that was current when it was made.
+class Fence final : public Pending::State {
+ public:
+  Fence(std::shared_ptr<Fabric> fabric, at::Device device, const Header& header)
+      : fabric_(std::move(fabric)), whole_(Transfer::collective(header)), order_(device) {}
+
+  void wait() override {
+    fabric_->wait({}, whole_);
+    order_.enter();
   }
-  return "all_reduce";
-}
+  void synchronize() override {
+    order_.synchronize();
+    fabric_->wait({}, whole_);
+  }
+  bool done() const override { return order_.done() || fabric_->has_failed(); }
+  Tensors take() override { return wait(), Tensors(); }
+  Span span() const override {
+    const double made = seconds(whole_.header.issued_ns);
+    return {made, made};
+  }
+
+ private:
+  std::shared_ptr<Fabric> fabric_;
+  Transfer whole_;
+  StreamOrder order_;
+};
 
 void combine(at::Tensor& into, const at::Tensor& other, Reduce reduce) {
   switch (reduce) {
@@ -141,13 +168,6 @@ void combine(at::Tensor& into, const at::Tensor& other, Reduce reduce) {
   }
 }
 
-/// In-place collectives write into the caller's tensors, whose requires_grad is the caller's own affair.
-Signature signature_of_values(const Tensors& tensors) {
-  Signature signature = signature_of(tensors);
-  for (TensorSignature& tensor : signature) tensor.requires_grad = false;
-  return signature;
-}
-
 std::string to_text(const at::Tensor& edges) {
   std::string text;
   const auto values = edges.accessor<std::int64_t, 2>();
@@ -160,11 +180,12 @@ std::string to_text(const at::Tensor& edges) {
 }  // namespace
 
 MeshCommunicator::MeshCommunicator(std::shared_ptr<Fabric> fabric, std::int64_t group, std::vector<int> members,
-                                   int rank)
+                                   int rank, at::Device device)
     : Communicator(rank, static_cast<int>(members.size())),
       fabric_(std::move(fabric)),
       group_(group),
       members_(std::move(members)),
+      device_(device),
       sends_(members_.size(), 0),
       receives_(members_.size(), 0) {}
 
@@ -172,14 +193,14 @@ std::shared_ptr<MeshCommunicator> MeshCommunicator::world(std::shared_ptr<Fabric
   std::vector<int> members(static_cast<std::size_t>(fabric->size()));
   std::iota(members.begin(), members.end(), 0);
   const int rank = fabric->rank();
-  return std::make_shared<MeshCommunicator>(std::move(fabric), 0, std::move(members), rank);
+  const at::Device device = fabric->device();
+  return std::make_shared<MeshCommunicator>(std::move(fabric), 0, std::move(members), rank, device);
 }
 
-std::size_t MeshCommunicator::peer_index(const char* operation, int peer) const {
-  DUALPIPE_CHECK(peer >= 0 && peer < size(), operation, ": there is no rank ", peer, " in this communicator of ",
-                 size(), " ranks");
-  DUALPIPE_CHECK(peer != rank(), operation, ": peer ", peer, " is this rank itself; keep the tensors instead");
-  return static_cast<std::size_t>(peer);
+Communicator& MeshCommunicator::control() {
+  if (device_.is_cpu()) return *this;
+  if (!control_) control_ = std::make_unique<MeshCommunicator>(fabric_, -1 - group_, members_, rank(), at::kCPU);
+  return *control_;
 }
 
 Header MeshCommunicator::header(Channel channel, std::string operation, std::uint64_t sequence,
@@ -198,41 +219,39 @@ Header MeshCommunicator::next_collective(std::string operation, Signature signat
 }
 
 Pending MeshCommunicator::send(int peer, Tensors tensors) {
-  const std::size_t index = peer_index("send", peer);
+  const std::size_t index = checked_peer(*this, "send", peer);
   auto parcel = Parcel::of(tensors, device());
   Message message{header(Channel::transfer, "send", sends_[index]++, signature_of(tensors)), std::move(parcel), {}};
   Watch watched(tensors);
   tensors.clear();  // the parcel alone refers to them now, so that the receiver may get the very memory
   auto transfer = fabric_->send(members_[index], std::move(message));
   Transfer whole = transfer->without_message();
-  return Pending(std::make_shared<Operation>(fabric_, std::move(whole), Transfers{std::move(transfer)},
+  return Pending(std::make_shared<Operation>(fabric_, device_, std::move(whole), Transfers{std::move(transfer)},
                                              std::move(watched), nullptr));
 }
 
-Pending MeshCommunicator::receive(int peer, const std::optional<Signature>& expected) {
-  const std::size_t index = peer_index("receive", peer);
+Pending MeshCommunicator::receive(int peer, const std::optional<Expected>& expected) {
+  const std::size_t index = checked_peer(*this, "receive", peer);
   auto transfer = fabric_->receive(
-      members_[index], header(Channel::transfer, "send", receives_[index]++, expected.value_or(Signature())),
-      !expected.has_value());
+      members_[index],
+      header(Channel::transfer, "send", receives_[index]++, expected ? expected->signature : Signature()), !expected,
+      expected ? expected->advice : std::string());
   Transfer whole = transfer->without_message();
   auto finish = [transfer = transfer.get()] {
     return unpack(*transfer->message.parcel, transfer->message.header.signature);
   };
-  return Pending(std::make_shared<Operation>(fabric_, std::move(whole), Transfers{std::move(transfer)}, Watch(),
-                                             std::move(finish)));
+  return Pending(std::make_shared<Operation>(fabric_, device_, std::move(whole), Transfers{std::move(transfer)},
+                                             Watch(), std::move(finish)));
 }
 
 // Every rank sends to every other, whatever the size: then no rank's result depends on when another rank calls wait(),
 // which a reduction by parts in several rounds would ask for.
 Pending MeshCommunicator::all_reduce(Tensors tensors, Reduce reduce) {
-  for (const at::Tensor& tensor : tensors) {
-    DUALPIPE_CHECK(reduce == Reduce::sum || !tensor.defined() || !tensor.is_complex(), name(reduce),
-                   ": complex numbers have no order; only sum takes them");
-  }
+  check_reduce(tensors, reduce);
   // A copy: this rank writes its sum while others still read its contribution.
   const Tensors own = Parcel::of(tensors, device())->take();
   const Header head = next_collective(name(reduce), signature_of_values(tensors));
-  const Transfers receives = receive_from_others(head, false);
+  const Transfers receives = receive_from_others(head);
   send_to_others(head, own);
   auto finish = [tensors, own, receives, me = static_cast<std::size_t>(rank()), reduce]() mutable {
     const c10::NoGradGuard no_grad;
@@ -254,9 +273,7 @@ Pending MeshCommunicator::all_reduce(Tensors tensors, Reduce reduce) {
 
 // Those that have nothing to give send an empty message, so that ranks that disagree about the root learn it.
 Pending MeshCommunicator::broadcast(Tensors tensors, int root) {
-  DUALPIPE_CHECK(root >= 0 && root < size(), "broadcast: there is no rank ", root, " in this communicator of ", size(),
-                 " ranks");
-  const auto source = static_cast<std::size_t>(root);
+  const std::size_t source = checked_root(*this, root);
   const Signature signature = signature_of_values(tensors);
   const Tensors values = root == rank() ? Parcel::of(tensors, device())->take() : Tensors();
   Header head = next_collective(str("broadcast from rank ", members_[source]), {});
@@ -280,28 +297,38 @@ Pending MeshCommunicator::broadcast(Tensors tensors, int root) {
   return pending(head, std::move(receives), std::move(watched), std::move(finish));
 }
 
-Pending MeshCommunicator::all_gather(at::Tensor tensor) {
-  return exchange("all_gather", Tensors(static_cast<std::size_t>(size()), tensor), device());
+Pending MeshCommunicator::all_gather(at::Tensor tensor, const std::optional<Signature>& expected) {
+  return exchange("all_gather", Tensors(static_cast<std::size_t>(size()), tensor), device_, expected);
 }
 
-Pending MeshCommunicator::all_to_all(Tensors tensors) {
-  DUALPIPE_CHECK(static_cast<int>(tensors.size()) == size(), "all_to_all: needs one tensor for each of the ", size(),
-                 " ranks, got ", tensors.size(), "; give an empty one to a rank that gets nothing");
-  return exchange("all_to_all", std::move(tensors), device());
+Pending MeshCommunicator::all_to_all(Tensors tensors, const std::optional<Signature>& expected) {
+  return exchange("all_to_all", std::move(tensors), device_, expected);
 }
 
 Pending MeshCommunicator::barrier() {
   const Header head = next_collective("barrier", {});
-  const Transfers receives = receive_from_others(head, false);
+  const Transfers receives = receive_from_others(head);
   send_to_others(head, {});
   return pending(head, receives, Watch(), nullptr);
 }
 
-Pending MeshCommunicator::exchange(const char* operation, Tensors outgoing, at::Device device) {
+Pending MeshCommunicator::fence() {
+  return Pending(std::make_shared<Fence>(fabric_, device_, header(Channel::collective, "fence", collectives_, {})));
+}
+
+Pending MeshCommunicator::exchange(const char* operation, Tensors outgoing, at::Device device,
+                                   const std::optional<Signature>& expected) {
+  check_exchange(*this, operation, outgoing, expected);
   std::vector<std::shared_ptr<Parcel>> parcels;
   for (const at::Tensor& tensor : outgoing) parcels.push_back(Parcel::of({tensor}, device));
   const Header head = next_collective(operation, {});
-  const Transfers receives = receive_from_others(head, true);
+  Transfers receives(outgoing.size());
+  for (std::size_t r = 0; r < outgoing.size(); ++r) {
+    if (static_cast<int>(r) == rank()) continue;
+    Header from = head;
+    if (expected) from.signature = {(*expected)[r]};
+    receives[r] = fabric_->receive(members_[r], std::move(from), !expected);
+  }
   Transfers transfers = receives;
   std::vector<Signature> signatures;
   for (std::size_t r = 0; r < outgoing.size(); ++r) {
@@ -324,11 +351,10 @@ Pending MeshCommunicator::exchange(const char* operation, Tensors outgoing, at::
   return pending(head, std::move(transfers), Watch(outgoing), std::move(finish));
 }
 
-Transfers MeshCommunicator::receive_from_others(const Header& head, bool any_signature) {
+Transfers MeshCommunicator::receive_from_others(const Header& head) {
   Transfers receives;
   for (int r = 0; r < size(); ++r) {
-    receives.push_back(r == rank() ? nullptr
-                                   : fabric_->receive(members_[static_cast<std::size_t>(r)], head, any_signature));
+    receives.push_back(r == rank() ? nullptr : fabric_->receive(members_[static_cast<std::size_t>(r)], head, false));
   }
   return receives;
 }
@@ -343,7 +369,7 @@ void MeshCommunicator::send_to_others(const Header& head, const Tensors& shared)
 Pending MeshCommunicator::pending(const Header& head, Transfers transfers, Watch watched,
                                   std::function<Tensors()> finish) {
   std::erase(transfers, nullptr);
-  return Pending(std::make_shared<Operation>(fabric_, Transfer::collective(head), std::move(transfers),
+  return Pending(std::make_shared<Operation>(fabric_, device_, Transfer::collective(head), std::move(transfers),
                                              std::move(watched), std::move(finish)));
 }
 
@@ -391,7 +417,7 @@ std::shared_ptr<Communicator> MeshCommunicator::split(int color, int key) {
     members.push_back(members_[static_cast<std::size_t>(r)]);
   }
   const auto index = std::lower_bound(colors.begin(), colors.end(), color) - colors.begin();
-  return std::make_shared<MeshCommunicator>(fabric_, first_group + index, std::move(members), rank_there);
+  return std::make_shared<MeshCommunicator>(fabric_, first_group + index, std::move(members), rank_there, device_);
 }
 
 void MeshCommunicator::abort(const std::string& reason) noexcept { fabric_->abort(fabric_->rank(), reason); }

@@ -65,6 +65,7 @@ struct Transfer {
   int peer = 0;
   Header header;               ///< send: what was sent; receive: what is expected, and when it was posted
   bool any_signature = false;  ///< receive: header.signature is not compared
+  std::string advice;          ///< receive: for the error where another signature comes
   Message message;             ///< send: its parcel; receive: what came
   bool done = false;
   std::int64_t completed_ns = 0;
@@ -100,7 +101,7 @@ class Fabric {
   /// Messages of one lane (peer, group, channel) arrive in the order of the sends and meet its receives in their order.
   /// @throws CommError  the family has failed.
   std::shared_ptr<Transfer> send(int to, Message message);
-  std::shared_ptr<Transfer> receive(int from, Header expected, bool any_signature);
+  std::shared_ptr<Transfer> receive(int from, Header expected, bool any_signature, std::string advice = {});
 
   /// Returns when all are done; `whole` names the operation that they are parts of.
   /// @throws CommError  and aborts: the family has failed, a peer has left, or the deadline has passed.
@@ -115,6 +116,9 @@ class Fabric {
   /// Aborts because of `transfer` and throws; `problem` completes "rank 3: receive from rank 2 (message 17 of group 0):
   /// …".
   [[noreturn]] void raise(int origin, const Transfer& transfer, const std::string& problem);
+
+  /// A back end that is destroyed afterwards says no goodbye: to slower ranks it would come ahead of the reason.
+  bool has_failed() const;
 
   /// From now on `listener` learns of changes, for as long as it lives.
   void listen(std::weak_ptr<FabricListener> listener);
@@ -144,8 +148,6 @@ class Fabric {
   void departed(int peer);
   /// Another rank aborted: as abort(), but is not spread again.
   void failed(int origin, const std::string& reason) noexcept;
-  /// A back end that is destroyed afterwards says no goodbye: to slower ranks it would come ahead of the reason.
-  bool has_failed() const;
 
  private:
   struct Lane {
@@ -189,7 +191,9 @@ class Fabric {
 class MeshCommunicator final : public Communicator {
  public:
   /// `members[r]` is the world rank of rank r.
-  MeshCommunicator(std::shared_ptr<Fabric> fabric, std::int64_t group, std::vector<int> members, int rank);
+  /// @param device  of the tensors that travel: the fabric's, or the CPU.
+  MeshCommunicator(std::shared_ptr<Fabric> fabric, std::int64_t group, std::vector<int> members, int rank,
+                   at::Device device);
   /// All ranks of the world, group 0.
   static std::shared_ptr<MeshCommunicator> world(std::shared_ptr<Fabric> fabric);
 
@@ -198,35 +202,39 @@ class MeshCommunicator final : public Communicator {
   /// World ranks of this communicator's ranks.
   const std::vector<int>& members() const noexcept { return members_; }
 
-  at::Device device() const override { return fabric_->device(); }
+  at::Device device() const override { return device_; }
+  Communicator& control() override;
   void connect(const std::vector<Edge>& edges) override;
   Pending send(int peer, Tensors tensors) override;
-  Pending receive(int peer, const std::optional<Signature>& expected) override;
+  Pending receive(int peer, const std::optional<Expected>& expected) override;
   Pending all_reduce(Tensors tensors, Reduce reduce) override;
   Pending broadcast(Tensors tensors, int root) override;
-  Pending all_gather(at::Tensor tensor) override;
-  Pending all_to_all(Tensors tensors) override;
+  Pending all_gather(at::Tensor tensor, const std::optional<Signature>& expected) override;
+  Pending all_to_all(Tensors tensors, const std::optional<Signature>& expected) override;
   Pending barrier() override;
+  Pending fence() override;
   std::shared_ptr<Communicator> split(int color, int key) override;
   void abort(const std::string& reason) noexcept override;
 
  private:
-  std::size_t peer_index(const char* operation, int peer) const;
   Header header(Channel channel, std::string operation, std::uint64_t sequence, Signature signature) const;
   Header next_collective(std::string operation, Signature signature);
-  std::vector<std::shared_ptr<Transfer>> receive_from_others(const Header& head, bool any_signature);
+  std::vector<std::shared_ptr<Transfer>> receive_from_others(const Header& head);
   /// Nobody may write to `shared` any more.
   void send_to_others(const Header& head, const Tensors& shared);
-  /// `outgoing[r]` to rank r and what rank r sends here, of any signature, at r of the result; all on `device`.
-  Pending exchange(const char* operation, Tensors outgoing, at::Device device);
+  /// `outgoing[r]` to rank r and what rank r sends here at r of the result; all on `device`.
+  Pending exchange(const char* operation, Tensors outgoing, at::Device device,
+                   const std::optional<Signature>& expected = std::nullopt);
   Pending pending(const Header& head, std::vector<std::shared_ptr<Transfer>> transfers, Watch watched,
                   std::function<Tensors()> finish);
 
   std::shared_ptr<Fabric> fabric_;
   std::int64_t group_;
   std::vector<int> members_;
-  std::vector<std::uint64_t> sends_;     // to each rank so far
-  std::vector<std::uint64_t> receives_;  // from each rank so far
+  at::Device device_;
+  std::unique_ptr<MeshCommunicator> control_;  // of a device, once it is asked for
+  std::vector<std::uint64_t> sends_;           // to each rank so far
+  std::vector<std::uint64_t> receives_;        // from each rank so far
   std::uint64_t collectives_ = 0;
 };
 

@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "comm/arguments.hpp"
 #include "comm/nccl_operation.hpp"
 #include "comm/nccl_tensors.hpp"
 
@@ -12,33 +13,7 @@ namespace {
 
 using Headers = std::vector<std::shared_ptr<Transfer>>;
 
-const char* name(Reduce reduce) {
-  switch (reduce) {
-    case Reduce::sum:
-      return "all_reduce(sum)";
-    case Reduce::max:
-      return "all_reduce(max)";
-    case Reduce::min:
-      return "all_reduce(min)";
-  }
-  return "all_reduce";
-}
-
-/// In-place collectives write into the caller's tensors, whose requires_grad is the caller's own affair.
-Signature signature_of_values(const Tensors& tensors) {
-  Signature signature = signature_of(tensors);
-  for (TensorSignature& tensor : signature) tensor.requires_grad = false;
-  return signature;
-}
-
 }  // namespace
-
-std::size_t NcclCommunicator::peer_index(const char* operation, int peer) const {
-  DUALPIPE_CHECK(peer >= 0 && peer < size(), operation, ": there is no rank ", peer, " in this communicator of ",
-                 size(), " ranks");
-  DUALPIPE_CHECK(peer != rank(), operation, ": peer ", peer, " is this rank itself; keep the tensors instead");
-  return static_cast<std::size_t>(peer);
-}
 
 Header NcclCommunicator::header(Channel channel, std::string operation, std::uint64_t sequence,
                                 Signature signature) const {
@@ -60,19 +35,17 @@ void NcclCommunicator::announce(int peer, Header header) {
   family_->fabric().send(world_rank(peer), {std::move(header), Parcel::of({}), {}});
 }
 
-Headers NcclCommunicator::announce_to_all(const Header& own, const std::vector<Header>& expected, bool any_signature) {
+Headers NcclCommunicator::announce_to_all(const Header& own, const std::vector<Header>& expected) {
   Headers headers;
   for (int r = 0; r < size(); ++r)
-    headers.push_back(
-        r == rank() ? nullptr
-                    : family_->fabric().receive(world_rank(r), expected[static_cast<std::size_t>(r)], any_signature));
+    if (r != rank())
+      headers.push_back(family_->fabric().receive(world_rank(r), expected[static_cast<std::size_t>(r)], false));
   for (int i = 1; i < size(); ++i) announce((rank() + i) % size(), own);  // not all to rank 0 first
-  std::erase(headers, nullptr);
   return headers;
 }
 
-Headers NcclCommunicator::announce_to_all(const Header& head, bool any_signature) {
-  return announce_to_all(head, std::vector<Header>(static_cast<std::size_t>(size()), head), any_signature);
+Headers NcclCommunicator::announce_to_all(const Header& head) {
+  return announce_to_all(head, std::vector<Header>(static_cast<std::size_t>(size()), head));
 }
 
 std::shared_ptr<Flight> NcclCommunicator::flight(Transfer whole, Headers headers, NcclLine line) const {
@@ -90,7 +63,7 @@ const NcclLine& NcclCommunicator::transfer_line(Edge edge) const {
 }
 
 Pending NcclCommunicator::send(int peer, Tensors tensors) {
-  const std::size_t index = peer_index("send", peer);
+  const std::size_t index = checked_peer(*this, "send", peer);
   Tensors sources = travelling("send", tensors, device());
   const Edge edge{rank(), peer};
   Transfer whole;
@@ -112,26 +85,28 @@ Pending NcclCommunicator::send(int peer, Tensors tensors) {
   announce(peer, whole.header);
   ++sends_[index];
   return Pending(std::make_shared<NcclOperation>(
-      family_, NcclOperation::Parts{transfer_queue_, std::move(flight), Watch(tensors), nullptr, {}, nullptr}));
+      family_, NcclOperation::Parts{.queue = transfer_queue_, .flight = std::move(flight), .watched = Watch(tensors)}));
 }
 
-Pending NcclCommunicator::receive(int peer, const std::optional<Signature>& expected) {
-  const std::size_t index = peer_index("receive", peer);
+Pending NcclCommunicator::receive(int peer, const std::optional<Expected>& expected) {
+  const std::size_t index = checked_peer(*this, "receive", peer);
   const Edge edge{peer, rank()};
-  Header head = header(Channel::transfer, "send", receives_[index]++, expected.value_or(Signature()));
+  Header head = header(Channel::transfer, "send", receives_[index]++, expected ? expected->signature : Signature());
   Transfer whole;
   whole.kind = Transfer::Kind::receive;
   whole.peer = world_rank(peer);
   whole.header = head;
-  std::shared_ptr<Transfer> announced = family_->fabric().receive(whole.peer, std::move(head), !expected);
+  std::shared_ptr<Transfer> announced =
+      family_->fabric().receive(whole.peer, std::move(head), !expected, expected ? expected->advice : std::string());
+  const auto signature = [announced]() -> const Signature& {
+    return announced->any_signature ? announced->message.header.signature : announced->header.signature;
+  };
+  // What has come once needs no header the next time it is expected, whether it was expected then or not.
+  const auto agreement = [peer](const Signature& what) { return str("receive ", peer, " ", to_string(what)); };
 
   auto flight = this->flight(whole, {announced}, transfer_line(edge));
-  std::string agreement = expected ? str("receive ", peer, " ", to_string(*expected)) : "";
-  flight->waits_for_headers = !expected || !agreed_->contains(agreement);
+  flight->waits_for_headers = !expected || !agreed_->contains(agreement(expected->signature));
   flight->origin = whole.peer;
-  const auto signature = [announced, expected]() -> const Signature& {
-    return expected ? *expected : announced->message.header.signature;
-  };
   flight->prepare = [device = &family_->device(), signature](Flight& self) {
     self.targets = allocate(*device, signature(), self.caller);
   };
@@ -141,20 +116,20 @@ Pending NcclCommunicator::receive(int peer, const std::optional<Signature>& expe
       if (!empty(tensor)) nccl.receive(tensor.mutable_data_ptr(), tensor.nbytes(), there, line.comm, line.stream);
     });
   };
-  auto finish = [signature](Flight& self) { return described(std::move(self.targets), signature()); };
+  auto finish = [signature, agreement, agreed = agreed_](Flight& self) {
+    if (self.waits_for_headers) agreed->insert(agreement(signature()));
+    return described(std::move(self.targets), signature());
+  };
   return Pending(std::make_shared<NcclOperation>(
-      family_, NcclOperation::Parts{transfer_queue_, std::move(flight), Watch(), expected ? agreed_ : nullptr,
-                                    std::move(agreement), std::move(finish)}));
+      family_,
+      NcclOperation::Parts{.queue = transfer_queue_, .flight = std::move(flight), .finish = std::move(finish)}));
 }
 
 Pending NcclCommunicator::all_reduce(Tensors tensors, Reduce reduce) {
-  for (const at::Tensor& tensor : tensors) {
-    DUALPIPE_CHECK(reduce == Reduce::sum || !tensor.defined() || !tensor.is_complex(), name(reduce),
-                   ": complex numbers have no order; only sum takes them");
-  }
+  check_reduce(tensors, reduce);
   std::vector<Place> in_place = places(name(reduce), tensors, device(), /*as_bytes=*/false);
   const Header head = next_collective(name(reduce), signature_of_values(tensors));
-  auto flight = this->flight(Transfer::collective(head), announce_to_all(head, false), collectives_);
+  auto flight = this->flight(Transfer::collective(head), announce_to_all(head), collectives_);
   std::string agreement = head.operation + to_string(head.signature);
   flight->waits_for_headers = !agreed_->contains(agreement);
   flight->targets = memory_of(in_place);
@@ -168,27 +143,29 @@ Pending NcclCommunicator::all_reduce(Tensors tensors, Reduce reduce) {
     });
   };
   Watch watched(tensors);
-  auto finish = [tensors = std::move(tensors), in_place = std::move(in_place)](Flight&) mutable {
+  auto finish = [tensors = std::move(tensors), in_place = std::move(in_place), agreement = std::move(agreement),
+                 agreed = agreed_](Flight& self) mutable {
+    if (self.waits_for_headers) agreed->insert(std::move(agreement));
     for (Place& place : in_place) place.finish();
     return std::move(tensors);
   };
-  return Pending(std::make_shared<NcclOperation>(
-      family_, NcclOperation::Parts{collective_queue_, std::move(flight), std::move(watched), agreed_,
-                                    std::move(agreement), std::move(finish)}));
+  return Pending(std::make_shared<NcclOperation>(family_, NcclOperation::Parts{.queue = collective_queue_,
+                                                                               .flight = std::move(flight),
+                                                                               .watched = std::move(watched),
+                                                                               .finish = std::move(finish)}));
 }
 
 // Those that have nothing to give announce nothing, so that ranks that disagree about the root learn it.
 Pending NcclCommunicator::broadcast(Tensors tensors, int root) {
-  DUALPIPE_CHECK(root >= 0 && root < size(), "broadcast: there is no rank ", root, " in this communicator of ", size(),
-                 " ranks");
+  const std::size_t source = checked_root(*this, root);
   std::vector<Place> in_place = places("broadcast", tensors, device(), /*as_bytes=*/true);
   const Signature signature = signature_of_values(tensors);
   Header own = next_collective(str("broadcast from rank ", world_rank(root)), {});
   std::vector<Header> expected(static_cast<std::size_t>(size()), own);
-  expected[static_cast<std::size_t>(root)].signature = signature;
+  expected[source].signature = signature;
   if (root == rank()) own.signature = signature;
 
-  auto flight = this->flight(Transfer::collective(own), announce_to_all(own, expected, false), collectives_);
+  auto flight = this->flight(Transfer::collective(own), announce_to_all(own, expected), collectives_);
   std::string agreement = own.operation + to_string(signature);
   flight->waits_for_headers = !agreed_->contains(agreement);
   flight->targets = memory_of(in_place);
@@ -200,57 +177,73 @@ Pending NcclCommunicator::broadcast(Tensors tensors, int root) {
     });
   };
   Watch watched(tensors);
-  auto finish = [tensors = std::move(tensors), in_place = std::move(in_place),
-                 receives = root != rank()](Flight&) mutable {
+  auto finish = [tensors = std::move(tensors), in_place = std::move(in_place), agreement = std::move(agreement),
+                 agreed = agreed_, receives = root != rank()](Flight& self) mutable {
+    if (self.waits_for_headers) agreed->insert(std::move(agreement));
     for (Place& place : in_place)
       if (receives) place.finish();
     return std::move(tensors);
   };
-  return Pending(std::make_shared<NcclOperation>(
-      family_, NcclOperation::Parts{collective_queue_, std::move(flight), std::move(watched), agreed_,
-                                    std::move(agreement), std::move(finish)}));
+  return Pending(std::make_shared<NcclOperation>(family_, NcclOperation::Parts{.queue = collective_queue_,
+                                                                               .flight = std::move(flight),
+                                                                               .watched = std::move(watched),
+                                                                               .finish = std::move(finish)}));
 }
 
-Pending NcclCommunicator::all_gather(at::Tensor tensor) {
-  return exchange("all_gather", Tensors(static_cast<std::size_t>(size()), tensor));
+Pending NcclCommunicator::all_gather(at::Tensor tensor, const std::optional<Signature>& expected) {
+  return exchange("all_gather", Tensors(static_cast<std::size_t>(size()), tensor), expected);
 }
 
-Pending NcclCommunicator::all_to_all(Tensors tensors) {
-  DUALPIPE_CHECK(static_cast<int>(tensors.size()) == size(), "all_to_all: needs one tensor for each of the ", size(),
-                 " ranks, got ", tensors.size(), "; give an empty one to a rank that gets nothing");
-  return exchange("all_to_all", std::move(tensors));
+Pending NcclCommunicator::all_to_all(Tensors tensors, const std::optional<Signature>& expected) {
+  return exchange("all_to_all", std::move(tensors), expected);
 }
 
 Pending NcclCommunicator::barrier() {
   const Header head = next_collective("barrier", {});
-  auto flight = this->flight(Transfer::collective(head), announce_to_all(head, false), {});
-  return Pending(std::make_shared<NcclOperation>(
-      family_, NcclOperation::Parts{std::nullopt, std::move(flight), Watch(), nullptr, {}, nullptr}));
+  auto flight = this->flight(Transfer::collective(head), announce_to_all(head), {});
+  return Pending(std::make_shared<NcclOperation>(family_, NcclOperation::Parts{.flight = std::move(flight)}));
 }
 
-Pending NcclCommunicator::exchange(const char* operation, Tensors outgoing) {
+Pending NcclCommunicator::fence() {
+  auto flight =
+      this->flight(Transfer::collective(header(Channel::collective, "fence", collectives_count_, {})), {}, {});
+  family_->check(flight->whole);
+  flight->begin = flight->end = family_->record(flight->caller);
+  return Pending(std::make_shared<NcclOperation>(family_, NcclOperation::Parts{.flight = std::move(flight)}));
+}
+
+// Where the caller knows what comes, the device begins at once. Sizes may be others every time, so that there is
+// nothing to agree about beforehand: what peers say is compared while it runs.
+Pending NcclCommunicator::exchange(const char* operation, Tensors outgoing, const std::optional<Signature>& expected) {
+  check_exchange(*this, operation, outgoing, expected);
   const auto me = static_cast<std::size_t>(rank());
   const auto ranks = static_cast<std::size_t>(size());
   Tensors sources = travelling(operation, outgoing, device());
   const Header head = next_collective(operation, {});
   Headers headers(ranks);
-  for (std::size_t r = 0; r < ranks; ++r)
-    if (r != me) headers[r] = family_->fabric().receive(world_rank(static_cast<int>(r)), head, true);
+  for (std::size_t r = 0; r < ranks; ++r) {
+    if (r == me) continue;
+    Header from = head;
+    if (expected) from.signature = {(*expected)[r]};
+    headers[r] = family_->fabric().receive(world_rank(static_cast<int>(r)), std::move(from), !expected);
+  }
   for (std::size_t i = 1; i < ranks; ++i) {
     const std::size_t r = (me + i) % ranks;
     Header own = head;
     own.signature = signature_of({outgoing[r]});
     announce(static_cast<int>(r), std::move(own));
   }
-  Headers others = headers;
-  std::erase(others, nullptr);
-  auto flight = this->flight(Transfer::collective(head), std::move(others), collectives_);
+  const auto signature = [headers, me, own = signature_of({outgoing[me]})](std::size_t r) -> const Signature& {
+    if (r == me) return own;
+    return headers[r]->any_signature ? headers[r]->message.header.signature : headers[r]->header.signature;
+  };
+  std::erase(headers, nullptr);
+  auto flight = this->flight(Transfer::collective(head), std::move(headers), collectives_);
   flight->sources = std::move(sources);
-  flight->waits_briefly = true;
-  flight->prepare = [device = &family_->device(), headers, me](Flight& self) {
-    for (std::size_t r = 0; r < headers.size(); ++r)
-      self.targets.push_back(r == me ? at::Tensor()
-                                     : allocate(*device, headers[r]->message.header.signature, self.caller).front());
+  flight->waits_for_headers = flight->waits_briefly = !expected;
+  flight->prepare = [device = &family_->device(), signature, me, ranks](Flight& self) {
+    for (std::size_t r = 0; r < ranks; ++r)
+      self.targets.push_back(r == me ? at::Tensor() : allocate(*device, signature(r), self.caller).front());
   };
   flight->issue = [me, ranks](const Flight& self, NcclApi& nccl, NcclLine line) {
     in_groups(nccl, ranks, [&](std::size_t i) {
@@ -264,18 +257,18 @@ Pending NcclCommunicator::exchange(const char* operation, Tensors outgoing) {
     });
   };
   Watch watched(outgoing);
-  auto finish = [device = &family_->device(), headers, me, own = signature_of({outgoing[me]})](Flight& self) {
+  auto finish = [device = &family_->device(), signature, me](Flight& self) {
     const PlainTensors plain;
     Tensors result = std::move(self.targets);
-    result[me] = allocate(*device, own, self.caller).front();
+    result[me] = allocate(*device, signature(me), self.caller).front();
     if (!empty(result[me])) device->copy(result[me], self.sources[me], device->current_stream());
-    for (std::size_t r = 0; r < result.size(); ++r)
-      result[r] = described({result[r]}, r == me ? own : headers[r]->message.header.signature).front();
+    for (std::size_t r = 0; r < result.size(); ++r) result[r] = described({result[r]}, signature(r)).front();
     return result;
   };
-  return Pending(std::make_shared<NcclOperation>(
-      family_,
-      NcclOperation::Parts{collective_queue_, std::move(flight), std::move(watched), nullptr, {}, std::move(finish)}));
+  return Pending(std::make_shared<NcclOperation>(family_, NcclOperation::Parts{.queue = collective_queue_,
+                                                                               .flight = std::move(flight),
+                                                                               .watched = std::move(watched),
+                                                                               .finish = std::move(finish)}));
 }
 
 void NcclCommunicator::abort(const std::string& reason) noexcept {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "comm/nccl_family.hpp"
+#include "comm/nccl_trace.hpp"
 
 namespace dualpipe::detail {
 
@@ -46,34 +47,36 @@ class NcclCommunicator final : public Communicator {
 
   at::Device device() const override { return family_->device().device(); }
   Communicator& control() override { return control_; }
+  bool gains_from_expected() const noexcept override { return true; }
+  DeviceTrace* device_trace() noexcept override { return &trace_; }
   void connect(const std::vector<Edge>& edges) override;
   Pending send(int peer, Tensors tensors) override;
-  Pending receive(int peer, const std::optional<Signature>& expected) override;
+  Pending receive(int peer, const std::optional<Expected>& expected) override;
   Pending all_reduce(Tensors tensors, Reduce reduce) override;
   Pending broadcast(Tensors tensors, int root) override;
-  Pending all_gather(at::Tensor tensor) override;
-  Pending all_to_all(Tensors tensors) override;
+  Pending all_gather(at::Tensor tensor, const std::optional<Signature>& expected) override;
+  Pending all_to_all(Tensors tensors, const std::optional<Signature>& expected) override;
   Pending barrier() override;
+  Pending fence() override;
   std::shared_ptr<Communicator> split(int color, int key) override;
   void abort(const std::string& reason) noexcept override;
 
  private:
   int world_rank(int rank) const { return control_.members()[static_cast<std::size_t>(rank)]; }
-  std::size_t peer_index(const char* operation, int peer) const;
   Header header(Channel channel, std::string operation, std::uint64_t sequence, Signature signature) const;
   Header next_collective(std::string operation, Signature signature);
   void announce(int peer, Header header);
-  /// Announces a collective to all others, and what is expected of them, by rank; null for this one.
-  std::vector<std::shared_ptr<Transfer>> announce_to_all(const Header& own, const std::vector<Header>& expected,
-                                                         bool any_signature);
-  std::vector<std::shared_ptr<Transfer>> announce_to_all(const Header& head, bool any_signature);
+  /// Announces a collective to all others; gives what they will say of it, which must be what is expected of each.
+  std::vector<std::shared_ptr<Transfer>> announce_to_all(const Header& own, const std::vector<Header>& expected);
+  std::vector<std::shared_ptr<Transfer>> announce_to_all(const Header& head);
   /// An operation that the caller's stream has just made ready.
   std::shared_ptr<Flight> flight(Transfer whole, std::vector<std::shared_ptr<Transfer>> headers, NcclLine line) const;
   const NcclLine& transfer_line(Edge edge) const;
-  Pending exchange(const char* operation, Tensors outgoing);
+  Pending exchange(const char* operation, Tensors outgoing, const std::optional<Signature>& expected);
   void warm_up(const std::vector<Edge>& edges);
 
   std::shared_ptr<NcclFamily> family_;
+  NcclTrace trace_;
   std::int64_t group_;
   bool communicator_per_edge_;
   MeshCommunicator control_;  // of the same ranks, in a group of its own

@@ -262,14 +262,12 @@ void NcclFamily::watch(std::shared_ptr<Flight> flight) {
   watched_.push_back({std::move(flight), Clock::now() + timeout_});
 }
 
-void NcclFamily::await_on_host(const std::shared_ptr<Flight>& flight) {
-  if (!flight->end) return;
-  watch(flight);
-  while (!device_->done(flight->end.get())) {
-    check(flight->whole);
-    std::this_thread::sleep_for(kPollPeriod);
+void NcclFamily::synchronize(const Flight& flight) {
+  while (flight.end && !device_->done(flight.end.get())) {
+    check(flight.whole);
+    std::this_thread::sleep_for(kPollPeriod / 10);
   }
-  check(flight->whole);
+  check(flight.whole);
 }
 
 bool NcclFamily::failed() const {

@@ -87,8 +87,8 @@ class NcclFamily {
   bool launched(QueueId queue, const Flight& flight);
   /// From now on the device has `timeout` to come to its end.
   void watch(std::shared_ptr<Flight> flight);
-  /// Returns when the device is through with it. @throws CommError
-  void await_on_host(const std::shared_ptr<Flight>& flight);
+  /// Returns when the device is through with what is watched. @throws CommError  also of what failed meanwhile
+  void synchronize(const Flight& flight);
 
   /// @throws CommError  the family has failed.
   void check(const Transfer& whole) const { fabric().wait({}, whole); }

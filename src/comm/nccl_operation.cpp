@@ -26,11 +26,15 @@ void NcclOperation::wait() {
   if (!std::exchange(finished_, true)) finish();
 }
 
+void NcclOperation::synchronize() {
+  wait();
+  family_->synchronize(*parts_.flight);
+}
+
 void NcclOperation::finish() {
   Flight& flight = *parts_.flight;
   if (const auto problem = parts_.watched.written())
     family_->fabric().raise(family_->fabric().rank(), flight.whole, *problem);
-  if (parts_.agreed && flight.waits_for_headers) parts_.agreed->insert(std::move(parts_.agreement));
   const c10::NoGradGuard no_grad;
   if (parts_.finish) result_ = std::exchange(parts_.finish, nullptr)(flight);
   // Memory goes back to the stream where it was allocated, which has just been told to wait for the transfer. Another

@@ -3,7 +3,6 @@
 #include <functional>
 #include <memory>
 #include <optional>
-#include <string>
 #include <utility>
 
 #include "comm/nccl_communicator.hpp"
@@ -15,17 +14,16 @@ class NcclOperation final : public Pending::State {
  public:
   using Finish = std::function<Tensors(Flight&)>;
   struct Parts {
-    std::optional<NcclFamily::QueueId> queue;  ///< none: the hosts alone have to come to it
-    std::shared_ptr<Flight> flight;
-    Watch watched;                   ///< what the caller must not write to before wait()
-    std::shared_ptr<Agreed> agreed;  ///< where headers have been seen to agree, `agreement` is noted
-    std::string agreement;
-    Finish finish;  ///< on the stream that waited; makes what take() gives
+    std::optional<NcclFamily::QueueId> queue = std::nullopt;  ///< none: nothing is launched
+    std::shared_ptr<Flight> flight = nullptr;
+    Watch watched = {};       ///< what the caller must not write to before wait()
+    Finish finish = nullptr;  ///< on the stream that waited; makes what take() gives
   };
 
   NcclOperation(std::shared_ptr<NcclFamily> family, Parts parts);
 
   void wait() override;
+  void synchronize() override;
   bool done() const override;
   Tensors take() override;
   Span span() const override;

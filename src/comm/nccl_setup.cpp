@@ -38,9 +38,10 @@ NcclCommunicator::NcclCommunicator(std::shared_ptr<NcclFamily> family, std::int6
                                    const std::vector<int>& members, int rank, bool communicator_per_edge)
     : Communicator(rank, static_cast<int>(members.size())),
       family_(std::move(family)),
+      trace_(family_),
       group_(group),
       communicator_per_edge_(communicator_per_edge),
-      control_(family_->shared_fabric(), -1 - group, members, rank),
+      control_(family_->shared_fabric(), -1 - group, members, rank, at::kCPU),
       sends_(members.size(), 0),
       receives_(members.size(), 0),
       transfer_queue_(family_->add_queue()),
@@ -61,7 +62,7 @@ void NcclCommunicator::connect(const std::vector<Edge>& edges) {
       const std::int64_t world = family_->fabric().size();
       const std::int64_t group = -(std::int64_t{1} << 40) - (group_ * world + edge.from) * world - edge.to;
       MeshCommunicator both(family_->shared_fabric(), group, {world_rank(edge.from), world_rank(edge.to)},
-                            edge.from == rank() ? 0 : 1);
+                            edge.from == rank() ? 0 : 1, at::kCPU);
       edges_[edge] = family_->open(both, str(" edge ", edge.from, "->", edge.to, " of ", group_));
     }
     warm_up({sorted.begin(), sorted.end()});
@@ -81,7 +82,8 @@ void NcclCommunicator::warm_up(const std::vector<Edge>& edges) {
     flight->issue = std::move(issue);
     family_->submit(queue, flight);
     family_->await_launch(queue, *flight);
-    family_->await_on_host(flight);
+    family_->watch(flight);
+    family_->synchronize(*flight);
   };
   const auto touch = [](const Flight& self, int me, Edge edge, int from, int to, NcclApi& nccl, NcclLine line) {
     void* memory = self.targets[static_cast<std::size_t>(edge.from == me ? edge.to : edge.from)].mutable_data_ptr();

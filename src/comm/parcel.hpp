@@ -52,6 +52,11 @@ class StreamOrder {
   /// All that is done later waits for the current stream, on the stream that the memory belongs to as well: afterwards
   /// the memory may be given back.
   void leave();
+  bool done() const { return !last_ || last_->query(); }
+  /// The host waits for all that was done before.
+  void synchronize() const {
+    if (last_) last_->synchronize();
+  }
 
  private:
   std::optional<c10::Stream> home_;

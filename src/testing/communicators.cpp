@@ -28,6 +28,9 @@ class Wrapper : public Communicator {
     Communicator& inner = inner_->control();
     return &inner == inner_.get() ? *this : inner;
   }
+  bool gains_from_expected() const noexcept override { return inner_->gains_from_expected(); }
+  DeviceTrace* device_trace() noexcept override { return inner_->device_trace(); }
+  Pending fence() override { return inner_->fence(); }
   void connect(const std::vector<Edge>& edges) override { inner_->connect(edges); }
   void abort(const std::string& reason) noexcept override { inner_->abort(reason); }
 
@@ -81,7 +84,7 @@ class Serial final : public Wrapper {
     return Pending(std::make_shared<Finished>(std::move(sent), Tensors()));
   }
 
-  Pending receive(int peer, const std::optional<Signature>& expected) override {
+  Pending receive(int peer, const std::optional<Expected>& expected) override {
     const Turn turn(busy_, "receive");
     Pending received = inner_->receive(peer, expected);
     Tensors tensors = received.take();
@@ -97,13 +100,13 @@ class Serial final : public Wrapper {
     const Turn turn(busy_, "broadcast");
     return waited(inner_->broadcast(std::move(tensors), root));
   }
-  Pending all_gather(at::Tensor tensor) override {
+  Pending all_gather(at::Tensor tensor, const std::optional<Signature>& expected) override {
     const Turn turn(busy_, "all_gather");
-    return waited(inner_->all_gather(std::move(tensor)));
+    return waited(inner_->all_gather(std::move(tensor), expected));
   }
-  Pending all_to_all(Tensors tensors) override {
+  Pending all_to_all(Tensors tensors, const std::optional<Signature>& expected) override {
     const Turn turn(busy_, "all_to_all");
-    return waited(inner_->all_to_all(std::move(tensors)));
+    return waited(inner_->all_to_all(std::move(tensors), expected));
   }
   Pending barrier() override {
     const Turn turn(busy_, "barrier");
@@ -266,9 +269,9 @@ class DelayedLinks final : public Wrapper {
     tensors.push_back(at::scalar_tensor(issue_time(), at::kLong));
     return inner_->send(peer, std::move(tensors));
   }
-  Pending receive(int peer, const std::optional<Signature>& expected) override {
-    std::optional<Signature> with_time = expected;
-    if (with_time) with_time->push_back({.dtype = at::kLong, .sizes = {}});
+  Pending receive(int peer, const std::optional<Expected>& expected) override {
+    std::optional<Expected> with_time = expected;
+    if (with_time) with_time->signature.push_back({.dtype = at::kLong, .sizes = {}});
     Pending inner = inner_->receive(peer, with_time);
     return delayed(edges_[static_cast<std::size_t>(peer)], std::move(inner), true, bytes);
   }
@@ -279,11 +282,11 @@ class DelayedLinks final : public Wrapper {
     return collective(inner_->broadcast(std::move(tensors), root),
                       [is_root = root == rank()](const Tensors& result) { return is_root ? -1 : bytes(result); });
   }
-  Pending all_gather(at::Tensor tensor) override {
-    return collective(inner_->all_gather(std::move(tensor)), largest_of_others());
+  Pending all_gather(at::Tensor tensor, const std::optional<Signature>& expected) override {
+    return collective(inner_->all_gather(std::move(tensor), expected), largest_of_others());
   }
-  Pending all_to_all(Tensors tensors) override {
-    return collective(inner_->all_to_all(std::move(tensors)), largest_of_others());
+  Pending all_to_all(Tensors tensors, const std::optional<Signature>& expected) override {
+    return collective(inner_->all_to_all(std::move(tensors), expected), largest_of_others());
   }
   Pending barrier() override { return collective(inner_->barrier(), bytes); }
   std::shared_ptr<Communicator> split(int color, int key) override {

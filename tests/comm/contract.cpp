@@ -368,6 +368,8 @@ TEST_P(Contract, AWrongCallIsRefusedAndHarmless) {
     EXPECT_THROW(comm->broadcast(one, 2), InvalidArgument);
     EXPECT_THROW(comm->broadcast(one, -1), InvalidArgument);
     EXPECT_THROW(comm->all_to_all(one), InvalidArgument);
+    EXPECT_THROW(comm->all_to_all({one[0], one[0]}, Signature(1)), InvalidArgument);
+    EXPECT_THROW(comm->all_gather(one[0], Signature(2, {.dtype = at::kLong, .sizes = {2}})), InvalidArgument);
     EXPECT_THROW(comm->all_reduce({torch::ones({2}, at::kComplexFloat)}, Reduce::max), InvalidArgument);
     EXPECT_THROW(comm->send(1 - me, {torch::ones({2}).to_sparse()}), InvalidArgument);
     EXPECT_THROW(comm->send(1 - me, {torch::empty({2}, at::kMeta)}), InvalidArgument);
@@ -516,6 +518,90 @@ TEST_P(Contract, AllToAllTakesUnevenSplits) {
       }
     });
   }
+}
+
+TEST_P(Contract, WhatIsExpectedOfACollectiveIsWhatComes) {
+  for (const int size : kSizes) {
+    run(size, [size](Ptr comm) {
+      const auto between = [](int from, int to) {
+        if (from == 3 && to == 1) return at::Tensor();
+        return pattern({(from + 2 * to) % 4, 2}, 7 * from + to, from == 2 ? at::kLong : at::kFloat)
+            .set_requires_grad(from == 1);
+      };
+      for (int round = 0; round < 3; ++round) {
+        Tensors outgoing;
+        Signature expected;
+        for (int r = 0; r < size; ++r) {
+          outgoing.push_back(between(comm->rank(), r));
+          expected.push_back(signature_of({between(r, comm->rank())}).front());
+        }
+        const bool knows = comm->rank() % 2 == 0;  // each rank chooses for itself
+        const Tensors got = comm->all_to_all(outgoing, knows ? std::optional(expected) : std::nullopt).take();
+        EXPECT_EQ(to_string(signature_of(got)), to_string(expected));
+        for (int r = 0; r < size; ++r) {
+          if (!expected[static_cast<std::size_t>(r)].defined) continue;
+          EXPECT_TRUE(same_bits(got[static_cast<std::size_t>(r)], between(r, comm->rank()))) << r;
+        }
+        Signature gathered;
+        for (int r = 0; r < size; ++r) gathered.push_back(signature_of({between(r, r)}).front());
+        const Tensors all = comm->all_gather(between(comm->rank(), comm->rank()), gathered).take();
+        for (int r = 0; r < size; ++r) EXPECT_TRUE(same_bits(all[static_cast<std::size_t>(r)], between(r, r))) << r;
+      }
+    });
+  }
+}
+
+TEST_P(Contract, ACollectiveThatBringsSomethingElseThanExpectedFailsOnAllRanksAndShowsBoth) {
+  // As many bytes, so that a device that had begun comes to its end.
+  const Tensors parts = {torch::zeros({4}), torch::zeros({2, 2})};
+  const std::vector<std::function<Pending(Communicator&, bool knows)>> calls = {
+      [&](Communicator& comm, bool knows) {
+        return comm.all_to_all(parts, knows ? std::optional(signature_of(parts)) : std::nullopt);
+      },
+      [&](Communicator& comm, bool knows) {
+        return comm.all_gather(parts[1], knows ? std::optional(signature_of(parts)) : std::nullopt);
+      },
+  };
+  for (const auto& call : calls) {
+    run(2, [&](Ptr comm) {
+      const CommError error = comm_error([&] {
+        call(*comm, comm->rank() == 1).wait();
+        for (int i = 0; i < 5000; ++i) {
+          comm->barrier().wait();
+          std::this_thread::sleep_for(1ms);
+        }
+      });
+      EXPECT_THAT(error.what(), HasSubstr("expected [float32 [4]], got [float32 [2, 2]] from rank 0"));
+    });
+  }
+}
+
+TEST_P(Contract, AFenceIsOverWhenTheStreamIs) {
+  run(2, [](Ptr comm) {
+    Pending fence = comm->fence();
+    fence.wait();
+    fence.synchronize();
+    EXPECT_TRUE(fence.done());
+    EXPECT_TRUE(comm->fence().take().empty());
+    if (comm->rank() == 0) {
+      comm->send(1, {torch::full({1}, 3)}).synchronize();
+    } else {
+      Pending received = comm->receive(0);
+      received.synchronize();
+      EXPECT_TRUE(torch::equal(received.take().at(0), torch::full({1}, 3)));
+    }
+    comm->barrier().synchronize();
+    Pending before = comm->fence();
+    const CommError error = comm_error([&] {
+      comm->barrier().wait();
+      if (comm->rank() == 0) comm->abort("no more");
+      while (true) {
+        before.synchronize();
+        std::this_thread::sleep_for(1ms);
+      }
+    });
+    EXPECT_THAT(error.what(), HasSubstr("no more"));
+  });
 }
 
 TEST_P(Contract, NoRankPassesABarrierBeforeTheLastHasCome) {
@@ -670,6 +756,20 @@ TEST_P(Contract, DifferentSignaturesFailOnBothEndsAndShowBoth) {
   };
   // The rank that finds it leaves at once: its departure must not overtake the reason.
   for (int round = 0; round < 25 && !HasFailure(); ++round) run(2, mismatch);
+}
+
+TEST_P(Contract, AdviceIsPartOfTheErrorOnBothEnds) {
+  run(2, [](Ptr comm) {
+    const CommError error = comm_error([&] {
+      if (comm->rank() == 0) {
+        comm->send(1, {torch::zeros({2})}).wait();
+      } else {
+        comm->receive(0, Expected(signature_of({torch::zeros({3})}), "ask stage 7")).wait();
+      }
+      comm->barrier().wait();
+    });
+    EXPECT_THAT(error.what(), HasSubstr("expected [float32 [3]], got [float32 [2]] from rank 0; ask stage 7"));
+  });
 }
 
 TEST_P(Contract, RequiresGradIsPartOfTheSignature) {
@@ -962,7 +1062,7 @@ TEST_P(Contract, RandomProgramsDeliverTheRightValues) {
           if (me == a) {
             open.push_back({comm->send(b, {value(a), value(b)}), [](const Tensors& got) { EXPECT_TRUE(got.empty()); }});
           } else if (me == b) {
-            std::optional<Signature> expected;
+            std::optional<Expected> expected;
             if (kind == 0) expected = signature_of({value(a), value(b)});
             open.push_back({comm->receive(a, expected), [=](const Tensors& got) {
                               ASSERT_EQ(got.size(), 2u);
@@ -980,7 +1080,9 @@ TEST_P(Contract, RandomProgramsDeliverTheRightValues) {
           open.push_back({comm->broadcast({value(me)}, a),
                           [=](const Tensors& got) { EXPECT_TRUE(same_bits(got.at(0), value(a))) << "step " << step; }});
         } else if (kind == 6) {
-          open.push_back({comm->all_gather(value(me)), [=](const Tensors& got) {
+          std::optional<Signature> expected;
+          if (pick(own, 2) == 0) expected = Signature(static_cast<std::size_t>(size), signature_of({value(0)}).front());
+          open.push_back({comm->all_gather(value(me), expected), [=](const Tensors& got) {
                             for (int r = 0; r < size; ++r) {
                               EXPECT_TRUE(same_bits(got.at(static_cast<std::size_t>(r)), value(r))) << "step " << step;
                             }

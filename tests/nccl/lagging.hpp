@@ -13,6 +13,7 @@ namespace dualpipe::test {
 struct Asked {
   int host_waits = 0;  ///< of the host for the device: each time that values are read
   int sends = 0, receives = 0, collectives = 0;
+  int expected = 0;                  ///< receives that knew what would come
   std::vector<Signature> collected;  ///< what the collectives moved
 };
 
@@ -27,13 +28,16 @@ class Lagging final : public Communicator {
 
   at::Device device() const override { return at::kCPU; }
   Communicator& control() override { return inner_->control(); }
+  bool gains_from_expected() const noexcept override { return inner_->gains_from_expected(); }
+  DeviceTrace* device_trace() noexcept override { return inner_->device_trace(); }
   void connect(const std::vector<Edge>& edges) override { inner_->connect(edges); }
   Pending send(int peer, Tensors tensors) override {
     ++asked_->sends;
     return lag(inner_->send(peer, on_device(tensors)), {});
   }
-  Pending receive(int peer, const std::optional<Signature>& expected) override {
+  Pending receive(int peer, const std::optional<Expected>& expected) override {
     ++asked_->receives;
+    if (expected) ++asked_->expected;
     return lag(inner_->receive(peer, expected), {});
   }
   Pending all_reduce(Tensors tensors, Reduce reduce) override {
@@ -44,15 +48,16 @@ class Lagging final : public Communicator {
     note_collective(tensors);
     return lag(inner_->broadcast(on_device(tensors), root), tensors);
   }
-  Pending all_gather(at::Tensor tensor) override {
+  Pending all_gather(at::Tensor tensor, const std::optional<Signature>& expected) override {
     note_collective({tensor});
-    return lag(inner_->all_gather(on_device({tensor})[0]), {});
+    return lag(inner_->all_gather(on_device({tensor})[0], expected), {});
   }
-  Pending all_to_all(Tensors tensors) override {
+  Pending all_to_all(Tensors tensors, const std::optional<Signature>& expected) override {
     note_collective(tensors);
-    return lag(inner_->all_to_all(on_device(tensors)), {});
+    return lag(inner_->all_to_all(on_device(tensors), expected), {});
   }
   Pending barrier() override { return inner_->barrier(); }
+  Pending fence() override { return inner_->fence(); }
   std::shared_ptr<Communicator> split(int color, int key) override {
     auto part = inner_->split(color, key);
     return part == nullptr ? nullptr : std::shared_ptr<Lagging>(new Lagging(std::move(part), rank_, asked_));

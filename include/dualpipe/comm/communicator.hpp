@@ -7,8 +7,10 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "dualpipe/comm/device_trace.hpp"
 #include "dualpipe/comm/pending.hpp"
 #include "dualpipe/error.hpp"
 
@@ -27,6 +29,13 @@ using Signature = std::vector<TensorSignature>;
 Signature signature_of(const Tensors& tensors);
 /// "[float32 [4, 8] requires_grad, undefined]"
 std::string to_string(const Signature& signature);
+
+/// What a receiver knows of a message before it comes.
+struct Expected {
+  Expected(Signature what, std::string hint = {}) : signature(std::move(what)), advice(std::move(hint)) {}
+  Signature signature;
+  std::string advice;  ///< what the error adds where something else comes: whose it is, and the way out; may be empty
+};
 
 /// A directed pair of ranks between which tensors travel.
 struct Edge {
@@ -60,6 +69,12 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   /// the host alone. Where this communicator's own tensors are on the CPU, itself. Calls of one do not match calls of
   /// the other. Lives as long as this one.
   virtual Communicator& control() { return *this; }
+  /// Whether a receive begins earlier where it is told what to expect. Where not, finding that out is for nothing.
+  virtual bool gains_from_expected() const noexcept { return false; }
+
+  /// When the device does what this rank's thread asks of it; null where that is at once, on the CPU. Lives as long as
+  /// this one.
+  virtual DeviceTrace* device_trace() noexcept { return nullptr; }
 
   /// Collective, at most once: announces the edges that sends and receives will use, so that a back end can open and
   /// warm them up.
@@ -71,7 +86,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   ///                 its version counter).
   virtual Pending send(int peer, Tensors tensors) = 0;
   /// @param expected  what must arrive, or nullopt to take whatever the message's header says.
-  virtual Pending receive(int peer, const std::optional<Signature>& expected = std::nullopt) = 0;
+  virtual Pending receive(int peer, const std::optional<Expected>& expected = std::nullopt) = 0;
 
   /// In place, element-wise over all ranks in rank order, so that the result is bitwise the same everywhere. Same
   /// signature on all ranks. take() gives the tensors passed in.
@@ -80,10 +95,17 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   /// requires_grad is each rank's own affair.
   virtual Pending broadcast(Tensors tensors, int root) = 0;
   /// take() gives size() tensors, that of rank r at r; sizes may differ from rank to rank.
-  virtual Pending all_gather(at::Tensor tensor) = 0;
+  ///
+  /// @param expected  what must come from each rank, this one included, or nullopt to take what comes. Each rank
+  ///                  chooses for itself; where it knows, its device need not wait for what the other hosts say.
+  virtual Pending all_gather(at::Tensor tensor, const std::optional<Signature>& expected = std::nullopt) = 0;
   /// `tensors[r]` goes to rank r; take() gives size() tensors, that from rank r at r. Sizes may be uneven, also empty.
-  virtual Pending all_to_all(Tensors tensors) = 0;
+  /// `expected` as in all_gather().
+  virtual Pending all_to_all(Tensors tensors, const std::optional<Signature>& expected = std::nullopt) = 0;
   virtual Pending barrier() = 0;
+
+  /// Over when everything is that the current stream was given until now; on the CPU, at once. Sends nothing.
+  virtual Pending fence() = 0;
 
   /// Collective. Ranks with the same non-negative color form a communicator, ordered by key, then by rank here; color <
   /// 0: not a member, null. The results belong to one family: an abort of any member aborts all.

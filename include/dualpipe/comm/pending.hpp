@@ -24,6 +24,7 @@ class Pending {
    public:
     virtual ~State() = default;
     virtual void wait() = 0;
+    virtual void synchronize() { wait(); }  ///< right where wait() holds up the host
     virtual bool done() const = 0;
     virtual Tensors take() = 0;
     virtual Span span() const = 0;
@@ -35,6 +36,9 @@ class Pending {
   /// @throws CommError  a peer failed, the deadline passed, both ends disagree, or a sent tensor was written in place
   /// meanwhile.
   void wait() { state_->wait(); }
+  /// wait(), and the host waits as well until the device is through with it.
+  /// @throws CommError  as wait(), and of what has failed meanwhile.
+  void synchronize() { state_->synchronize(); }
   /// Whether wait() would return at once (or throw at once). Asking brings the operation forward, so that polling alone
   /// ends it.
   bool done() const { return state_->done(); }
