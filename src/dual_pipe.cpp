@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <fstream>
 #include <iterator>
+#include <limits>
 #include <map>
 #include <optional>
 #include <set>
+#include <sstream>
 #include <utility>
 
 #include "dualpipe/runtime/replicas.hpp"
@@ -15,6 +17,8 @@
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/train/clip.hpp"
 #include "runtime/agree.hpp"
+#include "runtime/arrival_memory.hpp"
+#include "runtime/executor/recorder.hpp"
 #include "runtime/gradients.hpp"
 
 namespace dualpipe {
@@ -60,6 +64,30 @@ std::string describe(const DualPipeOptions& options, const Schedule& schedule) {
                      options.loss_reduction == LossReduction::mean ? "mean" : "sum", ", batch_dim ", options.batch_dim);
 }
 
+/// What all ranks must know of all stages.
+struct StageTraits {
+  bool communicate = false;
+  int data_dependent_from = std::numeric_limits<int>::max();  ///< the first whose shapes depend on data
+};
+
+/// Collective.
+StageTraits traits_of_all(Communicator& communicator, const std::map<int, Stage>& stages) {
+  StageTraits traits;
+  for (const auto& [number, stage] : stages) {
+    if (stage.structure().find('X') != std::string::npos) traits.communicate = true;
+    if (stage.has_data_dependent_shapes()) traits.data_dependent_from = std::min(traits.data_dependent_from, number);
+  }
+  const std::string mine = detail::str(traits.communicate ? 1 : 0, ' ', traits.data_dependent_from);
+  for (const std::string& text : all_gather_text(communicator, mine)) {
+    std::istringstream words(text);
+    StageTraits theirs;
+    words >> theirs.communicate >> theirs.data_dependent_from;
+    traits.communicate = traits.communicate || theirs.communicate;
+    traits.data_dependent_from = std::min(traits.data_dependent_from, theirs.data_dependent_from);
+  }
+  return traits;
+}
+
 /// The text of what `body` throws, empty if nothing.
 template <class Body>
 std::string finding_of(const Body& body) {
@@ -83,6 +111,7 @@ struct DualPipeImpl::State {
   std::map<int, Plan> forward;  // by number of micro-batches
   std::unique_ptr<Executor> executor;
   std::unique_ptr<Replicas> replicas;
+  std::optional<ArrivalMemory> arrivals;
   Tensors parameters;
   std::vector<int> loss_ranks;
   std::vector<std::shared_ptr<Observer>> observers;
@@ -265,12 +294,10 @@ DualPipeImpl::DualPipeImpl(std::shared_ptr<Communicator> communicator, DualPipeO
                       }
                     }
                   }));
+  const StageTraits traits = traits_of_all(comm, stages);
+  state.arrivals.emplace(state.communicator, traits.data_dependent_from);
   // A pair of stages with collectives has its results in another order, and all ranks must send in the same one.
-  const bool mine = std::any_of(stages.begin(), stages.end(), [](const auto& entry) {
-    return entry.second.structure().find('X') != std::string::npos;
-  });
-  const std::vector<std::string> communicate = all_gather_text(comm, mine ? "yes" : "");
-  if (std::count(communicate.begin(), communicate.end(), "yes") > 0)
+  if (traits.communicate)
     state.training = make_plan(std::move(state.training.schedule), state.options.publish, /*communicates=*/true);
   const Schedule& schedule = state.training.schedule;
 
@@ -314,12 +341,15 @@ StepResult DualPipeImpl::step(const Batch& batch, const LossFn& loss) {
     inputs.step = state.step++;
     inputs.keep_outputs = state.options.keep_outputs;
 
+    inputs.arrivals = state.arrivals->recall(state.training, inputs, *this);
+
     GradientTransaction gradients(state.parameters);
     RunOutputs outputs = state.executor->run(state.training, inputs, state.observers);
     state.replicas->sum_gradients();
     state.replicas->broadcast_buffers();
     at::Tensor losses = state.vote(outputs, count);
     gradients.commit();
+    outputs.recorder->finish();
     return state.result(std::move(losses), std::move(outputs), count);
   });
 }
@@ -336,8 +366,11 @@ StepResult DualPipeImpl::evaluate(const Batch& batch, const LossFn& loss) {
   inputs.loss = loss;
   inputs.keep_outputs = state.options.keep_outputs;
   return state.transaction(state.step, [&] {
-    RunOutputs outputs = state.executor->run(state.forward_plan(count), inputs, state.observers);
+    const Plan& plan = state.forward_plan(count);
+    inputs.arrivals = state.arrivals->recall(plan, inputs, *this);
+    RunOutputs outputs = state.executor->run(plan, inputs, state.observers);
     at::Tensor losses = state.vote(outputs, count);
+    outputs.recorder->finish();
     return state.result(std::move(losses), std::move(outputs), count);
   });
 }
@@ -350,8 +383,11 @@ Tensors DualPipeImpl::predict(const Batch& batch) {
   inputs.keep_outputs = true;
   return state.transaction(state.step, [&] {
     const Plan& plan = state.forward_plan(count);
+    inputs.arrivals = state.arrivals->recall(plan, inputs, *this);
     RunOutputs outputs = state.executor->run(plan, inputs, state.observers);
-    return state.merge(plan, std::move(outputs.outputs));
+    Tensors merged = state.merge(plan, std::move(outputs.outputs));
+    outputs.recorder->finish();
+    return merged;
   });
 }
 

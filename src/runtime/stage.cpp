@@ -82,6 +82,7 @@ Stage& Stage::append(const std::string& name, const Stage& next) {
   change(detail::str("stage '", name, "' is appended"));
   if (nodes_.empty()) num_inputs_ = next.num_inputs_;
   split_ = split_ && next.split_;
+  data_dependent_shapes_ = data_dependent_shapes_ || next.data_dependent_shapes_;
   for (std::size_t i = 0, count = next.nodes_.size(); i < count; ++i) {
     Node node = next.nodes_[i];
     node.name = name + "." + node.name;
@@ -93,6 +94,12 @@ Stage& Stage::append(const std::string& name, const Stage& next) {
 Stage& Stage::split_backward(bool split) {
   change("split_backward is set");
   split_ = split;
+  return *this;
+}
+
+Stage& Stage::data_dependent_shapes(bool depend) {
+  change("data_dependent_shapes is set");
+  data_dependent_shapes_ = depend;
   return *this;
 }
 

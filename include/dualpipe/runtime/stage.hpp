@@ -84,11 +84,16 @@ class Stage {
   /// @throws InvalidArgument  a null collective; no positions, or one that is negative or named twice.
   Stage& communicate(std::string name, std::shared_ptr<Collective> collective, std::vector<int> moves);
   /// Adds the nodes of `next` behind the own ones, their names prefixed `name.`; not its module, of which there may be
-  /// one only. The whole splits its backward only where both did, and takes what `next` took where it had no nodes
-  /// before.
+  /// one only. The whole splits its backward only where both did, has data-dependent shapes where either had, and takes
+  /// what `next` took where it had no nodes before.
   Stage& append(const std::string& name, const Stage& next);
   /// false: all of the backward in I, nothing in W, for backwards that keep state or draw random numbers. Default true.
   Stage& split_backward(bool split);
+  /// true: shapes, dtypes or requires_grad of what the stage returns depend on the values that it is given, and not
+  /// only on their shapes, on its parameters and on train() or eval(). Default false. On GPU ranks, receivers of what
+  /// this stage and those behind it return then wait each time for what the sender's host says of it; of all others,
+  /// what has come once is expected again, and something else is an error. On the CPU it makes no difference.
+  Stage& data_dependent_shapes(bool depend);
   /// Number of tensors the stage takes, where known; a micro-batch with another number is an error before user code
   /// runs.
   Stage& takes(int num_inputs);
@@ -98,6 +103,7 @@ class Stage {
 
   const std::shared_ptr<torch::nn::Module>& module() const noexcept { return module_; }
   bool splits_backward() const noexcept { return split_; }
+  bool has_data_dependent_shapes() const noexcept { return data_dependent_shapes_; }
   std::vector<std::string> node_names() const;
 
   /// What runs as one piece: compute nodes that follow one another are one node of the chain, with one autograd graph.
@@ -156,6 +162,7 @@ class Stage {
   std::vector<Node> nodes_;
   std::vector<Segment> chain_;
   bool split_ = true;
+  bool data_dependent_shapes_ = false;
   std::optional<int> num_inputs_;
   Built built_;
 };

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <map>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
@@ -36,8 +37,6 @@ class Transfers {
   Tensors take(int index);
   /// Waits until it is sent, and drops its tensors.
   void release(int index);
-  /// Records what was still under way on a device when the host had done its part. Waits for it.
-  void record_rest();
 
  private:
   struct Key {
@@ -47,24 +46,22 @@ class Transfers {
     auto operator<=>(const Key&) const = default;
   };
   using Pendings = std::unordered_map<int, Pending>;
-  struct Unrecorded {
-    Lane lane;
-    int index;
-    Pending pending;
-  };
 
   static const Pending* find(const Pendings& pendings, int index) {
     const auto found = pendings.find(index);
     return found == pendings.end() ? nullptr : &found->second;
   }
-  void record(Lane lane, int index, const Pending& pending);
+  /// What must come, if earlier runs have taught it.
+  std::optional<Expected> expected(int index);
+  void learn(int index, const Tensors& came);
+  void record(Lane lane, int index, const Pending& pending) const;
 
   const RunContext& context_;
   const std::vector<Instruction>& program_;
   std::size_t issued_ = 0;  // sends and receives before it are; behind the rank while one waits for its tensors
   std::map<Key, Tensors> ready_;
   Pendings sends_, receives_;
-  std::vector<Unrecorded> unrecorded_;
+  Arrivals* arrivals_ = nullptr;  // null before the first receive, and where they are not asked for
 };
 
 }  // namespace dualpipe
