@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -29,10 +30,21 @@ struct Kept {
   at::TensorOptions options;
   std::vector<std::int64_t> row;  // sizes of one row of the input
 
-  at::Tensor zeros(std::int64_t rows) const {
-    std::vector<std::int64_t> sizes{rows};
-    sizes.insert(sizes.end(), row.begin(), row.end());
-    return at::zeros(sizes, options);
+  std::vector<std::int64_t> sizes(std::int64_t rows) const {
+    std::vector<std::int64_t> all{rows};
+    all.insert(all.end(), row.begin(), row.end());
+    return all;
+  }
+  at::Tensor zeros(std::int64_t rows) const { return at::zeros(sizes(rows), options); }
+  TensorSignature signature(std::int64_t rows) const {
+    return {.dtype = options.dtype().toScalarType(), .sizes = sizes(rows)};
+  }
+  /// What each rank sends back: the gradient of what went there, nothing where this rank's input has none.
+  Signature returned() const {
+    Signature all;
+    for (const std::int64_t rows : sent)
+      all.push_back(own_gradient ? signature(rows) : TensorSignature{.defined = false, .sizes = {}});
+    return all;
   }
 };
 using Handle = std::vector<Kept>;
@@ -110,22 +122,24 @@ at::Tensor summed(Tensors parts) {
   return sum;
 }
 
-/// The gradient of what went to each rank, as far as any came back.
-at::Tensor returned(const Kept& kept, Tensors parts) {
-  bool any = false;
-  for (const at::Tensor& part : parts) any = any || part.defined();
-  if (!any || !kept.own_gradient) return {};
-  for (std::size_t r = 0; r < parts.size(); ++r)
-    if (!parts[r].defined()) parts[r] = kept.zeros(kept.sent[r]);
+/// The gradient of what went to each rank.
+at::Tensor returned(const Kept& kept, const Tensors& parts) {
+  if (!kept.own_gradient) return {};
   const at::NoGradGuard no_grad;
   return at::cat(parts);
 }
 
-/// Cuts an output's gradient into what each rank's part gets, nothing where that has no gradient.
+/// Cuts an output's gradient into what each rank's part gets: zeros where nothing flows in, so that all know what
+/// comes, and nothing where the part has no gradient.
 Tensors gradient_parts(const at::Tensor& gradient, const Kept& kept) {
   Tensors parts = cut(gradient, kept.received);
-  for (std::size_t r = 0; r < parts.size(); ++r)
-    if (!kept.wants_gradient[r]) parts[r] = at::Tensor();
+  for (std::size_t r = 0; r < parts.size(); ++r) {
+    if (!kept.wants_gradient[r]) {
+      parts[r] = at::Tensor();
+    } else if (!parts[r].defined()) {
+      parts[r] = kept.zeros(kept.received[r]);
+    }
+  }
   return parts;
 }
 
@@ -232,9 +246,9 @@ class AllToAll final : public GroupCollective {
   }
 
   Pending launch_backward(const Kept& kept, at::Tensor gradient) override {
-    return group().all_to_all(gradient_parts(gradient, kept));
+    return group().all_to_all(gradient_parts(gradient, kept), kept.returned());
   }
-  at::Tensor finish_backward(const Kept& kept, Tensors parts) override { return returned(kept, std::move(parts)); }
+  at::Tensor finish_backward(const Kept& kept, Tensors parts) override { return returned(kept, parts); }
 };
 
 class AllGather final : public GroupCollective {
@@ -247,6 +261,7 @@ class AllGather final : public GroupCollective {
     for (std::size_t i = 0; i < inputs.size(); ++i) {
       check_rows(name(), i, inputs[i]);
       kept->push_back(kept_of(inputs[i]));
+      kept->back().sent = Rows(size(), inputs[i].defined() ? inputs[i].size(0) : 0);
       parts.push_back(group().all_gather(std::move(inputs[i])));
     }
     auto finish = [this, kept](std::vector<Tensors> results) {
@@ -264,7 +279,7 @@ class AllGather final : public GroupCollective {
 
  private:
   Pending launch_backward(const Kept& kept, at::Tensor gradient) override {
-    return group().all_to_all(gradient_parts(gradient, kept));
+    return group().all_to_all(gradient_parts(gradient, kept), kept.returned());
   }
   at::Tensor finish_backward(const Kept& kept, Tensors parts) override {
     at::Tensor sum = summed(std::move(parts));
@@ -305,8 +320,16 @@ class ReduceScatter final : public GroupCollective {
   }
 
  private:
-  Pending launch_backward(const Kept&, at::Tensor gradient) override { return group().all_gather(std::move(gradient)); }
-  at::Tensor finish_backward(const Kept& kept, Tensors parts) override { return returned(kept, std::move(parts)); }
+  /// All ranks have seen of all parts whether they have a gradient, so that all know whether any comes back.
+  Pending launch_backward(const Kept& kept, at::Tensor gradient) override {
+    const std::int64_t rows = kept.sent[me()];
+    const auto& wanted = kept.wants_gradient;
+    if (std::find(wanted.begin(), wanted.end(), true) == wanted.end())
+      return group().all_gather({}, Signature(size(), {.defined = false, .sizes = {}}));
+    if (!gradient.defined()) gradient = kept.zeros(rows);
+    return group().all_gather(std::move(gradient), Signature(size(), kept.signature(rows)));
+  }
+  at::Tensor finish_backward(const Kept& kept, Tensors parts) override { return returned(kept, parts); }
 };
 
 }  // namespace
