@@ -226,7 +226,8 @@ bool Link::parse_frame() {
 
   incoming_bytes_ = prefix.payload_bytes;
   incoming_.header = wire::read_header(head);
-  incoming_.header.issued_ns += clock_offset_ns_;
+  // The offset is an estimate, but nothing arrives before it was sent.
+  incoming_.header.issued_ns = std::min(incoming_.header.issued_ns + clock_offset_ns_, now_ns());
   Tensors tensors = wire::allocate(incoming_.header, prefix.payload_bytes);
   for (const at::Tensor& tensor : tensors) {
     if (!tensor.defined() || tensor.nbytes() == 0) continue;
