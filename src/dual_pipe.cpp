@@ -3,90 +3,23 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <fstream>
-#include <iterator>
 #include <limits>
 #include <map>
 #include <optional>
 #include <set>
-#include <sstream>
 #include <utility>
 
 #include "dualpipe/runtime/replicas.hpp"
-#include "dualpipe/schedule/check.hpp"
-#include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/train/clip.hpp"
 #include "runtime/agree.hpp"
 #include "runtime/arrival_memory.hpp"
 #include "runtime/executor/recorder.hpp"
 #include "runtime/gradients.hpp"
+#include "runtime/training_plan.hpp"
+#include "runtime/unfinished_step.hpp"
 
 namespace dualpipe {
 namespace {
-
-/// The schedule that the options name: a kind, else a file.
-Schedule load_schedule(const DualPipeOptions& options, int num_ranks) {
-  const std::vector<std::string>& kinds = schedule_kinds();
-  if (std::find(kinds.begin(), kinds.end(), options.schedule) != kinds.end())
-    return make_schedule({options.schedule, num_ranks, options.num_micro_batches, options.chunks_per_rank});
-  std::ifstream file(options.schedule, std::ios::binary);
-  if (!file) {
-    std::string names;
-    for (const std::string& kind : kinds) names += (names.empty() ? "" : ", ") + kind;
-    throw InvalidArgument(
-        detail::str("schedule \"", options.schedule, "\" is neither a kind (", names, ") nor a readable CSV file"));
-  }
-  const std::string text{std::istreambuf_iterator<char>(file), {}};
-  Schedule schedule = from_csv(text, options.schedule);
-  check(schedule);
-  const int ranks = static_cast<int>(schedule.ranks.size());
-  DUALPIPE_CHECK(ranks == num_ranks, "schedule ", options.schedule, " is for ", ranks, " ranks, there are ", num_ranks);
-  DUALPIPE_CHECK(schedule.num_micro_batches == options.num_micro_batches, "schedule ", options.schedule, " has ",
-                 schedule.num_micro_batches, " micro-batches, num_micro_batches is ", options.num_micro_batches);
-  return schedule;
-}
-
-Plan training_plan(const DualPipeOptions& options, int num_ranks) {
-  DUALPIPE_CHECK(options.num_micro_batches >= 1, "num_micro_batches must be at least 1, got ",
-                 options.num_micro_batches);
-  DUALPIPE_CHECK(options.num_ranks == 0 || options.num_ranks == num_ranks, "num_ranks is ", options.num_ranks,
-                 " but the communicator has ", num_ranks, " ranks; start ", options.num_ranks,
-                 " of them or correct num_ranks");
-  DUALPIPE_CHECK(options.batch_dim >= 0, "batch_dim must not be negative, got ", options.batch_dim);
-  return make_plan(load_schedule(options, num_ranks), options.publish);
-}
-
-/// What all ranks must have alike.
-std::string describe(const DualPipeOptions& options, const Schedule& schedule) {
-  return detail::str("num_micro_batches ", options.num_micro_batches, ", schedule ", options.schedule, " (checksum ",
-                     std::hash<std::string>{}(to_csv(schedule)), "), publish ",
-                     options.publish == Publish::early ? "early" : "atomic", ", loss_reduction ",
-                     options.loss_reduction == LossReduction::mean ? "mean" : "sum", ", batch_dim ", options.batch_dim);
-}
-
-/// What all ranks must know of all stages.
-struct StageTraits {
-  bool communicate = false;
-  int data_dependent_from = std::numeric_limits<int>::max();  ///< the first whose shapes depend on data
-};
-
-/// Collective.
-StageTraits traits_of_all(Communicator& communicator, const std::map<int, Stage>& stages) {
-  StageTraits traits;
-  for (const auto& [number, stage] : stages) {
-    if (stage.structure().find('X') != std::string::npos) traits.communicate = true;
-    if (stage.has_data_dependent_shapes()) traits.data_dependent_from = std::min(traits.data_dependent_from, number);
-  }
-  const std::string mine = detail::str(traits.communicate ? 1 : 0, ' ', traits.data_dependent_from);
-  for (const std::string& text : all_gather_text(communicator, mine)) {
-    std::istringstream words(text);
-    StageTraits theirs;
-    words >> theirs.communicate >> theirs.data_dependent_from;
-    traits.communicate = traits.communicate || theirs.communicate;
-    traits.data_dependent_from = std::min(traits.data_dependent_from, theirs.data_dependent_from);
-  }
-  return traits;
-}
 
 /// The text of what `body` throws, empty if nothing.
 template <class Body>
@@ -117,7 +50,8 @@ struct DualPipeImpl::State {
   std::vector<std::shared_ptr<Observer>> observers;
   std::int64_t step = 0;
   bool batches_compared = false;
-  std::string failure;  // why no further step is possible
+  std::string failure;                                 // why no further step is possible
+  std::shared_ptr<StepResult::Unfinished> unfinished;  // the step before, if nobody has waited for its device
 
   int rank() const { return communicator->rank(); }
   bool runs_stage(int stage) const { return executor->stages().count(stage) != 0; }
@@ -221,6 +155,7 @@ struct DualPipeImpl::State {
   auto transaction(std::int64_t number, const Body& body) {
     for (const auto& observer : observers) observer->begin(number);
     try {
+      if (unfinished) std::exchange(unfinished, nullptr)->check();
       auto result = body();
       for (const auto& observer : observers) observer->end(true);
       return result;
@@ -239,25 +174,32 @@ struct DualPipeImpl::State {
           failure);
   }
 
-  /// Collective: losses of all micro-batches on every rank. Who comes back from it knows that every rank came this far,
-  /// and that all that was announced before agrees. The only wait of the host for a device.
+  /// Collective: losses of all micro-batches, in memory of the host, where they are once a device has come to the end
+  /// of what it was given. Who comes back from it knows that every rank's host has come this far, and that all that was
+  /// announced until then agrees.
   at::Tensor vote(const RunOutputs& outputs, int num_micro_batches) const {
     at::Tensor losses = at::zeros({num_micro_batches}, at::device(communicator->device()).dtype(at::kDouble));
     for (const auto& [micro_batch, loss] : outputs.losses) losses[micro_batch].copy_(loss.reshape({}));
     Communicator& hosts = communicator->control();
     std::optional<Pending> arrived;
     if (&hosts != communicator.get()) arrived = hosts.barrier();
-    Pending sum = communicator->all_reduce({losses});
-    sum.wait();
-    at::Tensor on_host = losses.cpu();  // once a device is through with this, it is through with the step
+    communicator->all_reduce({losses}).wait();
+    at::Tensor on_host = losses.to(at::kCPU, /*non_blocking=*/true);
     if (arrived) arrived->wait();
-    sum.wait();  // and whether that was by an abort is known
     return on_host;
   }
 
-  StepResult result(at::Tensor losses, RunOutputs outputs, int num_micro_batches) const {
+  /// @param end  where the host has not waited for the device: when that is through with the step; else empty.
+  StepResult result(at::Tensor losses, RunOutputs outputs, int num_micro_batches, Pending end = {}) {
     StepResult result;
-    result.loss = options.loss_reduction == LossReduction::mean ? losses.mean() : losses.sum();
+    if (end) {
+      result.loss = at::full({}, std::numeric_limits<double>::quiet_NaN(), at::kDouble);
+      unfinished =
+          std::make_shared<StepResult::Unfinished>(std::move(end), options.loss_reduction, result.loss, losses);
+      result.unfinished_ = unfinished;
+    } else {
+      result.loss = reduced(losses, options.loss_reduction);
+    }
     result.losses = std::move(losses);
     if (options.keep_outputs) {
       result.outputs.resize(num_micro_batches);
@@ -266,11 +208,6 @@ struct DualPipeImpl::State {
     return result;
   }
 };
-
-std::vector<double> StepResult::micro_batch_losses() const {
-  const at::Tensor flat = losses.contiguous();
-  return {flat.const_data_ptr<double>(), flat.const_data_ptr<double>() + flat.numel()};
-}
 
 DualPipeImpl::DualPipeImpl(std::shared_ptr<Communicator> communicator, DualPipeOptions options,
                            const StageFactory& factory)
@@ -340,7 +277,6 @@ StepResult DualPipeImpl::step(const Batch& batch, const LossFn& loss) {
     inputs.loss_scale = state.options.loss_reduction == LossReduction::mean ? 1.0 / count : 1.0;
     inputs.step = state.step++;
     inputs.keep_outputs = state.options.keep_outputs;
-
     inputs.arrivals = state.arrivals->recall(state.training, inputs, *this);
 
     GradientTransaction gradients(state.parameters);
@@ -348,9 +284,13 @@ StepResult DualPipeImpl::step(const Batch& batch, const LossFn& loss) {
     state.replicas->sum_gradients();
     state.replicas->broadcast_buffers();
     at::Tensor losses = state.vote(outputs, count);
+    Pending end = state.communicator->fence();
+    const bool later = state.options.asynchronous && !end.done();
+    if (!later) end.synchronize();  // the only wait of the host for a device
     gradients.commit();
+    end = later ? state.communicator->fence() : Pending();
     outputs.recorder->finish();
-    return state.result(std::move(losses), std::move(outputs), count);
+    return state.result(std::move(losses), std::move(outputs), count, std::move(end));
   });
 }
 
@@ -370,6 +310,7 @@ StepResult DualPipeImpl::evaluate(const Batch& batch, const LossFn& loss) {
     inputs.arrivals = state.arrivals->recall(plan, inputs, *this);
     RunOutputs outputs = state.executor->run(plan, inputs, state.observers);
     at::Tensor losses = state.vote(outputs, count);
+    state.communicator->fence().synchronize();
     outputs.recorder->finish();
     return state.result(std::move(losses), std::move(outputs), count);
   });

@@ -18,7 +18,8 @@ struct DualPipeOptions {
       LossReduction::mean;    ///< each micro-batch loss is scaled by 1/N (mean) or 1 (sum) before its backward
   int batch_dim = 0;          ///< dimension that is split into micro-batches
   bool keep_outputs = false;  ///< step() then returns this rank's last-stage outputs, detached
-  bool asynchronous = false;  ///< CUDA: do not wait at the end of a step; results hold after StepResult::wait()
+  bool asynchronous = false;  ///< CUDA: do not wait at the end of a step; results hold after StepResult::wait(). See
+                              ///< DualPipeImpl::step on failures
   int num_ranks = 0;          ///< when not 0, must equal the communicator's size
 
   /// Reads a JSON object whose keys are the members above.

@@ -17,7 +17,9 @@
 
 namespace dualpipe {
 
-/// What a step or an evaluation found. Everything is detached: keeping it keeps no graph.
+/// What a step or an evaluation found. Everything is detached: keeping it keeps no graph. After an asynchronous step
+/// (DualPipeOptions::asynchronous), loss and losses hold once wait() has returned; outputs are ready in the order of
+/// the stream that was current, as all tensors of a device are.
 struct StepResult {
   torch::Tensor
       loss;  ///< zero-dimensional float64 on the CPU, the same on every rank: mean (or sum) of the micro-batch losses
@@ -26,9 +28,19 @@ struct StepResult {
   std::vector<Tensors>
       outputs;  ///< with keep_outputs: of each micro-batch, empty where another rank ran its last stage
 
+  /// losses, once they hold.
   std::vector<double> micro_batch_losses() const;
-  /// Results hold at once on CPU ranks; there this does nothing.
-  void wait() {}
+  /// Returns when the device has come to the end of the step; at once where step() has waited for that. Called by the
+  /// communicator's thread; copies of a result share it.
+  ///
+  /// @throws CommError  the device failed after the step was committed: gradients, and parameters updated by them, may
+  ///                    hold anything.
+  void wait() const;
+
+ private:
+  friend class DualPipeImpl;
+  class Unfinished;
+  std::shared_ptr<Unfinished> unfinished_;
 };
 
 /// A model cut into stages and trained by a pipeline schedule: one object per rank. Its stages' modules are registered
@@ -54,6 +66,13 @@ class DualPipeImpl : public torch::nn::Module {
   /// the holders of each stage, commit. Afterwards `.grad` has grown by this step's gradient, in the same tensor
   /// objects, equal on all holders; after an exception, on whichever rank, gradients and parameters are what they were
   /// before on every rank.
+  ///
+  /// With DualPipeOptions::asynchronous the host does not wait for its device, and step() commits when all hosts have
+  /// come to the end of the step. What user code throws, what ranks disagree about and what fails until then still
+  /// leaves everything as it was on every rank. What a device fails in afterwards is thrown by StepResult::wait() or,
+  /// before it does anything, by the next step(), evaluate() or predict(), on all ranks; gradients and parameters
+  /// updated meanwhile may then hold anything, so go back to a checkpoint. A batch in page-locked memory must not be
+  /// written to before wait(). With observers, who are told when the device did what, the host does wait.
   ///
   /// @param batch  the whole batch on every rank; may be empty on ranks where neither feeds_inputs() nor
   /// computes_loss(), if it has no extras.

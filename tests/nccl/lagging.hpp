@@ -11,10 +11,11 @@ namespace dualpipe::test {
 
 /// What a rank has asked of its device.
 struct Asked {
+  bool late = false;
   int host_waits = 0;  ///< of the host for the device: each time that values are read
   int sends = 0, receives = 0, collectives = 0;
-  int expected = 0;                  ///< receives that knew what would come
-  std::vector<Signature> collected;  ///< what the collectives moved
+  int expected = 0;                       ///< receives that knew what would come
+  std::vector<Signature> collected = {};  ///< what the collectives moved
 };
 
 /// Lets host code use a device that lags behind. What it sends or reduces is written by a kernel into memory of the
@@ -23,8 +24,11 @@ class Lagging final : public Communicator {
  public:
   Lagging(std::shared_ptr<Communicator> inner, std::shared_ptr<AsyncRank> rank)
       : Lagging(std::move(inner), std::move(rank), std::make_shared<Asked>()) {}
+  /// From now on results of collectives in place are written to the host's tensors by a kernel, as on a real device,
+  /// and the host does not wait for it: nobody may read them before the rank's stream has come there.
+  void write_results_late() { asked_->late = true; }
   /// Since it was called last; groups that were split off included.
-  Asked asked() { return std::exchange(*asked_, {}); }
+  Asked asked() { return std::exchange(*asked_, {.late = asked_->late}); }
 
   at::Device device() const override { return at::kCPU; }
   Communicator& control() override { return inner_->control(); }
@@ -86,7 +90,7 @@ class Lagging final : public Communicator {
         inner_.wait();
         return;
       }
-      results_ = fetch();
+      results_ = asked_->late ? write_late() : fetch();
       over_ = true;
     }
     bool done() const override { return inner_.done(); }
@@ -98,6 +102,15 @@ class Lagging final : public Communicator {
     Span span() const override { return inner_.span(); }
 
    private:
+    Tensors write_late() {
+      const Tensors got = inner_.take();
+      rank_->run([got, into = in_place_] {
+        for (std::size_t i = 0; i < got.size(); ++i)
+          if (got[i].defined() && got[i].numel() > 0)
+            std::memcpy(into[i].mutable_data_ptr(), got[i].const_data_ptr(), got[i].nbytes());
+      });
+      return in_place_;
+    }
     Tensors fetch() {
       const torch::NoGradGuard no_grad;
       const Tensors got = inner_.take();
