@@ -17,8 +17,6 @@ namespace example {
 namespace {
 
 namespace fs = std::filesystem;
-using dualpipe::Interval;
-using dualpipe::Pass;
 
 [[gnu::format(printf, 1, 2)]] std::string format(const char* pattern, ...) {
   std::array<char, 256> line;
@@ -30,16 +28,6 @@ using dualpipe::Pass;
 }
 
 double share(double part, double whole) { return whole > 0 ? part / whole : 0; }
-
-struct Mean {
-  double sum = 0;
-  int count = 0;
-  void add(const Interval& interval) {
-    sum += interval.end - interval.begin;
-    ++count;
-  }
-  double value() const { return count > 0 ? sum / count : 0; }
-};
 
 }  // namespace
 
@@ -60,44 +48,12 @@ double bubble_share(const dualpipe::Report& report) {
   return share(bubble, report.makespan * static_cast<double>(report.ranks.size()));
 }
 
-dualpipe::Costs mean_costs(const dualpipe::Timeline& measured) {
-  Mean forward, backward, input, weight, pair, transfer;
-  for (const Interval& interval : measured.intervals) {
-    if (interval.lane == dualpipe::Lane::receive) transfer.add(interval);
-    if (interval.lane != dualpipe::Lane::compute) continue;
-    if (interval.step.overlapped) {
-      pair.add(interval);
-      continue;
-    }
-    switch (interval.step.op.pass) {
-      case Pass::Forward:
-        forward.add(interval);
-        break;
-      case Pass::Backward:
-        backward.add(interval);
-        break;
-      case Pass::BackwardInput:
-        input.add(interval);
-        break;
-      case Pass::BackwardWeight:
-        weight.add(interval);
-        break;
-    }
-  }
-  dualpipe::Costs costs;
-  costs.forward = forward.value();
-  costs.backward = backward.count > 0 ? backward.value() : input.value() + weight.value();
-  costs.weight = weight.count > 0 ? std::min(weight.value(), costs.backward) : costs.backward / 2;
-  costs.pair = pair.count > 0 ? std::max(pair.value(), costs.weight) : costs.forward + costs.backward;
-  costs.send = transfer.value();
-  return costs;
-}
-
 std::string comparison(const dualpipe::Timeline& predicted, const dualpipe::Timeline& measured,
                        const dualpipe::Costs& costs, int local_ranks, int cores) {
   const dualpipe::Report left = report(predicted), right = report(measured);
   std::string text = format(
-      "The last step, predicted from its own mean costs (F %.1f, B %.1f, W %.1f, pair %.1f, transfer %.2f ms), beside "
+      "The last step, predicted from what its stages took (medians: F %.1f, B %.1f, W %.1f, pair %.1f, transfer %.2f "
+      "ms), beside "
       "measured:\n",
       1e3 * costs.forward, 1e3 * costs.backward, 1e3 * costs.weight, 1e3 * costs.pair, 1e3 * costs.send);
   text += "        predicted                     measured\n";

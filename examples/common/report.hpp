@@ -16,10 +16,6 @@ std::string picture(const dualpipe::Schedule& schedule, dualpipe::Publish publis
 /// The part of the ranks' time in which they do not compute, on average.
 double bubble_share(const dualpipe::Report& report);
 
-/// What the passes of a measured step took on average, in its unit. Passes that the schedule does not have get what
-/// follows from the others.
-dualpipe::Costs mean_costs(const dualpipe::Timeline& measured);
-
 /// Predicted beside measured, rank by rank: busy, bubble, activations, communication and how much of it was hidden.
 /// @param cores  of this host, for `local_ranks` ranks; 0 where these compute on devices of their own.
 std::string comparison(const dualpipe::Timeline& predicted, const dualpipe::Timeline& measured,

@@ -17,6 +17,7 @@
 
 #include "connect.hpp"
 #include "dualpipe/launch/failure.hpp"
+#include "dualpipe/schedule/cost_model.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/render.hpp"
 #include "report.hpp"
@@ -283,7 +284,7 @@ torch::Tensor Trainer::prompt() const {
 
 void Trainer::report(Timeline measured) const {
   if (world_.rank != 0) return;
-  const dualpipe::Costs costs = mean_costs(measured);
+  const dualpipe::Costs costs = dualpipe::measure_costs(measured).costs;
   Timeline predicted =
       side_by_side(simulate(pipe_->schedule(), costs, options_.pipe.publish).timeline, grid_.num_pipelines());
   predicted.name = "predicted";
