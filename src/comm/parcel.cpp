@@ -119,6 +119,10 @@ void Parcel::leave() {
 
 void Parcel::settle() {
   const std::lock_guard lock(mutex_);
+  settle_locked();
+}
+
+void Parcel::settle_locked() {
   const PlainTensors plain;
   order_.enter();
   const bool at_home = order_.at_home();
@@ -139,8 +143,8 @@ void Parcel::settle() {
 }
 
 Tensors Parcel::take() {
-  settle();
   const std::lock_guard lock(mutex_);
+  settle_locked();  // in one go: what is at home here now must not be settled for the sender in between
   return std::exchange(tensors_, {});
 }
 

@@ -94,6 +94,8 @@ class Parcel {
   std::optional<std::string> written() const;
 
  private:
+  void settle_locked();
+
   mutable std::mutex mutex_;
   Tensors tensors_;
   StreamOrder order_;

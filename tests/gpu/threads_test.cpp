@@ -106,7 +106,8 @@ TEST_P(OneGpuRanks, MemoryChangesHandsOnlyBetweenThreadsWithOneStream) {
     if (comm->rank() == 0) {
       auto tensor = torch::arange(1000, torch::device(comm->device()));
       address[0] = tensor.data_ptr();
-      comm->send(1, {std::move(tensor)}).wait();
+      Pending sent = comm->send(1, {std::move(tensor)});
+      sent.wait();
     } else {
       const at::Tensor got = comm->receive(0).take().at(0);
       address[1] = got.data_ptr();
