@@ -1,4 +1,5 @@
 // Runs on every rank of a launch on GPUs; launch_test.cpp starts it. Each process compares with its own reference.
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -49,6 +50,31 @@ TEST(GpuRank, MemoryIsFlatOver100Steps) { memory_is_flat_over_100_steps(connect(
 
 TEST(GpuRank, AnAbortInTheMiddleOfAStepLeavesParametersAndGradients) {
   an_abort_leaves_parameters_and_gradients(connect("abort"));
+}
+
+/// While it lives, LibTorch throws where the host would wait for a device.
+class NoWaits {
+ public:
+  NoWaits() { c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_ERROR); }
+  ~NoWaits() { c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_DISABLED); }
+};
+
+TEST(GpuRank, TheOnlyWaitOfAStepIsItsCommit) {
+  const auto comm = connect("waits");
+  for (const bool asynchronous : {false, true}) {
+    const int num_micro_batches = 2 * comm->size();
+    DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = num_micro_batches, .asynchronous = asynchronous},
+                  as_factory(layers_of(64, torch::kFloat)));
+    Batch batch = batch_of(4 * num_micro_batches, 64, torch::kFloat);
+    for (at::Tensor& target : batch.targets) target = target.to(comm->device());
+    const std::vector<double> first = pipe->step(batch, squared_error()).micro_batch_losses();  // compares batches
+    std::vector<StepResult> results;
+    {
+      const NoWaits no_waits;  // the commit asks for the device's progress, which is no wait to LibTorch
+      for (int step = 0; step < 5; ++step) results.push_back(pipe->step(batch, squared_error()));
+    }
+    for (const StepResult& result : results) EXPECT_EQ(result.micro_batch_losses(), first);
+  }
 }
 
 /// Stages that compute far longer than their boundaries take, on any link between devices.
