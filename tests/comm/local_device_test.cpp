@@ -140,8 +140,7 @@ TEST(LocalOnADevice, CollectivesMatchTheClosedFormWhateverStreamsAreCurrent) {
     std::vector<Result> results;
     for (int k = 0; k < 12; ++k) {
       const auto base = static_cast<float>(10 * k);
-      // In-place results are used on the stream that they belong to; others on any.
-      const c10::Stream home = streams.choose();
+      streams.choose();
       at::Tensor tensor = on_device(3, base + me);
       Pending pending;
       float expected = 0;
@@ -158,7 +157,7 @@ TEST(LocalOnADevice, CollectivesMatchTheClosedFormWhateverStreamsAreCurrent) {
           pending = comm->all_gather(std::move(tensor));
           break;
       }
-      const c10::Stream waiter = k % 3 == 2 ? streams.choose() : home;
+      const c10::Stream waiter = streams.choose();
       Tensors got = pending.take();
       pending = Pending();
       for (int r = 0; r < static_cast<int>(got.size()); ++r)
@@ -182,7 +181,7 @@ TEST(LocalOnADevice, MemoryChangesHandsOnlyBetweenThreadsWithOneStream) {
                   at::Tensor tensor = on_device(3, 5);
                   address[0] = tensor.const_data_ptr();
                   Pending sent = comm->send(1, {std::move(tensor)});
-            sent.wait();
+                  sent.wait();
                 } else {
                   const at::Tensor got = comm->receive(0).take().at(0);
                   address[1] = got.const_data_ptr();
