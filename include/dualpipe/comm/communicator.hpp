@@ -25,14 +25,14 @@ struct TensorSignature {
   bool operator==(const TensorSignature&) const = default;
 };
 using Signature = std::vector<TensorSignature>;
-
 Signature signature_of(const Tensors& tensors);
 /// "[float32 [4, 8] requires_grad, undefined]"
 std::string to_string(const Signature& signature);
 
 /// What a receiver knows of a message before it comes.
 struct Expected {
-  Expected(Signature what, std::string hint = {}) : signature(std::move(what)), advice(std::move(hint)) {}
+  Expected(Signature what, std::string hint = {})  // NOLINT(google-explicit-constructor): mostly a signature alone
+      : signature(std::move(what)), advice(std::move(hint)) {}
   Signature signature;
   std::string advice;  ///< what the error adds where something else comes: whose it is, and the way out; may be empty
 };
