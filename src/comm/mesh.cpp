@@ -8,13 +8,10 @@
 #include <utility>
 
 #include "comm/arguments.hpp"
+#include "comm/mesh_operation.hpp"
 
 namespace dualpipe::detail {
 namespace {
-
-using Transfers = std::vector<std::shared_ptr<Transfer>>;
-
-double seconds(std::int64_t ns) { return static_cast<double>(ns) * 1e-9; }
 
 /// Gives the tensors of an arrived message as their sender described them.
 Tensors unpack(Parcel& parcel, const Signature& signature) {
@@ -24,135 +21,6 @@ Tensors unpack(Parcel& parcel, const Signature& signature) {
   }
   return tensors;
 }
-
-/// The transfers of one call, and what remains to be done on the caller's thread when all have ended.
-class Operation final : public Pending::State {
- public:
-  using Finish = std::function<Tensors()>;
-
-  /// @param whole    names the call in errors.
-  /// @param watched  tensors that the caller must not write to before wait().
-  Operation(std::shared_ptr<Fabric> fabric, at::Device device, Transfer whole, Transfers transfers, Watch watched,
-            Finish finish)
-      : fabric_(std::move(fabric)),
-        device_(device),
-        whole_(std::move(whole)),
-        transfers_(std::move(transfers)),
-        order_(collective() ? StreamOrder(device) : StreamOrder()),
-        watched_(std::move(watched)),
-        finish_(std::move(finish)) {}
-
-  void wait() override {
-    fabric_->wait(transfers_, whole_);
-    if (std::exchange(finished_, true)) return;
-    settle_sends();
-    if (const auto problem = watched_.written()) fabric_->raise(fabric_->rank(), whole_, *problem);
-    if (finish_) finish();
-    for (const auto& transfer : transfers_) {
-      if (transfer->kind != Transfer::Kind::receive) continue;
-      if (const auto problem = transfer->message.parcel->written()) {
-        fabric_->raise(transfer->peer, whole_, str("rank ", transfer->peer, ": ", *problem));
-      }
-    }
-    for (const auto& transfer : transfers_) transfer->message.parcel.reset();
-  }
-
-  void synchronize() override {
-    wait();
-    if (device_.is_cpu()) return;
-    StreamOrder(device_).synchronize();
-    fabric_->wait({}, whole_);
-  }
-
-  bool done() const override {
-    if (!fabric_->done(transfers_)) return false;
-    if (!finished_) settle_sends();
-    return true;
-  }
-
-  Tensors take() override {
-    wait();
-    DUALPIPE_CHECK(!std::exchange(taken_, true), whole_.describe(), ": its tensors were taken before");
-    return std::move(result_);
-  }
-
-  Span span() const override {
-    std::int64_t begin = whole_.header.issued_ns;
-    std::int64_t end = begin;
-    for (const auto& transfer : transfers_) {
-      if (transfer->kind == Transfer::Kind::receive) begin = std::max(begin, transfer->message.header.issued_ns);
-      end = std::max(end, transfer->completed_ns);
-    }
-    return {seconds(begin), seconds(std::max(begin, end))};
-  }
-
- private:
-  bool collective() const { return whole_.header.channel == Channel::collective; }
-
-  /// On a device, collectives read on this rank's stream what others made on theirs.
-  void finish() {
-    const Finish finish = std::exchange(finish_, nullptr);  // holds tensors that are read
-    order_.enter();
-    for_parcels_of_others([](Parcel& parcel) { parcel.enter(); });
-    result_ = finish();
-    for_parcels_of_others([](Parcel& parcel) { parcel.leave(); });
-    order_.leave();
-  }
-
-  template <class Action>
-  void for_parcels_of_others(const Action& action) const {
-    if (!collective()) return;  // a receive takes its tensors, which sees to that
-    for (const auto& transfer : transfers_)
-      if (transfer->kind == Transfer::Kind::receive) action(*transfer->message.parcel);
-  }
-
-  // A send that the receiver has met but not taken yet is over for the sender once both do not share memory.
-  void settle_sends() const {
-    for (const auto& transfer : transfers_) {
-      if (transfer->kind == Transfer::Kind::send && transfer->done && transfer->message.parcel) {
-        transfer->message.parcel->settle();
-      }
-    }
-  }
-
-  std::shared_ptr<Fabric> fabric_;
-  at::Device device_;
-  Transfer whole_;
-  Transfers transfers_;
-  StreamOrder order_;
-  Watch watched_;
-  Finish finish_;
-  Tensors result_;
-  bool finished_ = false;
-  bool taken_ = false;
-};
-
-/// A moment of the stream that was current when it was made.
-class Fence final : public Pending::State {
- public:
-  Fence(std::shared_ptr<Fabric> fabric, at::Device device, const Header& header)
-      : fabric_(std::move(fabric)), whole_(Transfer::collective(header)), order_(device) {}
-
-  void wait() override {
-    fabric_->wait({}, whole_);
-    order_.enter();
-  }
-  void synchronize() override {
-    order_.synchronize();
-    fabric_->wait({}, whole_);
-  }
-  bool done() const override { return order_.done() || fabric_->has_failed(); }
-  Tensors take() override { return wait(), Tensors(); }
-  Span span() const override {
-    const double made = seconds(whole_.header.issued_ns);
-    return {made, made};
-  }
-
- private:
-  std::shared_ptr<Fabric> fabric_;
-  Transfer whole_;
-  StreamOrder order_;
-};
 
 void combine(at::Tensor& into, const at::Tensor& other, Reduce reduce) {
   switch (reduce) {
@@ -226,8 +94,8 @@ Pending MeshCommunicator::send(int peer, Tensors tensors) {
   tensors.clear();  // the parcel alone refers to them now, so that the receiver may get the very memory
   auto transfer = fabric_->send(members_[index], std::move(message));
   Transfer whole = transfer->without_message();
-  return Pending(std::make_shared<Operation>(fabric_, device_, std::move(whole), Transfers{std::move(transfer)},
-                                             std::move(watched), nullptr));
+  return Pending(std::make_shared<MeshOperation>(fabric_, device_, std::move(whole), Transfers{std::move(transfer)},
+                                                 std::move(watched), nullptr));
 }
 
 Pending MeshCommunicator::receive(int peer, const std::optional<Expected>& expected) {
@@ -240,8 +108,8 @@ Pending MeshCommunicator::receive(int peer, const std::optional<Expected>& expec
   auto finish = [transfer = transfer.get()] {
     return unpack(*transfer->message.parcel, transfer->message.header.signature);
   };
-  return Pending(std::make_shared<Operation>(fabric_, device_, std::move(whole), Transfers{std::move(transfer)},
-                                             Watch(), std::move(finish)));
+  return Pending(std::make_shared<MeshOperation>(fabric_, device_, std::move(whole), Transfers{std::move(transfer)},
+                                                 Watch(), std::move(finish)));
 }
 
 // Every rank sends to every other, whatever the size: then no rank's result depends on when another rank calls wait(),
@@ -313,7 +181,7 @@ Pending MeshCommunicator::barrier() {
 }
 
 Pending MeshCommunicator::fence() {
-  return Pending(std::make_shared<Fence>(fabric_, device_, header(Channel::collective, "fence", collectives_, {})));
+  return Pending(std::make_shared<MeshFence>(fabric_, device_, header(Channel::collective, "fence", collectives_, {})));
 }
 
 Pending MeshCommunicator::exchange(const char* operation, Tensors outgoing, at::Device device,
@@ -369,8 +237,8 @@ void MeshCommunicator::send_to_others(const Header& head, const Tensors& shared)
 Pending MeshCommunicator::pending(const Header& head, Transfers transfers, Watch watched,
                                   std::function<Tensors()> finish) {
   std::erase(transfers, nullptr);
-  return Pending(std::make_shared<Operation>(fabric_, device_, Transfer::collective(head), std::move(transfers),
-                                             std::move(watched), std::move(finish)));
+  return Pending(std::make_shared<MeshOperation>(fabric_, device_, Transfer::collective(head), std::move(transfers),
+                                                 std::move(watched), std::move(finish)));
 }
 
 void MeshCommunicator::connect(const std::vector<Edge>& edges) {

@@ -212,6 +212,8 @@ TEST(Stage, AppendJoinsNodesAndProperties) {
   whole.append("one", first).append("two", second);
   EXPECT_THAT(whole.node_names(), testing::ElementsAre("one.forward", "two.a"));
   EXPECT_FALSE(whole.splits_backward());
+  EXPECT_FALSE(whole.has_data_dependent_shapes());
+  EXPECT_TRUE(Stage().append("three", Stage(second).data_dependent_shapes(true)).has_data_dependent_shapes());
   EXPECT_EQ(whole.module(), nullptr);
   EXPECT_THAT(error_of([&] { whole.forward({}, context()); }), HasSubstr("takes 1 tensor,"));
   whole.append("self", whole);
