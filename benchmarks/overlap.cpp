@@ -104,7 +104,7 @@ class PairRecorder final : public PairListener {
   PairRecorder(const Stage& stage, const ForwardPass& forward, const BackwardPass& backward)
       : stage_(stage), forward_(forward), backward_(backward) {}
 
-  void computes(const Piece&) override { begin_ = now(); }
+  void begins(const Piece&) override { begin_ = now(); }
   void computed(const Piece& piece) override {
     const Pass pass = piece.side == Side::forward    ? Pass::Forward
                       : piece.side == Side::backward ? Pass::BackwardInput

@@ -155,7 +155,6 @@ struct DualPipeImpl::State {
   auto transaction(std::int64_t number, const Body& body) {
     for (const auto& observer : observers) observer->begin(number);
     try {
-      if (unfinished) std::exchange(unfinished, nullptr)->check();
       auto result = body();
       for (const auto& observer : observers) observer->end(true);
       return result;
@@ -167,11 +166,34 @@ struct DualPipeImpl::State {
     }
   }
 
-  void require_healthy() const {
+  /// What every call begins with: no step before has failed, not even on its device since.
+  void require_healthy() {
     if (!failure.empty())
       throw Error(
           "an earlier step failed and its communicator is unusable; make a new one and a new DualPipe. It was: " +
           failure);
+    try {
+      if (unfinished) std::exchange(unfinished, nullptr)->check();
+    } catch (const std::exception& error) {
+      failure = message_of(error);
+      communicator->abort(failure);
+      throw;
+    }
+  }
+
+  /// Before the vote, so that what an observer throws ends the step on all ranks. With any, the host waits for the
+  /// device.
+  void tell_observers(const RunOutputs& outputs) const {
+    if (observers.empty()) return;
+    communicator->fence().synchronize();
+    outputs.recorder->finish();
+  }
+
+  /// Collective: over when every rank's host has come this far, and all that was announced until then agrees. Empty
+  /// where the hosts themselves move the tensors.
+  Pending hosts_arrived() const {
+    Communicator& hosts = communicator->control();
+    return &hosts == communicator.get() ? Pending() : hosts.barrier();
   }
 
   /// Collective: losses of all micro-batches, in memory of the host, where they are once a device has come to the end
@@ -180,12 +202,10 @@ struct DualPipeImpl::State {
   at::Tensor vote(const RunOutputs& outputs, int num_micro_batches) const {
     at::Tensor losses = at::zeros({num_micro_batches}, at::device(communicator->device()).dtype(at::kDouble));
     for (const auto& [micro_batch, loss] : outputs.losses) losses[micro_batch].copy_(loss.reshape({}));
-    Communicator& hosts = communicator->control();
-    std::optional<Pending> arrived;
-    if (&hosts != communicator.get()) arrived = hosts.barrier();
+    Pending arrived = hosts_arrived();
     communicator->all_reduce({losses}).wait();
     at::Tensor on_host = losses.to(at::kCPU, /*non_blocking=*/true);
-    if (arrived) arrived->wait();
+    if (arrived) arrived.wait();
     return on_host;
   }
 
@@ -283,13 +303,13 @@ StepResult DualPipeImpl::step(const Batch& batch, const LossFn& loss) {
     RunOutputs outputs = state.executor->run(state.training, inputs, state.observers);
     state.replicas->sum_gradients();
     state.replicas->broadcast_buffers();
+    state.tell_observers(outputs);
     at::Tensor losses = state.vote(outputs, count);
     Pending end = state.communicator->fence();
     const bool later = state.options.asynchronous && !end.done();
     if (!later) end.synchronize();  // the only wait of the host for a device
     gradients.commit();
     end = later ? state.communicator->fence() : Pending();
-    outputs.recorder->finish();
     return state.result(std::move(losses), std::move(outputs), count, std::move(end));
   });
 }
@@ -309,9 +329,9 @@ StepResult DualPipeImpl::evaluate(const Batch& batch, const LossFn& loss) {
     const Plan& plan = state.forward_plan(count);
     inputs.arrivals = state.arrivals->recall(plan, inputs, *this);
     RunOutputs outputs = state.executor->run(plan, inputs, state.observers);
+    state.tell_observers(outputs);
     at::Tensor losses = state.vote(outputs, count);
     state.communicator->fence().synchronize();
-    outputs.recorder->finish();
     return state.result(std::move(losses), std::move(outputs), count);
   });
 }
@@ -326,8 +346,10 @@ Tensors DualPipeImpl::predict(const Batch& batch) {
     const Plan& plan = state.forward_plan(count);
     inputs.arrivals = state.arrivals->recall(plan, inputs, *this);
     RunOutputs outputs = state.executor->run(plan, inputs, state.observers);
+    state.tell_observers(outputs);
     Tensors merged = state.merge(plan, std::move(outputs.outputs));
-    outputs.recorder->finish();
+    if (Pending arrived = state.hosts_arrived()) arrived.wait();
+    state.communicator->fence().synchronize();
     return merged;
   });
 }

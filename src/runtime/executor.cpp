@@ -117,40 +117,49 @@ class Run final : public StepHost {
     if (context_.early()) transfers_.issue(next_);
   }
 
+  /// The next step, if its backward begins by launching a collective.
+  struct Candidate {
+    std::size_t at = 0;                 // what comes next when this was looked up
+    std::unique_ptr<RunningStep> step;  // null: there is no such step
+    int gradient = -1;                  // transfer that its backward takes, -1: none
+  };
+
   /// Weight parts can hide the collective with which the backward of the next step begins, once what it takes is here.
   /// When that is depends on timing; the order of collectives does not, as only weight parts lie between.
   void only_weights_left() override {
-    if (!context_.communicates || ahead_ || !context_.early()) return;
-    std::size_t at = next_;
-    while (at < program_.size() && program_[at].what != Instruction::Do::compute) ++at;
-    if (at == program_.size()) return;
-    auto running = make(program_[at].step, cell_ + 1);
-    const Op* const backward = running->launches_first();
-    if (backward == nullptr) return;
-    if (context_.last(*backward)) {
-      if (!micro_batches_.is_forward_over(*backward)) return;
+    if (!context_.fills_waits || ahead_ || !context_.early()) return;
+    if (candidate_.at != next_) candidate_ = next_backward();
+    if (candidate_.step == nullptr) return;
+    const Op& backward = *candidate_.step->launches_first();
+    if (context_.last(backward)) {
+      if (!micro_batches_.is_forward_over(backward)) return;
     } else {
-      const int gradient = awaited_gradient(*backward, at);
-      if (gradient < 0) return;
-      const Pending* const transfer = transfers_.receive(gradient);
+      const Pending* const transfer = candidate_.gradient < 0 ? nullptr : transfers_.receive(candidate_.gradient);
       if (transfer == nullptr || !transfer->done()) return;
-      deliver(gradient);
-      delivered_ahead_ = gradient;
+      explained = true;  // a transfer that failed names itself
+      deliver(candidate_.gradient);
+      explained = false;
+      delivered_ahead_ = candidate_.gradient;
     }
-    running->launch_ahead();
-    ahead_ = std::move(running);
+    candidate_.step->launch_ahead();
+    ahead_ = std::move(candidate_.step);
   }
 
-  /// What the rank waits for before instruction `at`, to run this backward there; -1: nothing.
-  int awaited_gradient(const Op& backward, std::size_t at) const {
+  Candidate next_backward() {
+    std::size_t at = next_;
+    while (at < program_.size() && program_[at].what != Instruction::Do::compute) ++at;
+    if (at == program_.size()) return {next_, nullptr};
+    Candidate candidate{next_, make(program_[at].step, cell_ + 1)};
+    const Op* const backward = candidate.step->launches_first();
+    if (backward == nullptr) return {next_, nullptr};
     for (std::size_t i = next_; i < at; ++i) {
       if (program_[i].what != Instruction::Do::wait) continue;
       const Transfer& transfer = transfers_[program_[i].transfer];
-      if (transfer.payload == Payload::gradient && transfer.stage == backward.stage + 1 &&
-          transfer.micro_batch == backward.micro_batch)
-        return program_[i].transfer;
+      if (transfer.payload == Payload::gradient && transfer.stage == backward->stage + 1 &&
+          transfer.micro_batch == backward->micro_batch)
+        candidate.gradient = program_[i].transfer;
     }
-    return -1;
+    return candidate;
   }
 
   const RunContext& context_;
@@ -161,7 +170,8 @@ class Run final : public StepHost {
   int cell_ = 0;                           // step under way
   std::unique_ptr<RunningStep> trailing_;  // the step whose last collective is still under way
   std::unique_ptr<RunningStep> ahead_;     // the next step, if its first collective is launched
-  int delivered_ahead_ = -1;               // the transfer that it took
+  Candidate candidate_;
+  int delivered_ahead_ = -1;  // the transfer that ahead_ took
 };
 
 }  // namespace
@@ -177,15 +187,17 @@ Plan make_plan(Schedule schedule, Publish publish, bool communicates) {
 }
 
 Executor::Executor(std::shared_ptr<Communicator> communicator, std::map<int, Stage> stages)
-    : communicator_(std::move(communicator)), stages_(std::move(stages)) {}
+    : communicator_(std::move(communicator)), stages_(std::move(stages)) {
+  const bool host_waits = communicator_->device().is_cpu() && communicator_->device_trace() == nullptr;
+  fills_waits_ = host_waits && std::any_of(stages_.begin(), stages_.end(), [](const auto& entry) {
+                   return entry.second.structure().find('X') != std::string::npos;
+                 });
+}
 
 RunOutputs Executor::run(const Plan& plan, const RunInputs& inputs,
                          const std::vector<std::shared_ptr<Observer>>& observers) {
-  const bool communicates = std::any_of(stages_.begin(), stages_.end(), [](const auto& entry) {
-    return entry.second.structure().find('X') != std::string::npos;
-  });
   const auto recorder = std::make_shared<Recorder>(*communicator_, observers);
-  const RunContext context{*communicator_, stages_, orders_, plan, inputs, *recorder, communicates};
+  const RunContext context{*communicator_, stages_, orders_, plan, inputs, *recorder, fills_waits_};
   RunOutputs outputs = Run(context)();
   outputs.recorder = recorder;
   return outputs;

@@ -22,9 +22,9 @@ void over(Side side, PairListener& listener) {
 template <class Pass>
 void run(Pass& pass, const Piece& piece, PairListener& listener) {
   settle(pass, piece.side, listener);
-  listener.computes(piece);
+  listener.begins(piece);
   pass.advance();
-  if (!pass.under_way()) listener.computed(piece);
+  pass.under_way() ? listener.launched(piece) : listener.computed(piece);
   if (pass.advanced() && !pass.under_way()) over(piece.side, listener);
 }
 
@@ -49,7 +49,7 @@ void run_pair(std::span<const Piece> order, ForwardPass* forward, BackwardPass* 
     } else if (piece.side == Side::backward) {
       run(*backward, piece, listener);
     } else {
-      listener.computes(piece);
+      listener.begins(piece);
       backward->activation().backward_weight(piece.node);
       listener.computed(piece);
     }
@@ -64,16 +64,16 @@ bool settle_last(ForwardPass* forward, BackwardPass* backward, PairListener& lis
 }
 
 const PairOrders::Entry& PairOrders::find(const Stage* forward, bool forward_loss, const Stage* backward,
-                                          bool backward_loss) {
-  const auto [found, is_new] = entries_.try_emplace({forward, forward_loss, backward, backward_loss});
+                                          bool backward_loss, bool weights) {
+  const auto [found, is_new] = entries_.try_emplace({forward, forward_loss, backward, backward_loss, weights});
   if (is_new) {
     const std::string ahead = forward != nullptr ? forward->structure(forward_loss) : "";
     const std::string back = backward != nullptr ? backward->structure(backward_loss) : "";
     Entry& entry = found->second;
-    entry.pieces = launch_order(ahead, back, pair_order(ahead, back, /*weights=*/false));
+    entry.pieces = launch_order(ahead, back, pair_order(ahead, back, weights));
     entry.communicates = (ahead + back).find('X') != std::string::npos;
-    // What computes first is on the way to everything else, and waits for nothing. A backward that is not split
-    // accumulates gradients, whose order must not depend on time.
+    // What computes in front of it, as a loss does, everything else waits for, and it waits for nothing. But a backward
+    // that is not split accumulates gradients, whose order must not depend on time.
     const auto first = std::find_if(entry.pieces.begin(), entry.pieces.end(), [&](const Piece& piece) {
       return piece.side == Side::forward || back[static_cast<std::size_t>(piece.node)] == 'X';
     });

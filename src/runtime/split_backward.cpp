@@ -143,10 +143,12 @@ Survey survey(const edge_list& roots, const Node* entrance) {
   return result;
 }
 
-/// The accumulator that a backward reaches last: that of the operation that ran first. Null: there is none.
+/// The accumulator that a backward reaches last: that of the operation that ran first. Null where there is no other
+/// operation with parameters.
 Node* last_accumulator(const edge_list& roots) {
   Node* found = nullptr;
   auto first = std::numeric_limits<std::uint64_t>::max();
+  int num_operations = 0;
   ska::flat_hash_set<const Node*> seen;
   std::vector<const Node*> stack;
   for (const auto& root : roots) stack.push_back(root.function.get());
@@ -154,15 +156,21 @@ Node* last_accumulator(const edge_list& roots) {
     const Node* const node = stack.back();
     stack.pop_back();
     if (!seen.insert(node).second) continue;
+    Node* accumulator = nullptr;
     for (const auto& edge : node->next_edges()) {
       if (!edge.is_valid()) continue;
-      stack.push_back(edge.function.get());
-      if (!std::as_const(*edge.function).next_edges().empty() || node->sequence_nr() >= first) continue;
-      first = node->sequence_nr();
-      found = edge.function.get();
+      if (std::as_const(*edge.function).next_edges().empty())
+        accumulator = edge.function.get();
+      else
+        stack.push_back(edge.function.get());
     }
+    if (accumulator == nullptr) continue;
+    ++num_operations;
+    if (node->sequence_nr() >= first) continue;
+    first = node->sequence_nr();
+    found = accumulator;
   }
-  return found;
+  return num_operations > 1 ? found : nullptr;
 }
 
 /// Gives an operation other edges. A write into a view runs a node of its own inside, whose edges the engine wants to
@@ -366,17 +374,14 @@ Tensors BackwardGraph::backward_input(const Tensors& output_gradients) {
     copy_adoptable(result, roots.gradients);
   }
   result.resize(num_inputs_);
-  had_entrance_ = entrance != nullptr;
   deferred_.push_back(std::move(roots));
-  state_ = State::WeightsPending;
+  state_ = entrance ? State::Weights : State::AllIsWeights;
   return result;
 }
 
 void BackwardGraph::require_weights() const {
-  if (state_ != State::WeightsPending) {
-    throw Error(state_ == State::Ready ? "backward_weight called before backward_input"
-                                       : "backward_weight called again, or after a backward that left nothing for it");
-  }
+  if (state_ == State::Ready) throw Error("backward_weight called before backward_input");
+  if (state_ == State::Done) throw Error("backward_weight called again, or after a backward that left nothing for it");
 }
 
 void BackwardGraph::backward_weight() {
@@ -388,16 +393,14 @@ void BackwardGraph::backward_weight() {
 
 bool BackwardGraph::backward_weight_part() {
   require_weights();
-  state_ = State::Done;  // also where something throws
+  const State before = std::exchange(state_, State::Done);  // also where something throws
   std::vector<Roots> parts = std::exchange(deferred_, {});
-  if (std::exchange(divided_, true)) {
-    run_engine(parts.back().edges, parts.back().gradients, /*keep_graph=*/false);
-    parts.pop_back();
-  } else if (Node* const last = had_entrance_ ? nullptr : last_accumulator(parts.back().edges)) {
-    // What the input part would be if the first layer's parameters were inputs.
-    parts = independent(run_input_part(std::move(parts.back()), last));
+  // What the input part would be if the first layer's parameters were inputs.
+  Node* const stand_in = before == State::AllIsWeights ? last_accumulator(parts.back().edges) : nullptr;
+  if (stand_in != nullptr) {
+    parts = independent(run_input_part(std::move(parts.back()), stand_in));
   } else {
-    parts = independent(std::move(parts.back()));
+    if (before != State::WeightParts) parts = independent(std::move(parts.back()));
     if (!parts.empty()) {
       run_engine(parts.back().edges, parts.back().gradients, /*keep_graph=*/false);
       parts.pop_back();
@@ -405,7 +408,7 @@ bool BackwardGraph::backward_weight_part() {
   }
   if (parts.empty()) return false;
   deferred_ = std::move(parts);
-  state_ = State::WeightsPending;
+  state_ = State::WeightParts;
   return true;
 }
 

@@ -30,8 +30,6 @@ using emulation::Operation;
 using emulation::Part;
 using emulation::Stream;
 
-constexpr auto kPatience = std::chrono::seconds(60);  // where real NCCL would hang for ever
-
 Stream* real(DeviceStream stream) { return reinterpret_cast<Stream*>(stream); }
 Event* real(DeviceEvent event) { return reinterpret_cast<Event*>(event); }
 Member* real(NcclComm comm) { return reinterpret_cast<Member*>(comm); }
@@ -43,6 +41,7 @@ class NcclEmulation::Cluster : public emulation::World {
  public:
   Cluster(int num_ranks, const Options& options) : World(num_ranks, options.longest_delay, options.seed) {
     one_transfer_at_a_time = options.one_transfer_at_a_time;
+    patience = options.patience;
   }
 };
 
@@ -145,19 +144,21 @@ class NcclEmulation::Device final : public detail::DeviceApi {
   }
 
   void copy(const at::Tensor& to, const at::Tensor& from, DeviceStream stream) override {
-    real(stream)->give([to, from] {
-      std::memcpy(to.mutable_data_ptr(), from.const_data_ptr(), static_cast<std::size_t>(to.nbytes()));
+    // Keeps neither alive, as the device does not.
+    real(stream)->give([into = to.mutable_data_ptr(), data = from.const_data_ptr(), bytes = to.nbytes()] {
+      std::memcpy(into, data, bytes);
     });
   }
 
   void push_range(const std::string& name) override {
     const std::lock_guard lock(cluster_->mutex);
-    ranges_.push_back(name);
-    ++open_ranges_;
+    ranges_.push_back(std::string(2 * static_cast<std::size_t>(open_ranges_[std::this_thread::get_id()]++), ' ') +
+                      name);
   }
   void pop_range() override {
     const std::lock_guard lock(cluster_->mutex);
-    if (--open_ranges_ < 0) cluster_->violations.push_back("a range ended that had not begun");
+    if (--open_ranges_[std::this_thread::get_id()] < 0)
+      cluster_->violations.push_back("a range ended that had not begun");
   }
   std::vector<std::string> ranges() const {
     const std::lock_guard lock(cluster_->mutex);
@@ -171,7 +172,7 @@ class NcclEmulation::Device final : public detail::DeviceApi {
   std::vector<std::unique_ptr<Stream>> streams_;
   Stream* current_ = nullptr;
   std::vector<std::string> ranges_;
-  int open_ranges_ = 0;
+  std::map<std::thread::id, int> open_ranges_;
 };
 
 class NcclEmulation::Nccl final : public detail::NcclApi {
@@ -204,7 +205,7 @@ class NcclEmulation::Nccl final : public detail::NcclApi {
     member->rank = rank;
     member->device = rank_;
     cluster_->changed.notify_all();
-    const bool complete = cluster_->changed.wait_for(lock, kPatience, [&] {
+    const bool complete = cluster_->changed.wait_for(lock, cluster_->patience, [&] {
       return std::all_of(clique->members.begin(), clique->members.end(), [](const auto& each) { return each; });
     });
     if (!complete) throw DeviceFailure("init: some ranks never came");
@@ -224,17 +225,26 @@ class NcclEmulation::Nccl final : public detail::NcclApi {
              std::all_of(member->clique->members.begin(), member->clique->members.end(),
                          [](const auto& each) { return each->leaving || each->aborted; });
     };
-    if (!cluster_->changed.wait_for(lock, kPatience, over))
+    if (!cluster_->changed.wait_for(lock, cluster_->patience, over))
       cluster_->violations.push_back("destroy hangs: other ranks do not destroy theirs");
   }
 
-  void abort(NcclComm comm) noexcept override {
+  void abort(std::span<const NcclComm> comms) noexcept override {
     std::unique_lock lock(cluster_->mutex);
-    Member* member = use(comm, "abort");
-    if (member == nullptr) return;
-    member->aborted = true;
-    cluster_->valid.erase(member);
+    std::vector<std::shared_ptr<Member>> members;
+    for (const NcclComm comm : comms) {
+      Member* member = use(comm, "abort");
+      if (member == nullptr) continue;
+      member->aborted = true;
+      cluster_->valid.erase(member);
+      members.push_back(member->shared_from_this());
+    }
     cluster_->changed.notify_all();
+    const bool ended = cluster_->changed.wait_for(lock, cluster_->patience, [&] {
+      return std::all_of(members.begin(), members.end(),
+                         [](const auto& member) { return member->over == member->launched; });
+    });
+    if (!ended) cluster_->violations.push_back("abort hangs: what was launched waits for what is not aborted");
   }
 
   std::optional<std::string> async_error(NcclComm comm) override {

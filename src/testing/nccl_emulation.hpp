@@ -21,10 +21,10 @@ namespace dualpipe::testing {
 ///    streams these were.
 ///  * What real NCCL leaves undefined is a violation: sizes, dtypes or collectives that do not match (the operation
 ///    then hangs until it is aborted), a handle used after its end, a call out of place.
-///  * An aborted communicator stays aborted; destroy() waits for all of its ranks.
+///  * An aborted communicator stays aborted. abort() waits until the streams are through with what was launched on it;
+///    destroy() waits for all of its ranks. What would hang for ever is a violation after Options::patience.
 ///  * Memory of DeviceApi::empty() belongs to a stream: given back, it is given out again at once to who works there,
-///  and
-///    overwritten when the stream comes to it. poison_freed_memory() does the same to tensors of the host.
+///    and overwritten when the stream comes to it. poison_freed_memory() does the same to tensors of the host.
 ///
 /// By default the current stream of a rank is its host: work is over when a call returns, and waiting for an event
 /// blocks, so that ordinary CPU code can be its user. Tests of ordering set a stream of their own.
@@ -35,6 +35,7 @@ class NcclEmulation {
     std::chrono::microseconds longest_delay{100};
     /// A device performs one operation with sends or receives at a time, whatever their communicators.
     bool one_transfer_at_a_time = false;
+    std::chrono::milliseconds patience{60'000};
   };
   NcclEmulation(int num_ranks, const Options& options);
   explicit NcclEmulation(int num_ranks) : NcclEmulation(num_ranks, Options{}) {}
@@ -54,7 +55,8 @@ class NcclEmulation {
   void break_down(int rank, const std::string& error) const;
   /// What was done that real NCCL leaves undefined.
   std::vector<std::string> violations() const;
-  /// The names of a profiler's ranges on this rank, in the order in which they began.
+  /// The names of a profiler's ranges on this rank, in the order in which they began, each indented by two spaces for
+  /// every range of its thread that was open then.
   std::vector<std::string> ranges(int rank) const;
   /// Of all devices, that have not been destroyed.
   std::size_t open_streams() const;

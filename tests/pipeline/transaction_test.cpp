@@ -222,6 +222,22 @@ TEST_P(FailingStep, EndsOnAllRanksAndChangesNothing) {
 INSTANTIATE_TEST_SUITE_P(Transaction, FailingStep, ::testing::Values("forward", "backward", "loss"),
                          [](const auto& parameter) { return std::string(parameter.param); });
 
+TEST(Transaction, AnObserverThatThrowsEndsTheStepOnAllRanks) {
+  struct Angry final : Observer {
+    void record(const Interval& interval) override {
+      if (interval.lane == Lane::compute && ++seen == 10) throw std::runtime_error("the disk is full");
+    }
+    int seen = 0;
+  };
+  const Batch batch = random_batch(16, 3);
+  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe = make_pipe(comm);
+    if (comm->rank() == 2) pipe->add_observer(std::make_shared<Angry>());
+    EXPECT_THAT(message_of([&] { pipe->step(batch, squared_error()); }), HasSubstr("the disk is full"));
+    for (const auto& parameter : pipe->parameters()) EXPECT_FALSE(parameter.grad().defined());
+  });
+}
+
 TEST(Transaction, AFactoryThatThrowsFailsAllRanksInTheConstructor) {
   std::atomic<int> failed{0};
   run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {

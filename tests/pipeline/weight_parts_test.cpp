@@ -1,7 +1,9 @@
 #include <gmock/gmock.h>
 
+#include <atomic>
 #include <filesystem>
 #include <fstream>
+#include <thread>
 
 #include "pipeline.hpp"
 
@@ -10,8 +12,10 @@
 namespace dualpipe::test {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::ElementsAreArray;
+using ::testing::HasSubstr;
 
 /// What happened, in order.
 using Log = std::vector<std::string>;
@@ -113,6 +117,57 @@ TEST(WeightParts, HideTheCollectiveWithWhichTheNextBackwardBegins) {
     EXPECT_THAT(log, ElementsAreArray(publish == Publish::early ? early : atomic));
   }
   std::filesystem::remove(file);
+}
+
+TEST(WeightParts, HideTheCollectiveOfAGradientThatComesWhileTheyRun) {
+  const std::string file = testing::TempDir() + "two_stages.csv";
+  std::ofstream(file) << "0F0,0F1,0B0,0B1\n1F0,1F1,1B0,1B1\n";
+  Log log;
+  std::atomic<bool> sent{false};
+  std::atomic<int> weight_parts{0};  // of rank 1
+  run_ranks(2, [&](std::shared_ptr<Communicator> comm) {
+    const Batch batch = random_batch(2, 7);
+    DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = 2, .schedule = file}, [&](int number) {
+      if (number == 0) {
+        const Layers layers(2, log);
+        // Rank 1 has sent the second gradient before the first part of the first micro-batch is over.
+        layers->weights[0].register_hook([&](const torch::Tensor&) {
+          while (!sent) std::this_thread::yield();
+        });
+        Stage stage(layers.ptr());
+        stage.compute("compute", layers->part(0, 2)).communicate("slow", std::make_shared<Slow>(log, 0), {0});
+        return stage;
+      }
+      Layer layer(number);
+      Stage stage(layer.ptr());
+      stage.compute("layer",
+                    [layer](const Tensors& x, const StageContext&) mutable { return Tensors{layer->forward(x[0])}; });
+      // Weight parts come behind the gradient that is published.
+      layer->weight.register_hook([&](const torch::Tensor&) {
+        if (++weight_parts == 2) sent = true;
+      });
+      return stage;
+    });
+    pipe->step(batch, squared_error());
+  });
+  EXPECT_THAT(log, ElementsAre("launch 0", "take 0", "w0", "launch 1", "w1", "take 1", "w0", "w1"));
+  std::filesystem::remove(file);
+}
+
+TEST(WeightParts, AnErrorInOneThatFillsAWaitNamesIt) {
+  Log log;
+  const Layers layers(3, log);
+  layers->weights[2].register_hook(
+      [](const torch::Tensor&) -> torch::Tensor { throw std::runtime_error("no gradient"); });
+  Stage stage(layers.ptr());
+  stage.compute("first", layers->part(0, 1))
+      .communicate("slow", std::make_shared<Slow>(log, 2), {0})
+      .compute("second", layers->part(1, 3));
+  run_ranks(1, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = 1, .schedule = "1f1b"}, [&](int) { return stage; });
+    EXPECT_THAT(message_of([&] { pipe->step(random_batch(2, 7), squared_error()); }),
+                AllOf(HasSubstr("no gradient"), HasSubstr("weight backward of stage 0, node second, micro-batch 0")));
+  });
 }
 
 }  // namespace

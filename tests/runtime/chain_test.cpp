@@ -273,7 +273,8 @@ Tensors gradients_of(const Tensors& tensors) {
 
 /// Counts what a pair tells.
 struct Told : PairListener {
-  void computes(const Piece& piece) override { begun = piece; }
+  void begins(const Piece& piece) override { begun = piece; }
+  void launched(const Piece& piece) override { EXPECT_EQ(begun, piece); }
   void computed(const Piece& piece) override {
     EXPECT_EQ(begun, piece);
     ran.push_back(piece);

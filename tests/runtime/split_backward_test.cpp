@@ -577,6 +577,37 @@ TEST(SplitBackwardWork, PartsShareNoOperation) {
   EXPECT_EQ(parts_of(first_stage, counts), (Parts{{1, 2}, {1, 0}, {1, 0}})) << "what leads to the first layer, first";
 }
 
+TEST(SplitBackwardWork, OneOperationWithParametersRunsOnce) {
+  Counts counts;
+  const Tensor w = parameter({4, 4});
+  const GraphInputs entered = enter_graph({random({5, 4})});
+  BackwardGraph graph(entered, {torch::tanh(CountedLinear::apply(entered.tensors[0], w, &counts))});
+  graph.backward_input({random({5, 4})});
+  EXPECT_FALSE(graph.backward_weight_part());
+  EXPECT_EQ(counts.weights, 1);
+}
+
+TEST(SplitBackwardWork, HooksOfAFirstStageFireOnceInParts) {
+  const Tensors w{parameter({4, 4}), parameter({4, 4}), parameter({4, 4})};
+  std::vector<int> on_parameters(w.size(), 0);
+  for (std::size_t i = 0; i < w.size(); ++i) {
+    w[i].register_hook([&on_parameters, i](const Tensor&) { ++on_parameters[i]; });
+  }
+  int on_results = 0;
+  const GraphInputs entered = enter_graph({random({5, 4})});
+  Tensor y = entered.tensors[0];
+  for (const Tensor& weight : w) {
+    y = torch::tanh(y.mm(weight));
+    y.register_hook([&](const Tensor& gradient) { return ++on_results, gradient * 2; });
+  }
+  BackwardGraph graph(entered, {y});
+  const Tensor g = random({5, 4});
+  graph.backward_input({g});
+  run_weights(How::Parts, graph);
+  EXPECT_EQ(on_parameters, (std::vector<int>{1, 1, 1}));
+  EXPECT_EQ(on_results, 3);
+}
+
 TEST(SplitBackwardWork, PartsCanBeLeftToOneCall) {
   const Tensor w1 = parameter({4, 4}), w2 = parameter({4, 4});
   const GraphInputs entered = enter_graph({input({5, 4})});
@@ -811,6 +842,22 @@ TEST(SplitBackwardErrors, AThrowingBackwardLeavesNoMemoryAndNoSecondUse) {
     }
     EXPECT_TRUE(hidden.expired());
   }
+}
+
+TEST(SplitBackwardErrors, AThrowingFirstPartOfAFirstStageLeavesNoMemory) {
+  const Tensor w1 = parameter({4, 4}), w2 = parameter({4, 4});
+  WeakStorage hidden = watch(w1);
+  BackwardGraph graph;
+  {
+    const GraphInputs entered = enter_graph({random({4, 4})});
+    const Tensor h = torch::tanh(Fails::apply(entered.tensors[0], w1));
+    hidden = watch(h);
+    graph = BackwardGraph(entered, {torch::tanh(h.mm(w2))});
+  }
+  graph.backward_input({random({4, 4})});
+  EXPECT_THROW(graph.backward_weight_part(), std::runtime_error);
+  EXPECT_THROW(graph.backward_weight_part(), Error);
+  EXPECT_TRUE(hidden.expired());
 }
 
 TEST(SplitBackwardErrors, WrongOrderOfCallsIsNamed) {

@@ -89,6 +89,7 @@ class Executor {
   std::shared_ptr<Communicator> communicator_;
   std::map<int, Stage> stages_;
   PairOrders orders_;
+  bool fills_waits_ = false;  ///< see RunContext
 };
 
 }  // namespace dualpipe

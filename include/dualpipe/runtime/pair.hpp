@@ -17,9 +17,10 @@ class PairListener {
   virtual ~PairListener() = default;
   /// The next piece; what is thrown from here on belongs to its side.
   virtual void turn(const Piece& piece) { static_cast<void>(piece); }
-  /// A piece computes, from here to computed(). One that launches a collective has only the former.
-  virtual void computes(const Piece& piece) { static_cast<void>(piece); }
+  /// A piece begins, behind all waiting; then it has computed, or launched a collective.
+  virtual void begins(const Piece& piece) { static_cast<void>(piece); }
   virtual void computed(const Piece& piece) { static_cast<void>(piece); }
+  virtual void launched(const Piece& piece) { static_cast<void>(piece); }
   /// The next piece waits for this collective. What the host does meanwhile may end it.
   virtual void blocks(const Pending& pending) { static_cast<void>(pending); }
   /// A collective of this side was waited for and its results are in their places.
@@ -51,18 +52,19 @@ bool settle_last(ForwardPass* forward, BackwardPass* backward, PairListener& lis
 class PairOrders {
  public:
   struct Entry {
-    std::vector<Piece> pieces;  ///< without the weight parts, which run wherever the next piece would wait
+    std::vector<Piece> pieces;
     bool communicates = false;  ///< either chain has a collective
-    std::size_t launch_ahead =
-        0;  ///< how many pieces, all of the backward, launch its first collective; 0: others come first
+    /// How many pieces, all of the backward, come first and launch its first collective; 0: others come first.
+    std::size_t launch_ahead = 0;
   };
   /// @param forward, backward  null: that side is empty. Stages are told apart by their address, so they must outlive
   ///                           this and keep their nodes.
   /// @param forward_loss, backward_loss  the chain ends in a loss.
-  const Entry& find(const Stage* forward, bool forward_loss, const Stage* backward, bool backward_loss);
+  /// @param weights  as in pair_order.
+  const Entry& find(const Stage* forward, bool forward_loss, const Stage* backward, bool backward_loss, bool weights);
 
  private:
-  std::map<std::tuple<const Stage*, bool, const Stage*, bool>, Entry> entries_;
+  std::map<std::tuple<const Stage*, bool, const Stage*, bool, bool>, Entry> entries_;
 };
 
 }  // namespace dualpipe

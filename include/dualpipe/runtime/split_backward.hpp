@@ -67,16 +67,18 @@ class BackwardGraph {
   /// W: accumulates the parameters' gradients that backward_input left. Frees the rest of the graph.
   /// @throws Error  backward_input has not run, or this has.
   void backward_weight();
-  /// The same bit by bit, for a host that has other things to do in between: the next of the parts that share no
+  /// The same piece by piece, for a host that has other things to do in between: the next of the parts that share no
   /// operation, as the weight gradients of two linear layers, last layer first. Where no input is differentiable, the
-  /// first part is all that leads to the first layer's parameters.
+  /// first part is what leads to the first layer's parameters, and operations between run their backward twice, as in
+  /// the split.
   ///
   /// @return whether there are more.
   /// @throws Error  backward_input has not run, or no part is left.
   bool backward_weight_part();
 
  private:
-  enum class State { Ready, WeightsPending, Done };
+  /// What is left: the whole backward; all of it, as weight part; the weight part; some parts of it; nothing.
+  enum class State { Ready, AllIsWeights, Weights, WeightParts, Done };
   struct Roots {
     torch::autograd::edge_list edges;
     torch::autograd::variable_list gradients;
@@ -90,9 +92,7 @@ class BackwardGraph {
   NodePtr entrance_;
   std::size_t num_inputs_ = 0;
   torch::autograd::edge_list outputs_;  // invalid where the output has no gradient
-  std::vector<Roots> deferred_;         // where the parts of the weight part begin, the last one to run first
-  bool divided_ = false;                // deferred_ is in parts, else it is all in one
-  bool had_entrance_ = false;
+  std::vector<Roots> deferred_;         // where the weight part begins, or its parts, the last one to run first
   State state_ = State::Ready;
 };
 

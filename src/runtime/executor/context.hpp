@@ -17,7 +17,10 @@ struct RunContext {
   const Plan& plan;
   const RunInputs& inputs;
   Recorder& recorder;
-  bool communicates = false;  ///< some stage of this rank does
+  /// Weight parts run where the host would wait for a collective, and launches find a place between them: some stage of
+  /// this rank communicates, and waiting holds up the host. Else they have their places in the order, as on a device,
+  /// whose streams wait while the host runs ahead.
+  bool fills_waits = false;
 
   const Stage& stage_of(const Op& op) const { return stages.at(op.stage); }
   bool last(const Op& op) const { return op.stage == plan.schedule.num_stages - 1; }

@@ -20,8 +20,8 @@ struct Mark {
   double seconds() const { return device == nullptr ? host : device->seconds(); }
 };
 
-/// Tells a run's observers what happened when: at once on the CPU, what a device or a transfer is still about to do when
-/// finish() is called.
+/// Tells a run's observers what happened when: at once on the CPU, what a device or a transfer is still about to do
+/// when finish() is called.
 class Recorder {
  public:
   struct PopRange {

@@ -51,7 +51,7 @@ bool RunningStep::run() {
     run_pair(std::span(order().pieces).subspan(next_), forward(), backward(), *this);
     remaining_weights();
     weights_over_ = true;
-    if (backward_over_ && backward_op_->pass == Pass::Backward) micro_batches_.forget(*backward_op_);
+    forget_if_over();
     return settle_last(forward(), backward(), *this, /*block=*/!context_.early());
   });
 }
@@ -88,8 +88,9 @@ const PairOrders::Entry& RunningStep::order() {
     const auto ends_in_loss = [&](const std::optional<Op>& op) {
       return op && context_.last(*op) && context_.inputs.loss != nullptr;
     };
+    const bool weights = backward_op_ && backward_op_->pass == Pass::Backward && !context_.fills_waits;
     order_ = &context_.orders.find(side(forward_op_), ends_in_loss(forward_op_), side(backward_op_),
-                                   ends_in_loss(backward_op_));
+                                   ends_in_loss(backward_op_), weights);
   }
   return *order_;
 }
@@ -103,13 +104,10 @@ void RunningStep::start_backward() {
 void RunningStep::weight_part() {
   const Piece piece{Side::weight, weights_.front()};
   turn(piece);
-  computes(piece);
+  begins(piece);
   StageActivation& activation = micro_batches_.activation(*backward_op_);
-  bool more = false;
-  if (context_.communicates)
-    more = activation.backward_weight_part(piece.node);
-  else
-    activation.backward_weight(piece.node);
+  if (!context_.fills_waits) activation.backward_weight(piece.node);
+  const bool more = context_.fills_waits && activation.backward_weight_part(piece.node);
   computed(piece);
   if (!more) weights_.pop_front();
   host_.between();
@@ -119,9 +117,15 @@ void RunningStep::weight_part() {
 void RunningStep::remaining_weights() {
   while (!weights_.empty()) {
     settle_last(forward(), backward(), *this, /*block=*/false);
+    turn({Side::weight, weights_.front()});
     host_.only_weights_left();
     weight_part();
   }
+}
+
+/// A B that has run both parts.
+void RunningStep::forget_if_over() {
+  if (weights_over_ && backward_over_ && backward_op_->pass == Pass::Backward) micro_batches_.forget(*backward_op_);
 }
 
 // --- what the pair tells
@@ -134,7 +138,7 @@ void RunningStep::blocks(const Pending& pending) {
   if (!pending.done()) host_.before_blocking();
 }
 
-void RunningStep::computes(const Piece& piece) {
+void RunningStep::begins(const Piece& piece) {
   if (!order().communicates) return;  // the step as a whole is recorded
   begin_ = context_.recorder.mark();
   range_ = context_.recorder.range([&] {
@@ -143,8 +147,10 @@ void RunningStep::computes(const Piece& piece) {
   });
 }
 
+void RunningStep::launched(const Piece&) { range_.reset(); }
+
 void RunningStep::computed(const Piece& piece) {
-  if (piece.side == Side::backward && backward_op_->pass == Pass::Backward &&
+  if (context_.fills_waits && piece.side == Side::backward && backward_op_->pass == Pass::Backward &&
       backward_->activation().has_weight_part(piece.node))
     weights_.push_back(piece.node);
   if (!order().communicates) return;
@@ -176,7 +182,7 @@ void RunningStep::backward_over() {
   Tensors gradients = micro_batches_.end_backward(*backward_op_, *backward_);
   if (backward_op_->stage > 0) host_.publish(Payload::gradient, *backward_op_, std::move(gradients));
   backward_over_ = true;
-  if (weights_over_ && backward_op_->pass == Pass::Backward) micro_batches_.forget(*backward_op_);
+  forget_if_over();
 }
 
 // --- what is thrown

@@ -47,8 +47,9 @@ class RunningStep final : public PairListener {
 
  private:
   void turn(const Piece& piece) override { turn_ = piece; }
-  void computes(const Piece& piece) override;
+  void begins(const Piece& piece) override;
   void computed(const Piece& piece) override;
+  void launched(const Piece& piece) override;
   void collected(Side side, const Pending& pending) override;
   void blocks(const Pending& pending) override;
   void between() override { host_.between(); }
@@ -62,6 +63,7 @@ class RunningStep final : public PairListener {
   void start_backward();
   void weight_part();
   void remaining_weights();
+  void forget_if_over();
   /// What a piece is in a trace.
   Op recorded(const Piece& piece) const;
 
@@ -82,7 +84,7 @@ class RunningStep final : public PairListener {
   Recorder::Range range_;  // the same for a profiler
   const PairOrders::Entry* order_ = nullptr;
   std::size_t next_ = 0;     // of the pieces
-  std::deque<int> weights_;  // nodes whose weight parts are to be run, and may be
+  std::deque<int> weights_;  // nodes whose weight parts may run, where they have no places in the order
   bool backward_over_ = false;
   bool weights_over_ = false;
 };

@@ -37,12 +37,12 @@ std::optional<Expected> Transfers::expected(int index) {
   const std::optional<Signature>& known = arrivals_->signatures[static_cast<std::size_t>(index)];
   if (!known) return std::nullopt;
   const Transfer& transfer = (*this)[index];
-  return Expected(*known,
-                  detail::str("the ", transfer.payload == Payload::activation ? "outputs" : "input gradients",
-                              " of stage ", transfer.stage, " for micro-batch ", transfer.micro_batch,
-                              " were others before, with inputs of the same shapes; if shapes depend on what is in the "
-                              "data, say so by data_dependent_shapes(true) of stage ",
-                              Arrivals::shaped_by(transfer), " in the stage factory"));
+  return Expected(
+      *known, detail::str("the ", transfer.payload == Payload::activation ? "outputs" : "input gradients", " of stage ",
+                          transfer.stage, " for micro-batch ", transfer.micro_batch,
+                          " were others before, with inputs of the same shapes; if shapes depend on what is in the "
+                          "data, say so by data_dependent_shapes(true) of stage ",
+                          Arrivals::shaped_by(transfer), " in the stage factory"));
 }
 
 void Transfers::learn(int index, const Tensors& came) {
