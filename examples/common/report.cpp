@@ -52,7 +52,8 @@ std::string comparison(const dualpipe::Timeline& predicted, const dualpipe::Time
                        const dualpipe::Costs& costs, int local_ranks, int cores) {
   const dualpipe::Report left = report(predicted), right = report(measured);
   std::string text = format(
-      "The last step, predicted from what its stages took (medians: F %.1f, B %.1f, W %.1f, pair %.1f, transfer %.2f "
+      "The last step, predicted from what its stages and pairs took (on average: F %.1f, B %.1f, W %.1f, pair %.1f, "
+      "transfer %.2f "
       "ms), beside "
       "measured:\n",
       1e3 * costs.forward, 1e3 * costs.backward, 1e3 * costs.weight, 1e3 * costs.pair, 1e3 * costs.send);

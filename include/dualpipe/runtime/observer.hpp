@@ -13,7 +13,8 @@ class Observer {
   /// A training step, evaluation or prediction begins.
   virtual void begin(std::int64_t step) { static_cast<void>(step); }
   /// Something ended. Times in seconds of std::chrono::steady_clock; compute intervals come in order, transfers when
-  /// their end is known.
+  /// their end is known. On the CPU most come at once; what a device did comes at the end of the step, and not at all
+  /// after a failure. Nodes that were launched ahead lie within the step before theirs.
   virtual void record(const Interval& interval) { static_cast<void>(interval); }
   /// The step ended; `committed` is false after a failure.
   virtual void end(bool committed) { static_cast<void>(committed); }

@@ -29,8 +29,8 @@ struct Piece {
 /// looks at the structure only, with one fixed guess of how long nodes take, so every rank that runs the same pair
 /// launches its collectives in the same order.
 ///
-/// @param weights  false: the order of all others. The executor runs them in this order, and weight parts wherever the
-///                 next piece has to wait, which is where the whole order has them if nodes take as long as guessed.
+/// @param weights  false: without the weight parts, for an executor that runs them wherever the next piece has to wait;
+///                 if nodes take as long as guessed, that is where the whole order has them.
 /// @throws InvalidArgument  a letter other than C and X.
 std::vector<Piece> pair_order(std::string_view forward, std::string_view backward, bool weights = true);
 
