@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
 
@@ -80,8 +81,9 @@ class NcclApi {
   virtual NcclComm init(int num_ranks, const NcclId& id, int rank, const NcclConfig& config) = 0;
   /// Collective, after the last operation; waits for the others.
   virtual void destroy(NcclComm comm) = 0;
-  /// Ends what runs, and frees it. Waits for nobody; from any thread.
-  virtual void abort(NcclComm comm) noexcept = 0;
+  /// Ends what runs on them, and frees them; from any thread. Waits until the device is through with what was launched
+  /// on each, for no other rank. Operations of one may wait for those of another: what a device has is aborted at once.
+  virtual void abort(std::span<const NcclComm> comms) noexcept = 0;
   /// What went wrong in the background, if anything.
   virtual std::optional<std::string> async_error(NcclComm comm) = 0;
 

@@ -203,9 +203,12 @@ class NcclLibrary final : public NcclApi {
     const c10::cuda::CUDAGuard guard(device_);
     DUALPIPE_NCCL_CHECK(nullptr, ncclCommDestroy(real(comm)));
   }
-  void abort(NcclComm comm) noexcept override {
+  // In a group all of them are told to end before the first is waited for; NCCL 2.22 and later.
+  void abort(std::span<const NcclComm> comms) noexcept override {
     const c10::cuda::CUDAGuard guard(device_);
-    (void)ncclCommAbort(real(comm));
+    (void)ncclGroupStart();
+    for (const NcclComm comm : comms) (void)ncclCommAbort(real(comm));
+    (void)ncclGroupEnd();
   }
   std::optional<std::string> async_error(NcclComm comm) override {
     ncclResult_t state = ncclSuccess;

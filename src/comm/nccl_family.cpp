@@ -121,7 +121,7 @@ NcclFamily::~NcclFamily() {
       try {
         nccl_->destroy(comm);
       } catch (...) {
-        nccl_->abort(comm);
+        nccl_->abort({&comm, 1});
       }
     }
   } else {
@@ -149,7 +149,7 @@ NcclLine NcclFamily::open(MeshCommunicator& control, const std::string& name) {
   const NcclComm comm = nccl_->init(control.size(), id, control.rank(), config);
   const std::lock_guard lock(comms_mutex_);
   if (aborted_) {
-    nccl_->abort(comm);
+    nccl_->abort({&comm, 1});
     throw DeviceFailure("the family failed while NCCL connected");
   }
   comms_.push_back(comm);
@@ -332,7 +332,7 @@ void NcclFamily::abort_all() noexcept {
   }
   const std::lock_guard lock(comms_mutex_);
   aborted_ = true;
-  for (const NcclComm comm : comms_) nccl_->abort(comm);
+  if (!comms_.empty()) nccl_->abort(comms_);
   comms_.clear();
 }
 

@@ -136,6 +136,7 @@ void perform(World& world, Member& member, Operation& operation) {
     if (alone) world.occupied[device] = false;
   }
   member.running = std::max(member.running, operation.turn + 1);
+  ++member.over;
   world.changed.notify_all();
 }
 

@@ -60,6 +60,7 @@ struct Member : std::enable_shared_from_this<Member> {
   int device = 0;
   std::uint64_t launched = 0;
   std::uint64_t running = 0;  ///< the turn that may run
+  std::uint64_t over = 0;     ///< how many of those launched are over
   std::uint64_t collectives = 0;
   bool aborted = false;
   bool leaving = false;
@@ -127,6 +128,7 @@ struct World {
   std::mutex mutex;
   std::condition_variable changed;
   bool one_transfer_at_a_time = false;
+  std::chrono::milliseconds patience{};
   std::vector<bool> occupied;  ///< by device: performs a transfer
   std::uint64_t ids = 0;
   std::uint64_t streams = 0;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "emulated.hpp"
+#include "forwarding.hpp"
 
 namespace dualpipe::test {
 
@@ -53,39 +54,21 @@ inline std::function<void()> slow_fill(at::Tensor tensor, const std::function<fl
 }
 
 /// A device whose streams do not always wait when they are told to.
-class ForgetfulDevice final : public detail::DeviceApi {
+class ForgetfulDevice final : public ForwardingDevice {
  public:
   enum class Forgets {
     to_wait_for_the_caller,   ///< a transfer does not wait for its producer, or for who used its buffer before
     to_wait_for_the_transfer  ///< the consumer does not wait for its data
   };
   ForgetfulDevice(std::shared_ptr<detail::DeviceApi> inner, Forgets forgets)
-      : inner_(std::move(inner)), forgets_(forgets) {}
+      : ForwardingDevice(std::move(inner)), forgets_(forgets) {}
 
-  at::Device device() const override { return inner_->device(); }
-  detail::DeviceStream current_stream() override { return inner_->current_stream(); }
-  detail::DeviceStream create_stream() override { return inner_->create_stream(); }
-  void destroy(detail::DeviceStream stream) noexcept override { inner_->destroy(stream); }
-  detail::DeviceEvent create_event() override { return inner_->create_event(); }
-  void destroy(detail::DeviceEvent event) noexcept override { inner_->destroy(event); }
-  void record(detail::DeviceEvent event, detail::DeviceStream stream) override { inner_->record(event, stream); }
   void wait(detail::DeviceStream stream, detail::DeviceEvent event) override {
     const bool by_caller = stream == inner_->current_stream();
     if (by_caller != (forgets_ == Forgets::to_wait_for_the_transfer)) inner_->wait(stream, event);
   }
-  bool done(detail::DeviceEvent event) override { return inner_->done(event); }
-  double time_of(detail::DeviceEvent event) override { return inner_->time_of(event); }
-  at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, detail::DeviceStream stream) override {
-    return inner_->empty(sizes, dtype, stream);
-  }
-  void copy(const at::Tensor& to, const at::Tensor& from, detail::DeviceStream stream) override {
-    inner_->copy(to, from, stream);
-  }
-  void push_range(const std::string& name) override { inner_->push_range(name); }
-  void pop_range() override { inner_->pop_range(); }
 
  private:
-  std::shared_ptr<detail::DeviceApi> inner_;
   const Forgets forgets_;
 };
 

@@ -19,29 +19,10 @@ constexpr int kRanks = 2;
 constexpr int kMicroBatches = 4;
 
 /// Lets the sum of the losses, the last thing that a step asks of its device, begin only when the gate opens.
-class GatedNccl final : public detail::NcclApi {
+class GatedNccl final : public ForwardingNccl {
  public:
   GatedNccl(std::shared_ptr<detail::NcclApi> inner, const testing::NcclEmulation& emulation)
-      : inner_(std::move(inner)), emulation_(emulation) {}
-  detail::NcclId unique_id() override { return inner_->unique_id(); }
-  detail::NcclComm init(int ranks, const detail::NcclId& id, int rank, const detail::NcclConfig& config) override {
-    return inner_->init(ranks, id, rank, config);
-  }
-  void destroy(detail::NcclComm comm) override { inner_->destroy(comm); }
-  void abort(detail::NcclComm comm) noexcept override { inner_->abort(comm); }
-  std::optional<std::string> async_error(detail::NcclComm comm) override { return inner_->async_error(comm); }
-  void group_start() override { inner_->group_start(); }
-  void group_end() override { inner_->group_end(); }
-  void send(const void* data, std::size_t bytes, int peer, detail::NcclComm comm,
-            detail::DeviceStream stream) override {
-    inner_->send(data, bytes, peer, comm, stream);
-  }
-  void receive(void* data, std::size_t bytes, int peer, detail::NcclComm comm, detail::DeviceStream stream) override {
-    inner_->receive(data, bytes, peer, comm, stream);
-  }
-  void broadcast(void* data, std::size_t bytes, int root, detail::NcclComm comm, detail::DeviceStream stream) override {
-    inner_->broadcast(data, bytes, root, comm, stream);
-  }
+      : ForwardingNccl(std::move(inner)), emulation_(emulation) {}
   void all_reduce(void* data, std::size_t count, at::ScalarType dtype, Reduce reduce, detail::NcclComm comm,
                   detail::DeviceStream stream) override {
     const std::lock_guard lock(mutex_);
@@ -56,7 +37,6 @@ class GatedNccl final : public detail::NcclApi {
   }
 
  private:
-  std::shared_ptr<detail::NcclApi> inner_;
   const testing::NcclEmulation& emulation_;
   std::mutex mutex_;
   std::shared_ptr<std::latch> gate_;

@@ -179,37 +179,15 @@ TEST(EmulatedFailure, AnErrorOfNcclInTheBackgroundEndsAllRanksAndSaysWhatItWas) 
 }
 
 /// From some moment on, sends that never meet their receives.
-class StuckNccl final : public detail::NcclApi {
+class StuckNccl final : public ForwardingNccl {
  public:
-  explicit StuckNccl(std::shared_ptr<detail::NcclApi> inner) : inner_(std::move(inner)) {}
-  detail::NcclId unique_id() override { return inner_->unique_id(); }
-  detail::NcclComm init(int ranks, const detail::NcclId& id, int rank, const detail::NcclConfig& config) override {
-    return inner_->init(ranks, id, rank, config);
-  }
-  void destroy(detail::NcclComm comm) override { inner_->destroy(comm); }
-  void abort(detail::NcclComm comm) noexcept override { inner_->abort(comm); }
-  std::optional<std::string> async_error(detail::NcclComm comm) override { return inner_->async_error(comm); }
-  void group_start() override { inner_->group_start(); }
-  void group_end() override { inner_->group_end(); }
+  using ForwardingNccl::ForwardingNccl;
   void send(const void* data, std::size_t bytes, int peer, detail::NcclComm comm,
             detail::DeviceStream stream) override {
     // One byte too many: to this rank's peer it is as if the data never came.
     inner_->send(data, stuck ? bytes + 1 : bytes, peer, comm, stream);
   }
-  void receive(void* data, std::size_t bytes, int peer, detail::NcclComm comm, detail::DeviceStream stream) override {
-    inner_->receive(data, bytes, peer, comm, stream);
-  }
-  void broadcast(void* data, std::size_t bytes, int root, detail::NcclComm comm, detail::DeviceStream stream) override {
-    inner_->broadcast(data, bytes, root, comm, stream);
-  }
-  void all_reduce(void* data, std::size_t count, at::ScalarType dtype, Reduce reduce, detail::NcclComm comm,
-                  detail::DeviceStream stream) override {
-    inner_->all_reduce(data, count, dtype, reduce, comm, stream);
-  }
   std::atomic<bool> stuck{false};
-
- private:
-  std::shared_ptr<detail::NcclApi> inner_;
 };
 
 TEST(EmulatedFailure, ADeviceThatHangsMeetsTheDeadlineAndNothingIsCommitted) {
