@@ -102,7 +102,7 @@ void Replicas::broadcast() {
     for (const at::Tensor& buffer : group.buffers) tensors.push_back(buffer.detach());
     pending.push_back(group.communicator->broadcast(std::move(tensors), 0));
   }
-  for (Pending& each : pending) each.wait();
+  for (Pending& each : pending) each.synchronize();  // parameters are right when this returns, or it throws
 }
 
 void Replicas::broadcast_buffers() {

@@ -12,7 +12,7 @@ at::Tensor clip_grad_norm(Communicator& communicator, const Tensors& counted, co
   for (const at::Tensor& parameter : counted)
     if (parameter.grad().defined())
       squares += at::linalg_vector_norm(parameter.grad(), 2, {}, false, at::kDouble).square();
-  communicator.all_reduce({squares}).wait();
+  communicator.all_reduce({squares}).synchronize();  // no gradient is scaled by what an abort has left behind
   const at::Tensor norm = squares.sqrt();
   const at::Tensor factor = (max_norm / (norm + 1e-6)).clamp_max(1.0);
   for (const at::Tensor& parameter : parameters)
