@@ -75,7 +75,7 @@ Pending NcclCommunicator::send(int peer, Tensors tensors) {
   flight->waits_for_headers = false;
   flight->origin = whole.peer;
   flight->sources = std::move(sources);
-  flight->ready = family_->record(flight->caller);
+  flight->ready = family_->record(flight->caller, flight->whole);
   flight->issue = [there = edges_.contains(edge) ? 1 : peer](const Flight& self, NcclApi& nccl, NcclLine line) {
     in_groups(nccl, self.sources.size(), [&](std::size_t i) {
       const at::Tensor& tensor = self.sources[i];
@@ -133,7 +133,7 @@ Pending NcclCommunicator::all_reduce(Tensors tensors, Reduce reduce) {
   std::string agreement = head.operation + to_string(head.signature);
   flight->waits_for_headers = !agreed_->contains(agreement);
   flight->targets = memory_of(in_place);
-  flight->ready = family_->record(flight->caller);
+  flight->ready = family_->record(flight->caller, flight->whole);
   flight->issue = [reduce](const Flight& self, NcclApi& nccl, NcclLine line) {
     in_groups(nccl, self.targets.size(), [&](std::size_t i) {
       const at::Tensor& tensor = self.targets[i];
@@ -169,7 +169,7 @@ Pending NcclCommunicator::broadcast(Tensors tensors, int root) {
   std::string agreement = own.operation + to_string(signature);
   flight->waits_for_headers = !agreed_->contains(agreement);
   flight->targets = memory_of(in_place);
-  flight->ready = family_->record(flight->caller);
+  flight->ready = family_->record(flight->caller, flight->whole);
   flight->issue = [root](const Flight& self, NcclApi& nccl, NcclLine line) {
     in_groups(nccl, self.targets.size(), [&](std::size_t i) {
       const at::Tensor& tensor = self.targets[i];
@@ -208,7 +208,7 @@ Pending NcclCommunicator::fence() {
   auto flight =
       this->flight(Transfer::collective(header(Channel::collective, "fence", collectives_count_, {})), {}, {});
   family_->check(flight->whole);
-  flight->begin = flight->end = family_->record(flight->caller);
+  flight->begin = flight->end = family_->record(flight->caller, flight->whole);
   return Pending(std::make_shared<NcclOperation>(family_, NcclOperation::Parts{.flight = std::move(flight)}));
 }
 
@@ -241,27 +241,28 @@ Pending NcclCommunicator::exchange(const char* operation, Tensors outgoing, cons
   auto flight = this->flight(Transfer::collective(head), std::move(headers), collectives_);
   flight->sources = std::move(sources);
   flight->waits_for_headers = flight->waits_briefly = !expected;
+  // What stays here is copied by the caller's stream.
   flight->prepare = [device = &family_->device(), signature, me, ranks](Flight& self) {
     for (std::size_t r = 0; r < ranks; ++r)
-      self.targets.push_back(r == me ? at::Tensor() : allocate(*device, signature(r), self.caller).front());
+      self.targets.push_back(allocate(*device, signature(r), self.caller).front());
+    if (!empty(self.targets[me])) device->copy(self.targets[me], self.sources[me], self.caller);
   };
-  flight->issue = [me, ranks](const Flight& self, NcclApi& nccl, NcclLine line) {
-    in_groups(nccl, ranks, [&](std::size_t i) {
-      const std::size_t to = (me + i) % ranks;
-      const std::size_t from = (me + ranks - i) % ranks;
-      if (i == 0) return;
-      const at::Tensor& out = self.sources[to];
-      const at::Tensor& in = self.targets[from];
-      if (!empty(out)) nccl.send(out.const_data_ptr(), out.nbytes(), static_cast<int>(to), line.comm, line.stream);
-      if (!empty(in)) nccl.receive(in.mutable_data_ptr(), in.nbytes(), static_cast<int>(from), line.comm, line.stream);
-    });
-  };
+  if (ranks > 1)
+    flight->issue = [me, ranks](const Flight& self, NcclApi& nccl, NcclLine line) {
+      in_groups(nccl, ranks, [&](std::size_t i) {
+        const std::size_t to = (me + i) % ranks;
+        const std::size_t from = (me + ranks - i) % ranks;
+        if (i == 0) return;
+        const at::Tensor& out = self.sources[to];
+        const at::Tensor& in = self.targets[from];
+        if (!empty(out)) nccl.send(out.const_data_ptr(), out.nbytes(), static_cast<int>(to), line.comm, line.stream);
+        if (!empty(in))
+          nccl.receive(in.mutable_data_ptr(), in.nbytes(), static_cast<int>(from), line.comm, line.stream);
+      });
+    };
   Watch watched(outgoing);
-  auto finish = [device = &family_->device(), signature, me](Flight& self) {
-    const PlainTensors plain;
+  auto finish = [signature](Flight& self) {
     Tensors result = std::move(self.targets);
-    result[me] = allocate(*device, signature(me), self.caller).front();
-    if (!empty(result[me])) device->copy(result[me], self.sources[me], device->current_stream());
     for (std::size_t r = 0; r < result.size(); ++r) result[r] = described({result[r]}, signature(r)).front();
     return result;
   };

@@ -73,7 +73,11 @@ class NcclCommunicator final : public Communicator {
   std::shared_ptr<Flight> flight(Transfer whole, std::vector<std::shared_ptr<Transfer>> headers, NcclLine line) const;
   const NcclLine& transfer_line(Edge edge) const;
   Pending exchange(const char* operation, Tensors outgoing, const std::optional<Signature>& expected);
+  /// Returns when the device is through with it.
+  void first_use(NcclLine line, NcclFamily::QueueId queue,
+                 std::function<void(const Flight&, NcclApi&, NcclLine)> issue);
   void warm_up(const std::vector<Edge>& edges);
+  void warm_up_collectives();
 
   std::shared_ptr<NcclFamily> family_;
   NcclTrace trace_;

@@ -34,6 +34,18 @@ std::thread start_thread(const char* name, Body body) {
   return thread;
 }
 
+/// A range in a profiler's view, until the end of the block.
+class Range {
+ public:
+  Range(DeviceApi& device, const std::string& name) : device_(device) { device_.push_range(name); }
+  ~Range() { device_.pop_range(); }
+  Range(const Range&) = delete;
+  Range& operator=(const Range&) = delete;
+
+ private:
+  DeviceApi& device_;
+};
+
 bool moves_bytes(const Tensors& tensors) {
   return std::any_of(tensors.begin(), tensors.end(),
                      [](const at::Tensor& tensor) { return tensor.defined() && tensor.numel() > 0; });
@@ -163,7 +175,7 @@ NcclFamily::QueueId NcclFamily::add_queue() {
   return queues_.size() - 1;
 }
 
-EventPtr NcclFamily::record(DeviceStream stream) {
+EventPtr NcclFamily::record(DeviceStream stream, const Transfer& whole) {
   DeviceEvent event = nullptr;
   {
     const std::lock_guard lock(events_->mutex);
@@ -172,12 +184,12 @@ EventPtr NcclFamily::record(DeviceStream stream) {
       events_->free.pop_back();
     }
   }
-  if (event == nullptr) event = device_->create_event();
+  if (event == nullptr) event = on_device(whole, [](DeviceApi& device) { return device.create_event(); });
   EventPtr pooled(event, [pool = events_](DeviceEvent returned) {
     const std::lock_guard lock(pool->mutex);
     pool->free.push_back(returned);
   });
-  device_->record(event, stream);
+  on_device(whole, [&](DeviceApi& device) { device.record(event, stream); });
   return pooled;
 }
 
@@ -188,7 +200,9 @@ void NcclFamily::submit(QueueId queue, std::shared_ptr<Flight> flight) {
     while (!fabric().done(flight->headers) && Clock::now() < deadline) std::this_thread::sleep_for(kPollPeriod / 10);
   }
   const std::lock_guard lock(launch_mutex_);
-  while (!in_flight_.empty() && device_->done(in_flight_.front()->end.get())) in_flight_.pop_front();
+  on_device(flight->whole, [this](DeviceApi& device) {
+    while (!in_flight_.empty() && device.done(in_flight_.front()->end.get())) in_flight_.pop_front();
+  });
   queues_[queue].push_back(std::move(flight));
   waker_->queued(1);
   progress(queues_[queue]);
@@ -216,6 +230,7 @@ bool NcclFamily::launch(Flight& flight) {
     check(flight.whole);
     const PlainTensors plain;
     if (flight.prepare) flight.prepare(flight);
+    if (!flight.ready) flight.ready = record(flight.caller, flight.whole);
     if (flight.issue && (moves_bytes(flight.sources) || moves_bytes(flight.targets))) issue(flight);
     return true;
   } catch (const CommError&) {
@@ -227,14 +242,30 @@ bool NcclFamily::launch(Flight& flight) {
 }
 
 void NcclFamily::issue(Flight& flight) {
-  const auto [comm, stream] = flight.line;
-  if (!flight.ready) flight.ready = record(flight.caller);
+  const DeviceStream stream = flight.line.stream;
   device_->wait(stream, flight.ready.get());
-  device_->push_range(flight.whole.operation());
-  flight.begin = record(stream);
-  flight.issue(flight, *nccl_, flight.line);
-  flight.end = record(stream);
-  device_->pop_range();
+  const Range range(*device_, flight.whole.operation());
+  flight.begin = record(stream, flight.whole);
+  call_nccl(flight);
+  flight.end = record(stream, flight.whole);
+}
+
+// The guard sees how long it takes. Once the family has failed, the communicator may be gone.
+void NcclFamily::call_nccl(Flight& flight) {
+  const auto note = [this](const Transfer* calling) {
+    const std::lock_guard lock(watch_mutex_);
+    calling_ = calling;
+    called_ = Clock::now();
+  };
+  note(&flight.whole);
+  try {
+    check(flight.whole);
+    flight.issue(flight, *nccl_, flight.line);
+  } catch (...) {
+    note(nullptr);
+    throw;
+  }
+  note(nullptr);
 }
 
 void NcclFamily::await_launch(QueueId queue, const Flight& flight) {
@@ -242,7 +273,7 @@ void NcclFamily::await_launch(QueueId queue, const Flight& flight) {
     std::shared_ptr<Flight> front;
     {
       const std::lock_guard lock(launch_mutex_);
-      progress(queues_[queue]);
+      for (Queue& each : queues_) progress(each);
       if (flight.launched.load(std::memory_order_acquire)) return;
       front = queues_[queue].front();
     }
@@ -263,7 +294,8 @@ void NcclFamily::watch(std::shared_ptr<Flight> flight) {
 }
 
 void NcclFamily::synchronize(const Flight& flight) {
-  while (flight.end && !device_->done(flight.end.get())) {
+  const auto done = [&](DeviceApi& device) { return device.done(flight.end.get()); };
+  while (flight.end && !on_device(flight.whole, done)) {
     check(flight.whole);
     std::this_thread::sleep_for(kPollPeriod / 10);
   }
@@ -313,6 +345,14 @@ void NcclFamily::guard() {
 void NcclFamily::blame_what_is_late() {
   const auto now = Clock::now();
   const std::lock_guard lock(watch_mutex_);
+  if (calling_ != nullptr && now - called_ >= timeout_) {
+    fabric().abort(fabric().rank(),
+                   str("rank ", fabric().rank(), ": ", calling_->describe(),
+                       ": NCCL has not come back from a call for longer than the timeout of ", timeout_.count(),
+                       " ms. It connects when ranks first meet: one that has stopped or cannot be reached holds up the "
+                       "others; NCCL_DEBUG=INFO says which way it tries"));
+    return;
+  }
   std::erase_if(watched_, [this](const Watched& each) { return device_->done(each.flight->end.get()); });
   for (const auto& [flight, deadline] : watched_) {
     if (now < deadline) continue;

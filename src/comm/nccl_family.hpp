@@ -37,7 +37,7 @@ struct Flight {
   int origin = -1;  ///< whom to blame where the device does not come to its end
   NcclLine line;
   DeviceStream caller = nullptr;         ///< the stream that was current when it was issued
-  EventPtr ready;                        ///< what it waits for; null: recorded on `caller` once prepare() has allocated
+  EventPtr ready;                        ///< what it waits for; null: recorded on `caller` after prepare()
   std::function<void(Flight&)> prepare;  ///< may be null
   std::function<void(const Flight&, NcclApi&, NcclLine)> issue;  ///< null: nothing for the device
 
@@ -64,7 +64,8 @@ class NcclFamily {
 
   NcclFamily(std::shared_ptr<Fabric> fabric, std::shared_ptr<DeviceApi> device, std::shared_ptr<NcclApi> nccl,
              std::chrono::milliseconds timeout, NcclConfig config);
-  /// Gives what is under way a moment to end, and peers one to say the same of theirs. At most two seconds.
+  /// Gives what is under way a moment to end, and peers one to say the same of theirs: 1.5 seconds at most. Then comes
+  /// what NCCL takes to end its communicators.
   ~NcclFamily();
   NcclFamily(const NcclFamily&) = delete;
   NcclFamily& operator=(const NcclFamily&) = delete;
@@ -77,11 +78,24 @@ class NcclFamily {
   NcclLine open(MeshCommunicator& control, const std::string& name);
   /// The operations of one queue are launched in the order in which they are submitted.
   QueueId add_queue();
-  EventPtr record(DeviceStream stream);
+  /// @param whole  what it is for, to name it in errors.
+  /// @throws CommError
+  EventPtr record(DeviceStream stream, const Transfer& whole);
+  /// What the rank's thread asks of the device; its failure ends the family.
+  /// @throws CommError
+  template <class Call>
+  auto on_device(const Transfer& whole, const Call& call) const {
+    try {
+      return call(*device_);
+    } catch (const DeviceFailure& error) {
+      fabric().raise(fabric().rank(), whole, error.what());
+    }
+  }
 
   /// Launches it as soon as what is before it in the queue, and what it waits for, allows. A failure ends the family.
   void submit(QueueId queue, std::shared_ptr<Flight> flight);
-  /// Returns when it is launched. @throws CommError
+  /// Returns when it is launched, and all that can be is: what the caller's stream is given next is behind it.
+  /// @throws CommError
   void await_launch(QueueId queue, const Flight& flight);
   /// Whether it is launched, or never will be.
   bool launched(QueueId queue, const Flight& flight);
@@ -106,6 +120,7 @@ class NcclFamily {
   void progress(Queue& queue);  // launch_mutex_ held
   bool launch(Flight& flight);  // launch_mutex_ held
   void issue(Flight& flight);   // launch_mutex_ held
+  void call_nccl(Flight& flight);
   void launch_when_possible();  // a thread
   void guard();                 // a thread
   void blame_what_is_late();
@@ -127,6 +142,8 @@ class NcclFamily {
 
   std::mutex watch_mutex_;
   std::vector<Watched> watched_;
+  const Transfer* calling_ = nullptr;  ///< what NCCL is just called for
+  Clock::time_point called_;
 
   std::mutex comms_mutex_;
   std::vector<NcclComm> comms_;

@@ -17,10 +17,10 @@ void NcclOperation::wait() {
   } else {
     family_->fabric().wait(flight.headers, flight.whole);
   }
-  DeviceApi& device = family_->device();
   if (flight.end) {
     if (!finished_) family_->watch(parts_.flight);
-    device.wait(device.current_stream(), flight.end.get());
+    family_->on_device(flight.whole,
+                       [&](DeviceApi& device) { device.wait(device.current_stream(), flight.end.get()); });
     family_->check(flight.whole);  // where that stream is the host, it may be back because of an abort
   }
   if (!std::exchange(finished_, true)) finish();
@@ -35,14 +35,20 @@ void NcclOperation::finish() {
   Flight& flight = *parts_.flight;
   if (const auto problem = parts_.watched.written())
     family_->fabric().raise(family_->fabric().rank(), flight.whole, *problem);
+  // Memory goes back to the stream where it was allocated, so that this one must have waited for the transfer as well,
+  // and for what follows it here.
+  const bool elsewhere = parts_.queue && family_->device().current_stream() != flight.caller;
+  if (elsewhere) order(family_->device().current_stream(), flight.ready);
   const c10::NoGradGuard no_grad;
-  if (parts_.finish) result_ = std::exchange(parts_.finish, nullptr)(flight);
-  // Memory goes back to the stream where it was allocated, which has just been told to wait for the transfer. Another
-  // stream has not: then the memory stays until the device is through.
-  if (!flight.end || family_->device().current_stream() == flight.caller) {
-    flight.sources.clear();
-    flight.targets.clear();
-  }
+  const Finish finish = std::exchange(parts_.finish, nullptr);
+  if (finish) result_ = finish(flight);
+  if (elsewhere) order(flight.caller, family_->record(family_->device().current_stream(), flight.whole));
+  flight.sources.clear();
+  flight.targets.clear();
+}
+
+void NcclOperation::order(DeviceStream stream, const EventPtr& event) {
+  family_->on_device(parts_.flight->whole, [&](DeviceApi& device) { device.wait(stream, event.get()); });
 }
 
 bool NcclOperation::launched() const {
@@ -51,8 +57,9 @@ bool NcclOperation::launched() const {
 }
 
 bool NcclOperation::done() const {
-  if (launched() && (!parts_.flight->end || family_->device().done(parts_.flight->end.get()))) return true;
   const Flight& flight = *parts_.flight;
+  const auto over = [&](DeviceApi& device) { return device.done(flight.end.get()); };
+  if (launched() && (!flight.end || family_->on_device(flight.whole, over))) return true;
   const bool never = !flight.launched && flight.waits_for_headers && family_->fabric().done(flight.headers) &&
                      !family_->fabric().succeeded(flight.headers);
   return never || family_->failed();
@@ -70,10 +77,11 @@ Span NcclOperation::span() const {
   for (const auto& header : flight.headers)
     if (family_->fabric().succeeded({&header, 1})) came = std::max(came, header->message.header.issued_ns);
   const double both = static_cast<double>(came) * 1e-9;
-  if (!flight.end || !family_->device().done(flight.end.get())) return {both, both};
-  DeviceApi& device = family_->device();
-  const double begin = std::max(both, device.time_of(flight.begin.get()));
-  return {begin, std::max(begin, device.time_of(flight.end.get()))};
+  return family_->on_device(flight.whole, [&](DeviceApi& device) -> Span {
+    if (!flight.end || !device.done(flight.end.get())) return {both, both};
+    const double begin = std::max(both, device.time_of(flight.begin.get()));
+    return {begin, std::max(begin, device.time_of(flight.end.get()))};
+  });
 }
 
 }  // namespace dualpipe::detail

@@ -31,6 +31,7 @@ class NcclOperation final : public Pending::State {
  private:
   bool launched() const;
   void finish();
+  void order(DeviceStream stream, const EventPtr& event);
 
   std::shared_ptr<NcclFamily> family_;
   Parts parts_;

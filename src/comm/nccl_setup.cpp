@@ -49,6 +49,7 @@ NcclCommunicator::NcclCommunicator(std::shared_ptr<NcclFamily> family, std::int6
   or_abort(family_->fabric(), "connect", [&] {
     transfers_ = family_->open(control_, str(" transfers ", group_));
     collectives_ = family_->open(control_, str(" collectives ", group_));
+    warm_up_collectives();
   });
 }
 
@@ -70,21 +71,22 @@ void NcclCommunicator::connect(const std::vector<Edge>& edges) {
 }
 
 // NCCL connects on first use, and blocks the host meanwhile.
+void NcclCommunicator::first_use(NcclLine line, NcclFamily::QueueId queue,
+                                 std::function<void(const Flight&, NcclApi&, NcclLine)> issue) {
+  auto flight =
+      this->flight(Transfer::collective(header(Channel::collective, "connect", collectives_count_, {})), {}, line);
+  flight->waits_for_headers = false;
+  for (int i = 0; i < 2 * size(); ++i)
+    flight->targets.push_back(family_->device().empty({1}, at::kFloat, flight->caller));
+  flight->ready = family_->record(flight->caller, flight->whole);
+  flight->issue = std::move(issue);
+  family_->submit(queue, flight);
+  family_->await_launch(queue, *flight);
+  family_->watch(flight);
+  family_->synchronize(*flight);
+}
+
 void NcclCommunicator::warm_up(const std::vector<Edge>& edges) {
-  const auto run = [this](NcclLine line, NcclFamily::QueueId queue,
-                          std::function<void(const Flight&, NcclApi&, NcclLine)> issue) {
-    auto flight =
-        this->flight(Transfer::collective(header(Channel::collective, "connect", collectives_count_, {})), {}, line);
-    flight->waits_for_headers = false;
-    for (int i = 0; i < 2 * size(); ++i)
-      flight->targets.push_back(family_->device().empty({1}, at::kFloat, flight->caller));
-    flight->ready = family_->record(flight->caller);
-    flight->issue = std::move(issue);
-    family_->submit(queue, flight);
-    family_->await_launch(queue, *flight);
-    family_->watch(flight);
-    family_->synchronize(*flight);
-  };
   const auto touch = [](const Flight& self, int me, Edge edge, int from, int to, NcclApi& nccl, NcclLine line) {
     void* memory = self.targets[static_cast<std::size_t>(edge.from == me ? edge.to : edge.from)].mutable_data_ptr();
     if (edge.from == me) nccl.send(memory, 1, to, line.comm, line.stream);
@@ -100,16 +102,19 @@ void NcclCommunicator::warm_up(const std::vector<Edge>& edges) {
       shared.push_back(edge);
       continue;
     }
-    run(edges_.at(edge), transfer_queue_, [&](const Flight& self, NcclApi& nccl, NcclLine line) {
+    first_use(edges_.at(edge), transfer_queue_, [&](const Flight& self, NcclApi& nccl, NcclLine line) {
       in_groups(nccl, 1, [&](std::size_t) { touch(self, rank(), edge, 0, 1, nccl, line); });
     });
   }
   if (!shared.empty())
-    run(transfers_, transfer_queue_, [&](const Flight& self, NcclApi& nccl, NcclLine line) {
+    first_use(transfers_, transfer_queue_, [&](const Flight& self, NcclApi& nccl, NcclLine line) {
       in_groups(nccl, shared.size(),
                 [&](std::size_t i) { touch(self, rank(), shared[i], shared[i].from, shared[i].to, nccl, line); });
     });
-  run(collectives_, collective_queue_, [](const Flight& self, NcclApi& nccl, NcclLine line) {
+}
+
+void NcclCommunicator::warm_up_collectives() {
+  first_use(collectives_, collective_queue_, [](const Flight& self, NcclApi& nccl, NcclLine line) {
     in_groups(nccl, 1, [&](std::size_t) {
       nccl.all_reduce(self.targets[0].mutable_data_ptr(), 1, at::kFloat, Reduce::sum, line.comm, line.stream);
     });

@@ -29,6 +29,7 @@ class AsyncRank {
   Communicator& operator*() const { return *rank_.communicator; }
   Communicator* operator->() const { return rank_.communicator.get(); }
   int rank() const { return rank_.communicator->rank(); }
+  detail::DeviceStream stream() const { return stream_; }
 
   /// Memory for work on the stream.
   at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype = at::kFloat) const {
