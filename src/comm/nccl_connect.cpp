@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 
@@ -50,8 +51,10 @@ std::shared_ptr<Communicator> connect_nccl(const World& world, const NcclOptions
   const std::vector<std::string> problems = gather(*control, problem);
   const std::vector<std::string> identities = gather(*control, mine.identity);
   for (const std::string& each : problems) DUALPIPE_CHECK(each.empty(), each);
-  const std::string shared = options.share_devices ? "" : detail::sharing_problem(identities);
-  DUALPIPE_CHECK(shared.empty(), shared);
+  const std::string shared = options.share_devices ? detail::sharing_obstacle(identities, detail::nccl_version(),
+                                                                              std::getenv("NCCL_MULTI_RANK_GPU_ENABLE"))
+                                                   : detail::sharing_problem(identities);
+  for (const std::string& each : gather(*control, shared)) DUALPIPE_CHECK(each.empty(), each);
 
   return detail::NcclCommunicator::world(
       control, detail::cuda_device(mine.index()), std::move(nccl),

@@ -8,8 +8,10 @@
 #include <nccl.h>
 #include <nvtx3/nvToolsExt.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <deque>
 #include <mutex>
 
 // Throws DeviceFailure with what the library says, unless the call succeeds.
@@ -40,11 +42,27 @@ ncclComm_t real(NcclComm comm) { return reinterpret_cast<ncclComm_t>(comm); }
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
+/// Sets the device where nothing may be thrown. After an error that stays, as those of kernels do, it cannot be set:
+/// then what is freed is freed without it, or not at all.
+class QuietGuard {
+ public:
+  explicit QuietGuard(at::Device device) noexcept {
+    try {
+      guard_.set_device(device);
+    } catch (...) {
+      // Who uses the device learns of it.
+    }
+  }
+
+ private:
+  c10::cuda::OptionalCUDAGuard guard_;
+};
+
 class CudaDevice final : public DeviceApi {
  public:
   explicit CudaDevice(int index) : device_(at::kCUDA, static_cast<at::DeviceIndex>(index)) {}
   ~CudaDevice() override {
-    const c10::cuda::CUDAGuard guard(device_);
+    const QuietGuard guard(device_);
     if (anchor_ != nullptr) (void)cudaEventDestroy(anchor_);
     if (clock_ != nullptr) (void)cudaStreamDestroy(clock_);
   }
@@ -55,7 +73,7 @@ class CudaDevice final : public DeviceApi {
   }
   DeviceStream create_stream() override { return reinterpret_cast<DeviceStream>(new_stream()); }
   void destroy(DeviceStream stream) noexcept override {
-    const c10::cuda::CUDAGuard guard(device_);
+    const QuietGuard guard(device_);
     (void)cudaStreamDestroy(real(stream));
   }
 
@@ -66,7 +84,7 @@ class CudaDevice final : public DeviceApi {
     return reinterpret_cast<DeviceEvent>(event);
   }
   void destroy(DeviceEvent event) noexcept override {
-    const c10::cuda::CUDAGuard guard(device_);
+    const QuietGuard guard(device_);
     (void)cudaEventDestroy(real(event));
   }
   void record(DeviceEvent event, DeviceStream stream) override {
@@ -194,7 +212,9 @@ class NcclLibrary final : public NcclApi {
     config.blocking = 1;
     if (wanted.min_ctas > 0) config.minCTAs = wanted.min_ctas;
     if (wanted.max_ctas > 0) config.maxCTAs = wanted.max_ctas;
-    config.commName = wanted.name.c_str();
+    // Beside a minimum NCCL refuses a maximum that is not set.
+    if (wanted.min_ctas > 0 && wanted.max_ctas == 0) config.maxCTAs = std::max(wanted.min_ctas, kMostCtas);
+    config.commName = keep(wanted.name);
     ncclComm_t comm = nullptr;
     DUALPIPE_NCCL_CHECK(nullptr, ncclCommInitRankConfig(&comm, num_ranks, id, rank, &config));
     return reinterpret_cast<NcclComm>(comm);
@@ -205,7 +225,7 @@ class NcclLibrary final : public NcclApi {
   }
   // In a group all of them are told to end before the first is waited for; NCCL 2.22 and later.
   void abort(std::span<const NcclComm> comms) noexcept override {
-    const c10::cuda::CUDAGuard guard(device_);
+    const QuietGuard guard(device_);
     (void)ncclGroupStart();
     for (const NcclComm comm : comms) (void)ncclCommAbort(real(comm));
     (void)ncclGroupEnd();
@@ -238,7 +258,17 @@ class NcclLibrary final : public NcclApi {
   }
 
  private:
+  static constexpr int kMostCtas = 64;  // NCCL's own limit
+
+  /// NCCL reads a communicator's name for as long as that lives.
+  const char* keep(const std::string& name) {
+    const std::lock_guard lock(names_mutex_);
+    return names_.emplace_back(name).c_str();
+  }
+
   const at::Device device_;
+  std::mutex names_mutex_;
+  std::deque<std::string> names_;
 };
 
 }  // namespace
@@ -269,9 +299,14 @@ std::string cuda_device_identity(int index) {
 
 std::shared_ptr<DeviceApi> cuda_device(int index) { return std::make_shared<CudaDevice>(index); }
 
+int nccl_version() {
+  int version = 0;
+  DUALPIPE_NCCL_CHECK(nullptr, ncclGetVersion(&version));
+  return version;
+}
+
 std::shared_ptr<NcclApi> nccl_library(int device_index) {
-  int loaded = 0;
-  DUALPIPE_NCCL_CHECK(nullptr, ncclGetVersion(&loaded));
+  const int loaded = nccl_version();
   Dl_info where{};
   const bool found = dladdr(reinterpret_cast<void*>(&ncclGetVersion), &where) != 0 && where.dli_fname != nullptr;
   const std::string problem =

@@ -17,6 +17,8 @@ std::shared_ptr<DeviceApi> cuda_device(int index);
 /// @throws DeviceFailure  a library older than the headers was loaded; the text names the file.
 std::shared_ptr<NcclApi> nccl_library(int device_index);
 
+/// Of the library that was loaded, as NCCL counts: 23007 is 2.30.7.
+int nccl_version();
 /// "2.30.7"
 std::string nccl_version_text(int code);
 /// Why a library of version `loaded` from `file` cannot serve a program that was built for version `expected`; empty:

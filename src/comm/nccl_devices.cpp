@@ -1,6 +1,7 @@
 #include "comm/nccl_devices.hpp"
 
 #include <map>
+#include <string_view>
 
 #include "comm/nccl_cuda.hpp"
 #include "dualpipe/error.hpp"
@@ -39,6 +40,19 @@ std::string sharing_problem(const std::vector<std::string>& identity_by_rank) {
         "): set LOCAL_RANK or NcclOptions::device so that each has its own. To share it on purpose, which needs "
         "NCCL 2.30 or later, set NcclOptions::share_devices and NCCL_MULTI_RANK_GPU_ENABLE=1 in the environment");
   }
+  return "";
+}
+
+std::string sharing_obstacle(const std::vector<std::string>& identity_by_rank, int version, const char* enabled) {
+  if (sharing_problem(identity_by_rank).empty()) return "";
+  if (version < kSharesDevices)
+    return str("ranks share a CUDA device, which needs NCCL 2.30 or later, and this is ", nccl_version_text(version),
+               ": use a LibTorch that brings a newer one, or give each rank a device of its own");
+  if (enabled == nullptr || std::string_view(enabled) != "1")
+    return str(
+        "ranks share a CUDA device, for which NCCL wants NCCL_MULTI_RANK_GPU_ENABLE=1 in the environment of "
+        "all of them, and it is ",
+        enabled == nullptr ? std::string("not set") : str("\"", enabled, "\""));
   return "";
 }
 

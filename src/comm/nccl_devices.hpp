@@ -25,4 +25,12 @@ std::string device_problem(const RankDevice& rank, const std::string& why);
 /// Which ranks use the same device; empty: none do.
 std::string sharing_problem(const std::vector<std::string>& identity_by_rank);
 
+constexpr int kSharesDevices = 23000;  ///< the version of NCCL from which on ranks can use one device
+
+/// What keeps ranks that are meant to from sharing a device; empty: nothing does, or each has its own.
+///
+/// @param version  of NCCL.
+/// @param enabled  NCCL_MULTI_RANK_GPU_ENABLE in the environment; null where it is not set.
+std::string sharing_obstacle(const std::vector<std::string>& identity_by_rank, int version, const char* enabled);
+
 }  // namespace dualpipe::detail

@@ -41,6 +41,15 @@ TEST(NcclDevices, TwoRanksOnOneDeviceSaysWhatToSet) {
                     HasSubstr("LOCAL_RANK")));
 }
 
+TEST(NcclDevices, WhatKeepsRanksFromSharingOneSaysWhatToDo) {
+  EXPECT_EQ(detail::sharing_obstacle({"a", "b"}, 22809, nullptr), "") << "none is shared";
+  EXPECT_EQ(detail::sharing_obstacle({"a", "a"}, 23007, "1"), "");
+  EXPECT_THAT(detail::sharing_obstacle({"a", "a"}, 22809, "1"), AllOf(HasSubstr("2.30"), HasSubstr("this is 2.28.9")));
+  EXPECT_THAT(detail::sharing_obstacle({"a", "a"}, 23007, nullptr),
+              AllOf(HasSubstr("NCCL_MULTI_RANK_GPU_ENABLE=1"), HasSubstr("not set")));
+  EXPECT_THAT(detail::sharing_obstacle({"a", "a"}, 23007, "0"), HasSubstr("it is \"0\""));
+}
+
 TEST(NcclVersion, AnOlderLibraryIsRefusedByName) {
   EXPECT_EQ(detail::nccl_version_problem(23007, 23007, "x"), "");
   EXPECT_EQ(detail::nccl_version_problem(23007, 23100, "x"), "");
