@@ -9,14 +9,14 @@
 #include <set>
 #include <utility>
 
+#include "dual_pipe/training_plan.hpp"
+#include "dual_pipe/unfinished_step.hpp"
 #include "dualpipe/runtime/replicas.hpp"
 #include "dualpipe/train/clip.hpp"
 #include "runtime/agree.hpp"
 #include "runtime/arrival_memory.hpp"
 #include "runtime/executor/recorder.hpp"
 #include "runtime/gradients.hpp"
-#include "runtime/training_plan.hpp"
-#include "runtime/unfinished_step.hpp"
 
 namespace dualpipe {
 namespace {

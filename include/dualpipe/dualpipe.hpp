@@ -4,6 +4,7 @@
 /// include what they need from dualpipe/schedule/ and link dualpipe::schedule, without LibTorch.
 
 #include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/comm/device_trace.hpp"
 #include "dualpipe/comm/local.hpp"
 #include "dualpipe/comm/pending.hpp"
 #include "dualpipe/comm/socket.hpp"
@@ -12,6 +13,7 @@
 #include "dualpipe/error.hpp"
 #include "dualpipe/launch/failure.hpp"
 #include "dualpipe/launch/world.hpp"
+#include "dualpipe/runtime/arrivals.hpp"
 #include "dualpipe/runtime/as_stage.hpp"
 #include "dualpipe/runtime/batch.hpp"
 #include "dualpipe/runtime/collective.hpp"

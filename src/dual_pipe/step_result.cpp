@@ -1,6 +1,6 @@
 #include <utility>
 
-#include "runtime/unfinished_step.hpp"
+#include "dual_pipe/unfinished_step.hpp"
 
 namespace dualpipe {
 namespace {

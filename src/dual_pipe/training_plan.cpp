@@ -1,4 +1,4 @@
-#include "runtime/training_plan.hpp"
+#include "dual_pipe/training_plan.hpp"
 
 #include <algorithm>
 #include <fstream>
