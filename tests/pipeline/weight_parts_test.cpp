@@ -123,15 +123,16 @@ TEST(WeightParts, HideTheCollectiveOfAGradientThatComesWhileTheyRun) {
   const std::string file = testing::TempDir() + "two_stages.csv";
   std::ofstream(file) << "0F0,0F1,0B0,0B1\n1F0,1F1,1B0,1B1\n";
   Log log;
-  std::atomic<bool> sent{false};
+  std::atomic<bool> began{false}, sent{false};
   std::atomic<int> weight_parts{0};  // of rank 1
   run_ranks(2, [&](std::shared_ptr<Communicator> comm) {
     const Batch batch = random_batch(2, 7);
     DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = 2, .schedule = file}, [&](int number) {
       if (number == 0) {
         const Layers layers(2, log);
-        // Rank 1 has sent the second gradient before the first part of the first micro-batch is over.
+        // Rank 1 sends the second gradient while the first part of the first micro-batch runs.
         layers->weights[0].register_hook([&](const torch::Tensor&) {
+          began = true;
           while (!sent) std::this_thread::yield();
         });
         Stage stage(layers.ptr());
@@ -145,6 +146,7 @@ TEST(WeightParts, HideTheCollectiveOfAGradientThatComesWhileTheyRun) {
       // Weight parts come behind the gradient that is published.
       layer->weight.register_hook([&](const torch::Tensor&) {
         if (++weight_parts == 2) sent = true;
+        while (!began) std::this_thread::yield();
       });
       return stage;
     });
