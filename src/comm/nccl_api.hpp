@@ -41,7 +41,8 @@ class DeviceApi {
   virtual DeviceStream create_stream() = 0;
   virtual void destroy(DeviceStream stream) noexcept = 0;
 
-  virtual DeviceEvent create_event() = 0;
+  /// @param timed  time_of() may ask for it; what only orders streams is cheaper without.
+  virtual DeviceEvent create_event(bool timed) = 0;
   virtual void destroy(DeviceEvent event) noexcept = 0;
   /// The event is over when all that the stream was given before is.
   virtual void record(DeviceEvent event, DeviceStream stream) = 0;

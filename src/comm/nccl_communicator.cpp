@@ -208,7 +208,7 @@ Pending NcclCommunicator::fence() {
   auto flight =
       this->flight(Transfer::collective(header(Channel::collective, "fence", collectives_count_, {})), {}, {});
   family_->check(flight->whole);
-  flight->begin = flight->end = family_->record(flight->caller, flight->whole);
+  flight->begin = flight->end = family_->record(flight->caller, flight->whole, /*timed=*/true);
   return Pending(std::make_shared<NcclOperation>(family_, NcclOperation::Parts{.flight = std::move(flight)}));
 }
 

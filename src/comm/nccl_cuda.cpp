@@ -77,10 +77,10 @@ class CudaDevice final : public DeviceApi {
     (void)cudaStreamDestroy(real(stream));
   }
 
-  DeviceEvent create_event() override {
+  DeviceEvent create_event(bool timed) override {
     const c10::cuda::CUDAGuard guard(device_);
     cudaEvent_t event = nullptr;
-    DUALPIPE_CUDA_CHECK(cudaEventCreate(&event));
+    DUALPIPE_CUDA_CHECK(cudaEventCreateWithFlags(&event, timed ? cudaEventDefault : cudaEventDisableTiming));
     return reinterpret_cast<DeviceEvent>(event);
   }
   void destroy(DeviceEvent event) noexcept override {

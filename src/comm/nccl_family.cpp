@@ -14,11 +14,8 @@ namespace {
 
 using namespace std::chrono_literals;
 
-constexpr auto kFarewell = 1500ms;   // for what is under way when the last communicator goes
-constexpr auto kGuardPeriod = 10ms;  // how soon a failure elsewhere ends what the device does here
-constexpr auto kInsideNccl = 500ms;  // for somebody to come out of a call of NCCL before it is aborted
-constexpr auto kBrief = 200us;       // for headers that peers send at about the same time
-constexpr auto kPollPeriod = 100us;
+constexpr auto kFarewell = 1500ms;  // for what is under way when the last communicator goes
+constexpr auto kBrief = 200us;      // for headers that peers send at about the same time
 
 /// Signals are for the program's own threads.
 template <class Body>
@@ -90,11 +87,12 @@ class NcclFamily::Waker final : public FabricListener {
 struct NcclFamily::EventPool {
   explicit EventPool(std::shared_ptr<DeviceApi> api) : device(std::move(api)) {}
   ~EventPool() {
-    for (const DeviceEvent event : free) device->destroy(event);
+    for (const auto* events : {&ordering, &timed})
+      for (const DeviceEvent event : *events) device->destroy(event);
   }
   const std::shared_ptr<DeviceApi> device;
   std::mutex mutex;
-  std::vector<DeviceEvent> free;
+  std::vector<DeviceEvent> ordering, timed;
 };
 
 NcclFamily::NcclFamily(std::shared_ptr<Fabric> fabric, std::shared_ptr<DeviceApi> device, std::shared_ptr<NcclApi> nccl,
@@ -175,19 +173,20 @@ NcclFamily::QueueId NcclFamily::add_queue() {
   return queues_.size() - 1;
 }
 
-EventPtr NcclFamily::record(DeviceStream stream, const Transfer& whole) {
+EventPtr NcclFamily::record(DeviceStream stream, const Transfer& whole, bool timed) {
+  std::vector<DeviceEvent>& free = timed ? events_->timed : events_->ordering;
   DeviceEvent event = nullptr;
   {
     const std::lock_guard lock(events_->mutex);
-    if (!events_->free.empty()) {
-      event = events_->free.back();
-      events_->free.pop_back();
+    if (!free.empty()) {
+      event = free.back();
+      free.pop_back();
     }
   }
-  if (event == nullptr) event = on_device(whole, [](DeviceApi& device) { return device.create_event(); });
-  EventPtr pooled(event, [pool = events_](DeviceEvent returned) {
+  if (event == nullptr) event = on_device(whole, [&](DeviceApi& device) { return device.create_event(timed); });
+  EventPtr pooled(event, [pool = events_, &free](DeviceEvent returned) {
     const std::lock_guard lock(pool->mutex);
-    pool->free.push_back(returned);
+    free.push_back(returned);
   });
   on_device(whole, [&](DeviceApi& device) { device.record(event, stream); });
   return pooled;
@@ -245,27 +244,9 @@ void NcclFamily::issue(Flight& flight) {
   const DeviceStream stream = flight.line.stream;
   device_->wait(stream, flight.ready.get());
   const Range range(*device_, flight.whole.operation());
-  flight.begin = record(stream, flight.whole);
+  flight.begin = record(stream, flight.whole, /*timed=*/true);
   call_nccl(flight);
-  flight.end = record(stream, flight.whole);
-}
-
-// The guard sees how long it takes. Once the family has failed, the communicator may be gone.
-void NcclFamily::call_nccl(Flight& flight) {
-  const auto note = [this](const Transfer* calling) {
-    const std::lock_guard lock(watch_mutex_);
-    calling_ = calling;
-    called_ = Clock::now();
-  };
-  note(&flight.whole);
-  try {
-    check(flight.whole);
-    flight.issue(flight, *nccl_, flight.line);
-  } catch (...) {
-    note(nullptr);
-    throw;
-  }
-  note(nullptr);
+  flight.end = record(stream, flight.whole, /*timed=*/true);
 }
 
 void NcclFamily::await_launch(QueueId queue, const Flight& flight) {
@@ -286,11 +267,6 @@ bool NcclFamily::launched(QueueId queue, const Flight& flight) {
   const std::lock_guard lock(launch_mutex_);
   progress(queues_[queue]);
   return flight.launched.load(std::memory_order_acquire);
-}
-
-void NcclFamily::watch(std::shared_ptr<Flight> flight) {
-  const std::lock_guard lock(watch_mutex_);
-  watched_.push_back({std::move(flight), Clock::now() + timeout_});
 }
 
 void NcclFamily::synchronize(const Flight& flight) {
@@ -316,64 +292,6 @@ void NcclFamily::launch_when_possible() {
     const std::lock_guard lock(launch_mutex_);
     for (Queue& queue : queues_) progress(queue);
   }
-}
-
-void NcclFamily::guard() {
-  std::unique_lock lock(stop_mutex_);
-  while (!stop_changed_.wait_for(lock, kGuardPeriod, [this] { return stop_; })) {
-    lock.unlock();
-    try {
-      if (failed()) {
-        abort_all();
-        return;
-      }
-      blame_what_is_late();
-      const std::lock_guard comms_lock(comms_mutex_);
-      for (const NcclComm comm : comms_) {
-        const auto error = nccl_->async_error(comm);
-        if (!error) continue;
-        fabric().abort(fabric().rank(), str("rank ", fabric().rank(), ": NCCL: ", *error));
-        break;
-      }
-    } catch (const std::exception& error) {
-      fabric().abort(fabric().rank(), str("rank ", fabric().rank(), ": ", error.what()));
-    }
-    lock.lock();
-  }
-}
-
-void NcclFamily::blame_what_is_late() {
-  const auto now = Clock::now();
-  const std::lock_guard lock(watch_mutex_);
-  if (calling_ != nullptr && now - called_ >= timeout_) {
-    fabric().abort(fabric().rank(),
-                   str("rank ", fabric().rank(), ": ", calling_->describe(),
-                       ": NCCL has not come back from a call for longer than the timeout of ", timeout_.count(),
-                       " ms. It connects when ranks first meet: one that has stopped or cannot be reached holds up the "
-                       "others; NCCL_DEBUG=INFO says which way it tries"));
-    return;
-  }
-  std::erase_if(watched_, [this](const Watched& each) { return device_->done(each.flight->end.get()); });
-  for (const auto& [flight, deadline] : watched_) {
-    if (now < deadline) continue;
-    fabric().abort(flight->origin, str("rank ", fabric().rank(), ": ", flight->whole.describe(), ": waited for ",
-                                       flight->origin >= 0 ? str("rank ", flight->origin) : std::string("the device"),
-                                       " longer than the timeout of ", timeout_.count(),
-                                       " ms: the operation is launched, but the device does not come to its end"));
-    return;
-  }
-}
-
-void NcclFamily::abort_all() noexcept {
-  std::unique_lock launching(launch_mutex_, std::try_to_lock);
-  for (const auto deadline = Clock::now() + kInsideNccl; !launching && Clock::now() < deadline;) {
-    std::this_thread::sleep_for(kPollPeriod);
-    (void)launching.try_lock();
-  }
-  const std::lock_guard lock(comms_mutex_);
-  aborted_ = true;
-  if (!comms_.empty()) nccl_->abort(comms_);
-  comms_.clear();
 }
 
 bool NcclFamily::quiet() {

@@ -79,8 +79,9 @@ class NcclFamily {
   /// The operations of one queue are launched in the order in which they are submitted.
   QueueId add_queue();
   /// @param whole  what it is for, to name it in errors.
+  /// @param timed  the device can be asked when it was.
   /// @throws CommError
-  EventPtr record(DeviceStream stream, const Transfer& whole);
+  EventPtr record(DeviceStream stream, const Transfer& whole, bool timed = false);
   /// What the rank's thread asks of the device; its failure ends the family.
   /// @throws CommError
   template <class Call>
@@ -116,6 +117,7 @@ class NcclFamily {
     Clock::time_point deadline;
   };
   using Queue = std::deque<std::shared_ptr<Flight>>;
+  static constexpr auto kPollPeriod = std::chrono::microseconds(100);
 
   void progress(Queue& queue);  // launch_mutex_ held
   bool launch(Flight& flight);  // launch_mutex_ held

@@ -15,7 +15,8 @@ class NcclTrace final : public DeviceTrace {
   explicit NcclTrace(std::shared_ptr<NcclFamily> family) : family_(std::move(family)) {}
 
   std::shared_ptr<const Moment> mark() override {
-    return std::make_shared<Event>(family_, family_->record(family_->device().current_stream(), moment()));
+    return std::make_shared<Event>(family_,
+                                   family_->record(family_->device().current_stream(), moment(), /*timed=*/true));
   }
   void push_range(const std::string& name) override { family_->device().push_range(name); }
   void pop_range() override { family_->device().pop_range(); }

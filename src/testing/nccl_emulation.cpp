@@ -82,7 +82,7 @@ class NcclEmulation::Device final : public detail::DeviceApi {
     --cluster_->open_streams;
   }
 
-  DeviceEvent create_event() override { return reinterpret_cast<DeviceEvent>(new Event(cluster_)); }
+  DeviceEvent create_event(bool timed) override { return reinterpret_cast<DeviceEvent>(new Event(cluster_, timed)); }
   void destroy(DeviceEvent event) noexcept override { delete real(event); }
 
   void record(DeviceEvent event, DeviceStream stream) override {
@@ -122,6 +122,7 @@ class NcclEmulation::Device final : public detail::DeviceApi {
 
   double time_of(DeviceEvent event) override {
     const std::lock_guard lock(cluster_->mutex);
+    if (!real(event)->timed) cluster_->violations.push_back("an event was asked for its time that has none");
     return real(event)->state->time;
   }
 

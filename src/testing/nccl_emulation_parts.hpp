@@ -144,8 +144,9 @@ struct World {
 };
 
 struct Event {
-  explicit Event(std::shared_ptr<World> of) : world(std::move(of)) {}
+  Event(std::shared_ptr<World> of, bool with_time) : world(std::move(of)), timed(with_time) {}
   const std::shared_ptr<World> world;
+  const bool timed;
   const std::shared_ptr<EventState> state = std::make_shared<EventState>();
 };
 

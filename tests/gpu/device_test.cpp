@@ -55,8 +55,8 @@ TEST_F(OneGpu, HasADevice) {
 TEST_F(OneGpu, ACommunicatorOfOneRankSendsToItself) {
   const auto comm = nccl_->init(1, nccl_->unique_id(), 0, {.name = "self"});
   const auto stream = device_->create_stream();
-  const auto ready = device_->create_event();
-  const auto end = device_->create_event();
+  const auto ready = device_->create_event(/*timed=*/false);
+  const auto end = device_->create_event(/*timed=*/false);
   const auto sent = torch::arange(1 << 20, torch::device(torch::kCUDA).dtype(torch::kFloat));
   const at::Tensor got = device_->empty(sent.sizes(), sent.scalar_type(), device_->current_stream());
   device_->record(ready, device_->current_stream());
@@ -80,7 +80,7 @@ TEST_F(OneGpu, EventsTellTheTimeOfTheHostsClock) {
   const auto now = [] {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
   };
-  const auto event = device_->create_event();
+  const auto event = device_->create_event(/*timed=*/true);
   for (int i = 0; i < 3; ++i) {
     const double before = now();
     device_->record(event, device_->current_stream());

@@ -17,7 +17,7 @@ class ForwardingDevice : public detail::DeviceApi {
   detail::DeviceStream current_stream() override { return inner_->current_stream(); }
   detail::DeviceStream create_stream() override { return inner_->create_stream(); }
   void destroy(detail::DeviceStream stream) noexcept override { inner_->destroy(stream); }
-  detail::DeviceEvent create_event() override { return inner_->create_event(); }
+  detail::DeviceEvent create_event(bool timed) override { return inner_->create_event(timed); }
   void destroy(detail::DeviceEvent event) noexcept override { inner_->destroy(event); }
   void record(detail::DeviceEvent event, detail::DeviceStream stream) override { inner_->record(event, stream); }
   void wait(detail::DeviceStream stream, detail::DeviceEvent event) override { inner_->wait(stream, event); }
