@@ -165,7 +165,7 @@ inline void an_abort_leaves_parameters_and_gradients(const Ptr& comm) {
   };
   const auto begin = std::chrono::steady_clock::now();
   EXPECT_THAT(message_of([&] { pipe->step(batch, fails); }), ::testing::HasSubstr("the loss is not a number"));
-  torch::cuda::synchronize();
+  torch::cuda::synchronize(comm->device().index());
   EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(10));
   std::size_t i = 0;
   for (const at::Tensor& parameter : pipe->parameters()) {

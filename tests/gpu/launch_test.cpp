@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "comm/nccl_cuda.hpp"
+#include "comm/nccl_devices.hpp"
 #include "launch/process.hpp"
 
 namespace dualpipe {
@@ -67,6 +68,8 @@ const std::vector<std::pair<std::string, std::string>> kSharing = {{"DUALPIPE_TE
 
 TEST(GpuLaunchShared, TwoRanksOnOneDevice) {
   if (const std::string why = missing(1); !why.empty()) GTEST_SKIP() << why;
+  if (detail::nccl_version() < detail::kSharesDevices)
+    GTEST_SKIP() << "needs NCCL 2.30, this is " << detail::nccl_version_text(detail::nccl_version());
   expect_success(on_ranks(2, {GPU_RANK_TEST}), kSharing);
 }
 

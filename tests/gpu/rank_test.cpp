@@ -17,9 +17,11 @@ namespace {
 using ::testing::HasSubstr;
 using namespace std::chrono_literals;
 
+bool shares_device() { return std::getenv("DUALPIPE_TEST_SHARE_DEVICE") != nullptr; }
+
 Ptr connect(const std::string& name, bool communicator_per_edge = false) {
   const World world = World::from_env();
-  const bool share = std::getenv("DUALPIPE_TEST_SHARE_DEVICE") != nullptr;
+  const bool share = shares_device();
   return connect_nccl(world, {.connect = {.name = name, .timeout = 60s},
                               .device = share ? 0 : -1,
                               .communicator_per_edge = communicator_per_edge,
@@ -52,6 +54,30 @@ TEST(GpuRank, AnAbortInTheMiddleOfAStepLeavesParametersAndGradients) {
   an_abort_leaves_parameters_and_gradients(connect("abort"));
 }
 
+/// Rank 0 waits for an all_to_all that nobody else comes to, and sends what would follow from it.
+TEST(GpuRank, AnAbortEndsTransfersThatWaitForACollective) {
+  const auto comm = connect("abort_exchange");
+  if (comm->size() < 2) GTEST_SKIP() << "needs two ranks";
+  comm->connect({{0, 1}, {1, 0}});
+  const auto size = static_cast<std::size_t>(comm->size());
+  Pending sent;
+  if (comm->rank() == 0) {
+    const Tensors outgoing(size, torch::ones({1 << 20}, comm->device()));
+    const Signature expected(size, {.dtype = torch::kFloat, .sizes = {1 << 20}});
+    const Tensors mixed = comm->all_to_all(outgoing, expected).take();
+    sent = comm->send(1, {mixed[1] + 1});
+  }
+  comm->barrier().wait();
+  if (comm->rank() == 1) comm->abort("enough");
+  const auto begin = std::chrono::steady_clock::now();
+  torch::cuda::synchronize(comm->device().index());
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, 10s);
+  EXPECT_THAT(message_of([&] { comm->barrier().wait(); }), HasSubstr("enough"));
+  if (comm->rank() == 0) {
+    EXPECT_THAT(message_of([&] { sent.wait(); }), HasSubstr("enough"));
+  }
+}
+
 /// While it lives, LibTorch throws where the host would wait for a device.
 class NoWaits {
  public:
@@ -79,6 +105,7 @@ TEST(GpuRank, TheOnlyWaitOfAStepIsItsCommit) {
 
 /// Stages that compute far longer than their boundaries take, on any link between devices.
 TEST(GpuRank, TransfersRunUnderCompute) {
+  if (shares_device()) GTEST_SKIP() << "ranks that share a device wait for each other's compute";
   const auto comm = connect("hidden");
   if (comm->size() < 2) GTEST_SKIP() << "needs two ranks";
   const int width = 4096;

@@ -35,7 +35,7 @@ class OneGpuRanks : public ::testing::TestWithParam<Streams> {
                 if (GetParam() == Streams::own)
                   guard.emplace(c10::cuda::getStreamFromPool(false, comm->device().index()));
                 body(comm);
-                torch::cuda::synchronize();
+                torch::cuda::synchronize(comm->device().index());
               },
               {.timeout = 60s, .device = at::kCUDA});
   }
@@ -104,9 +104,10 @@ TEST_P(OneGpuRanks, MemoryChangesHandsOnlyBetweenThreadsWithOneStream) {
   std::array<void*, 2> address{};
   run(2, [&](const Ptr& comm) {
     if (comm->rank() == 0) {
-      auto tensor = torch::arange(1000, torch::device(comm->device()));
-      address[0] = tensor.data_ptr();
-      Pending sent = comm->send(1, {std::move(tensor)});
+      Tensors tensors;  // in braces it would be copied, and held by this statement too
+      tensors.push_back(torch::arange(1000, torch::device(comm->device())));
+      address[0] = tensors[0].data_ptr();
+      Pending sent = comm->send(1, std::move(tensors));
       sent.wait();
     } else {
       const at::Tensor got = comm->receive(0).take().at(0);
