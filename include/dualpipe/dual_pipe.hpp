@@ -91,7 +91,7 @@ class DualPipeImpl : public torch::nn::Module {
   Tensors predict(const Batch& batch);
 
   /// Collective. Scales the gradients of the whole model to a 2-norm of at most `max_norm`, each parameter counted
-  /// once.
+  /// once. On a device the host waits for the norm, so that nothing is scaled by what an abort has left behind.
   /// @return  the norm before, zero-dimensional float64, the same on every rank.
   torch::Tensor clip_grad_norm_(double max_norm);
   /// Collective. Parameters and buffers of the lowest holder of each stage replace the others'. Done by the
