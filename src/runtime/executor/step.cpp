@@ -106,8 +106,11 @@ void RunningStep::weight_part() {
   turn(piece);
   begins(piece);
   StageActivation& activation = micro_batches_.activation(*backward_op_);
-  if (!context_.fills_waits) activation.backward_weight(piece.node);
-  const bool more = context_.fills_waits && activation.backward_weight_part(piece.node);
+  bool more = false;
+  if (context_.fills_waits)
+    more = activation.backward_weight_part(piece.node);
+  else
+    activation.backward_weight(piece.node);
   computed(piece);
   if (!more) weights_.pop_front();
   host_.between();
@@ -155,12 +158,14 @@ void RunningStep::computed(const Piece& piece) {
     weights_.push_back(piece.node);
   if (!order().communicates) return;
   range_.reset();
+  if (!context_.recorder.on()) return;
   const Op op = recorded(piece);
   context_.recorder.record(Lane::node, {op, {}}, begin_, context_.recorder.mark(),
                            context_.stage_of(op).chain_name(piece.node));
 }
 
 void RunningStep::collected(Side side, const Pending& pending) {
+  if (!context_.recorder.on()) return;
   const int node = side == Side::forward ? forward_->node() : backward_->node();
   context_.recorder.record(Lane::collective, {op(side), {}}, pending, context_.stage_of(op(side)).chain_name(node));
 }
