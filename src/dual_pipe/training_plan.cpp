@@ -57,7 +57,7 @@ std::string describe(const DualPipeOptions& options, const Schedule& schedule) {
 StageTraits traits_of_all(Communicator& communicator, const std::map<int, Stage>& stages) {
   StageTraits traits;
   for (const auto& [number, stage] : stages) {
-    if (stage.structure().find('X') != std::string::npos) traits.communicate = true;
+    if (stage.communicates()) traits.communicate = true;
     if (stage.has_data_dependent_shapes()) traits.data_dependent_from = std::min(traits.data_dependent_from, number);
   }
   const std::string mine = detail::str(traits.communicate ? 1 : 0, ' ', traits.data_dependent_from);

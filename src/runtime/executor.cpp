@@ -189,9 +189,8 @@ Plan make_plan(Schedule schedule, Publish publish, bool communicates) {
 Executor::Executor(std::shared_ptr<Communicator> communicator, std::map<int, Stage> stages)
     : communicator_(std::move(communicator)), stages_(std::move(stages)) {
   const bool host_waits = communicator_->device().is_cpu() && communicator_->device_trace() == nullptr;
-  fills_waits_ = host_waits && std::any_of(stages_.begin(), stages_.end(), [](const auto& entry) {
-                   return entry.second.structure().find('X') != std::string::npos;
-                 });
+  fills_waits_ = host_waits && std::any_of(stages_.begin(), stages_.end(),
+                                           [](const auto& entry) { return entry.second.communicates(); });
 }
 
 RunOutputs Executor::run(const Plan& plan, const RunInputs& inputs,

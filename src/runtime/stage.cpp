@@ -123,6 +123,10 @@ std::string Stage::structure(bool with_loss) const {
   return letters;
 }
 
+bool Stage::communicates() const {
+  return std::any_of(nodes_.begin(), nodes_.end(), [](const Node& node) { return node.communication != nullptr; });
+}
+
 std::string Stage::chain_name(int node) const {
   const auto index = static_cast<std::size_t>(node);
   if (index >= chain_.size()) return chain_.empty() ? "identity" : "loss";

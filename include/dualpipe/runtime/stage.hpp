@@ -111,6 +111,8 @@ class Stage {
   ///
   /// @param with_loss  the loss needs a graph: a stage that ends in a collective gets a node for it.
   std::string structure(bool with_loss = false) const;
+  /// Whether it has a collective.
+  bool communicates() const;
   /// Of a node of the chain, for messages and pictures: "attention", "norm to MLP", "loss".
   std::string chain_name(int node) const;
 
