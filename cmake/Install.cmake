@@ -6,8 +6,8 @@ include(CMakePackageConfigHelpers)
 
 set(package_dir "${CMAKE_INSTALL_LIBDIR}/cmake/dualpipe")
 
-install(TARGETS dualpipe_schedule EXPORT dualpipe-schedule ARCHIVE LIBRARY RUNTIME)
-install(TARGETS dualpipe_comm dualpipe_stage dualpipe_dualpipe EXPORT dualpipe-dualpipe ARCHIVE LIBRARY RUNTIME)
+install(TARGETS dualpipe_schedule dualpipe_planner EXPORT dualpipe-schedule ARCHIVE LIBRARY RUNTIME)
+install(TARGETS dualpipe_dualpipe EXPORT dualpipe-dualpipe ARCHIVE LIBRARY RUNTIME)
 if(DUALPIPE_BUILD_TOOLS)
   install(TARGETS dualpipe-plan dualpipe-run RUNTIME)
 endif()

@@ -11,7 +11,8 @@
 #include <system_error>
 
 #include "dualpipe/error.hpp"
-#include "dualpipe/schedule/render.hpp"
+#include "dualpipe/planner/render.hpp"
+#include "dualpipe/planner/report.hpp"
 
 namespace example {
 namespace {
