@@ -7,9 +7,10 @@
 #include <cstddef>
 #include <vector>
 
-namespace dualpipe {
+#include "dualpipe/comm/pending.hpp"
+#include "dualpipe/detail/config.hpp"
 
-using Tensors = std::vector<at::Tensor>;
+namespace dualpipe::detail {
 
 /// Owner of an autograd node. LibTorch has changed the pointer type between releases.
 using NodePtr = decltype(torch::autograd::Edge::function);
@@ -29,7 +30,7 @@ struct GraphInputs {
 /// @param inputs  detached or fresh; requires_grad() says which are differentiable; an undefined one stays undefined.
 /// While
 ///                gradients are disabled on the calling thread none is differentiable.
-GraphInputs enter_graph(const Tensors& inputs);
+DUALPIPE_DECL GraphInputs enter_graph(const Tensors& inputs);
 
 /// The backward of one micro-batch through one piece of autograd code: as a whole, or input gradients first and weight
 /// gradients later. The split is found from the graph alone, for any code.
@@ -46,7 +47,7 @@ class BackwardGraph {
   BackwardGraph() = default;
   /// @param inputs   what enter_graph gave.
   /// @param outputs  what the code returned; only their places in the graph are kept, the tensors may be dropped.
-  BackwardGraph(const GraphInputs& inputs, const Tensors& outputs);
+  DUALPIPE_DECL BackwardGraph(const GraphInputs& inputs, const Tensors& outputs);
   BackwardGraph(BackwardGraph&&) noexcept = default;
   BackwardGraph& operator=(BackwardGraph&&) noexcept = default;
 
@@ -59,14 +60,14 @@ class BackwardGraph {
   ///         shares their memory, now or later, so they may be given away.
   /// @throws InvalidArgument  another number of gradients than outputs.
   /// @throws Error            a backward of this graph has run before.
-  Tensors backward(const Tensors& output_gradients);
+  DUALPIPE_DECL Tensors backward(const Tensors& output_gradients);
 
   /// I: the input gradients, as above; no parameter is touched. Frees what only they needed.
-  Tensors backward_input(const Tensors& output_gradients);
+  DUALPIPE_DECL Tensors backward_input(const Tensors& output_gradients);
 
   /// W: accumulates the parameters' gradients that backward_input left. Frees the rest of the graph.
   /// @throws Error  backward_input has not run, or this has.
-  void backward_weight();
+  DUALPIPE_DECL void backward_weight();
   /// The same piece by piece, for a host that has other things to do in between: the next of the parts that share no
   /// operation, as the weight gradients of two linear layers, last layer first. Where no input is differentiable, the
   /// first part is what leads to the first layer's parameters, and operations between run their backward twice, as in
@@ -74,7 +75,7 @@ class BackwardGraph {
   ///
   /// @return whether there are more.
   /// @throws Error  backward_input has not run, or no part is left.
-  bool backward_weight_part();
+  DUALPIPE_DECL bool backward_weight_part();
 
  private:
   /// What is left: the whole backward; all of it, as weight part; the weight part; some parts of it; nothing.
@@ -84,10 +85,10 @@ class BackwardGraph {
     torch::autograd::variable_list gradients;
   };
 
-  Roots start(const char* what, const Tensors& output_gradients);
-  void require_weights() const;
-  static Roots run_input_part(Roots roots, torch::autograd::Node* entrance);
-  static std::vector<Roots> independent(Roots roots);
+  DUALPIPE_DECL Roots start(const char* what, const Tensors& output_gradients);
+  DUALPIPE_DECL void require_weights() const;
+  static DUALPIPE_DECL Roots run_input_part(Roots roots, torch::autograd::Node* entrance);
+  static DUALPIPE_DECL std::vector<Roots> independent(Roots roots);
 
   NodePtr entrance_;
   std::size_t num_inputs_ = 0;
@@ -96,4 +97,8 @@ class BackwardGraph {
   State state_ = State::Ready;
 };
 
-}  // namespace dualpipe
+}  // namespace dualpipe::detail
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/stage/split_backward.ipp"
+#endif

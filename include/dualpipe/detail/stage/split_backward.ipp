@@ -1,4 +1,6 @@
-#include "dualpipe/stage/split_backward.hpp"
+#pragma once
+
+#include "dualpipe/detail/stage/split_backward.hpp"
 
 #include <ATen/ops/zeros.h>
 #include <c10/core/AutogradState.h>
@@ -20,8 +22,8 @@
 
 #include "dualpipe/error.hpp"
 
-namespace dualpipe {
-namespace {
+namespace dualpipe::detail {
+namespace split {
 
 namespace autograd = torch::autograd;
 using autograd::edge_list;
@@ -78,7 +80,7 @@ class CallingThreadOnly {
   bool before_;
 };
 
-void run_engine(const edge_list& roots, const variable_list& gradients, bool keep_graph) {
+inline void run_engine(const edge_list& roots, const variable_list& gradients, bool keep_graph) {
   if (roots.empty()) return;
   const CallingThreadOnly guard;
   autograd::Engine::get_default_engine().execute(roots, gradients, keep_graph, /*create_graph=*/false,
@@ -87,18 +89,20 @@ void run_engine(const edge_list& roots, const variable_list& gradients, bool kee
 
 /// What lies below a node, as bits.
 enum Reach : std::uint8_t {
-  kNothing = 0,
-  kInputs = 1,        // the entrance
-  kParameters = 2,    // an accumulator
-  kWeightBranch = 4,  // one of the node's own edges leads to parameters, and not to the entrance
+  nothing = 0,
+  inputs_below = 1,      // the entrance
+  parameters_below = 2,  // an accumulator
+  weight_branch = 4,     // one of the node's own edges leads to parameters, and not to the entrance
 };
 
-bool is_weight_branch(std::uint8_t reach) { return (reach & (kInputs | kParameters)) == kParameters; }
+inline bool is_weight_branch(std::uint8_t reach) {
+  return (reach & (inputs_below | parameters_below)) == parameters_below;
+}
 
 /// What a node reaches through a child.
-std::uint8_t through(std::uint8_t child) {
-  return static_cast<std::uint8_t>((child & (kInputs | kParameters)) |
-                                   (is_weight_branch(child) ? kWeightBranch : kNothing));
+inline std::uint8_t through(std::uint8_t child) {
+  return static_cast<std::uint8_t>((child & (inputs_below | parameters_below)) |
+                                   (is_weight_branch(child) ? weight_branch : nothing));
 }
 
 struct Survey {
@@ -107,7 +111,7 @@ struct Survey {
 };
 
 /// Walks the graph once. Iterative, as a graph may be deeper than the stack.
-Survey survey(const edge_list& roots, const Node* entrance) {
+inline Survey survey(const edge_list& roots, const Node* entrance) {
   struct Visit {
     Node* node;
     std::size_t next_edge;
@@ -116,26 +120,26 @@ Survey survey(const edge_list& roots, const Node* entrance) {
   Survey result;
   std::vector<Visit> stack;
   for (const auto& root : roots) {
-    if (!result.reach.emplace(root.function.get(), kNothing).second) continue;
-    stack.push_back({root.function.get(), 0, kNothing});
+    if (!result.reach.emplace(root.function.get(), nothing).second) continue;
+    stack.push_back({root.function.get(), 0, nothing});
     while (!stack.empty()) {
       Visit& visit = stack.back();
       const auto& edges = std::as_const(*visit.node).next_edges();
       if (visit.next_edge < edges.size()) {
         Node* child = edges[visit.next_edge++].function.get();
         if (child == nullptr) continue;
-        const auto [found, is_new] = result.reach.emplace(child, kNothing);
+        const auto [found, is_new] = result.reach.emplace(child, nothing);
         if (is_new) {
-          stack.push_back({child, 0, kNothing});
+          stack.push_back({child, 0, nothing});
         } else {
           visit.reach |= through(found->second);
         }
         continue;
       }
-      if (edges.empty()) visit.reach = visit.node == entrance ? kInputs : kParameters;
+      if (edges.empty()) visit.reach = visit.node == entrance ? inputs_below : parameters_below;
       const std::uint8_t reach = visit.reach;
       result.reach[visit.node] = reach;
-      if (reach & kInputs) result.input_path.push_back(visit.node);
+      if (reach & inputs_below) result.input_path.push_back(visit.node);
       stack.pop_back();
       if (!stack.empty()) stack.back().reach |= through(reach);
     }
@@ -145,7 +149,7 @@ Survey survey(const edge_list& roots, const Node* entrance) {
 
 /// The accumulator that a backward reaches last: that of the operation that ran first. Null where there is no other
 /// operation with parameters.
-Node* last_accumulator(const edge_list& roots) {
+inline Node* last_accumulator(const edge_list& roots) {
   Node* found = nullptr;
   auto first = std::numeric_limits<std::uint64_t>::max();
   int num_operations = 0;
@@ -175,7 +179,7 @@ Node* last_accumulator(const edge_list& roots) {
 
 /// Gives an operation other edges. A write into a view runs a node of its own inside, whose edges the engine wants to
 /// be the same except for the first, which leads on from the view instead of from the whole tensor.
-void set_edges(Node& node, edge_list edges) {
+inline void set_edges(Node& node, edge_list edges) {
   if (auto* write = dynamic_cast<autograd::CopySlices*>(&node); write != nullptr && write->fn) {
     std::copy(edges.begin() + 1, edges.end(), write->fn->next_edges().begin() + 1);
   }
@@ -189,7 +193,7 @@ struct Boundary {
 };
 
 /// Moves the edges to parameters aside, so that the engine neither follows them nor has their gradients computed.
-Boundary detach_weight_branches(Node& node, const Survey& survey) {
+inline Boundary detach_weight_branches(Node& node, const Survey& survey) {
   edge_list input_edges = node.next_edges();
   edge_list weight_edges(input_edges.size());
   for (std::size_t i = 0; i < input_edges.size(); ++i) {
@@ -205,17 +209,17 @@ Boundary detach_weight_branches(Node& node, const Survey& survey) {
 }
 
 /// The hooks have seen this gradient, and what was captured is what they made of it.
-void clear_hooks(Node& node) {
+inline void clear_hooks(Node& node) {
   node.tensor_pre_hooks().clear();
   node.retains_grad_hooks().clear();
   node.pre_hooks().clear();
 }
 
-const c10::StorageImpl* storage_of(const at::Tensor& tensor) {
+inline const c10::StorageImpl* storage_of(const at::Tensor& tensor) {
   return tensor.defined() && tensor.has_storage() ? tensor.storage().unsafeGetStorageImpl() : nullptr;
 }
 
-bool share_storage(const at::Tensor& a, const at::Tensor& b) {
+inline bool share_storage(const at::Tensor& a, const at::Tensor& b) {
   const auto* storage = storage_of(a);
   return storage != nullptr && storage == storage_of(b);
 }
@@ -223,7 +227,7 @@ bool share_storage(const at::Tensor& a, const at::Tensor& b) {
 /// Copies each input gradient whose memory a parameter's gradient has taken over. Accumulation adopts the gradient that
 /// arrives first instead of copying it, and that may be a view of one that also reached an input: x +
 /// bias.unsqueeze(0).
-void copy_adopted(Tensors& input_gradients, const Tensors& output_gradients) {
+inline void copy_adopted(Tensors& input_gradients, const Tensors& output_gradients) {
   for (auto& gradient : input_gradients) {
     const auto* storage = storage_of(gradient);
     if (storage == nullptr) continue;
@@ -240,7 +244,7 @@ void copy_adopted(Tensors& input_gradients, const Tensors& output_gradients) {
 }
 
 /// The same where the weight part, and with it the adoption, is still to come.
-void copy_adoptable(Tensors& input_gradients, const variable_list& deferred) {
+inline void copy_adoptable(Tensors& input_gradients, const variable_list& deferred) {
   for (auto& gradient : input_gradients) {
     if (std::any_of(deferred.begin(), deferred.end(),
                     [&](const auto& other) { return share_storage(gradient, other); })) {
@@ -249,7 +253,7 @@ void copy_adoptable(Tensors& input_gradients, const variable_list& deferred) {
   }
 }
 
-}  // namespace
+}  // namespace split
 
 GraphInputs enter_graph(const Tensors& inputs) {
   GraphInputs result;
@@ -259,15 +263,15 @@ GraphInputs enter_graph(const Tensors& inputs) {
     // detach() gives a tensor object of our own: no history that user code makes ends up in the caller's.
     result.tensors.push_back(input.defined() ? input.detach() : input);
     const bool differentiable = grad_mode && input.defined() && input.requires_grad();
-    if (differentiable && !result.entrance) result.entrance = make_node<Entrance>();
+    if (differentiable && !result.entrance) result.entrance = split::make_node<split::Entrance>();
   }
   if (!result.entrance) return result;
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     const auto& tensor = result.tensors[i];
     if (inputs[i].defined() && inputs[i].requires_grad()) {
-      autograd::impl::set_gradient_edge(tensor, {result.entrance, result.entrance->add_input_metadata(tensor)});
+      torch::autograd::impl::set_gradient_edge(tensor, {result.entrance, result.entrance->add_input_metadata(tensor)});
     } else {
-      result.entrance->add_input_metadata(Node::undefined_input());  // keeps slot i for input i
+      result.entrance->add_input_metadata(torch::autograd::Node::undefined_input());  // keeps slot i for input i
     }
   }
   return result;
@@ -275,24 +279,24 @@ GraphInputs enter_graph(const Tensors& inputs) {
 
 BackwardGraph::BackwardGraph(const GraphInputs& inputs, const Tensors& outputs)
     : entrance_(inputs.entrance), num_inputs_(inputs.entrance ? inputs.entrance->num_inputs() : inputs.tensors.size()) {
-  DUALPIPE_CHECK(!entrance_ || dynamic_cast<Entrance*>(entrance_.get()) != nullptr,
+  DUALPIPE_CHECK(!entrance_ || dynamic_cast<split::Entrance*>(entrance_.get()) != nullptr,
                  "a graph's entrance must come from enter_graph, got ", entrance_->name());
   outputs_.reserve(outputs.size());
   for (const auto& output : outputs) {
-    outputs_.push_back(output.defined() && output.requires_grad() ? autograd::impl::gradient_edge(output)
-                                                                  : autograd::Edge());
+    outputs_.push_back(output.defined() && output.requires_grad() ? torch::autograd::impl::gradient_edge(output)
+                                                                  : torch::autograd::Edge());
   }
 }
 
 BackwardGraph::Roots BackwardGraph::start(const char* what, const Tensors& output_gradients) {
   if (state_ != State::Ready) {
-    throw Error(detail::str(what, " called again: the backward of this micro-batch has run before"));
+    throw Error(str(what, " called again: the backward of this micro-batch has run before"));
   }
   DUALPIPE_CHECK(output_gradients.size() == outputs_.size(), what, " takes one gradient per output: ", outputs_.size(),
                  " outputs, got ", output_gradients.size(), " gradients");
   state_ = State::Done;
   Roots roots;
-  edge_list outputs = std::exchange(outputs_, {});
+  torch::autograd::edge_list outputs = std::exchange(outputs_, {});
   for (std::size_t i = 0; i < outputs.size(); ++i) {
     if (!outputs[i].is_valid() || !output_gradients[i].defined()) continue;
     roots.edges.push_back(std::move(outputs[i]));
@@ -304,46 +308,46 @@ BackwardGraph::Roots BackwardGraph::start(const char* what, const Tensors& outpu
 Tensors BackwardGraph::backward(const Tensors& output_gradients) {
   Roots roots = start("backward", output_gradients);
   const NodePtr entrance = std::exchange(entrance_, nullptr);
-  run_engine(roots.edges, roots.gradients, /*keep_graph=*/false);
-  Tensors result = entrance ? static_cast<Entrance&>(*entrance).take() : Tensors();
+  split::run_engine(roots.edges, roots.gradients, /*keep_graph=*/false);
+  Tensors result = entrance ? static_cast<split::Entrance&>(*entrance).take() : Tensors();
   result.resize(num_inputs_);
   roots = {};
-  copy_adopted(result, output_gradients);
+  split::copy_adopted(result, output_gradients);
   return result;
 }
 
 /// Runs what leads to `entrance`, and frees what only that needed.
 ///
 /// @return where the rest begins.
-BackwardGraph::Roots BackwardGraph::run_input_part(Roots roots, Node* entrance) {
-  const Survey found = survey(roots.edges, entrance);
+BackwardGraph::Roots BackwardGraph::run_input_part(Roots roots, torch::autograd::Node* entrance) {
+  const split::Survey found = split::survey(roots.edges, entrance);
   Roots input_roots;
   Roots weight_roots;
   for (std::size_t i = 0; i < roots.edges.size(); ++i) {
-    Roots& part = found.reach.at(roots.edges[i].function.get()) & kInputs ? input_roots : weight_roots;
+    Roots& part = found.reach.at(roots.edges[i].function.get()) & split::inputs_below ? input_roots : weight_roots;
     part.edges.push_back(std::move(roots.edges[i]));
     part.gradients.push_back(std::move(roots.gradients[i]));
   }
-  std::vector<Boundary> boundaries;
-  for (Node* node : found.input_path) {
-    if (found.reach.at(node) & kWeightBranch) boundaries.push_back(detach_weight_branches(*node, found));
+  std::vector<split::Boundary> boundaries;
+  for (torch::autograd::Node* node : found.input_path) {
+    if (found.reach.at(node) & split::weight_branch) boundaries.push_back(split::detach_weight_branches(*node, found));
   }
 
-  run_engine(input_roots.edges, input_roots.gradients, /*keep_graph=*/true);
+  split::run_engine(input_roots.edges, input_roots.gradients, /*keep_graph=*/true);
 
   // Children first: a node that loses its last owner here has been dealt with before. Where gradients of several
   // operations are summed, the engine adds them in the order of the operations, which is the same for a whole backward
   // and for its parts.
   auto boundary = boundaries.begin();
-  for (Node* node : found.input_path) {
-    if (!(found.reach.at(node) & kWeightBranch)) {
+  for (torch::autograd::Node* node : found.input_path) {
+    if (!(found.reach.at(node) & split::weight_branch)) {
       node->release_variables();
-      std::fill(node->next_edges().begin(), node->next_edges().end(), autograd::Edge());
+      std::fill(node->next_edges().begin(), node->next_edges().end(), torch::autograd::Edge());
       continue;
     }
-    const variable_list gradients = boundary->capture->take();
-    clear_hooks(*node);
-    set_edges(*node, std::move(boundary->weight_edges));
+    const torch::autograd::variable_list gradients = boundary->capture->take();
+    split::clear_hooks(*node);
+    split::set_edges(*node, std::move(boundary->weight_edges));
     ++boundary;
     bool any = false;
     for (std::size_t slot = 0; slot < gradients.size(); ++slot) {
@@ -356,7 +360,8 @@ BackwardGraph::Roots BackwardGraph::run_input_part(Roots roots, Node* entrance) 
       // Nothing flowed in, yet something may come out: custom functions see zeros. The engine takes no undefined
       // gradient at a root, so one node more passes it on.
       const at::Tensor unused = at::zeros({});
-      const NodePtr relay = make_node<autograd::UndefinedGradBackward>(edge_list{{node->getptr(), 0}});
+      const NodePtr relay =
+          split::make_node<torch::autograd::UndefinedGradBackward>(torch::autograd::edge_list{{node->getptr(), 0}});
       weight_roots.edges.emplace_back(relay, relay->add_input_metadata(unused));
       weight_roots.gradients.push_back(unused);
     }
@@ -370,8 +375,8 @@ Tensors BackwardGraph::backward_input(const Tensors& output_gradients) {
   Tensors result;
   if (entrance) {
     roots = run_input_part(std::move(roots), entrance.get());
-    result = static_cast<Entrance&>(*entrance).take();
-    copy_adoptable(result, roots.gradients);
+    result = static_cast<split::Entrance&>(*entrance).take();
+    split::copy_adoptable(result, roots.gradients);
   }
   result.resize(num_inputs_);
   deferred_.push_back(std::move(roots));
@@ -388,7 +393,8 @@ void BackwardGraph::backward_weight() {
   require_weights();
   state_ = State::Done;
   std::vector<Roots> parts = std::exchange(deferred_, {});
-  for (; !parts.empty(); parts.pop_back()) run_engine(parts.back().edges, parts.back().gradients, /*keep_graph=*/false);
+  for (; !parts.empty(); parts.pop_back())
+    split::run_engine(parts.back().edges, parts.back().gradients, /*keep_graph=*/false);
 }
 
 bool BackwardGraph::backward_weight_part() {
@@ -396,13 +402,14 @@ bool BackwardGraph::backward_weight_part() {
   const State before = std::exchange(state_, State::Done);  // also where something throws
   std::vector<Roots> parts = std::exchange(deferred_, {});
   // What the input part would be if the first layer's parameters were inputs.
-  Node* const stand_in = before == State::AllIsWeights ? last_accumulator(parts.back().edges) : nullptr;
+  torch::autograd::Node* const stand_in =
+      before == State::AllIsWeights ? split::last_accumulator(parts.back().edges) : nullptr;
   if (stand_in != nullptr) {
     parts = independent(run_input_part(std::move(parts.back()), stand_in));
   } else {
     if (before != State::WeightParts) parts = independent(std::move(parts.back()));
     if (!parts.empty()) {
-      run_engine(parts.back().edges, parts.back().gradients, /*keep_graph=*/false);
+      split::run_engine(parts.back().edges, parts.back().gradients, /*keep_graph=*/false);
       parts.pop_back();
     }
   }
@@ -420,11 +427,11 @@ std::vector<BackwardGraph::Roots> BackwardGraph::independent(Roots roots) {
     while (leader[root] != root) root = leader[root] = leader[leader[root]];
     return root;
   };
-  ska::flat_hash_map<const Node*, std::size_t> owners;
+  ska::flat_hash_map<const torch::autograd::Node*, std::size_t> owners;
   for (std::size_t root = 0; root < roots.edges.size(); ++root) {
-    std::vector<const Node*> stack{roots.edges[root].function.get()};
+    std::vector<const torch::autograd::Node*> stack{roots.edges[root].function.get()};
     while (!stack.empty()) {
-      const Node* const node = stack.back();
+      const torch::autograd::Node* const node = stack.back();
       stack.pop_back();
       if (node == nullptr) continue;
       const auto [owner, is_new] = owners.emplace(node, root);
@@ -446,4 +453,4 @@ std::vector<BackwardGraph::Roots> BackwardGraph::independent(Roots roots) {
   return parts;
 }
 
-}  // namespace dualpipe
+}  // namespace dualpipe::detail

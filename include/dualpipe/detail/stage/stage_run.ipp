@@ -1,0 +1,179 @@
+#pragma once
+
+#include "dualpipe/stage/stage_run.hpp"
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+
+#include <utility>
+
+namespace dualpipe {
+namespace detail {
+
+/// What leaves a graph: same memory, no history.
+inline Tensors detach_outputs(const Tensors& outputs, bool training) {
+  Tensors result;
+  result.reserve(outputs.size());
+  for (const auto& output : outputs) {
+    result.push_back(output.defined() ? output.detach() : output);
+    if (training && output.defined() && output.requires_grad()) result.back().set_requires_grad(true);
+  }
+  return result;
+}
+
+/// One loss without dimensions, so that its gradient is a plain number whatever the loss function makes of it.
+inline at::Tensor compute_loss(const StageLoss& loss_function, const Tensors& outputs, int stage) {
+  at::Tensor loss = loss_function(outputs);
+  DUALPIPE_CHECK(loss.defined(), "the loss function of stage ", stage, " returned an undefined tensor");
+  DUALPIPE_CHECK(loss.numel() == 1, "the loss of stage ", stage, " must be one element, got sizes ", loss.sizes(),
+                 "; reduce it, for instance with mean()");
+  DUALPIPE_CHECK(loss.is_floating_point(), "the loss of stage ", stage, " must be floating point, got ",
+                 loss.scalar_type());
+  return loss.dim() == 0 ? loss : loss.reshape({});
+}
+
+/// Takes out what a collective moves.
+inline Tensors take_moved(Tensors& values, const std::vector<int>& moves) {
+  Tensors moved;
+  for (const int position : moves) {
+    DUALPIPE_CHECK(position < std::ssize(values), "the collective moves the tensor at position ", position,
+                   ", but it is given ", values.size(), values.size() == 1 ? " tensor" : " tensors");
+    moved.push_back(std::exchange(values[static_cast<std::size_t>(position)], at::Tensor()));
+  }
+  return moved;
+}
+
+}  // namespace detail
+
+StageRun::StageRun(const Stage& stage, Tensors inputs, StageContext context, StageLoss loss)
+    : stage_(&stage),
+      context_(std::move(context)),
+      loss_(std::move(loss)),
+      num_nodes_(stage.num_nodes(loss_ != nullptr)),
+      split_(stage.splits_backward()),
+      values_(std::move(inputs)) {
+  const std::optional<int> takes = stage.num_inputs();
+  DUALPIPE_CHECK(!takes || std::ssize(values_) == *takes, "stage ", context_.stage, " takes ", *takes,
+                 *takes == 1 ? " tensor" : " tensors", ", got ", values_.size(), " (micro-batch ", context_.micro_batch,
+                 ")");
+  nodes_.reserve(static_cast<std::size_t>(num_nodes_));
+}
+
+void StageRun::advance() {
+  settle();
+  if (backward_)
+    advance_backward(next_--);
+  else
+    advance_forward(next_++);
+}
+
+void StageRun::advance_forward(int index) {
+  const c10::AutoGradMode grad_mode(context_.training);
+  const Stage::Segment segment = stage_->segment(index);
+  if (segment.begin == segment.end || !stage_->nodes()[segment.begin].communication) {
+    compute(segment.begin, segment.end);
+    return;
+  }
+  const Stage::Node& node = stage_->nodes()[segment.begin];
+  node_name_ = node.name;
+  launch(node.communication);
+}
+
+void StageRun::compute(std::size_t begin, std::size_t end) {
+  const detail::GraphInputs entered = detail::enter_graph(values_);
+  values_ = entered.tensors;
+  for (std::size_t i = begin; i < end; ++i) {
+    node_name_ = stage_->nodes()[i].name;
+    values_ = stage_->nodes()[i].compute(values_, context_);
+  }
+  Node& node = nodes_.emplace_back();
+  if (loss_ && advanced()) {
+    const at::Tensor value = detail::compute_loss(loss_, values_, context_.stage);
+    loss_value_ = value.detach();
+    if (context_.training) node.graph = detail::BackwardGraph(entered, {value});
+  } else if (context_.training) {
+    node.graph = detail::BackwardGraph(entered, values_);
+  }
+  values_ = detail::detach_outputs(values_, context_.training);
+}
+
+void StageRun::launch(const std::shared_ptr<const Communication>& communication) {
+  auto launched = communication->collective->forward(detail::take_moved(values_, communication->moves), context_);
+  DUALPIPE_CHECK(launched.pending, "the collective launched nothing: its Pending is empty");
+  pending_ = std::move(launched.pending);
+  moving_ = communication.get();
+  nodes_.push_back({{}, communication, context_.training ? std::move(launched.handle) : nullptr, false});
+}
+
+void StageRun::settle() {
+  if (!pending_) return;
+  const std::vector<int>& moves = moving_->moves;
+  Tensors moved = std::exchange(pending_, {}).take();
+  DUALPIPE_CHECK(moved.size() == moves.size(), "the collective moves ", moves.size(), " tensors, but its ",
+                 backward_ ? "backward" : "forward", " gave ", moved.size());
+  for (std::size_t i = 0; i < moves.size(); ++i) values_[static_cast<std::size_t>(moves[i])] = std::move(moved[i]);
+}
+
+void StageRun::finish_forward() {
+  settle();
+  // A collective's result says of itself whether it is differentiable; a computing node's outputs are detached.
+  if (nodes_.back().communication) values_ = detail::detach_outputs(values_, context_.training);
+}
+
+void StageRun::start_backward(Tensors output_gradients, bool whole_first) {
+  backward_ = true;
+  whole_first_ = whole_first;
+  next_ = num_nodes_ - 1;
+  values_ = std::move(output_gradients);
+}
+
+void StageRun::advance_backward(int index) {
+  Node& node = nodes_[static_cast<std::size_t>(index)];
+  if (!node.communication) {
+    node.whole = !split_ || (index == 0 && whole_first_);
+    values_ = node.whole ? node.graph.backward(values_) : node.graph.backward_input(values_);
+    return;
+  }
+  moving_ = node.communication.get();
+  pending_ = moving_->collective->backward(std::exchange(node.handle, nullptr),
+                                           detail::take_moved(values_, moving_->moves));
+  DUALPIPE_CHECK(pending_, "the collective launched nothing in its backward: its Pending is empty");
+}
+
+Tensors StageRun::finish_backward() {
+  settle();
+  return std::move(values_);
+}
+
+bool StageRun::has_weight_part(int node) const {
+  const Node& here = nodes_[static_cast<std::size_t>(node)];
+  return !here.communication && split_ && !here.whole;
+}
+
+void StageRun::backward_weight(int node) {
+  if (has_weight_part(node)) nodes_[static_cast<std::size_t>(node)].graph.backward_weight();
+}
+
+bool StageRun::backward_weight_part(int node) {
+  return has_weight_part(node) && nodes_[static_cast<std::size_t>(node)].graph.backward_weight_part();
+}
+
+void StageRun::backward_weight() {
+  for (int node = num_nodes_; node-- > 0;) backward_weight(node);
+}
+
+Tensors StageRun::backward(Tensors output_gradients) {
+  start_backward(std::move(output_gradients), /*whole_first=*/true);
+  while (!advanced()) advance();
+  Tensors gradients = finish_backward();
+  backward_weight();
+  return gradients;
+}
+
+Tensors StageRun::backward_input(Tensors output_gradients) {
+  start_backward(std::move(output_gradients));
+  while (!advanced()) advance();
+  return finish_backward();
+}
+
+}  // namespace dualpipe
