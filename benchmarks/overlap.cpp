@@ -105,15 +105,15 @@ class PairRecorder final : public PairListener {
   PairRecorder(const Stage& stage, const ForwardPass& forward, const BackwardPass& backward)
       : stage_(stage), forward_(forward), backward_(backward) {}
 
-  void begins(const Piece&) override { begin_ = now(); }
-  void computed(const Piece& piece) override {
-    const Pass pass = piece.side == Side::forward    ? Pass::Forward
-                      : piece.side == Side::backward ? Pass::BackwardInput
-                                                     : Pass::BackwardWeight;
-    record(Lane::node, {pass, 0, piece.side == Side::forward ? 1 : 0}, piece.node, {begin_, now()});
+  void begins(const PairOp&) override { begin_ = now(); }
+  void computed(const PairOp& piece) override {
+    const Pass pass = piece.side == PairSide::forward    ? Pass::Forward
+                      : piece.side == PairSide::backward ? Pass::BackwardInput
+                                                         : Pass::BackwardWeight;
+    record(Lane::node, {pass, 0, piece.side == PairSide::forward ? 1 : 0}, piece.node, {begin_, now()});
   }
-  void collected(Side side, const Pending& pending) override {
-    const bool ahead = side == Side::forward;
+  void collected(PairSide side, const Pending& pending) override {
+    const bool ahead = side == PairSide::forward;
     record(Lane::collective, ahead ? forward_op : backward_op, ahead ? forward_.node() : backward_.node(),
            pending.span());
   }
@@ -148,8 +148,8 @@ struct MeasuredPair {
 };
 
 /// Runs a pair in `order`; `exposed` waits for each collective where it is launched.
-MeasuredPair time_pair(Communicator& comm, const Stage& stage, const std::string& name, const std::vector<Piece>& order,
-                       bool exposed) {
+MeasuredPair time_pair(Communicator& comm, const Stage& stage, const std::string& name,
+                       const std::vector<PairOp>& order, bool exposed) {
   const Tensors none;
   const auto context = [&](int micro_batch) { return StageContext{0, micro_batch, 0, true, none}; };
   Tensors inputs = inputs_of(4, comm.size());
@@ -160,7 +160,7 @@ MeasuredPair time_pair(Communicator& comm, const Stage& stage, const std::string
   comm.barrier().wait();
   const double begin = now();
   PairRecorder recorder(stage, forward, backward);
-  for (const Piece& piece : order) {
+  for (const PairOp& piece : order) {
     run_pair({&piece, 1}, &forward, &backward, recorder);
     // Past the last node settle_last does it, and tells.
     for (Pending pending : {forward.under_way(), backward.under_way()})
@@ -182,32 +182,32 @@ std::string numbered(const std::string& path, int number) {
 void pair(const std::shared_ptr<Communicator>& comm, const std::shared_ptr<Communicator>& network, const Flags& flags) {
   const Stage stage = make_stage(flags, network);
   const std::string chain = stage.structure();
-  const std::vector<Piece> forward = pair_order(chain, ""), backward = pair_order("", chain);
-  const auto both = [](std::vector<Piece> first, const std::vector<Piece>& second) {
+  const std::vector<PairOp> forward = pair_order(chain, ""), backward = pair_order("", chain);
+  const auto both = [](std::vector<PairOp> first, const std::vector<PairOp>& second) {
     first.insert(first.end(), second.begin(), second.end());
     return first;
   };
-  const std::vector<Piece> table = pair_order(chain, chain);
-  const std::vector<Piece> launched = launch_order(chain, chain, table);
+  const std::vector<PairOp> table = pair_order(chain, chain);
+  const std::vector<PairOp> launched = launch_order(chain, chain, table);
   // As an ordinary backward does it: each weight part within its node, so that what follows in the chain waits for it.
-  std::vector<Piece> unsplit = launched;
-  std::erase_if(unsplit, [](const Piece& piece) { return piece.side == Side::weight; });
+  std::vector<PairOp> unsplit = launched;
+  std::erase_if(unsplit, [](const PairOp& piece) { return piece.side == PairSide::weight; });
   for (std::size_t i = 0; i < unsplit.size(); ++i)
-    if (unsplit[i].side == Side::backward && chain[static_cast<std::size_t>(unsplit[i].node)] == 'C')
-      unsplit.insert(unsplit.begin() + static_cast<std::ptrdiff_t>(i) + 1, {Side::weight, unsplit[i].node});
+    if (unsplit[i].side == PairSide::backward && chain[static_cast<std::size_t>(unsplit[i].node)] == 'C')
+      unsplit.insert(unsplit.begin() + static_cast<std::ptrdiff_t>(i) + 1, {PairSide::weight, unsplit[i].node});
   // A forward node, a backward node, and so on; weight parts last.
-  std::vector<Piece> alternating;
+  std::vector<PairOp> alternating;
   for (int node = 0; node < static_cast<int>(chain.size()); ++node) {
-    alternating.push_back({Side::forward, node});
-    alternating.push_back({Side::backward, static_cast<int>(chain.size()) - 1 - node});
+    alternating.push_back({PairSide::forward, node});
+    alternating.push_back({PairSide::backward, static_cast<int>(chain.size()) - 1 - node});
   }
-  for (const Piece& piece : backward)
-    if (piece.side == Side::weight) alternating.push_back(piece);
+  for (const PairOp& piece : backward)
+    if (piece.side == PairSide::weight) alternating.push_back(piece);
 
   if (comm->rank() == 0) std::printf("%-44s %8s %8s %10s\n", "order", "ms", "ratio", "hidden");
   double slowest = 0;
   int number = 0;
-  const auto measure = [&](const char* name, const std::vector<Piece>& order, bool expose) {
+  const auto measure = [&](const char* name, const std::vector<PairOp>& order, bool expose) {
     MeasuredPair best;
     for (int i = 0; i < flags.steps; ++i) {
       MeasuredPair measured = time_pair(*comm, stage, name, order, expose);

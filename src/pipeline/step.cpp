@@ -44,7 +44,7 @@ bool RunningStep::run() {
       return true;
     }
     if (forward_op_) {
-      turn({Side::forward, -1});
+      turn({PairSide::forward, -1});
       micro_batches_.start_forward(*forward_op_, forward_);
     }
     start_backward();
@@ -97,12 +97,12 @@ const PairOrders::Entry& RunningStep::order() {
 
 void RunningStep::start_backward() {
   if (!backward_op_ || backward_) return;
-  turn({Side::backward, -1});
+  turn({PairSide::backward, -1});
   micro_batches_.start_backward(*backward_op_, backward_, order().communicates);
 }
 
 void RunningStep::weight_part() {
-  const Piece piece{Side::weight, weights_.front()};
+  const PairOp piece{PairSide::weight, weights_.front()};
   turn(piece);
   begins(piece);
   StageActivation& activation = micro_batches_.activation(*backward_op_);
@@ -120,7 +120,7 @@ void RunningStep::weight_part() {
 void RunningStep::remaining_weights() {
   while (!weights_.empty()) {
     settle_last(forward(), backward(), *this, /*block=*/false);
-    turn({Side::weight, weights_.front()});
+    turn({PairSide::weight, weights_.front()});
     host_.only_weights_left();
     weight_part();
   }
@@ -135,13 +135,13 @@ void RunningStep::forget_if_over() {
 
 /// Weight parts fill the wait.
 void RunningStep::blocks(const Pending& pending) {
-  const Piece waiting = turn_;
+  const PairOp waiting = turn_;
   while (!weights_.empty() && !pending.done()) weight_part();
   turn(waiting);
   if (!pending.done()) host_.before_blocking();
 }
 
-void RunningStep::begins(const Piece& piece) {
+void RunningStep::begins(const PairOp& piece) {
   if (!order().communicates) return;  // the step as a whole is recorded
   begin_ = context_.recorder.mark();
   range_ = context_.recorder.range([&] {
@@ -150,10 +150,10 @@ void RunningStep::begins(const Piece& piece) {
   });
 }
 
-void RunningStep::launched(const Piece&) { range_.reset(); }
+void RunningStep::launched(const PairOp&) { range_.reset(); }
 
-void RunningStep::computed(const Piece& piece) {
-  if (context_.fills_waits && piece.side == Side::backward && backward_op_->pass == Pass::Backward &&
+void RunningStep::computed(const PairOp& piece) {
+  if (context_.fills_waits && piece.side == PairSide::backward && backward_op_->pass == Pass::Backward &&
       backward_->activation().has_weight_part(piece.node))
     weights_.push_back(piece.node);
   if (!order().communicates) return;
@@ -164,16 +164,17 @@ void RunningStep::computed(const Piece& piece) {
                            context_.stage_of(op).chain_name(piece.node));
 }
 
-void RunningStep::collected(Side side, const Pending& pending) {
+void RunningStep::collected(PairSide side, const Pending& pending) {
   if (!context_.recorder.on()) return;
-  const int node = side == Side::forward ? forward_->node() : backward_->node();
+  const int node = side == PairSide::forward ? forward_->node() : backward_->node();
   context_.recorder.record(Lane::collective, {op(side), {}}, pending, context_.stage_of(op(side)).chain_name(node));
 }
 
-Op RunningStep::recorded(const Piece& piece) const {
+Op RunningStep::recorded(const PairOp& piece) const {
   Op op = this->op(piece.side);
-  if (piece.side == Side::weight) op.pass = Pass::BackwardWeight;
-  if (piece.side == Side::backward && op.pass == Pass::Backward && backward_->activation().has_weight_part(piece.node))
+  if (piece.side == PairSide::weight) op.pass = Pass::BackwardWeight;
+  if (piece.side == PairSide::backward && op.pass == Pass::Backward &&
+      backward_->activation().has_weight_part(piece.node))
     op.pass = Pass::BackwardInput;
   return op;
 }
@@ -220,12 +221,12 @@ void RunningStep::rethrow_explained() const {
 
 std::string RunningStep::explain(const std::string& what) const {
   const Op& op = this->op(turn_.side);
-  const Pass pass = turn_.side == Side::weight ? Pass::BackwardWeight : op.pass;
+  const Pass pass = turn_.side == PairSide::weight ? Pass::BackwardWeight : op.pass;
   const Stage& stage = context_.stage_of(op);
   std::string node;
-  if (turn_.side == Side::forward) {
+  if (turn_.side == PairSide::forward) {
     if (forward_) node = forward_->at();
-  } else if (turn_.side == Side::backward) {
+  } else if (turn_.side == PairSide::backward) {
     if (backward_) node = stage.chain_name(backward_->node());
   } else {
     node = stage.chain_name(turn_.node);

@@ -14,16 +14,16 @@ namespace {
 
 /// DeepSeek's trace of one layer of attention, dispatch, MLP and combine on both sides.
 constexpr std::string_view four_nodes = "CXCX";
-constexpr std::array<Piece, 10> four_node_order{{{Side::backward, 3},
-                                                 {Side::forward, 0},
-                                                 {Side::backward, 2},
-                                                 {Side::forward, 1},
-                                                 {Side::backward, 1},
-                                                 {Side::weight, 2},
-                                                 {Side::forward, 2},
-                                                 {Side::backward, 0},
-                                                 {Side::weight, 0},
-                                                 {Side::forward, 3}}};
+constexpr std::array<PairOp, 10> four_node_order{{{PairSide::backward, 3},
+                                                  {PairSide::forward, 0},
+                                                  {PairSide::backward, 2},
+                                                  {PairSide::forward, 1},
+                                                  {PairSide::backward, 1},
+                                                  {PairSide::weight, 2},
+                                                  {PairSide::forward, 2},
+                                                  {PairSide::backward, 0},
+                                                  {PairSide::weight, 0},
+                                                  {PairSide::forward, 3}}};
 
 void check_structure(std::string_view structure) {
   const std::size_t wrong = structure.find_first_not_of("CX");
@@ -39,7 +39,7 @@ constexpr int collective_time = 3;
 /// One side of the pair on its way.
 struct Chain {
   std::string_view structure;
-  Side side;
+  PairSide side;
   int next;          // node to run
   int input_at = 0;  // when its input is there
 
@@ -47,21 +47,21 @@ struct Chain {
   bool communicates() const { return structure[static_cast<std::size_t>(next)] == 'X'; }
   /// Whether a collective waits for the next node.
   bool feeds() const {
-    const int after = side == Side::forward ? next + 1 : next - 1;
+    const int after = side == PairSide::forward ? next + 1 : next - 1;
     return after >= 0 && after < static_cast<int>(structure.size()) &&
            structure[static_cast<std::size_t>(after)] == 'X';
   }
-  Piece advance(int until) {
+  PairOp advance(int until) {
     input_at = until;
-    return {side, side == Side::forward ? next++ : next--};
+    return {side, side == PairSide::forward ? next++ : next--};
   }
 };
 
-std::vector<Piece> order_by_rule(std::string_view forward_nodes, std::string_view backward_nodes) {
-  Chain forward{forward_nodes, Side::forward, 0};
-  Chain backward{backward_nodes, Side::backward, static_cast<int>(backward_nodes.size()) - 1};
-  std::vector<Piece> order;
-  std::deque<Piece> weights;  // whose input part has run
+std::vector<PairOp> order_by_rule(std::string_view forward_nodes, std::string_view backward_nodes) {
+  Chain forward{forward_nodes, PairSide::forward, 0};
+  Chain backward{backward_nodes, PairSide::backward, static_cast<int>(backward_nodes.size()) - 1};
+  std::vector<PairOp> order;
+  std::deque<PairOp> weights;  // whose input part has run
   int now = 0;
   int network_free = 0;
   std::optional<bool> forward_turn;  // none before the first
@@ -93,7 +93,7 @@ std::vector<Piece> order_by_rule(std::string_view forward_nodes, std::string_vie
     } else if (can_backward) {
       now += compute_time;
       order.push_back(backward.advance(now));
-      weights.push_back({Side::weight, order.back().node});
+      weights.push_back({PairSide::weight, order.back().node});
       forward_turn = true;
     } else if (!forward.over() || !backward.over()) {
       if (!weights.empty()) {
@@ -112,51 +112,52 @@ std::vector<Piece> order_by_rule(std::string_view forward_nodes, std::string_vie
 
 }  // namespace
 
-std::vector<Piece> pair_order(std::string_view forward, std::string_view backward, bool weights) {
+std::vector<PairOp> pair_order(std::string_view forward, std::string_view backward, bool weights) {
   check_structure(forward);
   check_structure(backward);
-  std::vector<Piece> order = forward == four_nodes && backward == four_nodes
-                                 ? std::vector<Piece>(four_node_order.begin(), four_node_order.end())
-                                 : order_by_rule(forward, backward);
-  if (!weights) std::erase_if(order, [](const Piece& piece) { return piece.side == Side::weight; });
+  std::vector<PairOp> order = forward == four_nodes && backward == four_nodes
+                                  ? std::vector<PairOp>(four_node_order.begin(), four_node_order.end())
+                                  : order_by_rule(forward, backward);
+  if (!weights) std::erase_if(order, [](const PairOp& piece) { return piece.side == PairSide::weight; });
   return order;
 }
 
-std::vector<Piece> launch_order(std::string_view forward, std::string_view backward, const std::vector<Piece>& order) {
+std::vector<PairOp> launch_order(std::string_view forward, std::string_view backward,
+                                 const std::vector<PairOp>& order) {
   check_structure(forward);
   check_structure(backward);
-  const auto communicates = [&](const Piece& piece) {
-    const std::string_view chain = piece.side == Side::forward ? forward : backward;
+  const auto communicates = [&](const PairOp& piece) {
+    const std::string_view chain = piece.side == PairSide::forward ? forward : backward;
     DUALPIPE_CHECK(piece.node >= 0 && piece.node < static_cast<int>(chain.size()), "piece ", to_string(piece),
                    " is no node of a chain \"", chain, "\"");
     return chain[static_cast<std::size_t>(piece.node)] == 'X';
   };
-  std::deque<Piece> collectives;
-  for (const Piece& piece : order)
+  std::deque<PairOp> collectives;
+  for (const PairOp& piece : order)
     if (communicates(piece)) collectives.push_back(piece);
 
   int next_forward = 0;
   int next_backward = static_cast<int>(backward.size()) - 1;
-  std::vector<Piece> result;
-  const auto issue = [&](const Piece& piece) {
-    if (piece.side != Side::weight) {
-      int& next = piece.side == Side::forward ? next_forward : next_backward;
+  std::vector<PairOp> result;
+  const auto issue = [&](const PairOp& piece) {
+    if (piece.side != PairSide::weight) {
+      int& next = piece.side == PairSide::forward ? next_forward : next_backward;
       DUALPIPE_CHECK(piece.node == next, "piece ", to_string(piece), " comes where node ", next, " is the next of \"",
-                     piece.side == Side::forward ? forward : backward, "\"");
-      next += piece.side == Side::forward ? 1 : -1;
+                     piece.side == PairSide::forward ? forward : backward, "\"");
+      next += piece.side == PairSide::forward ? 1 : -1;
     }
     result.push_back(piece);
   };
   // The input of a collective behind another one is there only after waiting for that: it stays where it is.
-  const auto launchable = [&](const Piece& piece) {
-    const bool ahead = piece.side == Side::forward;
+  const auto launchable = [&](const PairOp& piece) {
+    const bool ahead = piece.side == PairSide::forward;
     const int before = ahead ? piece.node - 1 : piece.node + 1;
     const std::string_view chain = ahead ? forward : backward;
     if (before >= 0 && before < static_cast<int>(chain.size()) && chain[static_cast<std::size_t>(before)] == 'X')
       return false;
     return piece.node == (ahead ? next_forward : next_backward);
   };
-  for (const Piece& piece : order) {
+  for (const PairOp& piece : order) {
     while (!collectives.empty() && launchable(collectives.front())) {
       issue(collectives.front());
       collectives.pop_front();
@@ -173,13 +174,13 @@ std::vector<Piece> launch_order(std::string_view forward, std::string_view backw
   return result;
 }
 
-std::string to_string(const Piece& piece) { return static_cast<char>(piece.side) + std::to_string(piece.node); }
+std::string to_string(const PairOp& piece) { return static_cast<char>(piece.side) + std::to_string(piece.node); }
 
-std::string to_string(const std::vector<Piece>& order, const std::vector<std::string>& forward_names,
+std::string to_string(const std::vector<PairOp>& order, const std::vector<std::string>& forward_names,
                       const std::vector<std::string>& backward_names) {
   std::string text;
-  for (const Piece& piece : order) {
-    const auto& names = piece.side == Side::forward ? forward_names : backward_names;
+  for (const PairOp& piece : order) {
+    const auto& names = piece.side == PairSide::forward ? forward_names : backward_names;
     DUALPIPE_CHECK(piece.node >= 0 && piece.node < static_cast<int>(names.size()), "piece ", to_string(piece),
                    " is of a node without a name; there are ", names.size(), " names");
     text += (text.empty() ? "" : ", ") + names[static_cast<std::size_t>(piece.node)] + '-';

@@ -86,8 +86,8 @@ TEST(PairTimeline, WhereNothingIsLeftToHideTheStepLastsUntilTheLastCollective) {
 TEST(PairTimeline, AnotherOrderCostsWhatItCosts) {
   // The backward first, then the forward, nothing of one under the other: W-MLP alone has something to hide.
   const Chain layer = parse_chain("attention,dispatch@,MLP,combine@");
-  std::vector<Piece> order = pair_order("", "CXCX");
-  for (const Piece& piece : pair_order("CXCX", "")) order.push_back(piece);
+  std::vector<PairOp> order = pair_order("", "CXCX");
+  for (const PairOp& piece : pair_order("CXCX", "")) order.push_back(piece);
   EXPECT_EQ(report(pair_timeline(layer, layer, order)).makespan, 1.5 + 1 + 1.5 + 1 + 1 + (1 + 1.5 + 1 + 1.5));
 }
 
@@ -120,7 +120,7 @@ TEST(PairTimeline, NeverWorseThanOneAfterTheOtherNorBetterThanItsParts) {
 
 TEST(PairTimeline, RefusesWhatIsNoOrder) {
   const Chain layer = parse_chain("CX");
-  EXPECT_THAT([&] { pair_timeline(layer, {}, {{Side::forward, 1}}); },
+  EXPECT_THAT([&] { pair_timeline(layer, {}, {{PairSide::forward, 1}}); },
               ThrowsMessage<InvalidArgument>(HasSubstr("node 0 is the next")));
   EXPECT_THAT([] { pair_timeline({}, {}, {}); }, ThrowsMessage<InvalidArgument>(HasSubstr("nothing to do")));
 }

@@ -15,9 +15,9 @@ using ::testing::HasSubstr;
 
 const std::vector<std::string> layer{"attention", "dispatch", "MLP", "combine"};
 
-std::string brief(const std::vector<Piece>& order) {
+std::string brief(const std::vector<PairOp>& order) {
   std::string text;
-  for (const Piece& piece : order) text += (text.empty() ? "" : " ") + to_string(piece);
+  for (const PairOp& piece : order) text += (text.empty() ? "" : " ") + to_string(piece);
   return text;
 }
 std::string order(std::string_view forward, std::string_view backward, bool weights = true) {
@@ -25,13 +25,13 @@ std::string order(std::string_view forward, std::string_view backward, bool weig
 }
 
 /// Every node of both chains once and in its chain's order, each weight part behind its input part.
-void expect_complete(const std::vector<Piece>& pieces, std::string_view forward, std::string_view backward,
+void expect_complete(const std::vector<PairOp>& pieces, std::string_view forward, std::string_view backward,
                      bool weights) {
   std::vector<int> forwards, backwards, weight_nodes;
-  for (const Piece& piece : pieces) {
-    if (piece.side == Side::forward) forwards.push_back(piece.node);
-    if (piece.side == Side::backward) backwards.push_back(piece.node);
-    if (piece.side != Side::weight) continue;
+  for (const PairOp& piece : pieces) {
+    if (piece.side == PairSide::forward) forwards.push_back(piece.node);
+    if (piece.side == PairSide::backward) backwards.push_back(piece.node);
+    if (piece.side != PairSide::weight) continue;
     EXPECT_EQ(backward[piece.node], 'C');
     EXPECT_TRUE(std::count(backwards.begin(), backwards.end(), piece.node)) << "W" << piece.node << " before B";
     weight_nodes.push_back(piece.node);
@@ -113,9 +113,9 @@ TEST(PairOrder, RandomChainsAreCompleteAndTheSameEveryTime) {
     expect_complete(launched, forward, backward, weights);
     EXPECT_EQ(launch_order(forward, backward, launched), launched);
     for (const bool communicates : {false, true}) {  // each kind keeps its order
-      const auto only = [&](std::vector<Piece> all) {
-        std::erase_if(all, [&](const Piece& piece) {
-          return ((piece.side == Side::forward ? forward : backward)[piece.node] == 'X') != communicates;
+      const auto only = [&](std::vector<PairOp> all) {
+        std::erase_if(all, [&](const PairOp& piece) {
+          return ((piece.side == PairSide::forward ? forward : backward)[piece.node] == 'X') != communicates;
         });
         return all;
       };
@@ -136,10 +136,10 @@ std::string error_of(const std::function<void()>& call) {
 
 TEST(PairOrder, RefusesWhatIsNoChainAndNoOrderOfIt) {
   EXPECT_THAT(error_of([] { pair_order("CxC", ""); }), HasSubstr("\"CxC\""));
-  EXPECT_THAT(error_of([] { launch_order("C", "C", {{Side::forward, 1}}); }), HasSubstr("F1"));
-  EXPECT_THAT(error_of([] { launch_order("CC", "", {{Side::forward, 1}, {Side::forward, 0}}); }),
+  EXPECT_THAT(error_of([] { launch_order("C", "C", {{PairSide::forward, 1}}); }), HasSubstr("F1"));
+  EXPECT_THAT(error_of([] { launch_order("CC", "", {{PairSide::forward, 1}, {PairSide::forward, 0}}); }),
               HasSubstr("node 0 is the next"));
-  EXPECT_THAT(error_of([] { launch_order("CX", "", {{Side::forward, 0}}); }), HasSubstr("leaves nodes"));
+  EXPECT_THAT(error_of([] { launch_order("CX", "", {{PairSide::forward, 0}}); }), HasSubstr("leaves nodes"));
   EXPECT_THAT(error_of([] { to_string(pair_order("CX", ""), {"one"}, {}); }), HasSubstr("F1"));
 }
 

@@ -236,16 +236,17 @@ Spec random_spec(std::mt19937& random, std::size_t max_nodes) {
 }
 
 /// Any order that runs each chain's nodes in sequence and a weight part behind its input part.
-std::vector<Piece> random_order(std::mt19937& random, const std::string& forward, const std::string& backward) {
-  std::vector<Piece> order, weights;
+std::vector<PairOp> random_order(std::mt19937& random, const std::string& forward, const std::string& backward) {
+  std::vector<PairOp> order, weights;
   int next_forward = 0, next_backward = static_cast<int>(backward.size()) - 1;
   while (next_forward < static_cast<int>(forward.size()) || next_backward >= 0 || !weights.empty()) {
     const auto choice = random() % 3;
     if (choice == 0 && next_forward < static_cast<int>(forward.size())) {
-      order.push_back({Side::forward, next_forward++});
+      order.push_back({PairSide::forward, next_forward++});
     } else if (choice == 1 && next_backward >= 0) {
-      if (backward[static_cast<std::size_t>(next_backward)] == 'C') weights.push_back({Side::weight, next_backward});
-      order.push_back({Side::backward, next_backward--});
+      if (backward[static_cast<std::size_t>(next_backward)] == 'C')
+        weights.push_back({PairSide::weight, next_backward});
+      order.push_back({PairSide::backward, next_backward--});
     } else if (choice == 2 && !weights.empty()) {
       const auto chosen = weights.begin() + static_cast<std::ptrdiff_t>(random() % weights.size());
       order.push_back(*chosen);
@@ -273,27 +274,27 @@ Tensors gradients_of(const Tensors& tensors) {
 
 /// Counts what a pair tells.
 struct Told : PairListener {
-  void begins(const Piece& piece) override { begun = piece; }
-  void launched(const Piece& piece) override { EXPECT_EQ(begun, piece); }
-  void computed(const Piece& piece) override {
+  void begins(const PairOp& piece) override { begun = piece; }
+  void launched(const PairOp& piece) override { EXPECT_EQ(begun, piece); }
+  void computed(const PairOp& piece) override {
     EXPECT_EQ(begun, piece);
     ran.push_back(piece);
   }
   void blocks(const Pending&) override { ++blocked; }
-  void collected(Side, const Pending& pending) override {
+  void collected(PairSide, const Pending& pending) override {
     EXPECT_TRUE(pending.done());
     ++collectives;
   }
   void forward_over() override { ++forwards; }
   void backward_over() override { ++backwards; }
-  Piece begun;
-  std::vector<Piece> ran;
+  PairOp begun;
+  std::vector<PairOp> ran;
   int blocked = 0, collectives = 0, forwards = 0, backwards = 0;
 };
 
 /// A pair of a forward through one chain and a backward through another, in `order`; then the first one's backward.
 void run_case(int rank, const std::shared_ptr<Communicator>& group, const Spec& ahead, const Spec& back,
-              const std::vector<Piece>& order, const Truth& ahead_truth, const Truth& back_truth,
+              const std::vector<PairOp>& order, const Truth& ahead_truth, const Truth& back_truth,
               std::vector<std::string>& log) {
   const Tensors ahead_weights = leaf_weights(rank), back_weights = leaf_weights(rank);
   const Stage ahead_stage = build(ahead, "a", rank, ahead_weights, group, log);
@@ -312,10 +313,10 @@ void run_case(int rank, const std::shared_ptr<Communicator>& group, const Spec& 
   EXPECT_TRUE(settle_last(&forward, &backward, told, true));
   EXPECT_EQ(told.forwards, 1);
   EXPECT_EQ(told.backwards, 1);
-  std::vector<Piece> computing = order;
+  std::vector<PairOp> computing = order;
   std::vector<std::string> collectives;
-  std::erase_if(computing, [&](const Piece& piece) {
-    const bool is_forward = piece.side == Side::forward;
+  std::erase_if(computing, [&](const PairOp& piece) {
+    const bool is_forward = piece.side == PairSide::forward;
     const auto& stage = is_forward ? ahead_stage : back_stage;
     if (stage.structure()[static_cast<std::size_t>(piece.node)] == 'C') return false;
     collectives.push_back(stage.chain_name(piece.node) + (is_forward ? "-F" : "-B"));
@@ -343,7 +344,7 @@ TEST(Chain, RandomPairsInTheRulesOrderAndInAnyOtherEqualOneProcess) {
   std::mt19937 random(seed);
   const int num_cases = 200;
   std::vector<Spec> ahead, back;
-  std::vector<std::vector<Piece>> orders;
+  std::vector<std::vector<PairOp>> orders;
   std::vector<Truth> ahead_truth, back_truth;
   for (int i = 0; i < num_cases; ++i) {
     ahead.push_back(random_spec(random, 7));

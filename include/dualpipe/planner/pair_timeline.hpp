@@ -35,6 +35,6 @@ std::vector<std::string> names(const Chain& chain);
 /// parts. It lasts until the last collective has ended.
 ///
 /// @throws InvalidArgument  as launch_order does; both chains empty.
-Timeline pair_timeline(const Chain& forward, const Chain& backward, const std::vector<Piece>& order);
+Timeline pair_timeline(const Chain& forward, const Chain& backward, const std::vector<PairOp>& order);
 
 }  // namespace dualpipe

@@ -16,15 +16,15 @@ class PairListener {
  public:
   virtual ~PairListener() = default;
   /// The next piece; what is thrown from here on belongs to its side.
-  virtual void turn(const Piece& piece) { static_cast<void>(piece); }
+  virtual void turn(const PairOp& piece) { static_cast<void>(piece); }
   /// A piece begins, behind all waiting; then it has computed, or launched a collective.
-  virtual void begins(const Piece& piece) { static_cast<void>(piece); }
-  virtual void computed(const Piece& piece) { static_cast<void>(piece); }
-  virtual void launched(const Piece& piece) { static_cast<void>(piece); }
+  virtual void begins(const PairOp& piece) { static_cast<void>(piece); }
+  virtual void computed(const PairOp& piece) { static_cast<void>(piece); }
+  virtual void launched(const PairOp& piece) { static_cast<void>(piece); }
   /// The next piece waits for this collective. What the host does meanwhile may end it.
   virtual void blocks(const Pending& pending) { static_cast<void>(pending); }
   /// A collective of this side was waited for and its results are in their places.
-  virtual void collected(Side side, const Pending& pending) { static_cast<void>(side), static_cast<void>(pending); }
+  virtual void collected(PairSide side, const Pending& pending) { static_cast<void>(side), static_cast<void>(pending); }
   /// All nodes of a side have ended; its pass can be taken.
   virtual void forward_over() {}
   virtual void backward_over() {}
@@ -41,7 +41,7 @@ class PairListener {
 /// @param order     a launch_order of both chains, or the next part of one.
 /// @param forward   null where the order has no forward.
 /// @param backward  null where the order has no backward.
-void run_pair(std::span<const Piece> order, ForwardPass* forward, BackwardPass* backward, PairListener& listener);
+void run_pair(std::span<const PairOp> order, ForwardPass* forward, BackwardPass* backward, PairListener& listener);
 
 /// Settles the last collectives, and tells that their sides are over. Without `block` only those that have ended.
 ///
@@ -52,7 +52,7 @@ bool settle_last(ForwardPass* forward, BackwardPass* backward, PairListener& lis
 class PairOrders {
  public:
   struct Entry {
-    std::vector<Piece> pieces;
+    std::vector<PairOp> pieces;
     bool communicates = false;  ///< either chain has a collective
     /// How many pieces, all of the backward, come first and launch its first collective; 0: others come first.
     std::size_t launch_ahead = 0;

@@ -30,8 +30,8 @@ double sequential(const Timeline& pair) {
 
 std::string show_pair(const PairOptions& pair, const ViewOptions& view, const OutputOptions& output) {
   const Chain forward = parse_chain(pair.forward), backward = parse_chain(pair.backward);
-  const std::vector<Piece> order = pair_order(structure(forward), structure(backward), pair.weights);
-  const std::vector<Piece> launched = launch_order(structure(forward), structure(backward), order);
+  const std::vector<PairOp> order = pair_order(structure(forward), structure(backward), pair.weights);
+  const std::vector<PairOp> launched = launch_order(structure(forward), structure(backward), order);
   Timeline timeline = pair_timeline(forward, backward, launched);
   timeline.name = listed(forward) + " with " + (backward == forward ? "the same" : listed(backward));
   const double apart = sequential(timeline);
@@ -39,13 +39,13 @@ std::string show_pair(const PairOptions& pair, const ViewOptions& view, const Ou
   const double makespan = extent(timeline).length();
 
   if (output.format == "svg") return to_svg({timeline}, picture_options(view, output, timeline));
-  const auto named = [&](const std::vector<Piece>& pieces) {
+  const auto named = [&](const std::vector<PairOp>& pieces) {
     return to_string(pieces, names(forward), names(backward));
   };
   if (output.format == "json") {
-    const auto list = [&](const std::vector<Piece>& pieces) {
+    const auto list = [&](const std::vector<PairOp>& pieces) {
       nlohmann::ordered_json array = nlohmann::ordered_json::array();
-      for (const Piece& piece : pieces) array.push_back(named({piece}));
+      for (const PairOp& piece : pieces) array.push_back(named({piece}));
       return array;
     };
     return dumped({{"forward", structure(forward)},

@@ -46,11 +46,11 @@ class RunningStep final : public PairListener {
   bool involves(const Step& step) const;
 
  private:
-  void turn(const Piece& piece) override { turn_ = piece; }
-  void begins(const Piece& piece) override;
-  void computed(const Piece& piece) override;
-  void launched(const Piece& piece) override;
-  void collected(Side side, const Pending& pending) override;
+  void turn(const PairOp& piece) override { turn_ = piece; }
+  void begins(const PairOp& piece) override;
+  void computed(const PairOp& piece) override;
+  void launched(const PairOp& piece) override;
+  void collected(PairSide side, const Pending& pending) override;
   void blocks(const Pending& pending) override;
   void between() override { host_.between(); }
   void forward_over() override;
@@ -58,14 +58,14 @@ class RunningStep final : public PairListener {
 
   ForwardPass* forward() { return forward_ ? &*forward_ : nullptr; }
   BackwardPass* backward() { return backward_ ? &*backward_ : nullptr; }
-  const Op& op(Side side) const { return side == Side::forward ? *forward_op_ : *backward_op_; }
+  const Op& op(PairSide side) const { return side == PairSide::forward ? *forward_op_ : *backward_op_; }
   const PairOrders::Entry& order();
   void start_backward();
   void weight_part();
   void remaining_weights();
   void forget_if_over();
   /// What a piece is in a trace.
-  Op recorded(const Piece& piece) const;
+  Op recorded(const PairOp& piece) const;
 
   template <class Body>
   bool guarded(const Body& body);
@@ -79,7 +79,7 @@ class RunningStep final : public PairListener {
   std::optional<Op> forward_op_, backward_op_;
   std::optional<ForwardPass> forward_;
   std::optional<BackwardPass> backward_;
-  Piece turn_;
+  PairOp turn_;
   Mark begin_;             // of the piece that computes
   Recorder::Range range_;  // the same for a profiler
   const PairOrders::Entry* order_ = nullptr;

@@ -7,7 +7,7 @@ namespace dualpipe {
 namespace {
 
 template <class Pass>
-void settle(Pass& pass, Side side, PairListener& listener) {
+void settle(Pass& pass, PairSide side, PairListener& listener) {
   if (!pass.under_way()) return;
   const Pending pending = pass.under_way();
   if (!pending.done()) listener.blocks(pending);
@@ -15,12 +15,12 @@ void settle(Pass& pass, Side side, PairListener& listener) {
   listener.collected(side, pending);
 }
 
-void over(Side side, PairListener& listener) {
-  side == Side::forward ? listener.forward_over() : listener.backward_over();
+void over(PairSide side, PairListener& listener) {
+  side == PairSide::forward ? listener.forward_over() : listener.backward_over();
 }
 
 template <class Pass>
-void run(Pass& pass, const Piece& piece, PairListener& listener) {
+void run(Pass& pass, const PairOp& piece, PairListener& listener) {
   settle(pass, piece.side, listener);
   listener.begins(piece);
   pass.advance();
@@ -30,7 +30,7 @@ void run(Pass& pass, const Piece& piece, PairListener& listener) {
 
 /// False: the pass has launched its last collective, which is still under way.
 template <class Pass>
-bool settle_last(Pass* pass, Side side, PairListener& listener, bool block) {
+bool settle_last(Pass* pass, PairSide side, PairListener& listener, bool block) {
   if (pass == nullptr || !pass->advanced() || !pass->under_way()) return true;
   if (!block && !pass->under_way().done()) return false;
   listener.turn({side, -1});
@@ -41,12 +41,12 @@ bool settle_last(Pass* pass, Side side, PairListener& listener, bool block) {
 
 }  // namespace
 
-void run_pair(std::span<const Piece> order, ForwardPass* forward, BackwardPass* backward, PairListener& listener) {
-  for (const Piece& piece : order) {
+void run_pair(std::span<const PairOp> order, ForwardPass* forward, BackwardPass* backward, PairListener& listener) {
+  for (const PairOp& piece : order) {
     listener.turn(piece);
-    if (piece.side == Side::forward) {
+    if (piece.side == PairSide::forward) {
       run(*forward, piece, listener);
-    } else if (piece.side == Side::backward) {
+    } else if (piece.side == PairSide::backward) {
       run(*backward, piece, listener);
     } else {
       listener.begins(piece);
@@ -59,8 +59,8 @@ void run_pair(std::span<const Piece> order, ForwardPass* forward, BackwardPass* 
 }
 
 bool settle_last(ForwardPass* forward, BackwardPass* backward, PairListener& listener, bool block) {
-  const bool forward_settled = settle_last(forward, Side::forward, listener, block);
-  return settle_last(backward, Side::backward, listener, block) && forward_settled;
+  const bool forward_settled = settle_last(forward, PairSide::forward, listener, block);
+  return settle_last(backward, PairSide::backward, listener, block) && forward_settled;
 }
 
 const PairOrders::Entry& PairOrders::find(const Stage* forward, bool forward_loss, const Stage* backward,
@@ -74,11 +74,12 @@ const PairOrders::Entry& PairOrders::find(const Stage* forward, bool forward_los
     entry.communicates = (ahead + back).find('X') != std::string::npos;
     // What computes in front of it, as a loss does, everything else waits for, and it waits for nothing. But a backward
     // that is not split accumulates gradients, whose order must not depend on time.
-    const auto first = std::find_if(entry.pieces.begin(), entry.pieces.end(), [&](const Piece& piece) {
-      return piece.side == Side::forward || back[static_cast<std::size_t>(piece.node)] == 'X';
+    const auto first = std::find_if(entry.pieces.begin(), entry.pieces.end(), [&](const PairOp& piece) {
+      return piece.side == PairSide::forward || back[static_cast<std::size_t>(piece.node)] == 'X';
     });
     const std::size_t computing = static_cast<std::size_t>(first - entry.pieces.begin());
-    if (first != entry.pieces.end() && first->side == Side::backward && (computing == 0 || backward->splits_backward()))
+    if (first != entry.pieces.end() && first->side == PairSide::backward &&
+        (computing == 0 || backward->splits_backward()))
       entry.launch_ahead = computing + 1;
   }
   return found->second;
