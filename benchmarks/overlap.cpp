@@ -22,10 +22,10 @@
 #include "dualpipe/launch/failure.hpp"
 #include "dualpipe/pipeline/dual_pipe.hpp"
 #include "dualpipe/pipeline/group_collectives.hpp"
+#include "dualpipe/pipeline/pair.hpp"
 #include "dualpipe/pipeline/tracer.hpp"
 #include "dualpipe/planner/render.hpp"
 #include "dualpipe/planner/report.hpp"
-#include "dualpipe/stage/pair.hpp"
 #include "dualpipe/testing/communicators.hpp"
 #include "sleep.hpp"
 
@@ -100,22 +100,20 @@ void write(const std::string& path, const std::string& text) {
 }
 
 /// What a pair does, as the executor would record it: the forward 0F1 with the backward 0B0.
-class PairRecorder final : public PairListener {
+class PairRecorder {
  public:
-  PairRecorder(const Stage& stage, const ForwardPass& forward, const BackwardPass& backward)
-      : stage_(stage), forward_(forward), backward_(backward) {}
+  explicit PairRecorder(const Stage& stage) : stage_(stage) {}
 
-  void begins(const PairOp&) override { begin_ = now(); }
-  void computed(const PairOp& piece) override {
-    const Pass pass = piece.side == PairSide::forward    ? Pass::Forward
-                      : piece.side == PairSide::backward ? Pass::BackwardInput
-                                                         : Pass::BackwardWeight;
-    record(Lane::node, {pass, 0, piece.side == PairSide::forward ? 1 : 0}, piece.node, {begin_, now()});
-  }
-  void collected(PairSide side, const Pending& pending) override {
+  /// @param began  when the pair was asked.
+  void record(const PairEvent& event, double began) {
+    const auto [side, node] = event.op;
     const bool ahead = side == PairSide::forward;
-    record(Lane::collective, ahead ? forward_op : backward_op, ahead ? forward_.node() : backward_.node(),
-           pending.span());
+    if (event.kind == PairEvent::Kind::computed) {
+      const Pass pass = ahead ? Pass::Forward : side == PairSide::backward ? Pass::BackwardInput : Pass::BackwardWeight;
+      record(Lane::node, {pass, 0, ahead ? 1 : 0}, node, {began, now()});
+    } else if (event.kind == PairEvent::Kind::received) {
+      record(Lane::collective, ahead ? forward_op : backward_op, node, event.pending.span());
+    }
   }
 
   Timeline timeline(const std::string& name, double begin, double end) const {
@@ -136,9 +134,6 @@ class PairRecorder final : public PairListener {
   }
 
   const Stage& stage_;
-  const ForwardPass& forward_;
-  const BackwardPass& backward_;
-  double begin_ = 0;
   std::vector<Interval> intervals_;
 };
 
@@ -154,20 +149,23 @@ MeasuredPair time_pair(Communicator& comm, const Stage& stage, const std::string
   const auto context = [&](int micro_batch) { return StageContext{0, micro_batch, 0, true, none}; };
   Tensors inputs = inputs_of(4, comm.size());
   inputs[0].set_requires_grad(true);
-  StageActivation before = stage.forward(inputs, context(0));
-  ForwardPass forward(stage, inputs, context(1));
-  BackwardPass backward(before, {torch::ones_like(before.outputs[0]), torch::Tensor()});
+  StageRun backward = stage.forward(inputs, context(0));
+  const Tensors gradients{torch::ones_like(backward.outputs()[0]), torch::Tensor()};
+  StageRun forward(stage, inputs, context(1));
+  backward.start_backward(gradients);
   comm.barrier().wait();
   const double begin = now();
-  PairRecorder recorder(stage, forward, backward);
-  for (const PairOp& piece : order) {
-    run_pair({&piece, 1}, &forward, &backward, recorder);
-    // Past the last node settle_last does it, and tells.
-    for (Pending pending : {forward.under_way(), backward.under_way()})
-      if (exposed && pending) pending.wait();
-    settle_last(&forward, &backward, recorder, /*block=*/false);
+  PairRecorder recorder(stage);
+  PairRun pair(order, &forward, &backward);
+  for (;;) {
+    const double began = now();
+    const std::optional<PairEvent> event = pair.next();
+    if (!event && !pair.trails()) break;
+    if (event) recorder.record(*event, began);
+    if (exposed && event && event->kind == PairEvent::Kind::launched)
+      Pending((event->op.side == PairSide::forward ? forward : backward).under_way()).wait();
+    if (!event || event->kind == PairEvent::Kind::must_wait) recorder.record(pair.wait(), began);
   }
-  settle_last(&forward, &backward, recorder, /*block=*/true);
   const double end = now();
   return {max_over(comm, 1e3 * (end - begin)), recorder.timeline(name, begin, end)};
 }

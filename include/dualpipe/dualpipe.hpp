@@ -1,17 +1,14 @@
 #pragma once
 
-/// All public headers but those of the GPU back end, which need dualpipe::nccl. Programs that only use schedules
-/// include what they need from dualpipe/schedule/ and link dualpipe::schedule, without LibTorch.
+/// What a program that trains needs. More, by name: dualpipe/comm/nccl.hpp (GPU ranks), dualpipe/pipeline/pair.hpp (pairs by
+/// hand), dualpipe/schedule/ (schedules as data), dualpipe/planner/ (costs, pictures, reports), dualpipe/testing/
+/// (networks for tests).
 
 #include "dualpipe/comm/communicator.hpp"
-#include "dualpipe/comm/device_trace.hpp"
 #include "dualpipe/comm/local.hpp"
 #include "dualpipe/comm/pending.hpp"
 #include "dualpipe/comm/socket.hpp"
 #include "dualpipe/config.hpp"
-#include "dualpipe/detail/pipeline/arrivals.hpp"
-#include "dualpipe/detail/pipeline/executor.hpp"
-#include "dualpipe/detail/pipeline/replicas.hpp"
 #include "dualpipe/error.hpp"
 #include "dualpipe/launch/failure.hpp"
 #include "dualpipe/launch/world.hpp"
@@ -20,29 +17,9 @@
 #include "dualpipe/pipeline/group_collectives.hpp"
 #include "dualpipe/pipeline/observer.hpp"
 #include "dualpipe/pipeline/tracer.hpp"
-#include "dualpipe/planner/compare.hpp"
-#include "dualpipe/planner/cost_model.hpp"
-#include "dualpipe/planner/explain.hpp"
-#include "dualpipe/planner/memory.hpp"
-#include "dualpipe/planner/pair_timeline.hpp"
-#include "dualpipe/planner/render.hpp"
-#include "dualpipe/planner/search.hpp"
-#include "dualpipe/schedule/check.hpp"
-#include "dualpipe/schedule/costs.hpp"
-#include "dualpipe/schedule/generate.hpp"
-#include "dualpipe/schedule/lower.hpp"
-#include "dualpipe/schedule/op.hpp"
-#include "dualpipe/schedule/pair_order.hpp"
-#include "dualpipe/schedule/schedule.hpp"
-#include "dualpipe/schedule/simulate.hpp"
-#include "dualpipe/schedule/timeline.hpp"
 #include "dualpipe/stage/as_stage.hpp"
 #include "dualpipe/stage/collective.hpp"
-#include "dualpipe/stage/pair.hpp"
 #include "dualpipe/stage/partition.hpp"
-#include "dualpipe/stage/split_backward.hpp"
 #include "dualpipe/stage/stage.hpp"
-#include "dualpipe/stage/stage_pass.hpp"
-#include "dualpipe/testing/communicators.hpp"
 #include "dualpipe/train/clip.hpp"
 #include "dualpipe/version.hpp"

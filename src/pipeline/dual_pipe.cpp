@@ -255,7 +255,7 @@ DualPipeImpl::DualPipeImpl(std::shared_ptr<Communicator> communicator, DualPipeO
   state.arrivals.emplace(state.communicator, traits.data_dependent_from);
   // A pair of stages with collectives has its results in another order, and all ranks must send in the same one.
   if (traits.communicate)
-    state.training = make_plan(std::move(state.training.schedule), state.options.publish, /*communicates=*/true);
+    state.training = make_plan(std::move(state.training.schedule), state.options.publish, communicating_pair);
   const Schedule& schedule = state.training.schedule;
 
   std::set<torch::nn::Module*> registered;

@@ -12,7 +12,7 @@
 
 #include "dualpipe/comm/local.hpp"
 #include "dualpipe/pipeline/group_collectives.hpp"
-#include "dualpipe/stage/pair.hpp"
+#include "dualpipe/pipeline/pair.hpp"
 #include "dualpipe/testing/communicators.hpp"
 
 namespace dualpipe {
@@ -272,24 +272,48 @@ Tensors gradients_of(const Tensors& tensors) {
   return gradients;
 }
 
-/// Counts what a pair tells.
-struct Told : PairListener {
-  void begins(const PairOp& piece) override { begun = piece; }
-  void launched(const PairOp& piece) override { EXPECT_EQ(begun, piece); }
-  void computed(const PairOp& piece) override {
-    EXPECT_EQ(begun, piece);
-    ran.push_back(piece);
+/// What a pair has said, from its first event to its last.
+struct Told {
+  explicit Told(PairRun& pair) : pair_(pair) {}
+
+  void take(const PairEvent& event) {
+    switch (event.kind) {
+      case PairEvent::Kind::computed:
+        ran.push_back(event.op);
+        break;
+      case PairEvent::Kind::launched:
+        ++launched;
+        break;
+      case PairEvent::Kind::must_wait:
+        EXPECT_TRUE(event.pending);
+        take(pair_.wait());
+        break;
+      case PairEvent::Kind::received:
+        EXPECT_TRUE(event.pending.done());
+        ++collectives;
+        break;
+      case PairEvent::Kind::over:
+        ++(event.op.side == PairSide::forward ? forwards : backwards);
+        break;
+    }
   }
-  void blocks(const Pending&) override { ++blocked; }
-  void collected(PairSide, const Pending& pending) override {
-    EXPECT_TRUE(pending.done());
-    ++collectives;
+  /// To the end of the order.
+  void run() {
+    while (const std::optional<PairEvent> event = pair_.next()) take(*event);
   }
-  void forward_over() override { ++forwards; }
-  void backward_over() override { ++backwards; }
-  PairOp begun;
+  /// To the end of the collectives that trail.
+  void finish() {
+    while (pair_.trails()) {
+      take(pair_.wait());
+      run();
+    }
+  }
+
   std::vector<PairOp> ran;
-  int blocked = 0, collectives = 0, forwards = 0, backwards = 0;
+  int launched = 0, collectives = 0, forwards = 0, backwards = 0;
+
+ private:
+  PairRun& pair_;
 };
 
 /// A pair of a forward through one chain and a backward through another, in `order`; then the first one's backward.
@@ -302,15 +326,16 @@ void run_case(int rank, const std::shared_ptr<Communicator>& group, const Spec& 
   const auto r = static_cast<std::size_t>(rank);
   const auto gradient_seed = [&](std::uint64_t seed) { return seed + 100 * static_cast<std::uint64_t>(rank); };
 
-  StageActivation before = back_stage.forward(inputs_of(rank, 50), context(0));
-  expect_equal(before.outputs, back_truth.outputs[r], "output of b");
+  StageRun backward = back_stage.forward(inputs_of(rank, 50), context(0));
+  expect_equal(backward.outputs(), back_truth.outputs[r], "output of b");
   log.clear();
 
-  ForwardPass forward(ahead_stage, inputs_of(rank, 20), context(1));
-  BackwardPass backward(before, output_gradients(before.outputs, gradient_seed(50)));
-  Told told;
-  run_pair(order, &forward, &backward, told);
-  EXPECT_TRUE(settle_last(&forward, &backward, told, true));
+  StageRun forward(ahead_stage, inputs_of(rank, 20), context(1));
+  backward.start_backward(output_gradients(backward.outputs(), gradient_seed(50)));
+  PairRun pair(order, &forward, &backward);
+  Told told(pair);
+  told.run();
+  told.finish();
   EXPECT_EQ(told.forwards, 1);
   EXPECT_EQ(told.backwards, 1);
   std::vector<PairOp> computing = order;
@@ -323,16 +348,17 @@ void run_case(int rank, const std::shared_ptr<Communicator>& group, const Spec& 
     return true;
   });
   EXPECT_EQ(told.ran, computing);
+  EXPECT_EQ(told.launched, static_cast<int>(collectives.size()));
   EXPECT_EQ(told.collectives, static_cast<int>(collectives.size()));
   EXPECT_EQ(log, collectives);
 
-  StageActivation after = forward.take();
-  expect_equal(after.outputs, ahead_truth.outputs[r], "output of a");
-  expect_equal(backward.take(), back_truth.input_gradients[r], "input gradient of b");
+  forward.finish_forward();
+  expect_equal(forward.outputs(), ahead_truth.outputs[r], "output of a");
+  expect_equal(backward.finish_backward(), back_truth.input_gradients[r], "input gradient of b");
   expect_equal(gradients_of(back_weights), back_truth.weight_gradients[r], "weight gradient of b");
-  expect_equal(after.backward_input(output_gradients(after.outputs, gradient_seed(20))), ahead_truth.input_gradients[r],
-               "input gradient of a");
-  after.backward_weight();
+  expect_equal(forward.backward_input(output_gradients(forward.outputs(), gradient_seed(20))),
+               ahead_truth.input_gradients[r], "input gradient of a");
+  forward.backward_weight();
   expect_equal(gradients_of(ahead_weights), ahead_truth.weight_gradients[r], "weight gradient of a");
 }
 
@@ -405,7 +431,7 @@ TEST(Chain, ALaunchDoesNotWait) {
       ran = true;
       return x;
     });
-    ForwardPass pass(stage, {torch::ones({2, 2})}, context(0));
+    StageRun pass(stage, {torch::ones({2, 2})}, context(0));
     pass.advance();
     EXPECT_TRUE(pass.under_way());
     if (start.first()) {
@@ -416,7 +442,8 @@ TEST(Chain, ALaunchDoesNotWait) {
     pass.advance();
     EXPECT_FALSE(pass.under_way());
     EXPECT_TRUE(ran);
-    EXPECT_EQ(pass.take().outputs[0].size(0), 4);
+    pass.finish_forward();
+    EXPECT_EQ(pass.outputs()[0].size(0), 4);
   });
 }
 
@@ -426,17 +453,22 @@ TEST(Chain, ACollectiveThatEndsAChainIsLeftUnderWay) {
     Stage stage;
     stage.compute("double", [](const Tensors& x, const StageContext&) { return Tensors{x[0] * 2}; })
         .communicate("gather", all_gather(group), {0});
-    ForwardPass pass(stage, {torch::ones({2, 2})}, context(0));
-    Told told;
-    run_pair(launch_order("CX", "", pair_order("CX", "")), &pass, nullptr, told);
+    StageRun run(stage, {torch::ones({2, 2})}, context(0));
+    const std::vector<PairOp> order = launch_order("CX", "", pair_order("CX", ""));
+    PairRun pair(order, &run, nullptr);
+    Told told(pair);
+    told.run();
     if (start.first()) {
       EXPECT_EQ(told.forwards, 0);
-      EXPECT_FALSE(settle_last(&pass, nullptr, told, false));
+      EXPECT_TRUE(pair.trails());
+      EXPECT_FALSE(pair.next().has_value());
     }
     start.go();
-    EXPECT_TRUE(settle_last(&pass, nullptr, told, true));
+    told.finish();
+    EXPECT_FALSE(pair.trails());
     EXPECT_EQ(told.forwards, 1);
-    EXPECT_TRUE(torch::equal(pass.take().outputs.at(0), torch::full({4, 2}, 2.0)));
+    run.finish_forward();
+    EXPECT_TRUE(torch::equal(run.outputs().at(0), torch::full({4, 2}, 2.0)));
   });
 }
 

@@ -1,4 +1,5 @@
 #include "dualpipe/stage/partition.hpp"
+#include "dualpipe/stage/stage_run.hpp"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -156,7 +157,7 @@ TEST(Split, ComputesWhatTheLayersDo) {
   const auto p = stage.module()->named_parameters();
   const Tensor expected =
       torch::linear(torch::relu(torch::linear(x, p["a.weight"], p["a.bias"])), p["b.weight"], p["b.bias"]);
-  EXPECT_TRUE(torch::equal(activation.outputs.at(0), expected));
+  EXPECT_TRUE(torch::equal(activation.outputs().at(0), expected));
   EXPECT_THAT(error_of([&] { stage.forward({x, x}, StageContext{0, 0, 0, true, none}); }),
               HasSubstr("takes 1 tensor, got 2"));
 }

@@ -1,7 +1,7 @@
 // Every case compares with one plain backward of the same code, bit by bit: as a whole (B) and in two parts (I, then
 // W).
 
-#include "dualpipe/stage/split_backward.hpp"
+#include "dualpipe/detail/stage/split_backward.hpp"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -18,7 +18,7 @@
 
 #include "dualpipe/error.hpp"
 
-namespace dualpipe {
+namespace dualpipe::detail {
 namespace {
 
 using testing::HasSubstr;
@@ -969,4 +969,4 @@ TEST(BackwardThread, IsTheCallersAndTheSettingIsRestored) {
 }
 
 }  // namespace
-}  // namespace dualpipe
+}  // namespace dualpipe::detail

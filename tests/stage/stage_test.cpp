@@ -1,4 +1,5 @@
 #include "dualpipe/stage/stage.hpp"
+#include "dualpipe/stage/stage_run.hpp"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -45,18 +46,18 @@ TEST(Stage, OutputsAreDetachedAndKeepWhetherTheyRequireGrad) {
     return {x[0].mm(w), x[1], x[0].detach(), Tensor(), x[0]};
   });
   const Tensor x = input({3, 4}), integers = torch::arange(3);
-  const auto activation = stage.forward({x, integers}, context());
-  ASSERT_EQ(activation.outputs.size(), 5U);
-  EXPECT_TRUE(activation.outputs[0].requires_grad());
-  EXPECT_TRUE(activation.outputs[0].is_leaf());
-  EXPECT_TRUE(torch::equal(activation.outputs[0], x.mm(w)));
-  EXPECT_TRUE(torch::equal(activation.outputs[1], integers));
-  EXPECT_FALSE(activation.outputs[1].requires_grad());
-  EXPECT_FALSE(activation.outputs[2].requires_grad());
-  EXPECT_FALSE(activation.outputs[3].defined());
-  EXPECT_TRUE(activation.outputs[4].requires_grad());
-  EXPECT_TRUE(activation.outputs[4].is_alias_of(x));
-  EXPECT_FALSE(activation.loss.defined());
+  auto activation = stage.forward({x, integers}, context());
+  ASSERT_EQ(activation.outputs().size(), 5U);
+  EXPECT_TRUE(activation.outputs()[0].requires_grad());
+  EXPECT_TRUE(activation.outputs()[0].is_leaf());
+  EXPECT_TRUE(torch::equal(activation.outputs()[0], x.mm(w)));
+  EXPECT_TRUE(torch::equal(activation.outputs()[1], integers));
+  EXPECT_FALSE(activation.outputs()[1].requires_grad());
+  EXPECT_FALSE(activation.outputs()[2].requires_grad());
+  EXPECT_FALSE(activation.outputs()[3].defined());
+  EXPECT_TRUE(activation.outputs()[4].requires_grad());
+  EXPECT_TRUE(activation.outputs()[4].is_alias_of(x));
+  EXPECT_FALSE(activation.loss().defined());
 }
 
 TEST(Stage, NodesRunInOrderAsOneGraph) {
@@ -85,7 +86,7 @@ TEST(Stage, NodesRunInOrderAsOneGraph) {
 TEST(Stage, WithoutNodesReturnsItsInputs) {
   const Tensor x = input({3, 4}), g = random({3, 4});
   auto activation = Stage().forward({x}, context());
-  EXPECT_TRUE(activation.outputs.at(0).is_alias_of(x));
+  EXPECT_TRUE(activation.outputs().at(0).is_alias_of(x));
   EXPECT_TRUE(torch::equal(activation.backward({g}).at(0), g));
 }
 
@@ -100,9 +101,9 @@ TEST(Stage, LossRunsInTheSameGraph) {
       EXPECT_TRUE(out.at(0).requires_grad());
       return torch::mse_loss(out.at(0), target).reshape({1, 1});
     });
-    EXPECT_EQ(activation.loss.dim(), 0);
-    EXPECT_FALSE(activation.loss.requires_grad());
-    EXPECT_TRUE(activation.outputs.at(0).requires_grad());
+    EXPECT_EQ(activation.loss().dim(), 0);
+    EXPECT_FALSE(activation.loss().requires_grad());
+    EXPECT_TRUE(activation.outputs().at(0).requires_grad());
     const Tensor scale = torch::tensor(0.25, torch::kDouble);
     Tensors gradients;
     if (whole) {
@@ -114,7 +115,7 @@ TEST(Stage, LossRunsInTheSameGraph) {
     const Tensor plain_w = w.detach().clone().requires_grad_();
     const Tensor loss = torch::mse_loss(x.mm(plain_w), target);
     loss.backward(scale);
-    EXPECT_TRUE(torch::equal(activation.loss, loss));
+    EXPECT_TRUE(torch::equal(activation.loss(), loss));
     EXPECT_TRUE(torch::equal(gradients.at(0), x.grad()));
     EXPECT_TRUE(torch::equal(w.grad(), plain_w.grad()));
   }
@@ -164,10 +165,9 @@ TEST(Stage, OutsideOfTrainingNoGraphIsMade) {
     EXPECT_FALSE(torch::GradMode::is_enabled());
     return {x[0].mm(w)};
   });
-  const auto activation =
-      stage.forward({input({3, 4})}, context(0, false), [](const Tensors& out) { return out[0].sum(); });
-  EXPECT_FALSE(activation.outputs.at(0).requires_grad());
-  EXPECT_TRUE(activation.loss.defined());
+  auto activation = stage.forward({input({3, 4})}, context(0, false), [](const Tensors& out) { return out[0].sum(); });
+  EXPECT_FALSE(activation.outputs().at(0).requires_grad());
+  EXPECT_TRUE(activation.loss().defined());
   EXPECT_TRUE(torch::GradMode::is_enabled());
 }
 
@@ -175,7 +175,7 @@ TEST(Stage, TrainsWhereTheCallerHasGradientsDisabled) {
   const torch::NoGradGuard no_grad;
   const Stage stage = as_stage(torch::nn::Linear(4, 4));
   auto activation = stage.forward({torch::randn({3, 4})}, context());
-  EXPECT_TRUE(activation.outputs.at(0).requires_grad());
+  EXPECT_TRUE(activation.outputs().at(0).requires_grad());
   activation.backward({torch::randn({3, 4})});
   EXPECT_TRUE(stage.module()->parameters().at(0).grad().defined());
   EXPECT_FALSE(torch::GradMode::is_enabled());
@@ -332,11 +332,11 @@ TEST(Chain, CollectivesAtBothEndsAndInARow) {
   for (const bool whole : {true, false}) {
     w.mutable_grad() = Tensor();
     auto activation = stage.forward({x, y}, context(3));
-    ASSERT_EQ(activation.outputs.size(), 2U);
-    EXPECT_TRUE(torch::allclose(activation.outputs[0], y * 10));
-    EXPECT_TRUE(torch::allclose(activation.outputs[1], (x * 10).mm(w) * 5));
-    EXPECT_TRUE(activation.outputs[0].requires_grad());
-    EXPECT_TRUE(activation.outputs[0].is_leaf());
+    ASSERT_EQ(activation.outputs().size(), 2U);
+    EXPECT_TRUE(torch::allclose(activation.outputs()[0], y * 10));
+    EXPECT_TRUE(torch::allclose(activation.outputs()[1], (x * 10).mm(w) * 5));
+    EXPECT_TRUE(activation.outputs()[0].requires_grad());
+    EXPECT_TRUE(activation.outputs()[0].is_leaf());
     Tensors gradients;
     if (whole) {
       gradients = activation.backward({g, h});
@@ -356,9 +356,9 @@ TEST(Chain, ALossBehindACollectiveGetsItsOwnNode) {
   stage.compute("f", [&](const Tensors& in, const StageContext&) -> Tensors { return {in[0].mm(w)}; })
       .communicate("g", std::make_shared<Scaled>(2), {0});
   auto activation = stage.forward({x}, context(3), [](const Tensors& out) { return out[0].square().sum(); });
-  EXPECT_EQ(activation.nodes.size(), 3U);
+  EXPECT_EQ(activation.num_nodes(), 3);
   const Tensors gradients = activation.backward({torch::ones({}, torch::kDouble)});
-  EXPECT_TRUE(torch::allclose(activation.loss, (x.mm(w) * 2).square().sum()));
+  EXPECT_TRUE(torch::allclose(activation.loss(), (x.mm(w) * 2).square().sum()));
   EXPECT_TRUE(torch::allclose(gradients.at(0), (x.mm(w) * 8).mm(w.t())));
 }
 
@@ -367,9 +367,9 @@ TEST(Chain, OutsideOfTrainingNothingIsKept) {
   Stage stage;
   stage.compute("f", [&](const Tensors& in, const StageContext&) -> Tensors { return {in[0].mm(w), in[0]}; })
       .communicate("g", std::make_shared<Scaled>(2), {0, 1});
-  const auto activation = stage.forward({input({3, 4})}, context(3, false));
-  for (const auto& node : activation.nodes) EXPECT_EQ(node.handle, nullptr);
-  for (const Tensor& output : activation.outputs) EXPECT_FALSE(output.requires_grad());
+  auto activation = stage.forward({input({3, 4})}, context(3, false));
+  for (int node = 0; node < activation.num_nodes(); ++node) EXPECT_FALSE(activation.keeps_handle(node));
+  for (const Tensor& output : activation.outputs()) EXPECT_FALSE(output.requires_grad());
 }
 
 TEST(Chain, UnsplitBackwardLeavesNoWeightPart) {
@@ -443,47 +443,47 @@ TEST(AsStage, ModuleHolder) {
   EXPECT_EQ(stage.module(), linear.ptr());
   EXPECT_THAT(stage.node_names(), testing::ElementsAre("forward"));
   const Tensor x = torch::randn({3, 4});
-  EXPECT_TRUE(torch::equal(stage.forward({x}, context()).outputs.at(0), linear(x)));
+  EXPECT_TRUE(torch::equal(stage.forward({x}, context()).outputs().at(0), linear(x)));
   EXPECT_EQ(error_of([&] { stage.forward({x, x}, context(2)); }), "stage 2 takes 1 tensor, got 2 (micro-batch 5)");
 }
 
 TEST(AsStage, Sequential) {
   torch::nn::Sequential one(torch::nn::Linear(4, 8), torch::nn::GELU(), torch::nn::Linear(8, 2));
   const Tensor x = torch::randn({3, 4});
-  EXPECT_TRUE(torch::equal(as_stage(one).forward({x}, context()).outputs.at(0), one->forward(x)));
+  EXPECT_TRUE(torch::equal(as_stage(one).forward({x}, context()).outputs().at(0), one->forward(x)));
   torch::nn::Sequential two(torch::nn::Bilinear(4, 4, 2), torch::nn::Tanh());
-  EXPECT_TRUE(torch::equal(as_stage(two).forward({x, x}, context()).outputs.at(0), two->forward(x, x)));
+  EXPECT_TRUE(torch::equal(as_stage(two).forward({x, x}, context()).outputs().at(0), two->forward(x, x)));
 }
 
 TEST(AsStage, PointerAndTensorLists) {
   const Tensor a = random({2}), b = random({2}), c = random({2});
-  const auto listed = as_stage(std::make_shared<ListImpl>()).forward({a, b, c}, context()).outputs;
+  const auto listed = as_stage(std::make_shared<ListImpl>()).forward({a, b, c}, context()).outputs();
   ASSERT_EQ(listed.size(), 2U);
   EXPECT_TRUE(listed[0].is_alias_of(c));
   EXPECT_TRUE(listed[1].is_alias_of(a));
-  EXPECT_TRUE(torch::allclose(as_stage(std::make_shared<ListByValueImpl>()).forward({a, b, c}, context()).outputs.at(0),
-                              a + b + c));
+  EXPECT_TRUE(torch::allclose(
+      as_stage(std::make_shared<ListByValueImpl>()).forward({a, b, c}, context()).outputs().at(0), a + b + c));
 }
 
 TEST(AsStage, PairsTuplesAndDefaultArguments) {
   const Tensor a = random({2}), b = random({2});
   const Stage pair = as_stage(Pair());
-  const auto sums = pair.forward({a, b}, context()).outputs;
+  const auto sums = pair.forward({a, b}, context()).outputs();
   ASSERT_EQ(sums.size(), 2U);
   EXPECT_TRUE(torch::equal(sums[1], a - b));
   EXPECT_THAT(error_of([&] { pair.forward({a}, context()); }), HasSubstr("takes 2 tensors, got 1"));
 
   const Stage with_default = as_stage(std::make_shared<DefaultImpl>());
-  EXPECT_TRUE(torch::equal(with_default.forward({a}, context()).outputs.at(0), a * 2));
-  EXPECT_TRUE(torch::equal(with_default.forward({a, b}, context()).outputs.at(0), a * b));
+  EXPECT_TRUE(torch::equal(with_default.forward({a}, context()).outputs().at(0), a * 2));
+  EXPECT_TRUE(torch::equal(with_default.forward({a, b}, context()).outputs().at(0), a * b));
   EXPECT_THAT(error_of([&] { with_default.forward({a, b, a}, context(4)); }), HasSubstr("does not take 3 tensors"));
 
   const auto lstm =
-      as_stage(torch::nn::LSTM(torch::nn::LSTMOptions(2, 3))).forward({torch::randn({4, 1, 2})}, context()).outputs;
+      as_stage(torch::nn::LSTM(torch::nn::LSTMOptions(2, 3))).forward({torch::randn({4, 1, 2})}, context()).outputs();
   EXPECT_EQ(lstm.size(), 3U);  // output, and the pair of hidden states
   const auto attention = as_stage(torch::nn::MultiheadAttention(4, 2));
   const Tensor q = torch::randn({3, 1, 4});
-  EXPECT_EQ(attention.forward({q, q, q}, context()).outputs.size(), 2U);
+  EXPECT_EQ(attention.forward({q, q, q}, context()).outputs().size(), 2U);
 }
 
 TEST(AsStage, RefusesEmptyModules) {

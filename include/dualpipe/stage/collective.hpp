@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "dualpipe/comm/pending.hpp"
+#include "dualpipe/detail/config.hpp"
 
 namespace dualpipe {
 
@@ -45,6 +46,10 @@ class Collective {
 /// from the earliest begin to the latest end.
 ///
 /// @param parts  may be empty, where there is nothing to communicate.
-Pending join(std::vector<Pending> parts, std::function<Tensors(std::vector<Tensors> results)> finish);
+DUALPIPE_DECL Pending join(std::vector<Pending> parts, std::function<Tensors(std::vector<Tensors> results)> finish);
 
 }  // namespace dualpipe
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/stage/collective.ipp"
+#endif

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "dualpipe/detail/config.hpp"
 #include "dualpipe/stage/stage.hpp"
 
 namespace dualpipe {
@@ -26,7 +27,7 @@ struct NamedLayer {
 /// and finite,
 ///                          a layer without function, a name that is empty, used twice, or inside of another layer's
 ///                          ("a" and "a.b"). The factory throws it for a stage that is not in [0, num_stages).
-StageFactory split(std::vector<NamedLayer> layers, int num_stages, std::vector<double> costs = {});
+DUALPIPE_DECL StageFactory split(std::vector<NamedLayer> layers, int num_stages, std::vector<double> costs = {});
 
 /// The cut that `split` makes: stage s takes layers [cuts[s], cuts[s+1]); num_stages + 1 numbers.
 ///
@@ -35,6 +36,10 @@ StageFactory split(std::vector<NamedLayer> layers, int num_stages, std::vector<d
 /// milliseconds for thousands of layers.
 ///
 /// @throws InvalidArgument  as for `split`.
-std::vector<int> balance(const std::vector<double>& costs, int num_stages);
+DUALPIPE_DECL std::vector<int> balance(const std::vector<double>& costs, int num_stages);
 
 }  // namespace dualpipe
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/stage/partition.ipp"
+#endif

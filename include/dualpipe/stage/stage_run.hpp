@@ -12,8 +12,8 @@
 
 namespace dualpipe {
 
-/// One micro-batch on one stage: its way forward through the nodes of the chain, what it leaves there, and its way back.
-/// Advanced node by node; launching a collective does not wait, what needs its result does. Used by one thread.
+/// One micro-batch on one stage: its way forward through the nodes of the chain, what it leaves there, and its way
+/// back. Advanced node by node; launching a collective does not wait, what needs its result does. Used by one thread.
 ///
 ///     StageRun run(stage, inputs, context);
 ///     while (!run.advanced()) run.advance();

@@ -7,17 +7,21 @@
 #include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/detail/config.hpp"
 #include "dualpipe/detail/pipeline/arrivals.hpp"
+#include "dualpipe/detail/pipeline/pair_orders.hpp"
+#include "dualpipe/detail/pipeline/recorder.hpp"
 #include "dualpipe/pipeline/batch.hpp"
 #include "dualpipe/pipeline/observer.hpp"
 #include "dualpipe/schedule/lower.hpp"
 #include "dualpipe/schedule/schedule.hpp"
-#include "dualpipe/stage/pair.hpp"
 #include "dualpipe/stage/stage.hpp"
 
 namespace dualpipe {
 
 using LossFn = std::function<at::Tensor(const Tensors& outputs, const Tensors& targets)>;
+
+namespace detail {
 
 /// A schedule with the program it was lowered to, proven to finish.
 struct Plan {
@@ -32,10 +36,12 @@ struct Plan {
 };
 /// Lowers and dry-runs.
 ///
-/// @param communicates  stages have collectives: their pairs have the gradient first, and the activation behind the
-///                      last collective of the forward. The same on all ranks, as it decides the order of transfers.
+/// @param ready  as in `lower`; the same on all ranks, as it decides the order of transfers.
 /// @throws InvalidArgument  as `lower` and `dry_run` do.
-Plan make_plan(Schedule schedule, Publish publish, bool communicates = false);
+DUALPIPE_DECL Plan make_plan(Schedule schedule, Publish publish, const PairReady& ready = {});
+/// Where pairs have their results if stages have collectives: the gradient first, the activation behind the last
+/// collective of the forward.
+inline constexpr PairReady communicating_pair{.activation = 1, .gradient = 0.75};
 
 /// What enters one run of a plan on one rank.
 struct RunInputs {
@@ -51,11 +57,8 @@ struct RunInputs {
   std::function<Arrivals&()> arrivals = nullptr;
 };
 
-class Recorder;
-
-/// What leaves it.
+/// What leaves it, on ranks that run the last stage.
 struct RunOutputs {
-  // On the ranks that run the last stage:
   std::map<int, at::Tensor> losses;  ///< by micro-batch, unscaled, detached
   std::map<int, Tensors> outputs;    ///< by micro-batch, detached; with keep_outputs
 
@@ -63,25 +66,25 @@ struct RunOutputs {
   std::shared_ptr<Recorder> recorder;
 };
 
-/// Interprets one rank's program: the only place where schedule, communicator and stages meet.
+/// Runs programs: the only place where schedule, communicator and stages meet.
 ///
-/// Every step runs as the pieces of a pair, also one of a forward or a backward alone. Results leave the rank when they
-/// are there (Publish::early): the activation after the last node of the forward's chain, the input gradient after the
-/// first of the backward's. A collective that ends a chain may still run while the next step computes.
+/// A step is a pair, or one half of it. Results leave the rank when they are there (Publish::early): the activation
+/// after the last node of the forward's chain, the input gradient after the first of the backward's.
 ///
 /// Gradients accumulate into the parameters' `.grad`. Runs on the calling thread. After an exception transfers may be
 /// under way: the caller aborts the communicator.
 class Executor {
  public:
   /// @param stages  those this rank holds, by their number; copied, so that nodes added later have no effect.
-  Executor(std::shared_ptr<Communicator> communicator, std::map<int, Stage> stages);
+  DUALPIPE_DECL Executor(std::shared_ptr<Communicator> communicator, std::map<int, Stage> stages);
   Executor(const Executor&) = delete;
   Executor& operator=(const Executor&) = delete;
 
   /// @throws CommError  a peer failed. Errors of user code come as Error (InvalidArgument stays InvalidArgument) with
   ///                    the rank, the pass, stage, node and micro-batch, and the cells of the schedule around it; the
   ///                    original is nested.
-  RunOutputs run(const Plan& plan, const RunInputs& inputs, const std::vector<std::shared_ptr<Observer>>& observers);
+  DUALPIPE_DECL RunOutputs run(const Plan& plan, const RunInputs& inputs,
+                               const std::vector<std::shared_ptr<Observer>>& observers);
 
   const std::map<int, Stage>& stages() const noexcept { return stages_; }
 
@@ -92,4 +95,9 @@ class Executor {
   bool fills_waits_ = false;  ///< see RunContext
 };
 
+}  // namespace detail
 }  // namespace dualpipe
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/pipeline/executor.ipp"
+#endif

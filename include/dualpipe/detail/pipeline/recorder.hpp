@@ -7,9 +7,10 @@
 
 #include "dualpipe/comm/communicator.hpp"
 #include "dualpipe/comm/device_trace.hpp"
+#include "dualpipe/detail/config.hpp"
 #include "dualpipe/pipeline/observer.hpp"
 
-namespace dualpipe {
+namespace dualpipe::detail {
 
 /// A moment of the rank's work: of its host, or of its device where work runs later there.
 struct Mark {
@@ -36,7 +37,7 @@ class Recorder {
   /// Whether anybody listens.
   bool on() const { return !observers_.empty(); }
   /// Now, as the work that was asked for so far is concerned. Costs nothing while nobody listens.
-  Mark mark() const;
+  DUALPIPE_DECL Mark mark() const;
   /// @param name  gives it; called only where it is used.
   template <class Name>
   Range range(const Name& name) const {
@@ -44,12 +45,12 @@ class Recorder {
     return Range(trace_);
   }
 
-  void record(Lane lane, const Step& step, const Mark& begin, const Mark& end, std::string node = {});
+  DUALPIPE_DECL void record(Lane lane, const Step& step, const Mark& begin, const Mark& end, std::string node = {});
   /// The time in which a communication was under way.
-  void record(Lane lane, const Step& step, const Pending& pending, std::string node = {});
+  DUALPIPE_DECL void record(Lane lane, const Step& step, const Pending& pending, std::string node = {});
 
   /// The rest, in the order in which it was recorded. Waits for the device.
-  void finish();
+  DUALPIPE_DECL void finish();
 
  private:
   struct Late {
@@ -58,8 +59,8 @@ class Recorder {
     Pending pending;  // its span, where there is one
   };
   static bool known(const Late& late) { return late.pending ? late.pending.done() : late.end.reached(); }
-  void add(Late late);
-  void tell(Late& late) const;
+  DUALPIPE_DECL void add(Late late);
+  DUALPIPE_DECL void tell(Late& late) const;
 
   int rank_;
   DeviceTrace* trace_;
@@ -67,4 +68,8 @@ class Recorder {
   std::vector<Late> late_;
 };
 
-}  // namespace dualpipe
+}  // namespace dualpipe::detail
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/pipeline/recorder.ipp"
+#endif

@@ -1,3 +1,5 @@
+#pragma once
+
 #include "dualpipe/stage/collective.hpp"
 
 #include <algorithm>
@@ -6,11 +8,11 @@
 #include "dualpipe/error.hpp"
 
 namespace dualpipe {
-namespace {
+namespace detail {
 
-class Joined final : public Pending::State {
+class JoinedPending final : public Pending::State {
  public:
-  Joined(std::vector<Pending> parts, std::function<Tensors(std::vector<Tensors>)> finish)
+  JoinedPending(std::vector<Pending> parts, std::function<Tensors(std::vector<Tensors>)> finish)
       : parts_(std::move(parts)), finish_(std::move(finish)) {}
 
   void wait() override {
@@ -40,11 +42,11 @@ class Joined final : public Pending::State {
   std::function<Tensors(std::vector<Tensors>)> finish_;
 };
 
-}  // namespace
+}  // namespace detail
 
 Pending join(std::vector<Pending> parts, std::function<Tensors(std::vector<Tensors>)> finish) {
   DUALPIPE_CHECK(finish != nullptr, "join needs a function that makes the result");
-  return Pending(std::make_shared<Joined>(std::move(parts), std::move(finish)));
+  return Pending(std::make_shared<detail::JoinedPending>(std::move(parts), std::move(finish)));
 }
 
 }  // namespace dualpipe

@@ -1,44 +1,21 @@
+#pragma once
+
 #include "dualpipe/stage/stage.hpp"
 
 #include <algorithm>
 #include <utility>
 
-#include "dualpipe/stage/stage_pass.hpp"
+#include "dualpipe/stage/stage_run.hpp"
 
 namespace dualpipe {
 
-Tensors StageActivation::backward(const Tensors& output_gradients) {
-  BackwardPass pass(*this, output_gradients, /*whole_first=*/true);
-  while (!pass.advanced()) pass.advance();
-  Tensors gradients = pass.take();
-  backward_weight();
-  return gradients;
-}
+Stage::Stage(std::shared_ptr<torch::nn::Module> module)
+    : description_(std::make_shared<Description>(Description{.module = std::move(module)})) {}
 
-Tensors StageActivation::backward_input(const Tensors& output_gradients) {
-  BackwardPass pass(*this, output_gradients);
-  while (!pass.advanced()) pass.advance();
-  return pass.take();
-}
+Stage::Stage(const Stage& other)
+    : description_(other.description_), owner_(other.owner_->stage < 0 ? other.owner_ : std::make_shared<Owner>()) {}
 
-void StageActivation::backward_weight() {
-  for (int node = static_cast<int>(nodes.size()); node-- > 0;) backward_weight(node);
-}
-
-void StageActivation::backward_weight(int node) {
-  if (has_weight_part(node)) nodes[static_cast<std::size_t>(node)].graph.backward_weight();
-}
-
-bool StageActivation::backward_weight_part(int node) {
-  return has_weight_part(node) && nodes[static_cast<std::size_t>(node)].graph.backward_weight_part();
-}
-
-bool StageActivation::has_weight_part(int node) const {
-  const Node& here = nodes[static_cast<std::size_t>(node)];
-  return !here.communication && split && !here.whole;
-}
-
-Stage::Stage(std::shared_ptr<torch::nn::Module> module) : module_(std::move(module)) {}
+Stage& Stage::operator=(const Stage& other) { return *this = Stage(other); }
 
 Stage& Stage::compute(std::string name, Compute compute) {
   DUALPIPE_CHECK(compute != nullptr, "node '", name, "' of a stage has no function");
@@ -59,32 +36,33 @@ Stage& Stage::communicate(std::string name, std::shared_ptr<Collective> collecti
   return *this;
 }
 
-void Stage::change(const std::string& what) {
-  DUALPIPE_CHECK(built_.stage() < 0, "rank ", built_.rank(), ", stage ", built_.stage(), ": ", what,
+Stage::Description& Stage::change(const std::string& what) {
+  DUALPIPE_CHECK(owner_->stage < 0, "rank ", owner_->rank, ", stage ", owner_->stage, ": ", what,
                  " after a pipeline was built of it, which would not notice; do it in the stage factory, or change a "
                  "copy and build another pipeline");
-  built_ = Built();
+  owner_ = std::make_shared<Owner>();
+  if (description_.use_count() > 1) description_ = std::make_shared<Description>(*description_);
+  return *description_;
 }
 
 void Stage::add(Node node) {
-  change(detail::str("node '", node.name, "' is added"));
-  const std::size_t index = nodes_.size();
-  const bool joins = !node.communication && !nodes_.empty() && !nodes_.back().communication;
-  nodes_.push_back(std::move(node));
-  if (joins) {
-    chain_.back().end = index + 1;
-  } else {
-    chain_.push_back({index, index + 1});
-  }
+  Description& own = change(detail::str("node '", node.name, "' is added"));
+  const std::size_t index = own.nodes.size();
+  const bool joins = !node.communication && !own.nodes.empty() && !own.nodes.back().communication;
+  own.nodes.push_back(std::move(node));
+  if (joins)
+    own.chain.back().end = index + 1;
+  else
+    own.chain.push_back({index, index + 1});
 }
 
 Stage& Stage::append(const std::string& name, const Stage& next) {
-  change(detail::str("stage '", name, "' is appended"));
-  if (nodes_.empty()) num_inputs_ = next.num_inputs_;
-  split_ = split_ && next.split_;
-  data_dependent_shapes_ = data_dependent_shapes_ || next.data_dependent_shapes_;
-  for (std::size_t i = 0, count = next.nodes_.size(); i < count; ++i) {
-    Node node = next.nodes_[i];
+  const Description theirs = *next.description_;  // `next` may be this stage
+  Description& own = change(detail::str("stage '", name, "' is appended"));
+  if (own.nodes.empty()) own.num_inputs = theirs.num_inputs;
+  own.split = own.split && theirs.split;
+  own.data_dependent_shapes = own.data_dependent_shapes || theirs.data_dependent_shapes;
+  for (Node node : theirs.nodes) {
     node.name = name + "." + node.name;
     add(std::move(node));
   }
@@ -92,53 +70,56 @@ Stage& Stage::append(const std::string& name, const Stage& next) {
 }
 
 Stage& Stage::split_backward(bool split) {
-  change("split_backward is set");
-  split_ = split;
+  change("split_backward is set").split = split;
   return *this;
 }
 
 Stage& Stage::data_dependent_shapes(bool depend) {
-  change("data_dependent_shapes is set");
-  data_dependent_shapes_ = depend;
+  change("data_dependent_shapes is set").data_dependent_shapes = depend;
   return *this;
 }
 
 Stage& Stage::takes(int num_inputs) {
   DUALPIPE_CHECK(num_inputs >= 0, "a stage cannot take ", num_inputs, " tensors");
-  change("takes is set");
-  num_inputs_ = num_inputs;
+  change("takes is set").num_inputs = num_inputs;
   return *this;
 }
 
 std::vector<std::string> Stage::node_names() const {
   std::vector<std::string> names;
-  for (const auto& node : nodes_) names.push_back(node.name);
+  for (const Node& node : nodes()) names.push_back(node.name);
   return names;
 }
 
 std::string Stage::structure(bool with_loss) const {
   std::string letters;
-  for (const Segment& segment : chain_) letters += nodes_[segment.begin].communication ? 'X' : 'C';
+  for (const Segment& segment : description_->chain) letters += nodes()[segment.begin].communication ? 'X' : 'C';
   if (letters.empty() || (with_loss && letters.back() == 'X')) letters += 'C';
   return letters;
 }
 
+int Stage::num_nodes(bool with_loss) const { return static_cast<int>(structure(with_loss).size()); }
+
 bool Stage::communicates() const {
-  return std::any_of(nodes_.begin(), nodes_.end(), [](const Node& node) { return node.communication != nullptr; });
+  return std::any_of(nodes().begin(), nodes().end(), [](const Node& node) { return node.communication != nullptr; });
+}
+
+Stage::Segment Stage::segment(int node) const {
+  return node < std::ssize(description_->chain) ? description_->chain[static_cast<std::size_t>(node)] : Segment{};
 }
 
 std::string Stage::chain_name(int node) const {
-  const auto index = static_cast<std::size_t>(node);
-  if (index >= chain_.size()) return chain_.empty() ? "identity" : "loss";
-  const std::string& first = nodes_[chain_[index].begin].name;
-  const std::string& last = nodes_[chain_[index].end - 1].name;
-  return chain_[index].end - chain_[index].begin == 1 ? first : first + " to " + last;
+  const auto [begin, end] = segment(node);
+  if (begin == end) return description_->chain.empty() ? "identity" : "loss";
+  const std::string& first = nodes()[begin].name;
+  return end - begin == 1 ? first : first + " to " + nodes()[end - 1].name;
 }
 
-StageActivation Stage::forward(const Tensors& inputs, const StageContext& context, const StageLoss& loss) const {
-  ForwardPass pass(*this, inputs, context, loss);
-  while (!pass.advanced()) pass.advance();
-  return pass.take();
+StageRun Stage::forward(Tensors inputs, StageContext context, StageLoss loss) const {
+  StageRun run(*this, std::move(inputs), std::move(context), std::move(loss));
+  while (!run.advanced()) run.advance();
+  run.finish_forward();
+  return run;
 }
 
 }  // namespace dualpipe

@@ -135,8 +135,8 @@ void StageRun::advance_backward(int index) {
     return;
   }
   moving_ = node.communication.get();
-  pending_ = moving_->collective->backward(std::exchange(node.handle, nullptr),
-                                           detail::take_moved(values_, moving_->moves));
+  pending_ =
+      moving_->collective->backward(std::exchange(node.handle, nullptr), detail::take_moved(values_, moving_->moves));
   DUALPIPE_CHECK(pending_, "the collective launched nothing in its backward: its Pending is empty");
 }
 

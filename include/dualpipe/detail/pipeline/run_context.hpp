@@ -1,15 +1,15 @@
 #pragma once
 
 #include <map>
-#include <memory>
-#include <vector>
 
 #include "dualpipe/detail/pipeline/executor.hpp"
+#include "dualpipe/detail/pipeline/mailbox.hpp"
+#include "dualpipe/detail/pipeline/micro_batch.hpp"
 #include "dualpipe/detail/pipeline/recorder.hpp"
 
-namespace dualpipe {
+namespace dualpipe::detail {
 
-/// What one run of one rank works with; all of it outlives the run.
+/// What one run of one rank works with.
 struct RunContext {
   Communicator& communicator;
   const std::map<int, Stage>& stages;
@@ -22,9 +22,16 @@ struct RunContext {
   /// whose streams wait while the host runs ahead.
   bool fills_waits = false;
 
+  Mailbox mailbox = {};
+  MicroBatches micro_batches = {};
+  RunOutputs outputs = {};
+
+  int rank() const { return communicator.rank(); }
+  const std::vector<Instruction>& program() const { return plan.program.ranks[static_cast<std::size_t>(rank())]; }
+  const Transfer& transfer(int index) const { return plan.program.order[static_cast<std::size_t>(index)]; }
   const Stage& stage_of(const Op& op) const { return stages.at(op.stage); }
   bool last(const Op& op) const { return op.stage == plan.schedule.num_stages - 1; }
   bool early() const { return plan.publish == Publish::early; }
 };
 
-}  // namespace dualpipe
+}  // namespace dualpipe::detail

@@ -1,9 +1,12 @@
+#pragma once
+
 #include "dualpipe/detail/pipeline/recorder.hpp"
 
 #include <chrono>
 #include <thread>
+#include <utility>
 
-namespace dualpipe {
+namespace dualpipe::detail {
 
 Mark Recorder::mark() const {
   if (!on()) return {};
@@ -43,4 +46,4 @@ void Recorder::finish() {
   }
 }
 
-}  // namespace dualpipe
+}  // namespace dualpipe::detail

@@ -1,0 +1,60 @@
+#pragma once
+
+#include <torch/csrc/autograd/input_metadata.h>
+
+#include <map>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "dualpipe/detail/config.hpp"
+#include "dualpipe/stage/stage_run.hpp"
+
+namespace dualpipe::detail {
+
+/// One micro-batch on one stage, and what of it crosses the stage's boundaries: activations whole, and one gradient for
+/// each of them that requires grad.
+class MicroBatch {
+ public:
+  /// @param received  the inputs come from another stage, which wants their gradients.
+  DUALPIPE_DECL MicroBatch(const Stage& stage, Tensors inputs, StageContext context, StageLoss loss, bool received);
+
+  StageRun& run() { return run_; }
+
+  /// @return what goes to the next stage.
+  DUALPIPE_DECL Tensors finish_forward();
+  /// @param gradients   from the next stage; none on the last one.
+  /// @param loss_scale  the gradient that enters the loss, where there is one.
+  /// @param whole       see StageRun::start_backward.
+  DUALPIPE_DECL void start_backward(std::optional<Tensors> gradients, double loss_scale, bool whole);
+  /// @return what goes to the stage before; zeros where nothing flowed.
+  DUALPIPE_DECL Tensors finish_backward();
+
+ private:
+  StageRun run_;
+  std::vector<std::optional<torch::autograd::InputMetadata>> inputs_;  // of those whose gradients are sent
+  std::vector<bool> differentiable_;                                   // by output
+};
+
+/// The micro-batches between the passes of a rank.
+class MicroBatches {
+ public:
+  bool has(int stage, int micro_batch) const { return waiting_.contains({stage, micro_batch}); }
+  void put(int stage, int micro_batch, std::unique_ptr<MicroBatch> value) {
+    waiting_[{stage, micro_batch}] = std::move(value);
+  }
+  /// It is there.
+  std::unique_ptr<MicroBatch> take(int stage, int micro_batch) {
+    return std::move(waiting_.extract({stage, micro_batch}).mapped());
+  }
+
+ private:
+  std::map<std::pair<int, int>, std::unique_ptr<MicroBatch>> waiting_;
+};
+
+}  // namespace dualpipe::detail
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/pipeline/micro_batch.ipp"
+#endif

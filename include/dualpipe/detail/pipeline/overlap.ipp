@@ -1,0 +1,67 @@
+#pragma once
+
+#include "dualpipe/detail/pipeline/overlap.hpp"
+
+#include <utility>
+
+namespace dualpipe::detail {
+
+bool Overlap::poll() {
+  bool results = false;
+  while (trailing_ != nullptr) {
+    const StepRun::Event event = trailing_->next();
+    if (event == StepRun::Event::trails) break;
+    results = results || event == StepRun::Event::result;
+    if (event == StepRun::Event::over) trailing_.reset();
+  }
+  return results;
+}
+
+bool Overlap::finish() {
+  bool results = poll();
+  while (trailing_ != nullptr) {
+    trailing_->wait();
+    results = poll() || results;
+  }
+  return results;
+}
+
+void Overlap::launch_ahead(std::size_t next, int cell) {
+  if (!context_.fills_waits || !context_.early() || ahead_ != nullptr) return;
+  if (candidate_.at != next) candidate_ = next_backward(next, cell);
+  if (candidate_.step == nullptr || !input_is_here(candidate_)) return;
+  candidate_.step->launch_ahead();
+  ahead_ = std::move(candidate_.step);
+}
+
+Overlap::Candidate Overlap::next_backward(std::size_t next, int cell) {
+  const std::vector<Instruction>& program = context_.program();
+  std::size_t at = next;
+  while (at < program.size() && program[at].what != Instruction::Do::compute) ++at;
+  if (at == program.size()) return {next, nullptr};
+  Candidate candidate{next, std::make_unique<StepRun>(context_, program[at].step, cell + 1)};
+  const Op* const backward = candidate.step->launches_first();
+  if (backward == nullptr) return {next, nullptr};
+  for (std::size_t i = next; i < at; ++i) {
+    if (program[i].what != Instruction::Do::wait) continue;
+    const Transfer& transfer = context_.transfer(program[i].transfer);
+    if (transfer.payload == Payload::gradient && transfer.stage == backward->stage + 1 &&
+        transfer.micro_batch == backward->micro_batch)
+      candidate.gradient = program[i].transfer;
+  }
+  return candidate;
+}
+
+bool Overlap::input_is_here(const Candidate& candidate) {
+  const Op& backward = *candidate.step->launches_first();
+  if (!context_.micro_batches.has(backward.stage, backward.micro_batch)) return false;
+  if (context_.last(backward)) return true;
+  if (candidate.gradient < 0)
+    return context_.mailbox.has({Payload::gradient, backward.stage + 1, backward.micro_batch});
+  const Pending* const receive = transfers_.receive(candidate.gradient);
+  if (receive == nullptr || !receive->done()) return false;
+  transfers_.deliver(candidate.gradient);
+  return true;
+}
+
+}  // namespace dualpipe::detail

@@ -1,0 +1,80 @@
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <optional>
+#include <string>
+#include <type_traits>
+
+#include "dualpipe/detail/config.hpp"
+#include "dualpipe/detail/pipeline/run_context.hpp"
+#include "dualpipe/pipeline/pair.hpp"
+
+namespace dualpipe::detail {
+
+/// One step of the schedule under way on one rank: a forward, a backward, both interleaved, or weight parts. Takes what
+/// it needs from the mailbox and puts its results there. What it throws says where.
+class StepRun {
+ public:
+  enum class Event {
+    ran,           ///< something was done
+    result,        ///< a result is in the mailbox
+    must_wait,     ///< for a collective: run_weight_part() if there is one, else wait()
+    weights_left,  ///< only weight parts are left: run_weight_part()
+    trails,        ///< all is done but a collective that ends a chain: wait(), now or later
+    over,
+  };
+
+  /// @param cell  number of the step on its rank.
+  DUALPIPE_DECL StepRun(RunContext& context, const Step& step, int cell);
+
+  /// Does the next thing that needs no waiting, and says what.
+  DUALPIPE_DECL Event next();
+  DUALPIPE_DECL void wait();
+  /// The next piece of a weight part that has no place in the order. False: there is none.
+  DUALPIPE_DECL bool run_weight_part();
+
+  /// The backward that begins by launching a collective, if there is one.
+  DUALPIPE_DECL const Op* launches_first() const;
+  /// Before the step's turn, when what its backward takes is there: goes as far as launching that collective.
+  DUALPIPE_DECL void launch_ahead();
+  /// Whether `later` may take what this step brings.
+  DUALPIPE_DECL bool feeds(const Step& later) const;
+
+ private:
+  DUALPIPE_DECL void start_forward();
+  DUALPIPE_DECL void start_backward();
+  DUALPIPE_DECL Event advance();
+  DUALPIPE_DECL void end_forward();
+  DUALPIPE_DECL void end_backward();
+  DUALPIPE_DECL void release_backward();
+  DUALPIPE_DECL void record(const PairOp& op, const Mark& begin) const;
+  DUALPIPE_DECL std::string node_name(const PairOp& op) const;
+  const Op& op_of(PairSide side) const { return side == PairSide::forward ? *forward_op_ : *backward_op_; }
+  /// What an op of the pair is in a trace.
+  DUALPIPE_DECL Op recorded(const PairOp& op) const;
+
+  template <class Body>
+  std::invoke_result_t<Body> explained(const Body& body);
+  [[noreturn]] DUALPIPE_DECL void rethrow_explained() const;
+  DUALPIPE_DECL std::string explain(const std::string& what) const;
+
+  RunContext* context_;
+  int cell_;
+  std::optional<Op> forward_op_, backward_op_;
+  bool communicates_;  // some stage of the step: its nodes are recorded one by one
+  const PairOrders::Entry* order_ = nullptr;
+  std::unique_ptr<MicroBatch> forward_, backward_;  // while this step works on them
+  std::optional<PairRun> pair_;
+  bool started_ = false;
+  bool backward_over_ = false;
+  std::deque<int> weights_;  // nodes whose weight parts may run, where they have no places in the order
+  PairOp at_;                // what runs, for errors; while the pair runs, it knows
+  bool in_pair_ = false;
+};
+
+}  // namespace dualpipe::detail
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/pipeline/step_run.ipp"
+#endif

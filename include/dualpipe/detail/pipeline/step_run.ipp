@@ -1,0 +1,280 @@
+#pragma once
+
+#include "dualpipe/detail/pipeline/step_run.hpp"
+
+#include <ATen/ATen.h>
+
+#include <exception>
+#include <utility>
+
+#include "dualpipe/detail/pipeline/agree.hpp"
+
+namespace dualpipe::detail {
+
+inline const char* pass_name(Pass pass) {
+  switch (pass) {
+    case Pass::Forward:
+      return "forward";
+    case Pass::BackwardInput:
+      return "input backward";
+    case Pass::BackwardWeight:
+      return "weight backward";
+    case Pass::Backward:
+      return "backward";
+  }
+  return "?";
+}
+
+StepRun::StepRun(RunContext& context, const Step& step, int cell) : context_(&context), cell_(cell) {
+  if (step.op.pass == Pass::Forward) forward_op_ = step.op;
+  if (step.overlapped) backward_op_ = step.overlapped;
+  if (step.op.pass != Pass::Forward) backward_op_ = step.op;
+  at_.side = forward_op_ ? PairSide::forward : PairSide::backward;
+
+  const auto half = [&](const std::optional<Op>& op) -> PairOrders::Half {
+    if (!op) return {};
+    return {&context.stage_of(*op), context.last(*op) && context.inputs.loss != nullptr};
+  };
+  const PairOrders::Half forward = half(forward_op_), backward = half(backward_op_);
+  communicates_ = (forward.stage != nullptr && forward.stage->communicates()) ||
+                  (backward.stage != nullptr && backward.stage->communicates());
+  if (backward_op_ && backward_op_->pass == Pass::BackwardWeight) return;
+  const bool weights = backward_op_ && backward_op_->pass == Pass::Backward && !context.fills_waits;
+  order_ = &context.orders.find(forward, backward, weights);
+}
+
+StepRun::Event StepRun::next() {
+  return explained([&] {
+    if (!std::exchange(started_, true)) {
+      const std::size_t position = pair_ ? pair_->position() : 0;  // behind what was launched ahead
+      if (forward_op_) start_forward();
+      if (backward_op_ && backward_ == nullptr) start_backward();
+      if (order_ != nullptr)
+        pair_.emplace(order_->order, forward_ ? &forward_->run() : nullptr, backward_ ? &backward_->run() : nullptr,
+                      position);
+    }
+    return advance();
+  });
+}
+
+StepRun::Event StepRun::advance() {
+  if (pair_) {
+    const PairOp* const upcoming = communicates_ ? pair_->upcoming() : nullptr;
+    const Mark begin = upcoming != nullptr ? context_->recorder.mark() : Mark();
+    const Recorder::Range range =
+        upcoming != nullptr
+            ? context_->recorder.range([&] { return to_string(recorded(*upcoming)) + ' ' + node_name(*upcoming); })
+            : Recorder::Range();
+    in_pair_ = true;
+    const std::optional<PairEvent> event = pair_->next();
+    in_pair_ = false;
+    if (event) {
+      const PairOp& op = event->op;
+      at_ = op;
+      switch (event->kind) {
+        case PairEvent::Kind::computed:
+          record(op, begin);
+          if (context_->fills_waits && op.side == PairSide::backward && backward_op_->pass == Pass::Backward &&
+              backward_->run().has_weight_part(op.node))
+            weights_.push_back(op.node);
+          return Event::ran;
+        case PairEvent::Kind::launched:
+          return Event::ran;
+        case PairEvent::Kind::must_wait:
+          return Event::must_wait;
+        case PairEvent::Kind::received:
+          if (context_->recorder.on())
+            context_->recorder.record(Lane::collective, {op_of(op.side), {}}, event->pending, node_name(op));
+          return Event::ran;
+        case PairEvent::Kind::over:
+          op.side == PairSide::forward ? end_forward() : end_backward();
+          return Event::result;
+      }
+    }
+  }
+  if (!weights_.empty()) return Event::weights_left;
+  if (backward_over_ && backward_ != nullptr) release_backward();
+  return pair_ && pair_->trails() ? Event::trails : Event::over;
+}
+
+void StepRun::wait() {
+  explained([&] {
+    in_pair_ = true;
+    const PairEvent event = pair_->wait();
+    in_pair_ = false;
+    if (context_->recorder.on())
+      context_->recorder.record(Lane::collective, {op_of(event.op.side), {}}, event.pending, node_name(event.op));
+  });
+}
+
+bool StepRun::run_weight_part() {
+  if (weights_.empty()) return false;
+  explained([&] {
+    at_ = {PairSide::weight, weights_.front()};
+    const Mark begin = context_->recorder.mark();
+    const Recorder::Range range =
+        communicates_ ? context_->recorder.range([&] { return to_string(recorded(at_)) + ' ' + node_name(at_); })
+                      : Recorder::Range();
+    StageRun& run = backward_->run();
+    bool more = false;
+    if (context_->fills_waits)
+      more = run.backward_weight_part(at_.node);
+    else
+      run.backward_weight(at_.node);
+    record(at_, begin);
+    if (!more) weights_.pop_front();
+  });
+  return true;
+}
+
+const Op* StepRun::launches_first() const {
+  return order_ != nullptr && order_->launch_ahead > 0 ? &*backward_op_ : nullptr;
+}
+
+void StepRun::launch_ahead() {
+  explained([&] {
+    start_backward();
+    pair_.emplace(order_->order, nullptr, &backward_->run());
+    while (pair_->position() < order_->launch_ahead) advance();
+  });
+}
+
+bool StepRun::feeds(const Step& later) const {
+  for (const auto& op : {forward_op_, backward_op_}) {
+    if (op && op->micro_batch == later.op.micro_batch) return true;
+    if (op && later.overlapped && op->micro_batch == later.overlapped->micro_batch) return true;
+  }
+  return false;
+}
+
+void StepRun::start_forward() {
+  const Op op = *forward_op_;
+  at_ = {PairSide::forward, -1};
+  const RunInputs& run = context_->inputs;
+  const Batch* const batch =
+      run.micro_batches.empty() ? nullptr : &run.micro_batches[static_cast<std::size_t>(op.micro_batch)];
+  Tensors inputs;
+  if (op.stage > 0) {
+    inputs = context_->mailbox.take({Payload::activation, op.stage - 1, op.micro_batch});
+  } else if (batch != nullptr) {
+    // Copies: in-place code at the start of the first stage must not write into the caller's batch. The host does not
+    // wait for a copy to a device, which reads the batch before the step is over.
+    for (const at::Tensor& input : batch->inputs)
+      inputs.push_back(input.detach().to(context_->communicator.device(), input.scalar_type(), /*non_blocking=*/true,
+                                         /*copy=*/true));
+  }
+  StageLoss loss;
+  if (context_->last(op) && run.loss)
+    loss = [&run, batch](const Tensors& outputs) { return run.loss(outputs, batch ? batch->targets : Tensors()); };
+  StageContext context{op.stage, op.micro_batch, run.step, run.training, batch ? batch->extras : Tensors()};
+  forward_ = std::make_unique<MicroBatch>(context_->stage_of(op), std::move(inputs), std::move(context),
+                                          std::move(loss), /*received=*/op.stage > 0);
+}
+
+void StepRun::start_backward() {
+  const Op op = *backward_op_;
+  at_ = {PairSide::backward, -1};
+  backward_ = context_->micro_batches.take(op.stage, op.micro_batch);
+  if (op.pass == Pass::BackwardWeight) {
+    backward_over_ = true;
+    for (int node = backward_->run().num_nodes(); node-- > 0;)
+      if (backward_->run().has_weight_part(node)) weights_.push_back(node);
+    return;
+  }
+  std::optional<Tensors> gradients;
+  if (!context_->last(op)) gradients = context_->mailbox.take({Payload::gradient, op.stage + 1, op.micro_batch});
+  // Splitting pays only where somebody waits for the input gradient, or a collective for a pause of the host.
+  const bool whole = op.pass == Pass::Backward && !communicates_ && (!context_->early() || op.stage == 0);
+  backward_->start_backward(std::move(gradients), context_->inputs.loss_scale, whole);
+}
+
+void StepRun::end_forward() {
+  const Op op = *forward_op_;
+  Tensors outputs = forward_->finish_forward();
+  if (!context_->last(op)) {
+    context_->mailbox.put({Payload::activation, op.stage, op.micro_batch}, std::move(outputs));
+  } else {
+    if (const at::Tensor& loss = forward_->run().loss(); loss.defined())
+      context_->outputs.losses[op.micro_batch] = loss;
+    if (context_->inputs.keep_outputs)
+      for (const at::Tensor& output : outputs)
+        context_->outputs.outputs[op.micro_batch].push_back(output.defined() ? output.detach() : output);
+  }
+  if (context_->inputs.training) context_->micro_batches.put(op.stage, op.micro_batch, std::move(forward_));
+  forward_.reset();
+}
+
+void StepRun::end_backward() {
+  const Op op = *backward_op_;
+  Tensors gradients = backward_->finish_backward();
+  if (op.stage > 0) context_->mailbox.put({Payload::gradient, op.stage, op.micro_batch}, std::move(gradients));
+  backward_over_ = true;
+}
+
+/// Both parts of its backward have run, or the weight part comes as a step of its own.
+void StepRun::release_backward() {
+  if (backward_op_->pass == Pass::BackwardInput)
+    context_->micro_batches.put(backward_op_->stage, backward_op_->micro_batch, std::move(backward_));
+  backward_.reset();
+}
+
+void StepRun::record(const PairOp& op, const Mark& begin) const {
+  if (!communicates_ || !context_->recorder.on()) return;  // else the step as a whole is recorded
+  context_->recorder.record(Lane::node, {recorded(op), {}}, begin, context_->recorder.mark(), node_name(op));
+}
+
+std::string StepRun::node_name(const PairOp& op) const {
+  return context_->stage_of(op_of(op.side)).chain_name(op.node);
+}
+
+Op StepRun::recorded(const PairOp& op) const {
+  Op result = op_of(op.side);
+  if (op.side == PairSide::weight) result.pass = Pass::BackwardWeight;
+  if (op.side == PairSide::backward && result.pass == Pass::Backward && backward_->run().has_weight_part(op.node))
+    result.pass = Pass::BackwardInput;
+  return result;
+}
+
+template <class Body>
+std::invoke_result_t<Body> StepRun::explained(const Body& body) {
+  try {
+    return body();
+  } catch (...) {
+    if (in_pair_) at_ = pair_->at();
+    rethrow_explained();
+  }
+}
+
+void StepRun::rethrow_explained() const {
+  try {
+    throw;
+  } catch (const CommError& error) {
+    std::throw_with_nested(CommError(error.origin_rank(), error.operation(), explain(error.what())));
+  } catch (const InvalidArgument& error) {
+    std::throw_with_nested(InvalidArgument(explain(error.what())));
+  } catch (const std::exception& error) {
+    std::throw_with_nested(Error(explain(message_of(error))));
+  } catch (...) {
+    std::throw_with_nested(Error(explain("an exception that is no std::exception")));
+  }
+}
+
+std::string StepRun::explain(const std::string& what) const {
+  const Op& op = op_of(at_.side);
+  const Stage& stage = context_->stage_of(op);
+  std::string node;
+  if (at_.side == PairSide::forward) {
+    if (forward_) node = forward_->run().node_name();
+  } else if (at_.side == PairSide::weight) {
+    node = stage.chain_name(at_.node);
+  } else if (backward_) {
+    node = stage.chain_name(backward_->run().node());
+  }
+  node = !node.empty() && stage.node_names().size() > 1 ? ", node " + node : "";
+  const int rank = context_->rank();
+  const Pass pass = at_.side == PairSide::weight ? Pass::BackwardWeight : op.pass;
+  return str("rank ", rank, ": ", pass_name(pass), " of stage ", op.stage, node, ", micro-batch ", op.micro_batch, ": ",
+             what, "\n  ", cells_around(context_->plan.schedule, rank, cell_, 2));
+}
+
+}  // namespace dualpipe::detail

@@ -1,0 +1,67 @@
+#pragma once
+
+#include "dualpipe/detail/pipeline/transfers.hpp"
+
+#include <utility>
+
+namespace dualpipe::detail {
+
+void Transfers::issue(std::size_t next) {
+  const std::vector<Instruction>& program = context_.program();
+  for (; issued_ < program.size(); ++issued_) {
+    const auto& [what, index, step] = program[issued_];
+    if (what == Instruction::Do::receive) {
+      receives_[index] = context_.communicator.receive(context_.transfer(index).from, expected(index));
+    } else if (what == Instruction::Do::send) {
+      const Transfer& transfer = context_.transfer(index);
+      const Mailbox::Key key = Mailbox::key_of(transfer);
+      if (!context_.mailbox.has(key)) return;
+      sends_[index] = context_.communicator.send(transfer.to, context_.mailbox.take(key));
+    } else if (issued_ >= next) {
+      return;
+    }
+  }
+}
+
+void Transfers::deliver(int index) {
+  Pending& pending = receives_.at(index);
+  if (!pending) return;
+  Tensors tensors = pending.take();
+  if (arrivals_ != nullptr) remember(index, tensors);
+  record(Lane::receive, index, pending);
+  pending = {};
+  context_.mailbox.put(Mailbox::key_of(context_.transfer(index)), std::move(tensors));
+}
+
+void Transfers::release(int index) {
+  const auto pending = sends_.find(index);
+  pending->second.wait();
+  record(Lane::send, index, pending->second);
+  sends_.erase(pending);
+}
+
+std::optional<Expected> Transfers::expected(int index) {
+  if (!context_.inputs.arrivals) return std::nullopt;
+  if (arrivals_ == nullptr) arrivals_ = &context_.inputs.arrivals();
+  const std::optional<Signature>& known = arrivals_->signatures[static_cast<std::size_t>(index)];
+  if (!known) return std::nullopt;
+  const Transfer& transfer = context_.transfer(index);
+  return Expected(*known, str("the ", transfer.payload == Payload::activation ? "outputs" : "input gradients",
+                              " of stage ", transfer.stage, " for micro-batch ", transfer.micro_batch,
+                              " were others before, with inputs of the same shapes; if shapes depend on what is in the "
+                              "data, say so by data_dependent_shapes(true) of stage ",
+                              Arrivals::shaped_by(transfer), " in the stage factory"));
+}
+
+void Transfers::remember(int index, const Tensors& came) {
+  std::optional<Signature>& known = arrivals_->signatures[static_cast<std::size_t>(index)];
+  if (!known && arrivals_->recurs(context_.transfer(index))) known = signature_of(came);
+}
+
+void Transfers::record(Lane lane, int index, const Pending& pending) const {
+  const Transfer& transfer = context_.transfer(index);
+  const Pass producer = transfer.payload == Payload::activation ? Pass::Forward : Pass::BackwardInput;
+  context_.recorder.record(lane, {{producer, transfer.stage, transfer.micro_batch}, {}}, pending);
+}
+
+}  // namespace dualpipe::detail
