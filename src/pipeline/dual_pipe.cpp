@@ -68,8 +68,8 @@ struct DualPipeImpl::State {
     return found->second;
   }
 
-  std::vector<Edge> edges() const {
-    std::set<Edge> all;
+  std::vector<Communicator::Edge> edges() const {
+    std::set<Communicator::Edge> all;
     for (const Transfer& transfer : training.program.order) all.insert({transfer.from, transfer.to});
     for (const int from : loss_ranks)
       for (const int to : loss_ranks)
