@@ -49,7 +49,7 @@ class PipelineState {
 
   int rank() const { return communicator_->rank(); }
   bool runs_stage(int stage) const { return stages().count(stage) != 0; }
-  DUALPIPE_DECL std::vector<Edge> edges() const;
+  DUALPIPE_DECL std::vector<Communicator::Edge> edges() const;
 
   /// Collective: how every call begins. Prepares the batch and compares notes with the other ranks.
   ///

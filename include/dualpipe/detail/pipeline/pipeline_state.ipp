@@ -80,8 +80,8 @@ void PipelineState::start() {
   for (const auto& [number, stage] : stages()) stage.freeze(rank(), number);
 }
 
-std::vector<Edge> PipelineState::edges() const {
-  std::set<Edge> all;
+std::vector<Communicator::Edge> PipelineState::edges() const {
+  std::set<Communicator::Edge> all;
   for (const Transfer& transfer : training_->program.order) all.insert({transfer.from, transfer.to});
   for (const int from : loss_ranks_)
     for (const int to : loss_ranks_)
