@@ -127,8 +127,8 @@ Pending NcclCommunicator::receive(int peer, const std::optional<Expected>& expec
 
 Pending NcclCommunicator::all_reduce(Tensors tensors, Reduce reduce) {
   check_reduce(tensors, reduce);
-  std::vector<Place> in_place = places(name(reduce), tensors, device(), /*as_bytes=*/false);
-  const Header head = next_collective(name(reduce), signature_of_values(tensors));
+  std::vector<Place> in_place = places(reduce_name(reduce), tensors, device(), /*as_bytes=*/false);
+  const Header head = next_collective(reduce_name(reduce), signature_of_values(tensors));
   auto flight = this->flight(Request::collective(head), announce_to_all(head), collectives_);
   std::string agreement = head.operation + to_string(head.signature);
   flight->waits_for_headers = !agreed_->contains(agreement);

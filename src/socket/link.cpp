@@ -63,8 +63,8 @@ Link::Link(Connection connection, LinkOwner& owner)
 // ---- writing
 
 void Link::send(const Message& message, std::shared_ptr<Request> transfer) {
-  const std::uint64_t payload = wire::payload_bytes(message.parcel->tensors());
-  enqueue({wire::message_frame(message.header, payload), payload, message.parcel, std::move(transfer)});
+  const std::uint64_t payload = wire::payload_bytes(message.tensors->tensors());
+  enqueue({wire::message_frame(message.header, payload), payload, message.tensors, std::move(transfer)});
 }
 
 void Link::say_goodbye() { enqueue({wire::goodbye_frame()}); }
@@ -237,7 +237,7 @@ bool Link::parse_frame() {
     begin_ += here;
     if (here < tensor.nbytes()) missing_.emplace_back(data + here, tensor.nbytes() - here);
   }
-  incoming_.parcel = MessageTensors::of_fresh(std::move(tensors));
+  incoming_.tensors = MessageTensors::of_fresh(std::move(tensors));
   if (missing_.empty()) finish_message();
   return true;
 }

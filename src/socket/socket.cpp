@@ -92,7 +92,7 @@ class SocketTransport final : public Transport, public LinkOwner {
   void failed_here(const std::string& why) override { Transport::abort(rank(), str("rank ", rank(), " ", why)); }
 
   void sent(const std::shared_ptr<Request>& transfer) override {
-    transfer->message.parcel->release();
+    transfer->message.tensors->release();
     complete(transfer);
   }
 

@@ -394,8 +394,10 @@ TEST_P(Contract, ConnectAgreesOnTheEdges) {
     comm->barrier().wait();
   });
   run(2, [](Ptr comm) {
-    const CommError error =
-        comm_error([&] { comm->connect(comm->rank() == 0 ? std::vector<Edge>{{0, 1}} : std::vector<Edge>{{1, 0}}); });
+    const CommError error = comm_error([&] {
+      comm->connect(comm->rank() == 0 ? std::vector<Communicator::Edge>{{0, 1}}
+                                      : std::vector<Communicator::Edge>{{1, 0}});
+    });
     EXPECT_THAT(error.what(), AllOf(HasSubstr("0->1"), HasSubstr("1->0")));
   });
 }

@@ -42,8 +42,8 @@ inline void expect_clean(const testing::NcclEmulation& emulation) {
   EXPECT_EQ(emulation.open_streams(), 0u);
 }
 
-inline std::vector<Edge> all_edges(int num_ranks) {
-  std::vector<Edge> edges;
+inline std::vector<Communicator::Edge> all_edges(int num_ranks) {
+  std::vector<Communicator::Edge> edges;
   for (int from = 0; from < num_ranks; ++from)
     for (int to = 0; to < num_ranks; ++to)
       if (from != to) edges.push_back({from, to});

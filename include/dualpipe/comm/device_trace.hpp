@@ -5,24 +5,24 @@
 
 namespace dualpipe {
 
-/// A point in the work that a device was given.
+/// A point in the work queued on a device.
 class Moment {
  public:
   virtual ~Moment() = default;
-  /// Whether the device has come to it. Does not wait.
+  /// Whether the device has reached it. Does not wait.
   virtual bool reached() const = 0;
-  /// When it came there, in seconds of std::chrono::steady_clock; once reached().
+  /// When the device reached it, in seconds of std::chrono::steady_clock. Valid once reached().
   virtual double seconds() const = 0;
 };
 
-/// When a device does what the host asks of it, and how a profiler is told what that is. Used by the communicator's
-/// thread only. Errors of the device are CommErrors.
+/// Tells when a device executes queued work, and names this work for profilers. Used by the communicator's thread only.
+/// Errors of the device are CommErrors.
 class DeviceTrace {
  public:
   virtual ~DeviceTrace() = default;
-  /// The end of what the current stream has been given. The host does not wait.
+  /// The end of the work queued on the current stream. Does not wait.
   virtual std::shared_ptr<const Moment> mark() = 0;
-  /// A range of this thread in a profiler's view (NVTX). They nest.
+  /// Opens a named range on this thread's line in a profiler (NVTX). Ranges nest.
   virtual void push_range(const std::string& name) = 0;
   virtual void pop_range() = 0;
 };

@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/detail/config.hpp"
 #include "dualpipe/stage/collective.hpp"
 
 // Collectives for Stage::communicate over the communicator of a group: ranks that run the same stage and share its
@@ -31,14 +32,18 @@ namespace dualpipe {
 ///          .communicate("combine", all_to_all(group), {0, 1});
 ///
 /// Splits are best kept on the CPU: they are read when the collective is launched.
-std::shared_ptr<Collective> all_to_all(std::shared_ptr<Communicator> group);
+DUALPIPE_DECL std::shared_ptr<Collective> all_to_all(std::shared_ptr<Communicator> group);
 
 /// The rows of all ranks of the group, in rank order; ranks may have different numbers of them. The backward is the sum
 /// over all ranks, in rank order, of the gradients of this rank's rows.
-std::shared_ptr<Collective> all_gather(std::shared_ptr<Communicator> group);
+DUALPIPE_DECL std::shared_ptr<Collective> all_gather(std::shared_ptr<Communicator> group);
 
 /// The sum over all ranks, in rank order, of their r-th part, on rank r: parts are equal, so the group's size must
 /// divide the number of rows. The backward gathers the gradients of all parts.
-std::shared_ptr<Collective> reduce_scatter(std::shared_ptr<Communicator> group);
+DUALPIPE_DECL std::shared_ptr<Collective> reduce_scatter(std::shared_ptr<Communicator> group);
 
 }  // namespace dualpipe
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/pipeline/group_collectives.ipp"
+#endif

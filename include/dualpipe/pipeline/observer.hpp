@@ -6,17 +6,18 @@
 
 namespace dualpipe {
 
-/// Sees what one rank does. Called on the rank's own thread; what it throws ends the step like an error of user code.
+/// Sees what one rank does. Called on the rank's own thread. What begin() and record() throw ends the step on all
+/// ranks, like an error of user code. What end() throws after a commit is thrown by the next call, on all ranks.
 class Observer {
  public:
   virtual ~Observer() = default;
   /// A training step, evaluation or prediction begins.
   virtual void begin(std::int64_t step) { static_cast<void>(step); }
-  /// Something ended. Times in seconds of std::chrono::steady_clock; compute intervals come in order, transfers when
-  /// their end is known. On the CPU most come at once; what a device did comes at the end of the step, and not at all
+  /// Something ended. Times in seconds of std::chrono::steady_clock. Compute intervals come in order, transfers when
+  /// their end is known. On the CPU most come at once; those of a device come at the end of the step, and not at all
   /// after a failure. Nodes that were launched ahead lie within the step before theirs.
   virtual void record(const Interval& interval) { static_cast<void>(interval); }
-  /// The step ended; `committed` is false after a failure.
+  /// The step ended; `committed` is false after a failure, also where begin() of another observer threw.
   virtual void end(bool committed) { static_cast<void>(committed); }
 };
 

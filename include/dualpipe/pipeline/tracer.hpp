@@ -1,8 +1,9 @@
 #pragma once
 
-#include <memory>
+#include <cstdint>
 
 #include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/detail/config.hpp"
 #include "dualpipe/pipeline/observer.hpp"
 
 namespace dualpipe {
@@ -11,10 +12,10 @@ namespace dualpipe {
 class Tracer : public Observer {
  public:
   explicit Tracer(int rank) : rank_(rank) {}
-  void begin(std::int64_t step) override;
-  void record(const Interval& interval) override;
-  void end(bool committed) override;
-  /// This rank's share; times in seconds of std::chrono::steady_clock.
+  DUALPIPE_DECL void begin(std::int64_t step) override;
+  DUALPIPE_DECL void record(const Interval& interval) override;
+  DUALPIPE_DECL void end(bool committed) override;
+  /// The intervals of this rank, in seconds of std::chrono::steady_clock.
   const Timeline& last() const noexcept { return last_; }
 
  private:
@@ -22,8 +23,12 @@ class Tracer : public Observer {
   Timeline current_, last_;
 };
 
-/// Collective: the timelines of all ranks as one, on every rank, shifted so that it begins at 0. Clocks of ranks on one
-/// host agree; across hosts they are aligned by the end of a barrier, to about a round trip.
-Timeline gather(Communicator& communicator, const Timeline& local);
+/// Collective: the timelines of all ranks as one, on every rank, shifted so that it begins at 0. Ranks on one host
+/// share a clock. Clocks of different hosts are aligned by the end of a barrier, to about a round trip.
+DUALPIPE_DECL Timeline gather(Communicator& communicator, const Timeline& local);
 
 }  // namespace dualpipe
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/pipeline/tracer.ipp"
+#endif

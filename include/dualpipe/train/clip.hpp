@@ -1,19 +1,25 @@
 #pragma once
 
 #include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/detail/config.hpp"
 
 namespace dualpipe {
 
 /// Collective. Scales `.grad` of this rank's parameters such that the 2-norm over the whole model is at most
 /// `max_norm`, with the factor max_norm / (norm + 1e-6) of torch.nn.utils.clip_grad_norm_. The host waits for the norm
-/// on a device as well: gradients are what they were where it throws.
+/// on a device as well. Where it throws, gradients are what they were.
 ///
 /// @param counted     parameters whose norm this rank adds; over all ranks each parameter of the model once.
 /// @param parameters  parameters to scale: all of this rank's.
 /// @return            the norm before clipping, zero-dimensional, float64, bitwise the same on every rank.
-/// @throws InvalidArgument  max_norm is negative or NaN.
+/// @throws InvalidArgument  on every rank, naming the one that found it: `max_norm` is negative or NaN, a gradient is
+///                          not dense. The communicator stays usable.
 /// @throws CommError        as the all_reduce of the norm.
-at::Tensor clip_grad_norm(Communicator& communicator, const Tensors& counted, const Tensors& parameters,
-                          double max_norm);
+DUALPIPE_DECL at::Tensor clip_grad_norm(Communicator& communicator, const Tensors& counted, const Tensors& parameters,
+                                        double max_norm);
 
 }  // namespace dualpipe
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/train/clip.ipp"
+#endif

@@ -1,13 +1,14 @@
 #pragma once
 
+#include <cstddef>
 #include <optional>
 
 #include "dualpipe/comm/communicator.hpp"
 
-// What all back ends ask of the arguments of their calls, and the names that errors give to these.
+// Checks of arguments that all back ends share, and the names of calls in errors.
 namespace dualpipe::detail {
 
-inline const char* name(Reduce reduce) {
+inline const char* reduce_name(Reduce reduce) {
   switch (reduce) {
     case Reduce::sum:
       return "all_reduce(sum)";
@@ -19,7 +20,7 @@ inline const char* name(Reduce reduce) {
   return "all_reduce";
 }
 
-/// In-place collectives write into the caller's tensors, whose requires_grad is the caller's own affair.
+/// Without requires_grad, which may differ between the ranks of an in-place collective.
 inline Signature signature_of_values(const Tensors& tensors) {
   Signature signature = signature_of(tensors);
   for (TensorSignature& tensor : signature) tensor.requires_grad = false;
@@ -43,12 +44,12 @@ inline std::size_t checked_root(const Communicator& communicator, int root) {
 
 inline void check_reduce(const Tensors& tensors, Reduce reduce) {
   for (const at::Tensor& tensor : tensors) {
-    DUALPIPE_CHECK(reduce == Reduce::sum || !tensor.defined() || !tensor.is_complex(), name(reduce),
+    DUALPIPE_CHECK(reduce == Reduce::sum || !tensor.defined() || !tensor.is_complex(), reduce_name(reduce),
                    ": complex numbers have no order; only sum takes them");
   }
 }
 
-/// Of all_gather and all_to_all: one tensor for each rank, and what is expected of each.
+/// For all_gather and all_to_all: one tensor for each rank, and one signature from each.
 inline void check_exchange(const Communicator& communicator, const char* operation, const Tensors& outgoing,
                            const std::optional<Signature>& expected) {
   const auto ranks = static_cast<std::size_t>(communicator.size());

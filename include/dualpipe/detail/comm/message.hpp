@@ -1,73 +1,93 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <atomic>
-#include <chrono>
-#include <condition_variable>
+#include <cstddef>
 #include <cstdint>
-#include <deque>
 #include <functional>
-#include <map>
 #include <memory>
-#include <mutex>
-#include <optional>
-#include <span>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
 #include "dualpipe/detail/comm/message_tensors.hpp"
+#include "dualpipe/detail/config.hpp"
 
-// What travels between two ranks, and one end of it under way.
+// What travels between two ranks, and one end of it.
 namespace dualpipe::detail {
 
-/// std::chrono::steady_clock, whose zero all processes of one host share.
-std::int64_t now_ns() noexcept;
+/// Nanoseconds of std::chrono::steady_clock, which all processes of one host share.
+DUALPIPE_DECL std::int64_t now_ns() noexcept;
+inline double seconds_of(std::int64_t ns) { return static_cast<double>(ns) * 1e-9; }
 
-/// Collectives and transfers of one group do not match each other: they travel in separate lanes.
+/// Messages of different channels never match.
 enum class Channel : std::uint8_t { transfer, collective };
 
-/// What both ends of a message must agree on, and when it was sent. Travels before the tensors.
+/// What both ends of a message must agree on, and when it was sent. Travels ahead of the tensors.
 struct Header {
   std::int64_t group = 0;
   Channel channel = Channel::transfer;
   std::int32_t epoch = 0;
-  std::uint64_t sequence =
-      0;  ///< transfer: the k-th between these two ranks in this direction; collective: the k-th of the group
-  std::int64_t issued_ns = 0;  ///< when the sender came to it
+  /// Transfer: counts the messages between these two ranks in this direction. Collective: counts those of the group.
+  std::uint64_t sequence = 0;
+  std::int64_t issued_ns = 0;  ///< when the sender called
   std::string operation;       ///< "send", "all_reduce(sum)", "broadcast from rank 2"
   Signature signature;
-  bool tensors_follow = true;  ///< false: they travel by another way, the message only announces them
+  bool tensors_follow = true;  ///< false: another network carries the tensors, this message only announces them
+};
+
+/// Makes the headers of one group, and counts as both ends of a message must.
+class GroupHeaders {
+ public:
+  /// @param tensors_follow  as in Header.
+  DUALPIPE_DECL GroupHeaders(std::int64_t group, std::int32_t epoch, std::size_t num_ranks, bool tensors_follow = true);
+  std::int64_t group() const noexcept { return group_; }
+  DUALPIPE_DECL Header next_send(std::size_t peer, Signature signature);
+  DUALPIPE_DECL Header next_receive(std::size_t peer, Signature expected);
+  DUALPIPE_DECL Header next_collective(std::string operation, Signature signature = {});
+  /// For a call that sends no message: counts nothing.
+  DUALPIPE_DECL Header local(std::string operation) const;
+
+ private:
+  DUALPIPE_DECL Header make(Channel channel, std::string operation, std::uint64_t sequence, Signature signature) const;
+
+  std::int64_t group_;
+  std::int32_t epoch_;
+  bool tensors_follow_;
+  std::vector<std::uint64_t> sends_;     // to each rank so far
+  std::vector<std::uint64_t> receives_;  // from each rank so far
+  std::uint64_t collectives_ = 0;
 };
 
 struct Message {
   Header header;
-  std::shared_ptr<MessageTensors> parcel;  ///< never null; a message without tensors has an empty one
-  /// Optional; run once when a receive has met the message, on the thread that found out, without locks held.
+  std::shared_ptr<MessageTensors> tensors;  ///< never null; empty for a message without tensors
+  /// May be null. Called once when a receive has matched the message, on the thread that matched them, without locks.
   std::function<void()> accepted;
 };
 
-/// One end of a message under way. Made by Transport and guarded by its mutex until `done`, constant afterwards.
+/// One end of a message. Transport makes it and guards it by its mutex until `done`; constant afterwards.
 struct Request {
   enum class Kind : std::uint8_t { send, receive };
   Kind kind = Kind::send;
   int peer = 0;
   Header header;               ///< send: what was sent; receive: what is expected, and when it was posted
   bool any_signature = false;  ///< receive: header.signature is not compared
-  std::string advice;          ///< receive: for the error where another signature comes
-  Message message;             ///< send: its parcel; receive: what came
+  std::string advice;          ///< receive: ends the error about another signature
+  Message message;             ///< send: its tensors; receive: what arrived
   bool done = false;
   std::int64_t completed_ns = 0;
 
   /// "receive from rank 2", "all_reduce(sum)"
-  std::string operation() const;
+  DUALPIPE_DECL std::string operation() const;
   /// "receive from rank 2 (message 17 of group 0)"
-  std::string describe() const;
-  Request without_message() const;
-  /// Stands for a collective, to name it.
-  static Request collective(const Header& header);
+  DUALPIPE_DECL std::string describe() const;
+  DUALPIPE_DECL Request without_message() const;
+  /// Names a collective in errors.
+  DUALPIPE_DECL static Request collective(const Header& header);
 };
+using Requests = std::vector<std::shared_ptr<Request>>;
 
 }  // namespace dualpipe::detail
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/comm/message.ipp"
+#endif

@@ -4,47 +4,42 @@
 #include <functional>
 #include <memory>
 #include <utility>
-#include <vector>
 
-#include "dualpipe/detail/comm/message_communicator.hpp"
+#include "dualpipe/detail/comm/transport.hpp"
 
 // The Pendings of a MessageCommunicator.
 namespace dualpipe::detail {
 
-using Requests = std::vector<std::shared_ptr<Request>>;
-
-inline double seconds(std::int64_t ns) { return static_cast<double>(ns) * 1e-9; }
-
-/// The transfers of one call, and what remains to be done on the caller's thread when all have ended.
+/// The requests of one call, and the caller's work when all of them are done.
 class MessageOperation final : public Pending::State {
  public:
   using Finish = std::function<Tensors()>;
 
   /// @param whole    names the call in errors.
   /// @param watched  tensors that the caller must not write to before wait().
-  MessageOperation(std::shared_ptr<Transport> transport, at::Device device, Request whole, Requests transfers,
+  MessageOperation(std::shared_ptr<Transport> transport, at::Device device, Request whole, Requests requests,
                    Watch watched, Finish finish)
       : transport_(std::move(transport)),
         device_(device),
         whole_(std::move(whole)),
-        transfers_(std::move(transfers)),
+        requests_(std::move(requests)),
         order_(collective() ? StreamOrder(device) : StreamOrder()),
         watched_(std::move(watched)),
         finish_(std::move(finish)) {}
 
   void wait() override {
-    transport_->wait(transfers_, whole_);
+    transport_->wait(requests_, whole_);
     if (std::exchange(finished_, true)) return;
     settle_sends();
     if (const auto problem = watched_.written()) transport_->raise(transport_->rank(), whole_, *problem);
     if (finish_) finish();
-    for (const auto& transfer : transfers_) {
-      if (transfer->kind != Request::Kind::receive) continue;
-      if (const auto problem = transfer->message.parcel->written()) {
-        transport_->raise(transfer->peer, whole_, str("rank ", transfer->peer, ": ", *problem));
+    for (const auto& request : requests_) {
+      if (request->kind != Request::Kind::receive) continue;
+      if (const auto problem = request->message.tensors->written()) {
+        transport_->raise(request->peer, whole_, str("rank ", request->peer, ": ", *problem));
       }
     }
-    for (const auto& transfer : transfers_) transfer->message.parcel.reset();
+    for (const auto& request : requests_) request->message.tensors.reset();
   }
 
   void synchronize() override {
@@ -55,7 +50,7 @@ class MessageOperation final : public Pending::State {
   }
 
   bool done() const override {
-    if (!transport_->done(transfers_)) return false;
+    if (!transport_->done(requests_)) return false;
     if (!finished_) settle_sends();
     return true;
   }
@@ -69,38 +64,39 @@ class MessageOperation final : public Pending::State {
   Span span() const override {
     std::int64_t begin = whole_.header.issued_ns;
     std::int64_t end = begin;
-    for (const auto& transfer : transfers_) {
-      if (transfer->kind == Request::Kind::receive) begin = std::max(begin, transfer->message.header.issued_ns);
-      end = std::max(end, transfer->completed_ns);
+    for (const auto& request : requests_) {
+      if (request->kind == Request::Kind::receive) begin = std::max(begin, request->message.header.issued_ns);
+      end = std::max(end, request->completed_ns);
     }
-    return {seconds(begin), seconds(std::max(begin, end))};
+    return {seconds_of(begin), seconds_of(std::max(begin, end))};
   }
 
  private:
   bool collective() const { return whole_.header.channel == Channel::collective; }
 
-  /// On a device, collectives read on this rank's stream what others made on theirs.
+  /// On a device, a collective reads on this rank's stream what other ranks made on theirs.
   void finish() {
     const Finish finish = std::exchange(finish_, nullptr);  // holds tensors that are read
     order_.enter();
-    for_parcels_of_others([](MessageTensors& parcel) { parcel.enter(); });
+    for_received([](MessageTensors& tensors) { tensors.enter(); });
     result_ = finish();
-    for_parcels_of_others([](MessageTensors& parcel) { parcel.leave(); });
+    for_received([](MessageTensors& tensors) { tensors.leave(); });
     order_.leave();
   }
 
+  /// For the messages of a collective; those of a receive are ordered when they are taken.
   template <class Action>
-  void for_parcels_of_others(const Action& action) const {
-    if (!collective()) return;  // a receive takes its tensors, which sees to that
-    for (const auto& transfer : transfers_)
-      if (transfer->kind == Request::Kind::receive) action(*transfer->message.parcel);
+  void for_received(const Action& action) const {
+    if (!collective()) return;
+    for (const auto& request : requests_)
+      if (request->kind == Request::Kind::receive) action(*request->message.tensors);
   }
 
-  // A send that the receiver has met but not taken yet is over for the sender once both do not share memory.
+  /// A send that a receive has matched but not taken is over for the sender once both share no memory.
   void settle_sends() const {
-    for (const auto& transfer : transfers_) {
-      if (transfer->kind == Request::Kind::send && transfer->done && transfer->message.parcel) {
-        transfer->message.parcel->settle();
+    for (const auto& request : requests_) {
+      if (request->kind == Request::Kind::send && request->done && request->message.tensors) {
+        request->message.tensors->settle();
       }
     }
   }
@@ -108,7 +104,7 @@ class MessageOperation final : public Pending::State {
   std::shared_ptr<Transport> transport_;
   at::Device device_;
   Request whole_;
-  Requests transfers_;
+  Requests requests_;
   StreamOrder order_;
   Watch watched_;
   Finish finish_;
@@ -117,7 +113,7 @@ class MessageOperation final : public Pending::State {
   bool taken_ = false;
 };
 
-/// A moment of the stream that was current when it was made.
+/// Completes when the work already queued on the current stream completes.
 class MessageFence final : public Pending::State {
  public:
   MessageFence(std::shared_ptr<Transport> transport, at::Device device, const Header& header)
@@ -134,7 +130,7 @@ class MessageFence final : public Pending::State {
   bool done() const override { return order_.done() || transport_->has_failed(); }
   Tensors take() override { return wait(), Tensors(); }
   Span span() const override {
-    const double made = seconds(whole_.header.issued_ns);
+    const double made = seconds_of(whole_.header.issued_ns);
     return {made, made};
   }
 

@@ -14,46 +14,55 @@
 #include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/detail/config.hpp"
 
-// What becomes of the tensors of a message between their sender and their receiver.
+// The tensors of a message, from their sender to their receiver.
 namespace dualpipe::detail {
 
-/// What travels is outside autograd, and an ordinary tensor even where the caller is in inference mode.
+/// Makes tensors outside autograd, and ordinary ones even where the caller is in inference mode.
 struct PlainTensors {
   c10::InferenceMode inference{false};
   c10::NoGradGuard no_grad;
 };
 
+/// @param where  completes "tensor 2", as in " of the message"; may be empty.
+/// @throws InvalidArgument  a tensor that is not dense or not on `device`.
+DUALPIPE_DECL void check_sendable(const Tensors& tensors, at::Device device, const std::string& where);
+/// Aliases of the tensors where possible, else copies made on the current stream; contiguous, outside autograd, with
+/// version counters of their own.
+DUALPIPE_DECL Tensors sendable(const Tensors& tensors);
+/// Sets requires_grad as the sender described its tensors.
+DUALPIPE_DECL Tensors as_described(Tensors tensors, const Signature& signature);
+
 /// Remembers the versions of tensors without holding their memory.
 class Watch {
  public:
   Watch() = default;
-  explicit Watch(const Tensors& tensors);
-  /// What was written in place since, or nothing.
-  std::optional<std::string> written() const;
+  DUALPIPE_DECL explicit Watch(const Tensors& tensors);
+  /// Says which tensor was written in place since; nullopt: none.
+  DUALPIPE_DECL std::optional<std::string> written() const;
 
  private:
   std::vector<std::pair<c10::VariableVersion, std::uint32_t>> versions_;
 };
 
-/// Orders work on the streams of a device across threads: what happens to some memory on the stream that it belongs to,
-/// to which alone its allocator gives it back, and what others do with it on theirs. All calls mean the stream that is
-/// current for the calling thread. Nothing at all on the CPU. Not thread-safe.
+/// Orders the work of several streams on one piece of memory. The memory belongs to its home stream: the allocator
+/// gives it back to that stream alone. Each call acts on the calling thread's current stream. Does nothing on the CPU.
+/// Not thread-safe.
 class StreamOrder {
  public:
   StreamOrder() = default;
-  /// The memory belongs to the current stream of `device`, whose work so far made what is in it.
-  explicit StreamOrder(at::Device device);
+  /// Home is the current stream of `device`, whose work so far has filled the memory.
+  DUALPIPE_DECL explicit StreamOrder(at::Device device);
 
-  /// Whether the memory belongs to the current stream.
-  bool at_home() const;
-  /// The current stream waits for all that was done before.
-  void enter();
-  /// All that is done later waits for the current stream, on the stream that the memory belongs to as well: afterwards
-  /// the memory may be given back.
-  void leave();
+  /// Whether the current stream is the home stream.
+  DUALPIPE_DECL bool at_home() const;
+  /// The current stream waits for all earlier work on the memory.
+  DUALPIPE_DECL void enter();
+  /// The home stream and all later work on the memory wait for the current stream. The memory may be freed afterwards.
+  DUALPIPE_DECL void leave();
   bool done() const { return !last_ || last_->query(); }
-  /// The host waits for all that was done before.
+  /// The calling thread waits for all earlier work on the memory.
   void synchronize() const {
     if (last_) last_->synchronize();
   }
@@ -63,38 +72,36 @@ class StreamOrder {
   std::optional<c10::Event> last_;
 };
 
-/// The tensors of one message, contiguous, outside autograd, and with version counters of their own. While the sender's
-/// user still holds one of them, both share its memory; settle() ends that. Where sender and receiver live in one
-/// process, both refer to one parcel. Thread-safe.
+/// The tensors of one message: contiguous, outside autograd, with version counters of their own. They share memory with
+/// tensors that the sender's caller still holds, until settle(). Where sender and receiver live in one process, both
+/// refer to one object. Thread-safe.
 ///
-/// On a device, memory changes hands only between threads with one current stream: an allocator gives memory back to
-/// the stream that it was allocated on, whatever another one still does with it. Between streams it is copied.
+/// On a device, memory changes hands only between threads with one current stream, since an allocator gives memory back
+/// to the stream that it was allocated on, whatever another stream still does with it. Between streams it is copied.
 class MessageTensors {
  public:
-  /// A back end that has copied bytes into fresh `tensors` wraps them so, for the receiver.
-  static std::shared_ptr<MessageTensors> of_fresh(Tensors tensors, at::Device device = at::kCPU);
-  /// For the sender: aliases of the tensors where possible, copies elsewhere. @throws InvalidArgument  not a dense
-  /// tensor on `device`.
-  static std::shared_ptr<MessageTensors> of(const Tensors& tensors, at::Device device = at::kCPU);
+  /// For the receiver, by a back end that has copied bytes into fresh `tensors`.
+  DUALPIPE_DECL static std::shared_ptr<MessageTensors> of_fresh(Tensors tensors, at::Device device = at::kCPU);
+  /// For the sender: sendable(tensors). @throws InvalidArgument  as check_sendable().
+  DUALPIPE_DECL static std::shared_ptr<MessageTensors> of(const Tensors& tensors, at::Device device = at::kCPU);
 
-  /// For a back end that copies bytes out: contiguous tensors in host memory, or undefined ones. Not to be called after
-  /// release().
+  /// For a back end that copies bytes out: contiguous tensors in CPU memory, or undefined ones. Not after release().
   const Tensors& tensors() const noexcept { return tensors_; }
-  /// Around what is done on a device with tensors() on the current stream.
-  void enter();
-  void leave();
-  /// Copies what others still refer to, and on a device what belongs to another stream than the current one. Afterwards
-  /// the sender may write to its tensors.
-  void settle();
+  /// Before and after work on tensors() that the current stream of a device does.
+  DUALPIPE_DECL void enter();
+  DUALPIPE_DECL void leave();
+  /// Copies tensors that others still refer to, and on a device those whose home is another stream than the current
+  /// one. The sender may write to its own tensors afterwards.
+  DUALPIPE_DECL void settle();
   /// settle(), then gives the tensors away.
-  Tensors take();
+  DUALPIPE_DECL Tensors take();
   /// Drops the tensors, once their bytes are copied elsewhere.
-  void release();
-  /// What the sender's user wrote in place before settle(), or nothing.
-  std::optional<std::string> written() const;
+  DUALPIPE_DECL void release();
+  /// Says which tensor the sender's caller wrote in place before settle(); nullopt: none.
+  DUALPIPE_DECL std::optional<std::string> written() const;
 
  private:
-  void settle_locked();
+  DUALPIPE_DECL void settle_locked();
 
   mutable std::mutex mutex_;
   Tensors tensors_;
@@ -104,3 +111,7 @@ class MessageTensors {
 };
 
 }  // namespace dualpipe::detail
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/comm/message_tensors.ipp"
+#endif

@@ -1,13 +1,10 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
-#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -17,7 +14,6 @@
 #include <tuple>
 #include <vector>
 
-#include "dualpipe/comm/communicator.hpp"
 #include "dualpipe/detail/comm/message.hpp"
 
 namespace dualpipe::detail {
@@ -29,16 +25,18 @@ class TransportListener {
   virtual void transport_changed() noexcept = 0;
 };
 
-/// The world of ranks as one of them sees it: matching of messages, waiting, deadlines, and failure. Shared by all
-/// communicators of a family on this rank and by their pending operations; its destruction is this rank's goodbye.
+/// Moves messages between all ranks of a run, as seen by one of them: matches messages with receives, waits, keeps
+/// deadlines, and spreads failures. All communicators of a family share it on this rank, and so do their pending
+/// operations. Its destruction tells the other ranks that this one has left.
 ///
-/// A back end derives from it, implements start() and spread(), and reports what happens by complete(), deliver(),
-/// departed(), failed() and abort(), from any thread and never with a lock of its own held that start() or spread()
-/// take. Its destructor sends what is still queued (for at most two seconds), then the goodbye.
+/// A back end derives from it, implements start() and spread(), and calls complete(), deliver(), departed(), failed()
+/// and abort(): from any thread, but never while it holds a lock that start() or spread() takes. Its destructor sends
+/// what is still queued (for at most two seconds), then the goodbye.
 class Transport {
  public:
   /// @param device  where the tensors are that travel.
-  Transport(int rank, int size, std::chrono::milliseconds timeout, std::int32_t epoch, at::Device device = at::kCPU);
+  DUALPIPE_DECL Transport(int rank, int size, std::chrono::milliseconds timeout, std::int32_t epoch,
+                          at::Device device = at::kCPU);
   virtual ~Transport() = default;
   Transport(const Transport&) = delete;
   Transport& operator=(const Transport&) = delete;
@@ -48,59 +46,60 @@ class Transport {
   std::int32_t epoch() const noexcept { return epoch_; }
   at::Device device() const noexcept { return device_; }
 
-  /// Messages of one lane (peer, group, channel) arrive in the order of the sends and meet its receives in their order.
+  /// Messages with one peer, group and channel match receives in the order of the calls.
   /// @throws CommError  the family has failed.
-  std::shared_ptr<Request> send(int to, Message message);
-  std::shared_ptr<Request> receive(int from, Header expected, bool any_signature, std::string advice = {});
+  DUALPIPE_DECL std::shared_ptr<Request> send(int to, Message message);
+  DUALPIPE_DECL std::shared_ptr<Request> receive(int from, Header expected, bool any_signature,
+                                                 std::string advice = {});
 
-  /// Returns when all are done; `whole` names the operation that they are parts of.
+  /// Returns when all requests are done; `whole` names the operation that they are parts of.
   /// @throws CommError  and aborts: the family has failed, a peer has left, or the deadline has passed.
-  void wait(std::span<const std::shared_ptr<Request>> transfers, const Request& whole);
+  DUALPIPE_DECL void wait(std::span<const std::shared_ptr<Request>> requests, const Request& whole);
   /// Whether wait() would return or throw at once.
-  bool done(std::span<const std::shared_ptr<Request>> transfers) const;
-  /// Whether all are over, and the family has not failed.
-  bool succeeded(std::span<const std::shared_ptr<Request>> transfers) const;
+  DUALPIPE_DECL bool done(std::span<const std::shared_ptr<Request>> requests) const;
+  /// Whether all requests are done and the family has not failed.
+  DUALPIPE_DECL bool succeeded(std::span<const std::shared_ptr<Request>> requests) const;
 
   /// The first failure wins: all waiting and later calls throw, here and on every other rank. Any thread.
-  void abort(int origin, const std::string& reason) noexcept;
-  /// Aborts because of `transfer` and throws; `problem` completes "rank 3: receive from rank 2 (message 17 of group 0):
+  DUALPIPE_DECL void abort(int origin, const std::string& reason) noexcept;
+  /// Aborts because of `request` and throws; `problem` completes "rank 3: receive from rank 2 (message 17 of group 0):
   /// …".
-  [[noreturn]] void raise(int origin, const Request& transfer, const std::string& problem);
+  [[noreturn]] DUALPIPE_DECL void raise(int origin, const Request& request, const std::string& problem);
 
-  /// A back end that is destroyed afterwards says no goodbye: to slower ranks it would come ahead of the reason.
-  bool has_failed() const;
+  /// A back end says no goodbye after a failure: it could overtake the reason on the way to slower ranks.
+  DUALPIPE_DECL bool has_failed() const;
 
-  /// From now on `listener` learns of changes, for as long as it lives.
-  void listen(std::weak_ptr<TransportListener> listener);
+  /// `listener` learns of every change from now on, as long as it lives.
+  DUALPIPE_DECL void listen(std::weak_ptr<TransportListener> listener);
 
-  /// Ids of groups: every group of two ranks has an id that these two have used for no other group. Used by the rank's
-  /// thread only.
+  /// The next free group id. Two ranks never use one id for two groups that both belong to. Used by the rank's thread
+  /// only.
   std::int64_t next_group() const noexcept { return next_group_; }
   void set_next_group(std::int64_t id) noexcept { next_group_ = id; }
 
  protected:
-  /// Moves the message towards `to`. Calls complete(transfer) when it no longer reads the parcel (having called
-  /// release()), or when the receiver has it and both share the parcel. Must not block for the peer. After a failure or
-  /// a departure it may drop the message silently.
-  virtual void start(int to, Message message, std::shared_ptr<Request> transfer) = 0;
-  /// Tells every other rank of the failure, as far as they can be reached; they call failed(). Called once at most.
+  /// Moves the message towards `to`, and must not block for the peer. Calls complete(request) when the receiver has
+  /// taken over the tensors, or after their release() once nothing reads them any more. May drop the message silently
+  /// after a failure or a departure.
+  virtual void start(int to, Message message, std::shared_ptr<Request> request) = 0;
+  /// Tells every rank that can be reached of the failure; these call failed(). Called at most once.
   virtual void spread(int origin, const std::string& reason) noexcept = 0;
-  /// The rank's thread begins or ends to want something that has not come. A back end that holds messages back while
-  /// nobody takes those that came before must let them in meanwhile, as the wanted one may be behind. Called with the
-  /// mutex held.
+  /// Called when the rank starts or stops blocking, with the mutex held. A back end that stops reading while nobody
+  /// takes what has arrived must read on meanwhile: the wanted message may come later.
   virtual void waiting(bool /*begins*/) const {}
 
   /// A send is over.
-  void complete(const std::shared_ptr<Request>& transfer);
-  /// A message has arrived, its tensors included.
-  void deliver(int from, Message message);
-  /// An orderly goodbye, after everything that `peer` had sent was delivered: operations that still need the peer fail.
-  void departed(int peer);
-  /// Another rank aborted: as abort(), but is not spread again.
-  void failed(int origin, const std::string& reason) noexcept;
+  DUALPIPE_DECL void complete(const std::shared_ptr<Request>& request);
+  /// A message has arrived with its tensors.
+  DUALPIPE_DECL void deliver(int from, Message message);
+  /// `peer` has said goodbye, and everything it had sent was delivered: operations that still need it fail.
+  DUALPIPE_DECL void departed(int peer);
+  /// Another rank has aborted: as abort(), without spread().
+  DUALPIPE_DECL void failed(int origin, const std::string& reason) noexcept;
 
  private:
-  struct Lane {
+  /// As in MPI: messages without a receive, or receives without a message.
+  struct MatchQueue {
     std::deque<Message> arrived;
     std::deque<std::shared_ptr<Request>> posted;
   };
@@ -108,18 +107,18 @@ class Transport {
     int origin = -1;
     std::string reason;
   };
-  using LaneKey = std::tuple<int, std::int64_t, Channel>;
+  using QueueKey = std::tuple<int, std::int64_t, Channel>;  // peer, group, channel
 
-  bool fail(int origin, const std::string& reason) noexcept;
-  /// Wakes those that wait; without the mutex.
-  void notify() noexcept;
-  /// Lets a receive and its message meet; `lock` holds the mutex.
-  void meet(std::unique_lock<std::mutex> lock, Request& receive, Message message);
+  DUALPIPE_DECL bool fail(int origin, const std::string& reason) noexcept;
+  /// Wakes the waiting; without the mutex.
+  DUALPIPE_DECL void notify() noexcept;
+  /// Gives `receive` its message; `lock` holds the mutex.
+  DUALPIPE_DECL void match(std::unique_lock<std::mutex> lock, Request& receive, Message message);
   /// Empty if there is none.
-  static std::string disagreement(const Request& receive, const Header& got);
-  void throw_if_failed(const Request& transfer) const;
-  [[noreturn]] void throw_failure(const Request& transfer) const;  // mutex held
-  bool lost(const Request& transfer) const;                        // mutex held
+  DUALPIPE_DECL static std::string disagreement(const Request& receive, const Header& got);
+  DUALPIPE_DECL void throw_if_failed(const Request& request) const;
+  [[noreturn]] DUALPIPE_DECL void throw_failure(const Request& request) const;  // mutex held
+  DUALPIPE_DECL bool lost(const Request& request) const;                        // mutex held
 
   const int rank_;
   const int size_;
@@ -130,7 +129,7 @@ class Transport {
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  std::map<LaneKey, Lane> lanes_;
+  std::map<QueueKey, MatchQueue> queues_;
   std::vector<bool> departed_;
   std::optional<Failure> failure_;
   std::weak_ptr<TransportListener> listener_;
@@ -138,3 +137,7 @@ class Transport {
 };
 
 }  // namespace dualpipe::detail
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/comm/transport.ipp"
+#endif

@@ -2,56 +2,74 @@
 
 #include <ATen/ATen.h>
 
+#include <cstdint>
 #include <cstring>
+#include <exception>
 #include <string>
 #include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/detail/error_text.hpp"
 
-namespace dualpipe {
+namespace dualpipe::detail {
 
-/// What an exception says, without the backtrace that LibTorch's own carry.
-inline std::string message_of(const std::exception& error) {
-  const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
-  return torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
+/// The text of what `body` throws, never empty then; empty if it returns.
+template <class Body>
+std::string finding_of(const Body& body) {
+  try {
+    body();
+  } catch (const std::exception& error) {
+    const std::string text = message_of(error);
+    return text.empty() ? "an exception without a text" : text;
+  } catch (...) {
+    return "an exception that is no std::exception";
+  }
+  return "";
 }
 
-/// Collective: every rank's text, by rank. The hosts' own business: waits for no device.
+/// Collective: every rank's text, by rank. Involves the hosts only, and waits for no device.
 inline std::vector<std::string> all_gather_text(Communicator& communicator, const std::string& text) {
   at::Tensor bytes = at::empty({static_cast<std::int64_t>(text.size())}, at::kByte);
-  std::memcpy(bytes.mutable_data_ptr(), text.data(), text.size());
+  if (!text.empty()) std::memcpy(bytes.mutable_data_ptr(), text.data(), text.size());
   std::vector<std::string> texts;
   for (const at::Tensor& each : communicator.control().all_gather(bytes).take())
     texts.emplace_back(static_cast<const char*>(each.const_data_ptr()), each.numel());
   return texts;
 }
 
-/// Collective: throws on every rank what any rank found wrong, before anything else is sent; the communicator stays
-/// usable.
-///
-/// @param finding  what this rank found, empty: nothing.
-/// @throws InvalidArgument  the findings: one text where all ranks found the same, else each with its rank.
-inline void agree_that_fine(Communicator& communicator, const std::string& finding) {
-  const std::vector<std::string> findings = all_gather_text(communicator, finding);
+/// @param findings  by rank; empty: that rank has none.
+/// @throws InvalidArgument  if there is any: one text where all ranks found the same, else each with its rank.
+inline void throw_findings(const std::vector<std::string>& findings) {
   bool same = true;
   std::string text;
   for (std::size_t rank = 0; rank < findings.size(); ++rank) {
     same = same && findings[rank] == findings[0];
-    if (!findings[rank].empty()) text += detail::str(text.empty() ? "" : "\n", "rank ", rank, ": ", findings[rank]);
+    if (!findings[rank].empty()) text += str(text.empty() ? "" : "\n", "rank ", rank, ": ", findings[rank]);
   }
   if (!text.empty()) throw InvalidArgument(same ? findings[0] : text);
 }
 
-/// Collective: the same for something that all ranks must say alike.
+/// Collective: throws on every rank what any rank found wrong. The communicator stays usable.
 ///
-/// @param what       names it, as in "options".
-/// @param statement  what this rank says.
+/// @param finding  of this rank; empty: none.
+/// @throws InvalidArgument  as throw_findings.
+inline void agree_that_fine(Communicator& communicator, const std::string& finding) {
+  throw_findings(all_gather_text(communicator, finding));
+}
+
+/// Collective: throws on every rank if not all make the same statement.
+///
+/// @param what  names it, as in "options".
 inline void agree_on(Communicator& communicator, const std::string& what, const std::string& statement) {
   const std::vector<std::string> statements = all_gather_text(communicator, statement);
   for (std::size_t rank = 1; rank < statements.size(); ++rank)
     if (statements[rank] != statements[0])
-      throw InvalidArgument(detail::str("ranks disagree about the ", what, ":\n  rank 0: ", statements[0], "\n  rank ",
-                                        rank, ": ", statements[rank]));
+      throw InvalidArgument(str("ranks disagree about the ", what, ":\n  rank 0: ", statements[0], "\n  rank ", rank,
+                                ": ", statements[rank]));
 }
 
-}  // namespace dualpipe
+}  // namespace dualpipe::detail
+
+namespace dualpipe {
+using detail::message_of;
+}

@@ -9,34 +9,40 @@
 #include <utility>
 #include <vector>
 
+#include "dualpipe/detail/config.hpp"
 #include "dualpipe/detail/pipeline/executor.hpp"
 
-namespace dualpipe {
+namespace dualpipe::detail {
 
-/// Remembers what each transfer has brought, so that a later run with the same inputs can expect it, and a device need
-/// not wait until the sender's host has said what is coming.
+/// Remembers what each transfer brought. A device that knows what comes need not wait for the sender's header.
 class ArrivalMemory {
  public:
-  /// @param data_dependent_from  the first stage whose shapes depend on data, as in Arrivals.
+  /// @param data_dependent_from  as in Arrivals.
   ArrivalMemory(std::shared_ptr<Communicator> communicator, int data_dependent_from)
       : communicator_(std::move(communicator)), data_dependent_from_(data_dependent_from) {}
 
-  /// Collective, where the communicator gains from knowing what comes; elsewhere it gives null and does nothing. Tells
-  /// all ranks on what shapes depend here: signatures of the inputs and extras, and of the parameters, and which
-  /// modules are in training. The function given waits for what the others say, and gives what was learned under the
-  /// same conditions; what is missing there is to be filled in. Valid until the next call.
+  /// Collective where the communicator gains from known signatures; elsewhere does nothing and returns null.
   ///
-  /// @param plan    lives as long as this.
-  /// @param module  has all stages of this rank below it.
-  std::function<Arrivals&()> recall(const Plan& plan, const RunInputs& inputs, const torch::nn::Module& module);
+  /// Sends a hash of everything that shapes depend on here: signatures of inputs, extras and parameters, and which
+  /// modules are in training. The returned function waits for the hashes of all ranks and gives the arrivals of earlier
+  /// runs with the same hashes, to be completed by this run. Valid until the next call.
+  ///
+  /// @param module  holds all stages of this rank.
+  DUALPIPE_DECL std::function<Arrivals&()> recall(std::shared_ptr<const Plan> plan, const RunInputs& inputs,
+                                                  const torch::nn::Module& module);
 
  private:
-  using Conditions = std::vector<std::int64_t>;  // a number of each rank
-  static constexpr std::size_t kMost = 64;       // shapes that never repeat must not fill the memory
+  using Conditions = std::vector<std::int64_t>;  // one hash per rank
+  // Beyond this many, all are forgotten, so that shapes that never repeat do not fill the memory.
+  static constexpr std::size_t max_entries = 64;
 
   std::shared_ptr<Communicator> communicator_;
   int data_dependent_from_;
-  std::map<std::pair<const Plan*, Conditions>, Arrivals> learned_;
+  std::map<std::pair<std::shared_ptr<const Plan>, Conditions>, Arrivals> learned_;
 };
 
-}  // namespace dualpipe
+}  // namespace dualpipe::detail
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/pipeline/arrival_memory.ipp"
+#endif

@@ -7,20 +7,24 @@
 #include "dualpipe/comm/communicator.hpp"
 #include "dualpipe/schedule/lower.hpp"
 
-namespace dualpipe {
+namespace dualpipe::detail {
 
-/// What the transfers of a plan bring to one rank, as far as that is known before they come.
+/// What one rank knows of a plan's transfers before they come.
 struct Arrivals {
   /// The first stage whose shapes depend on data; max: none.
   int data_dependent_from = std::numeric_limits<int>::max();
-  std::vector<std::optional<Signature>> signatures = {};  ///< by number of the transfer in the program's order
+  std::vector<std::optional<Signature>> signatures = {};  ///< by index of the transfer in the program's order
 
   /// The stage whose outputs have the shapes of what is transferred.
   static int shaped_by(const Transfer& transfer) {
     return transfer.payload == Payload::activation ? transfer.stage : transfer.stage - 1;
   }
-  /// What came once comes again: no stage up to there has shapes that depend on data.
+  /// True if the transfer always brings the same signature: no stage up to its sender has shapes that depend on data.
   bool recurs(const Transfer& transfer) const { return shaped_by(transfer) < data_dependent_from; }
 };
 
-}  // namespace dualpipe
+}  // namespace dualpipe::detail
+
+namespace dualpipe {
+using detail::Arrivals;
+}

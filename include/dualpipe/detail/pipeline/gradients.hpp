@@ -1,16 +1,22 @@
 #pragma once
 
+#include <ATen/ATen.h>
+#include <ATen/MemoryOverlap.h>
+
+#include <cstddef>
 #include <utility>
+#include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
 
-namespace dualpipe {
+namespace dualpipe::detail {
 
 /// Moves the gradients of `parameters` aside while a step accumulates into fresh ones. Unless committed, the destructor
-/// puts back exactly what was there: the same tensor objects with the same values.
+/// restores them: the same tensor objects with the same values.
 class GradientTransaction {
  public:
   explicit GradientTransaction(Tensors parameters) : parameters_(std::move(parameters)) {
+    aside_.reserve(parameters_.size());
     for (at::Tensor& parameter : parameters_) {
       aside_.push_back(std::move(parameter.mutable_grad()));
       parameter.mutable_grad() = at::Tensor();
@@ -22,21 +28,62 @@ class GradientTransaction {
   GradientTransaction(const GradientTransaction&) = delete;
   GradientTransaction& operator=(const GradientTransaction&) = delete;
 
-  /// Adds the fresh gradients to those set aside, in the tensors that the caller knows.
-  void commit() {
-    at::NoGradGuard no_grad;
+  /// Adds what was set aside to the fresh gradients. May throw, so it comes before the vote.
+  void add_up() {
+    const at::NoGradGuard no_grad;
+    ways_.reserve(aside_.size());
     for (std::size_t i = 0; i < aside_.size(); ++i) {
       at::Tensor& fresh = parameters_[i].mutable_grad();
-      if (!aside_[i].defined()) continue;
-      if (fresh.defined()) aside_[i].add_(fresh);
-      fresh = std::move(aside_[i]);
+      const at::Tensor& before = aside_[i];
+      if (before.defined() && fresh.defined()) fresh = sum_of(before, fresh);
+      ways_.push_back(way_of(before, fresh));
+    }
+  }
+
+  /// Puts the sums into the tensors that the caller knows. Comes after add_up(); does not throw.
+  void commit() noexcept {
+    const at::NoGradGuard no_grad;
+    for (std::size_t i = 0; i < aside_.size(); ++i) {
+      at::Tensor& fresh = parameters_[i].mutable_grad();
+      if (ways_[i] == Way::exchange) aside_[i].set_data(fresh);
+      if (ways_[i] == Way::copy) aside_[i].copy_(fresh);
+      if (ways_[i] != Way::replace) fresh = std::move(aside_[i]);
     }
     aside_.clear();
   }
 
  private:
+  /// How a sum gets into the caller's tensor.
+  enum class Way {
+    replace,   ///< it does not: there was none, or of another layout; the sum takes its place, as in one process
+    keep,      ///< there is nothing to add
+    exchange,  ///< the tensor gets the memory of the sum
+    copy,      ///< others see the tensor's memory too, as where gradients are slices of one buffer
+  };
+
+  static at::Tensor sum_of(const at::Tensor& before, at::Tensor& fresh) {
+    DUALPIPE_CHECK(before.sizes() == fresh.sizes() && before.device() == fresh.device(),
+                   "the gradient of a parameter has sizes ", before.sizes(), " on ", before.device(),
+                   ", but a step adds one of sizes ", fresh.sizes(), " on ", fresh.device());
+    if (fresh.layout() == at::kStrided && fresh.scalar_type() == before.scalar_type()) return fresh.add_(before);
+    return before.layout() == at::kStrided ? at::add(before, fresh).to(before.scalar_type()) : at::add(fresh, before);
+  }
+
+  static Way way_of(const at::Tensor& before, const at::Tensor& fresh) {
+    if (!before.defined()) return Way::replace;
+    if (!fresh.defined()) return Way::keep;
+    if (before.layout() != fresh.layout() || before.scalar_type() != fresh.scalar_type() ||
+        before.is_inference() != fresh.is_inference())
+      return Way::replace;
+    if (before.layout() != at::kStrided) return Way::exchange;
+    if (at::has_internal_overlap(before) == at::MemOverlap::Yes) return Way::replace;
+    const bool exclusive = before.storage().use_count() == 1 && before.storage().nbytes() == before.nbytes();
+    return exclusive && before.is_leaf() ? Way::exchange : Way::copy;
+  }
+
   Tensors parameters_;
   Tensors aside_;
+  std::vector<Way> ways_;
 };
 
-}  // namespace dualpipe
+}  // namespace dualpipe::detail

@@ -2,19 +2,21 @@
 
 #include <torch/nn/module.h>
 
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/detail/config.hpp"
 #include "dualpipe/schedule/schedule.hpp"
 #include "dualpipe/stage/stage.hpp"
 
-namespace dualpipe {
+namespace dualpipe::detail {
 
 /// Parameters of all stages, each once, in registration order: stages ascending, and within one as named_parameters
 /// gives them.
-Tensors unique_parameters(const std::map<int, Stage>& stages);
+DUALPIPE_DECL Tensors unique_parameters(const std::map<int, Stage>& stages);
 
 /// Keeps the copies of a stage on several ranks equal.
 class Replicas {
@@ -22,21 +24,26 @@ class Replicas {
   /// Collective: one sub-communicator for each distinct set of ranks that hold the same stages.
   ///
   /// @throws InvalidArgument  a parameter shared by stages that different sets of ranks hold.
-  Replicas(Communicator& communicator, const Schedule& schedule, const std::map<int, Stage>& stages);
+  DUALPIPE_DECL Replicas(Communicator& communicator, const Schedule& schedule, const std::map<int, Stage>& stages);
 
-  /// Collective: each parameter's `.grad` becomes the sum over the holders, bitwise the same on all of them. One absent
-  /// on some holders counts as zeros there; one absent on all stays undefined. Sparse gradients become dense.
-  void sum_gradients();
+  /// Which parameters require grad, as a hash for each group of holders that this rank belongs to. All holders must
+  /// have the same when sum_gradients() is called.
+  DUALPIPE_DECL std::map<int, std::uint64_t> trainable() const;
+  /// Collective: `.grad` of each parameter that requires grad becomes the sum over the holders, bitwise the same on all
+  /// of them. One absent on some holders counts as zeros there; one absent on all stays undefined. Sparse gradients
+  /// become dense. Frozen parameters take no part.
+  DUALPIPE_DECL void sum_gradients();
   /// Collective: parameters and buffers of the lowest holder replace the others'.
-  void broadcast();
+  DUALPIPE_DECL void broadcast();
   /// Collective: floating-point buffers only (running statistics), as DistributedDataParallel does.
-  void broadcast_buffers();
+  DUALPIPE_DECL void broadcast_buffers();
 
   /// Parameters for which this rank is the lowest holder; over all ranks every parameter of the model is counted once.
   const Tensors& counted_parameters() const noexcept { return counted_; }
 
  private:
   struct Group {
+    int number;  ///< the same on all holders
     std::shared_ptr<Communicator> communicator;
     Tensors parameters;
     Tensors buffers;
@@ -45,4 +52,8 @@ class Replicas {
   Tensors counted_;
 };
 
-}  // namespace dualpipe
+}  // namespace dualpipe::detail
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/pipeline/replicas.ipp"
+#endif

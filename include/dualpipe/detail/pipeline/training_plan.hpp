@@ -5,24 +5,29 @@
 #include <string>
 
 #include "dualpipe/config.hpp"
+#include "dualpipe/detail/config.hpp"
 #include "dualpipe/detail/pipeline/executor.hpp"
 
-namespace dualpipe {
+namespace dualpipe::detail {
 
 /// The plan of a training step that the options ask for. @throws InvalidArgument
-Plan training_plan(const DualPipeOptions& options, int num_ranks);
+DUALPIPE_DECL Plan training_plan(const DualPipeOptions& options, int num_ranks);
 
-/// What all ranks must have alike of their options and of the schedule made of them.
-std::string describe(const DualPipeOptions& options, const Schedule& schedule);
+/// The options and the schedule made of them, as far as all ranks must have the same.
+DUALPIPE_DECL std::string describe(const DualPipeOptions& options, const Schedule& schedule);
 
-/// What all ranks must know of all stages.
+/// What every rank must know of the stages of all ranks.
 struct StageTraits {
-  bool communicate = false;                                   ///< some do
+  bool communicate = false;                                   ///< some stage has a collective
   int data_dependent_from = std::numeric_limits<int>::max();  ///< the first whose shapes depend on data
 };
 /// Collective.
 ///
 /// @param stages  those of this rank.
-StageTraits traits_of_all(Communicator& communicator, const std::map<int, Stage>& stages);
+DUALPIPE_DECL StageTraits traits_of_all(Communicator& communicator, const std::map<int, Stage>& stages);
 
-}  // namespace dualpipe
+}  // namespace dualpipe::detail
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/pipeline/training_plan.ipp"
+#endif

@@ -1,28 +1,37 @@
 #pragma once
 
-#include "dualpipe/pipeline/dual_pipe.hpp"
+#include <ATen/core/Tensor.h>
 
-namespace dualpipe {
+#include "dualpipe/comm/pending.hpp"
+#include "dualpipe/config.hpp"
+#include "dualpipe/detail/config.hpp"
 
-at::Tensor reduced(const at::Tensor& losses, LossReduction reduction);
+namespace dualpipe::detail {
 
-/// A step that was committed before its device had come to its end.
-class StepResult::Unfinished {
+/// The loss of a step, of the losses of its micro-batches.
+DUALPIPE_DECL at::Tensor reduced(const at::Tensor& losses, LossReduction reduction);
+
+/// A step that was committed before its device had finished it.
+class UnfinishedStep {
  public:
-  /// @param end     over when the device is through with the step.
+  /// @param end     over when the device has finished the step.
   /// @param loss    set by finish().
-  /// @param losses  in memory of the host, and there at the end.
-  Unfinished(Pending end, LossReduction reduction, at::Tensor loss, at::Tensor losses);
+  /// @param losses  in memory of the host; valid at the end.
+  DUALPIPE_DECL UnfinishedStep(Pending end, LossReduction reduction, at::Tensor loss, at::Tensor losses);
 
-  /// Returns at the end, with what the host computes of the results. @throws CommError
-  void finish();
+  /// Waits for the end, then sets the loss. @throws CommError
+  DUALPIPE_DECL void finish();
   /// Does not wait. @throws CommError  it has failed.
-  void check();
+  DUALPIPE_DECL void check();
 
  private:
-  Pending end_;  // empty once it was waited for
+  Pending end_;  // empty after finish()
   LossReduction reduction_;
   at::Tensor loss_, losses_;
 };
 
-}  // namespace dualpipe
+}  // namespace dualpipe::detail
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/pipeline/unfinished_step.ipp"
+#endif

@@ -1,13 +1,15 @@
+#pragma once
+
 #include "dualpipe/comm/communicator.hpp"
 
 #include <algorithm>
 #include <cctype>
 
 namespace dualpipe {
-namespace {
+namespace detail {
 
-/// The names that PyTorch users know.
-std::string dtype_name(at::ScalarType dtype) {
+/// As PyTorch prints it.
+inline std::string dtype_name(at::ScalarType dtype) {
   switch (dtype) {
     case at::kByte:
       return "uint8";
@@ -39,7 +41,7 @@ std::string dtype_name(at::ScalarType dtype) {
   return name;
 }
 
-}  // namespace
+}  // namespace detail
 
 Signature signature_of(const Tensors& tensors) {
   Signature signature;
@@ -63,7 +65,7 @@ std::string to_string(const Signature& signature) {
       text += "undefined";
       continue;
     }
-    text += dtype_name(tensor.dtype) + " [";
+    text += detail::dtype_name(tensor.dtype) + " [";
     for (std::size_t i = 0; i < tensor.sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(tensor.sizes[i]);
     text += tensor.requires_grad ? "] requires_grad" : "]";
   }

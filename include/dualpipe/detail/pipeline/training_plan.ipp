@@ -1,3 +1,5 @@
+#pragma once
+
 #include "dualpipe/detail/pipeline/training_plan.hpp"
 
 #include <algorithm>
@@ -7,14 +9,14 @@
 #include <utility>
 
 #include "dualpipe/detail/pipeline/agree.hpp"
+#include "dualpipe/detail/pipeline/digest.hpp"
 #include "dualpipe/schedule/check.hpp"
 #include "dualpipe/schedule/generate.hpp"
 
-namespace dualpipe {
-namespace {
+namespace dualpipe::detail {
 
 /// The schedule that the options name: a kind, else a file.
-Schedule load_schedule(const DualPipeOptions& options, int num_ranks) {
+inline Schedule load_schedule(const DualPipeOptions& options, int num_ranks) {
   const std::vector<std::string>& kinds = schedule_kinds();
   if (std::find(kinds.begin(), kinds.end(), options.schedule) != kinds.end())
     return make_schedule({options.schedule, num_ranks, options.num_micro_batches, options.chunks_per_rank});
@@ -23,7 +25,7 @@ Schedule load_schedule(const DualPipeOptions& options, int num_ranks) {
     std::string names;
     for (const std::string& kind : kinds) names += (names.empty() ? "" : ", ") + kind;
     throw InvalidArgument(
-        detail::str("schedule \"", options.schedule, "\" is neither a kind (", names, ") nor a readable CSV file"));
+        str("schedule \"", options.schedule, "\" is neither a kind (", names, ") nor a readable CSV file"));
   }
   const std::string text{std::istreambuf_iterator<char>(file), {}};
   Schedule schedule = from_csv(text, options.schedule);
@@ -34,8 +36,6 @@ Schedule load_schedule(const DualPipeOptions& options, int num_ranks) {
                  schedule.num_micro_batches, " micro-batches, num_micro_batches is ", options.num_micro_batches);
   return schedule;
 }
-
-}  // namespace
 
 Plan training_plan(const DualPipeOptions& options, int num_ranks) {
   DUALPIPE_CHECK(options.num_micro_batches >= 1, "num_micro_batches must be at least 1, got ",
@@ -48,10 +48,11 @@ Plan training_plan(const DualPipeOptions& options, int num_ranks) {
 }
 
 std::string describe(const DualPipeOptions& options, const Schedule& schedule) {
-  return detail::str("num_micro_batches ", options.num_micro_batches, ", schedule ", options.schedule, " (checksum ",
-                     std::hash<std::string>{}(to_csv(schedule)), "), publish ",
-                     options.publish == Publish::early ? "early" : "atomic", ", loss_reduction ",
-                     options.loss_reduction == LossReduction::mean ? "mean" : "sum", ", batch_dim ", options.batch_dim);
+  Digest digest;
+  digest.add(to_csv(schedule));
+  return str("num_micro_batches ", options.num_micro_batches, ", schedule ", options.schedule, " (checksum ",
+             digest.value(), "), publish ", options.publish == Publish::early ? "early" : "atomic", ", loss_reduction ",
+             options.loss_reduction == LossReduction::mean ? "mean" : "sum", ", batch_dim ", options.batch_dim);
 }
 
 StageTraits traits_of_all(Communicator& communicator, const std::map<int, Stage>& stages) {
@@ -60,7 +61,7 @@ StageTraits traits_of_all(Communicator& communicator, const std::map<int, Stage>
     if (stage.communicates()) traits.communicate = true;
     if (stage.has_data_dependent_shapes()) traits.data_dependent_from = std::min(traits.data_dependent_from, number);
   }
-  const std::string mine = detail::str(traits.communicate ? 1 : 0, ' ', traits.data_dependent_from);
+  const std::string mine = str(traits.communicate ? 1 : 0, ' ', traits.data_dependent_from);
   for (const std::string& text : all_gather_text(communicator, mine)) {
     std::istringstream words(text);
     StageTraits theirs;
@@ -71,4 +72,4 @@ StageTraits traits_of_all(Communicator& communicator, const std::map<int, Stage>
   return traits;
 }
 
-}  // namespace dualpipe
+}  // namespace dualpipe::detail

@@ -1,3 +1,5 @@
+#pragma once
+
 #include "dualpipe/detail/pipeline/replicas.hpp"
 
 #include <ATen/ATen.h>
@@ -7,16 +9,15 @@
 #include <unordered_set>
 #include <utility>
 
-namespace dualpipe {
-namespace {
+#include "dualpipe/detail/pipeline/digest.hpp"
+
+namespace dualpipe::detail {
 
 /// Appends those of `tensors` that were not seen before.
-void append_new(const Tensors& tensors, std::unordered_set<at::TensorImpl*>& seen, Tensors& into) {
+inline void append_new(const Tensors& tensors, std::unordered_set<at::TensorImpl*>& seen, Tensors& into) {
   for (const at::Tensor& tensor : tensors)
     if (tensor.defined() && seen.insert(tensor.unsafeGetTensorImpl()).second) into.push_back(tensor);
 }
-
-}  // namespace
 
 Tensors unique_parameters(const std::map<int, Stage>& stages) {
   std::unordered_set<at::TensorImpl*> seen;
@@ -44,7 +45,7 @@ Replicas::Replicas(Communicator& communicator, const Schedule& schedule, const s
     std::shared_ptr<Communicator> group;
     if (ranks.size() > 1) group = communicator.split(member ? 0 : -1, communicator.rank());
     if (!member) continue;
-    Group mine{std::move(group), {}, {}};
+    Group mine{static_cast<int>(i), std::move(group), {}, {}};
     for (const int number : numbers) {
       const auto& module = stages.at(number).module();
       if (!module) continue;
@@ -62,17 +63,31 @@ Replicas::Replicas(Communicator& communicator, const Schedule& schedule, const s
   }
 }
 
+std::map<int, std::uint64_t> Replicas::trainable() const {
+  std::map<int, std::uint64_t> digests;
+  for (const Group& group : groups_) {
+    Digest digest;
+    for (const at::Tensor& parameter : group.parameters) digest.add(std::uint64_t{parameter.requires_grad()});
+    digests[group.number] = digest.value();
+  }
+  return digests;
+}
+
 void Replicas::sum_gradients() {
   std::vector<Pending> pending;
-  std::vector<at::Tensor> present;  // per group: on how many holders each parameter has a gradient
+  std::vector<Tensors> trained;     // per group: its parameters that require grad
+  std::vector<at::Tensor> present;  // per group: on how many holders each of them has a gradient
   for (Group& group : groups_) {
-    at::Tensor count = at::zeros({static_cast<std::int64_t>(group.parameters.size())}, at::kInt);
+    Tensors parameters;
+    for (const at::Tensor& parameter : group.parameters)
+      if (parameter.requires_grad()) parameters.push_back(parameter);
+    at::Tensor count = at::zeros({static_cast<std::int64_t>(parameters.size())}, at::kInt);
     Tensors gradients;
-    for (std::size_t i = 0; i < group.parameters.size(); ++i) {
-      at::Tensor& gradient = group.parameters[i].mutable_grad();
+    for (std::size_t i = 0; i < parameters.size(); ++i) {
+      at::Tensor& gradient = parameters[i].mutable_grad();
       count.mutable_data_ptr<int>()[i] = gradient.defined() ? 1 : 0;
       if (!gradient.defined())
-        gradient = at::zeros_like(group.parameters[i], at::MemoryFormat::Contiguous);
+        gradient = at::zeros_like(parameters[i], at::MemoryFormat::Contiguous);
       else if (gradient.is_sparse())
         gradient = gradient.to_dense();
       else
@@ -80,6 +95,8 @@ void Replicas::sum_gradients() {
       gradients.push_back(gradient);
     }
     present.push_back(count);
+    trained.push_back(std::move(parameters));
+    if (gradients.empty()) continue;
     Communicator& hosts = group.communicator->control();
     if (&hosts == group.communicator.get())
       gradients.push_back(count);  // no message of its own
@@ -88,9 +105,9 @@ void Replicas::sum_gradients() {
     pending.push_back(group.communicator->all_reduce(std::move(gradients)));
   }
   for (Pending& each : pending) each.wait();
-  for (std::size_t g = 0; g < groups_.size(); ++g)
-    for (std::size_t i = 0; i < groups_[g].parameters.size(); ++i)
-      if (present[g].const_data_ptr<int>()[i] == 0) groups_[g].parameters[i].mutable_grad().reset();
+  for (std::size_t g = 0; g < trained.size(); ++g)
+    for (std::size_t i = 0; i < trained[g].size(); ++i)
+      if (present[g].const_data_ptr<int>()[i] == 0) trained[g][i].mutable_grad().reset();
 }
 
 void Replicas::broadcast() {
@@ -117,4 +134,4 @@ void Replicas::broadcast_buffers() {
   for (Pending& each : pending) each.wait();
 }
 
-}  // namespace dualpipe
+}  // namespace dualpipe::detail

@@ -1,3 +1,5 @@
+#pragma once
+
 #include "dualpipe/comm/local.hpp"
 
 #include <c10/core/DeviceGuard.h>
@@ -13,10 +15,11 @@
 #include "dualpipe/detail/comm/message_communicator.hpp"
 
 namespace dualpipe {
-namespace {
+namespace detail {
 
-/// Ranks that are threads of one process: a message is put where its receiver looks, its tensors stay where they are.
-class LocalTransport final : public detail::Transport, public std::enable_shared_from_this<LocalTransport> {
+/// Ranks that are threads of one process: a message goes straight into its receiver's queue, its tensors stay where
+/// they are.
+class LocalTransport final : public Transport, public std::enable_shared_from_this<LocalTransport> {
  public:
   using Ranks = std::vector<std::weak_ptr<LocalTransport>>;
 
@@ -25,13 +28,13 @@ class LocalTransport final : public detail::Transport, public std::enable_shared
   ~LocalTransport() override {
     if (!has_failed()) for_others([this](LocalTransport& other) { other.departed(rank()); });
   }
-  /// `ranks` of all; before any thread uses one of them.
+  /// Once, before any thread uses one of the `ranks`.
   void join(std::shared_ptr<const Ranks> ranks) { ranks_ = std::move(ranks); }
 
  private:
-  void start(int to, detail::Message message, std::shared_ptr<detail::Request> transfer) override {
-    message.accepted = [sender = weak_from_this(), transfer = std::move(transfer)] {
-      if (const auto transport = sender.lock()) transport->complete(transfer);
+  void start(int to, Message message, std::shared_ptr<Request> request) override {
+    message.accepted = [sender = weak_from_this(), request = std::move(request)] {
+      if (const auto transport = sender.lock()) transport->complete(request);
     };
     if (const auto receiver = (*ranks_)[static_cast<std::size_t>(to)].lock())
       receiver->deliver(rank(), std::move(message));
@@ -54,12 +57,12 @@ class LocalTransport final : public detail::Transport, public std::enable_shared
 };
 
 /// What ended a rank.
-struct Failure {
+struct RankFailure {
   int rank = 0;
   std::exception_ptr error;
   std::optional<int> blamed;  ///< for a CommError: the rank where it began
 
-  static Failure current(int rank) {
+  static RankFailure current(int rank) {
     try {
       throw;
     } catch (const CommError& error) {
@@ -80,18 +83,18 @@ struct Failure {
 };
 
 /// `failures` in the order in which they came, not empty.
-const Failure& first_cause(const std::vector<Failure>& failures) {
-  const Failure& first = failures.front();
+inline const RankFailure& first_cause(const std::vector<RankFailure>& failures) {
+  const RankFailure& first = failures.front();
   if (!first.blamed) return first;
-  // A rank that failed of itself may be overtaken by those whom its abort reached.
-  for (const Failure& failure : failures) {
+  // A rank that failed by itself may be overtaken by ranks that its abort reached.
+  for (const RankFailure& failure : failures) {
     if (failure.rank == *first.blamed && !failure.blamed) return failure;
   }
   return first;
 }
 
-/// With its index.
-at::Device resolved(at::Device device) {
+/// Adds the index of the current device where `device` has none.
+inline at::Device indexed_device(at::Device device) {
   if (device.is_cpu()) return device;
   DUALPIPE_CHECK(c10::impl::hasDeviceGuardImpl(device.type()), "ranks on ", device,
                  ": LibTorch's library for such devices is not loaded; for CUDA link the program with dualpipe::nccl");
@@ -103,15 +106,15 @@ at::Device resolved(at::Device device) {
   return device.has_index() ? device : devices.getDevice();
 }
 
-}  // namespace
+}  // namespace detail
 
 std::vector<std::shared_ptr<Communicator>> local_communicators(int num_ranks, const LocalOptions& options) {
   DUALPIPE_CHECK(num_ranks >= 1, "a communicator needs at least one rank, got ", num_ranks);
-  const at::Device device = resolved(options.device);
-  std::vector<std::shared_ptr<LocalTransport>> transports;
+  const at::Device device = detail::indexed_device(options.device);
+  std::vector<std::shared_ptr<detail::LocalTransport>> transports;
   for (int r = 0; r < num_ranks; ++r)
-    transports.push_back(std::make_shared<LocalTransport>(r, num_ranks, options.timeout, device));
-  const auto ranks = std::make_shared<const LocalTransport::Ranks>(transports.begin(), transports.end());
+    transports.push_back(std::make_shared<detail::LocalTransport>(r, num_ranks, options.timeout, device));
+  const auto ranks = std::make_shared<const detail::LocalTransport::Ranks>(transports.begin(), transports.end());
   std::vector<std::shared_ptr<Communicator>> communicators;
   for (auto& transport : transports) {
     transport->join(ranks);
@@ -125,7 +128,7 @@ void run_ranks(int num_ranks, const std::function<void(std::shared_ptr<Communica
   auto communicators = local_communicators(num_ranks, options);
   const at::Device device = communicators.front()->device();
   std::mutex mutex;
-  std::vector<Failure> failures;
+  std::vector<detail::RankFailure> failures;
   const auto run = [&](int rank, std::shared_ptr<Communicator> communicator) {
 #ifdef __linux__
     pthread_setname_np(pthread_self(), detail::str("rank ", rank).c_str());
@@ -134,7 +137,7 @@ void run_ranks(int num_ranks, const std::function<void(std::shared_ptr<Communica
       const c10::DeviceGuard guard(device);
       body(communicator);
     } catch (...) {
-      const Failure failure = Failure::current(rank);
+      const detail::RankFailure failure = detail::RankFailure::current(rank);
       {
         const std::lock_guard lock(mutex);
         failures.push_back(failure);
@@ -148,14 +151,14 @@ void run_ranks(int num_ranks, const std::function<void(std::shared_ptr<Communica
       for (int r = 0; r < num_ranks; ++r) {
         threads.emplace_back(run, r, std::move(communicators[static_cast<std::size_t>(r)]));
       }
-    } catch (const std::exception& error) {  // no more threads: those that run wait for ranks that will never be
+    } catch (const std::exception& error) {  // no more threads: the others wait for ranks that never start
       for (const auto& communicator : communicators) {
         if (communicator != nullptr) communicator->abort(error.what());
       }
       throw;
     }
   }
-  if (!failures.empty()) std::rethrow_exception(first_cause(failures).error);
+  if (!failures.empty()) std::rethrow_exception(detail::first_cause(failures).error);
 }
 
 }  // namespace dualpipe

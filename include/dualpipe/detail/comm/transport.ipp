@@ -1,45 +1,15 @@
+#pragma once
+
+#include "dualpipe/detail/comm/transport.hpp"
+
 #include <algorithm>
+#include <functional>
 #include <utility>
 
-#include "dualpipe/detail/comm/message_communicator.hpp"
-
 namespace dualpipe::detail {
-namespace {
 
-bool all_done(std::span<const std::shared_ptr<Request>> transfers) {
-  return std::all_of(transfers.begin(), transfers.end(), [](const auto& transfer) { return transfer->done; });
-}
-
-}  // namespace
-
-std::int64_t now_ns() noexcept {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
-std::string Request::operation() const {
-  if (header.channel == Channel::collective) return header.operation;
-  return str(kind == Kind::send ? "send to rank " : "receive from rank ", peer);
-}
-
-std::string Request::describe() const {
-  return str(operation(), header.channel == Channel::collective ? " (collective " : " (message ", header.sequence,
-             " of group ", header.group, ")");
-}
-
-Request Request::without_message() const {
-  Request copy;
-  copy.kind = kind;
-  copy.peer = peer;
-  copy.header = header;
-  return copy;
-}
-
-Request Request::collective(const Header& header) {
-  Request whole;
-  whole.kind = Request::Kind::receive;
-  whole.header = header;
-  return whole;
+inline bool all_requests_done(std::span<const std::shared_ptr<Request>> requests) {
+  return std::all_of(requests.begin(), requests.end(), [](const auto& request) { return request->done; });
 }
 
 Transport::Transport(int rank, int size, std::chrono::milliseconds timeout, std::int32_t epoch, at::Device device)
@@ -54,49 +24,49 @@ Transport::Transport(int rank, int size, std::chrono::milliseconds timeout, std:
 }
 
 std::shared_ptr<Request> Transport::send(int to, Message message) {
-  auto transfer = std::make_shared<Request>();
-  transfer->kind = Request::Kind::send;
-  transfer->peer = to;
-  transfer->header = message.header;
-  transfer->message.parcel = message.parcel;
-  throw_if_failed(*transfer);
-  start(to, std::move(message), transfer);
-  return transfer;
+  auto request = std::make_shared<Request>();
+  request->kind = Request::Kind::send;
+  request->peer = to;
+  request->header = message.header;
+  request->message.tensors = message.tensors;
+  throw_if_failed(*request);
+  start(to, std::move(message), request);
+  return request;
 }
 
 std::shared_ptr<Request> Transport::receive(int from, Header expected, bool any_signature, std::string advice) {
-  auto transfer = std::make_shared<Request>();
-  transfer->kind = Request::Kind::receive;
-  transfer->peer = from;
-  transfer->header = std::move(expected);
-  transfer->any_signature = any_signature;
-  transfer->advice = std::move(advice);
-  throw_if_failed(*transfer);
+  auto request = std::make_shared<Request>();
+  request->kind = Request::Kind::receive;
+  request->peer = from;
+  request->header = std::move(expected);
+  request->any_signature = any_signature;
+  request->advice = std::move(advice);
+  throw_if_failed(*request);
   std::unique_lock lock(mutex_);
-  Lane& lane = lanes_[{from, transfer->header.group, transfer->header.channel}];
-  if (lane.arrived.empty()) {
-    lane.posted.push_back(transfer);
-    return transfer;
+  MatchQueue& queue = queues_[{from, request->header.group, request->header.channel}];
+  if (queue.arrived.empty()) {
+    queue.posted.push_back(request);
+    return request;
   }
-  Message message = std::move(lane.arrived.front());
-  lane.arrived.pop_front();
-  meet(std::move(lock), *transfer, std::move(message));
-  return transfer;
+  Message message = std::move(queue.arrived.front());
+  queue.arrived.pop_front();
+  match(std::move(lock), *request, std::move(message));
+  return request;
 }
 
 void Transport::deliver(int from, Message message) {
   std::unique_lock lock(mutex_);
-  Lane& lane = lanes_[{from, message.header.group, message.header.channel}];
-  if (lane.posted.empty()) {
-    lane.arrived.push_back(std::move(message));
+  MatchQueue& queue = queues_[{from, message.header.group, message.header.channel}];
+  if (queue.posted.empty()) {
+    queue.arrived.push_back(std::move(message));
     return;
   }
-  const std::shared_ptr<Request> transfer = std::move(lane.posted.front());
-  lane.posted.pop_front();
-  meet(std::move(lock), *transfer, std::move(message));
+  const std::shared_ptr<Request> request = std::move(queue.posted.front());
+  queue.posted.pop_front();
+  match(std::move(lock), *request, std::move(message));
 }
 
-void Transport::meet(std::unique_lock<std::mutex> lock, Request& receive, Message message) {
+void Transport::match(std::unique_lock<std::mutex> lock, Request& receive, Message message) {
   const std::string problem = disagreement(receive, message.header);
   const std::function<void()> accepted = std::exchange(message.accepted, nullptr);
   if (problem.empty()) {
@@ -130,11 +100,11 @@ std::string Transport::disagreement(const Request& receive, const Header& got) {
   return {};
 }
 
-void Transport::complete(const std::shared_ptr<Request>& transfer) {
+void Transport::complete(const std::shared_ptr<Request>& request) {
   {
     const std::lock_guard lock(mutex_);
-    transfer->completed_ns = now_ns();
-    transfer->done = true;
+    request->completed_ns = now_ns();
+    request->done = true;
   }
   notify();
 }
@@ -147,34 +117,34 @@ void Transport::departed(int peer) {
   notify();
 }
 
-bool Transport::lost(const Request& transfer) const {
-  return !transfer.done && departed_[static_cast<std::size_t>(transfer.peer)];
+bool Transport::lost(const Request& request) const {
+  return !request.done && departed_[static_cast<std::size_t>(request.peer)];
 }
 
-bool Transport::done(std::span<const std::shared_ptr<Request>> transfers) const {
+bool Transport::done(std::span<const std::shared_ptr<Request>> requests) const {
   const std::lock_guard lock(mutex_);
-  if (failure_ || all_done(transfers) ||
-      std::any_of(transfers.begin(), transfers.end(), [this](const auto& transfer) { return lost(*transfer); }))
+  if (failure_ || all_requests_done(requests) ||
+      std::any_of(requests.begin(), requests.end(), [this](const auto& request) { return lost(*request); }))
     return true;
   waiting(true);
   waiting(false);
   return false;
 }
 
-bool Transport::succeeded(std::span<const std::shared_ptr<Request>> transfers) const {
+bool Transport::succeeded(std::span<const std::shared_ptr<Request>> requests) const {
   const std::lock_guard lock(mutex_);
-  return !failure_ && all_done(transfers);
+  return !failure_ && all_requests_done(requests);
 }
 
-void Transport::wait(std::span<const std::shared_ptr<Request>> transfers, const Request& whole) {
+void Transport::wait(std::span<const std::shared_ptr<Request>> requests, const Request& whole) {
   const auto deadline = std::chrono::steady_clock::now() + timeout_;
   std::unique_lock lock(mutex_);
   const Request* gone = nullptr;
   const auto over = [&] {
-    for (const auto& transfer : transfers) {
-      if (lost(*transfer)) gone = transfer.get();
+    for (const auto& request : requests) {
+      if (lost(*request)) gone = request.get();
     }
-    return failure_ || gone != nullptr || all_done(transfers);
+    return failure_ || gone != nullptr || all_requests_done(requests);
   };
   if (!over()) {
     waiting(true);
@@ -188,10 +158,10 @@ void Transport::wait(std::span<const std::shared_ptr<Request>> transfers, const 
   }
   std::string missing;
   int origin = -1;
-  for (const auto& transfer : transfers) {
-    if (transfer->done) continue;
-    if (origin < 0) origin = transfer->peer;
-    missing += str(missing.empty() ? "" : ", ", "rank ", transfer->peer);
+  for (const auto& request : requests) {
+    if (request->done) continue;
+    if (origin < 0) origin = request->peer;
+    missing += str(missing.empty() ? "" : ", ", "rank ", request->peer);
   }
   if (missing.empty()) return;
   lock.unlock();
@@ -236,20 +206,20 @@ void Transport::notify() noexcept {
   if (listener) listener->transport_changed();
 }
 
-void Transport::raise(int origin, const Request& transfer, const std::string& problem) {
-  const std::string message = str("rank ", rank_, ": ", transfer.describe(), ": ", problem);
+void Transport::raise(int origin, const Request& request, const std::string& problem) {
+  const std::string message = str("rank ", rank_, ": ", request.describe(), ": ", problem);
   abort(origin, message);
-  throw CommError(origin, transfer.operation(), message);
+  throw CommError(origin, request.operation(), message);
 }
 
-void Transport::throw_if_failed(const Request& transfer) const {
+void Transport::throw_if_failed(const Request& request) const {
   const std::lock_guard lock(mutex_);
-  if (failure_) throw_failure(transfer);
+  if (failure_) throw_failure(request);
 }
 
-void Transport::throw_failure(const Request& transfer) const {
-  throw CommError(failure_->origin, transfer.operation(),
-                  str("rank ", rank_, ": ", transfer.describe(), ": failed because of rank ", failure_->origin, ": ",
+void Transport::throw_failure(const Request& request) const {
+  throw CommError(failure_->origin, request.operation(),
+                  str("rank ", rank_, ": ", request.describe(), ": failed because of rank ", failure_->origin, ": ",
                       failure_->reason));
 }
 

@@ -1,13 +1,17 @@
+#pragma once
+
 #include "dualpipe/pipeline/batch.hpp"
 
-#include <string_view>
+#include <ATen/ATen.h>
+
 #include <utility>
 
 namespace dualpipe {
-namespace {
+namespace detail {
 
-void split_tensors(const Tensors& tensors, const char* what, int count, int dim, Tensors Batch::* member,
-                   std::vector<Batch>& into) {
+/// Appends slice m of each tensor to `member` of element m of `into`.
+inline void split_tensors(const Tensors& tensors, const char* what, int count, int dim, Tensors Batch::* member,
+                          std::vector<Batch>& into) {
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const at::Tensor& tensor = tensors[i];
     DUALPIPE_CHECK(tensor.defined(), "Batch::", what, "[", i, "] is undefined");
@@ -22,23 +26,7 @@ void split_tensors(const Tensors& tensors, const char* what, int count, int dim,
   }
 }
 
-void mix(std::uint64_t& sum, std::uint64_t value) { sum = (sum ^ value) * 0x9E3779B97F4A7C15ull + (sum >> 29); }
-
-void mix(std::uint64_t& sum, const Tensors& tensors) {
-  mix(sum, tensors.size());
-  for (const at::Tensor& tensor : tensors) {
-    if (!tensor.defined()) {
-      mix(sum, 1);
-      continue;
-    }
-    mix(sum, static_cast<std::uint64_t>(tensor.scalar_type()));
-    for (auto size : tensor.sizes()) mix(sum, static_cast<std::uint64_t>(size));
-    const at::Tensor host = tensor.detach().cpu().contiguous();
-    mix(sum, std::hash<std::string_view>{}({static_cast<const char*>(host.const_data_ptr()), host.nbytes()}));
-  }
-}
-
-}  // namespace
+}  // namespace detail
 
 Batch Batch::from_micro_batches(std::vector<Batch> micro_batches) {
   DUALPIPE_CHECK(!micro_batches.empty(), "Batch::from_micro_batches got no micro-batch");
@@ -56,19 +44,10 @@ std::vector<Batch> split_batch(const Batch& batch, int count, int dim) {
     return batch.micro_batches;
   }
   std::vector<Batch> micro_batches(count);
-  split_tensors(batch.inputs, "inputs", count, dim, &Batch::inputs, micro_batches);
-  split_tensors(batch.targets, "targets", count, dim, &Batch::targets, micro_batches);
-  split_tensors(batch.extras, "extras", count, dim, &Batch::extras, micro_batches);
+  detail::split_tensors(batch.inputs, "inputs", count, dim, &Batch::inputs, micro_batches);
+  detail::split_tensors(batch.targets, "targets", count, dim, &Batch::targets, micro_batches);
+  detail::split_tensors(batch.extras, "extras", count, dim, &Batch::extras, micro_batches);
   return micro_batches;
-}
-
-std::uint64_t checksum(const Batch& batch) {
-  std::uint64_t sum = 0;
-  mix(sum, batch.inputs);
-  mix(sum, batch.targets);
-  mix(sum, batch.extras);
-  for (const Batch& micro_batch : batch.micro_batches) mix(sum, checksum(micro_batch));
-  return sum;
 }
 
 }  // namespace dualpipe

@@ -1,3 +1,5 @@
+#pragma once
+
 #include "dualpipe/detail/comm/message_communicator.hpp"
 
 #include <ATen/ATen.h>
@@ -11,18 +13,13 @@
 #include "dualpipe/detail/comm/message_operation.hpp"
 
 namespace dualpipe::detail {
-namespace {
 
-/// Gives the tensors of an arrived message as their sender described them.
-Tensors unpack(MessageTensors& parcel, const Signature& signature) {
-  Tensors tensors = parcel.take();
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    if (tensors[i].defined()) tensors[i].set_requires_grad(signature[i].requires_grad);
-  }
-  return tensors;
+/// The tensors of an arrived message, as their sender described them.
+inline Tensors take_message(Message& message) {
+  return as_described(message.tensors->take(), message.header.signature);
 }
 
-void combine(at::Tensor& into, const at::Tensor& other, Reduce reduce) {
+inline void reduce_into(at::Tensor& into, const at::Tensor& other, Reduce reduce) {
   switch (reduce) {
     case Reduce::sum:
       into.add_(other);
@@ -36,7 +33,7 @@ void combine(at::Tensor& into, const at::Tensor& other, Reduce reduce) {
   }
 }
 
-std::string to_text(const at::Tensor& edges) {
+inline std::string edges_text(const at::Tensor& edges) {
   std::string text;
   const auto values = edges.accessor<std::int64_t, 2>();
   for (std::int64_t i = 0; i < values.size(0); ++i) {
@@ -45,17 +42,13 @@ std::string to_text(const at::Tensor& edges) {
   return text.empty() ? "no edges" : text;
 }
 
-}  // namespace
-
 MessageCommunicator::MessageCommunicator(std::shared_ptr<Transport> transport, std::int64_t group,
                                          std::vector<int> members, int rank, at::Device device)
     : Communicator(rank, static_cast<int>(members.size())),
       transport_(std::move(transport)),
-      group_(group),
       members_(std::move(members)),
       device_(device),
-      sends_(members_.size(), 0),
-      receives_(members_.size(), 0) {}
+      headers_(group, transport_->epoch(), members_.size()) {}
 
 std::shared_ptr<MessageCommunicator> MessageCommunicator::world(std::shared_ptr<Transport> transport) {
   std::vector<int> members(static_cast<std::size_t>(transport->size()));
@@ -67,58 +60,40 @@ std::shared_ptr<MessageCommunicator> MessageCommunicator::world(std::shared_ptr<
 
 Communicator& MessageCommunicator::control() {
   if (device_.is_cpu()) return *this;
-  if (!control_) control_ = std::make_unique<MessageCommunicator>(transport_, -1 - group_, members_, rank(), at::kCPU);
+  if (!control_) control_ = std::make_unique<MessageCommunicator>(transport_, -1 - group(), members_, rank(), at::kCPU);
   return *control_;
-}
-
-Header MessageCommunicator::header(Channel channel, std::string operation, std::uint64_t sequence,
-                                   Signature signature) const {
-  return {.group = group_,
-          .channel = channel,
-          .epoch = transport_->epoch(),
-          .sequence = sequence,
-          .issued_ns = now_ns(),
-          .operation = std::move(operation),
-          .signature = std::move(signature)};
-}
-
-Header MessageCommunicator::next_collective(std::string operation, Signature signature) {
-  return header(Channel::collective, std::move(operation), collectives_++, std::move(signature));
 }
 
 Pending MessageCommunicator::send(int peer, Tensors tensors) {
   const std::size_t index = checked_peer(*this, "send", peer);
-  auto parcel = MessageTensors::of(tensors, device());
-  Message message{header(Channel::transfer, "send", sends_[index]++, signature_of(tensors)), std::move(parcel), {}};
+  auto sent = MessageTensors::of(tensors, device());
+  Message message{headers_.next_send(index, signature_of(tensors)), std::move(sent), {}};
   Watch watched(tensors);
-  tensors.clear();  // the parcel alone refers to them now, so that the receiver may get the very memory
-  auto transfer = transport_->send(members_[index], std::move(message));
-  Request whole = transfer->without_message();
-  return Pending(std::make_shared<MessageOperation>(transport_, device_, std::move(whole),
-                                                    Requests{std::move(transfer)}, std::move(watched), nullptr));
+  tensors.clear();  // only the message refers to them now: the receiver may get the very memory
+  auto request = transport_->send(members_[index], std::move(message));
+  Request whole = request->without_message();
+  return Pending(std::make_shared<MessageOperation>(transport_, device_, std::move(whole), Requests{std::move(request)},
+                                                    std::move(watched), nullptr));
 }
 
 Pending MessageCommunicator::receive(int peer, const std::optional<Expected>& expected) {
   const std::size_t index = checked_peer(*this, "receive", peer);
-  auto transfer = transport_->receive(
-      members_[index],
-      header(Channel::transfer, "send", receives_[index]++, expected ? expected->signature : Signature()), !expected,
-      expected ? expected->advice : std::string());
-  Request whole = transfer->without_message();
-  auto finish = [transfer = transfer.get()] {
-    return unpack(*transfer->message.parcel, transfer->message.header.signature);
-  };
-  return Pending(std::make_shared<MessageOperation>(transport_, device_, std::move(whole),
-                                                    Requests{std::move(transfer)}, Watch(), std::move(finish)));
+  auto request =
+      transport_->receive(members_[index], headers_.next_receive(index, expected ? expected->signature : Signature()),
+                          !expected, expected ? expected->advice : std::string());
+  Request whole = request->without_message();
+  auto finish = [request = request.get()] { return take_message(request->message); };
+  return Pending(std::make_shared<MessageOperation>(transport_, device_, std::move(whole), Requests{std::move(request)},
+                                                    Watch(), std::move(finish)));
 }
 
-// Every rank sends to every other, whatever the size: then no rank's result depends on when another rank calls wait(),
-// which a reduction by parts in several rounds would ask for.
+// Every rank sends to every other, whatever the size. A reduction in several rounds would move less, but a rank could
+// not finish before the others call wait().
 Pending MessageCommunicator::all_reduce(Tensors tensors, Reduce reduce) {
   check_reduce(tensors, reduce);
-  // A copy: this rank writes its sum while others still read its contribution.
+  // A copy: this rank writes the result while others still read its contribution.
   const Tensors own = MessageTensors::of(tensors, device())->take();
-  const Header head = next_collective(name(reduce), signature_of_values(tensors));
+  const Header head = headers_.next_collective(reduce_name(reduce), signature_of_values(tensors));
   const Requests receives = receive_from_others(head);
   send_to_others(head, own);
   auto finish = [tensors, own, receives, me = static_cast<std::size_t>(rank()), reduce]() mutable {
@@ -126,11 +101,11 @@ Pending MessageCommunicator::all_reduce(Tensors tensors, Reduce reduce) {
     for (std::size_t i = 0; i < tensors.size(); ++i) {
       if (!tensors[i].defined()) continue;
       for (std::size_t r = 0; r < receives.size(); ++r) {
-        const at::Tensor& part = r == me ? own[i] : receives[r]->message.parcel->tensors()[i];
+        const at::Tensor& part = r == me ? own[i] : receives[r]->message.tensors->tensors()[i];
         if (r == 0) {
           tensors[i].copy_(part);
         } else {
-          combine(tensors[i], part, reduce);
+          reduce_into(tensors[i], part, reduce);
         }
       }
     }
@@ -139,12 +114,12 @@ Pending MessageCommunicator::all_reduce(Tensors tensors, Reduce reduce) {
   return pending(head, receives, Watch(tensors), std::move(finish));
 }
 
-// Those that have nothing to give send an empty message, so that ranks that disagree about the root learn it.
+// Ranks other than the root send an empty message: ranks that disagree about the root learn it.
 Pending MessageCommunicator::broadcast(Tensors tensors, int root) {
   const std::size_t source = checked_root(*this, root);
   const Signature signature = signature_of_values(tensors);
   const Tensors values = root == rank() ? MessageTensors::of(tensors, device())->take() : Tensors();
-  Header head = next_collective(str("broadcast from rank ", members_[source]), {});
+  Header head = headers_.next_collective(str("broadcast from rank ", members_[source]), {});
   Requests receives(members_.size());
   for (std::size_t r = 0; r < members_.size(); ++r) {
     if (static_cast<int>(r) == rank()) continue;
@@ -158,7 +133,7 @@ Pending MessageCommunicator::broadcast(Tensors tensors, int root) {
   auto finish = [tensors = std::move(tensors), from_root = receives[source]]() mutable {
     const c10::NoGradGuard no_grad;
     for (std::size_t i = 0; i < tensors.size() && from_root != nullptr; ++i) {
-      if (tensors[i].defined()) tensors[i].copy_(from_root->message.parcel->tensors()[i]);
+      if (tensors[i].defined()) tensors[i].copy_(from_root->message.tensors->tensors()[i]);
     }
     return tensors;
   };
@@ -174,23 +149,22 @@ Pending MessageCommunicator::all_to_all(Tensors tensors, const std::optional<Sig
 }
 
 Pending MessageCommunicator::barrier() {
-  const Header head = next_collective("barrier", {});
+  const Header head = headers_.next_collective("barrier");
   const Requests receives = receive_from_others(head);
   send_to_others(head, {});
   return pending(head, receives, Watch(), nullptr);
 }
 
 Pending MessageCommunicator::fence() {
-  return Pending(
-      std::make_shared<MessageFence>(transport_, device_, header(Channel::collective, "fence", collectives_, {})));
+  return Pending(std::make_shared<MessageFence>(transport_, device_, headers_.local("fence")));
 }
 
 Pending MessageCommunicator::exchange(const char* operation, Tensors outgoing, at::Device device,
                                       const std::optional<Signature>& expected) {
   check_exchange(*this, operation, outgoing, expected);
-  std::vector<std::shared_ptr<MessageTensors>> parcels;
-  for (const at::Tensor& tensor : outgoing) parcels.push_back(MessageTensors::of({tensor}, device));
-  const Header head = next_collective(operation, {});
+  std::vector<std::shared_ptr<MessageTensors>> sent;
+  for (const at::Tensor& tensor : outgoing) sent.push_back(MessageTensors::of({tensor}, device));
+  const Header head = headers_.next_collective(operation);
   Requests receives(outgoing.size());
   for (std::size_t r = 0; r < outgoing.size(); ++r) {
     if (static_cast<int>(r) == rank()) continue;
@@ -198,26 +172,25 @@ Pending MessageCommunicator::exchange(const char* operation, Tensors outgoing, a
     if (expected) from.signature = {(*expected)[r]};
     receives[r] = transport_->receive(members_[r], std::move(from), !expected);
   }
-  Requests transfers = receives;
+  Requests requests = receives;
   std::vector<Signature> signatures;
   for (std::size_t r = 0; r < outgoing.size(); ++r) {
     signatures.push_back(signature_of({outgoing[r]}));
     if (static_cast<int>(r) == rank()) continue;
-    Message message{head, parcels[r], {}};
+    Message message{head, sent[r], {}};
     message.header.signature = signatures[r];
-    transfers.push_back(transport_->send(members_[r], std::move(message)));
+    requests.push_back(transport_->send(members_[r], std::move(message)));
   }
   const auto me = static_cast<std::size_t>(rank());
-  auto finish = [receives, own = parcels[me], own_signature = signatures[me], me] {
+  auto finish = [receives, own = sent[me], own_signature = signatures[me], me] {
     Tensors result;
     for (std::size_t r = 0; r < receives.size(); ++r) {
-      Tensors part = r == me ? unpack(*own, own_signature)
-                             : unpack(*receives[r]->message.parcel, receives[r]->message.header.signature);
+      Tensors part = r == me ? as_described(own->take(), own_signature) : take_message(receives[r]->message);
       result.push_back(std::move(part.front()));
     }
     return result;
   };
-  return pending(head, std::move(transfers), Watch(outgoing), std::move(finish));
+  return pending(head, std::move(requests), Watch(outgoing), std::move(finish));
 }
 
 Requests MessageCommunicator::receive_from_others(const Header& head) {
@@ -230,16 +203,16 @@ Requests MessageCommunicator::receive_from_others(const Header& head) {
 
 void MessageCommunicator::send_to_others(const Header& head, const Tensors& shared) {
   for (int i = 1; i < size(); ++i) {
-    const int r = (rank() + i) % size();  // not all to rank 0 first
+    const int r = (rank() + i) % size();  // spreads the load: not all to rank 0 first
     transport_->send(members_[static_cast<std::size_t>(r)], {head, MessageTensors::of_fresh(shared, device()), {}});
   }
 }
 
-Pending MessageCommunicator::pending(const Header& head, Requests transfers, Watch watched,
+Pending MessageCommunicator::pending(const Header& head, Requests requests, Watch watched,
                                      std::function<Tensors()> finish) {
-  std::erase(transfers, nullptr);
-  return Pending(std::make_shared<MessageOperation>(transport_, device_, Request::collective(head),
-                                                    std::move(transfers), std::move(watched), std::move(finish)));
+  std::erase(requests, nullptr);
+  return Pending(std::make_shared<MessageOperation>(transport_, device_, Request::collective(head), std::move(requests),
+                                                    std::move(watched), std::move(finish)));
 }
 
 void MessageCommunicator::connect(const std::vector<Edge>& edges) {
@@ -252,13 +225,13 @@ void MessageCommunicator::connect(const std::vector<Edge>& edges) {
     values[static_cast<std::int64_t>(i)][0] = from;
     values[static_cast<std::int64_t>(i)][1] = to;
   }
+  const Request whole = Request::collective(headers_.local("connect"));
   const Tensors all = exchange("connect", Tensors(static_cast<std::size_t>(size()), own), at::kCPU).take();
   for (std::size_t r = 0; r < all.size(); ++r) {
     if (at::equal(all[r], own)) continue;
-    Request whole = Request::collective(header(Channel::collective, "connect", collectives_ - 1, {}));
     transport_->raise(
         members_[r], whole,
-        str("this rank announces ", to_text(own), "; rank ", members_[r], " announces ", to_text(all[r])));
+        str("this rank announces ", edges_text(own), "; rank ", members_[r], " announces ", edges_text(all[r])));
   }
 }
 

@@ -1,0 +1,33 @@
+#pragma once
+
+#include <vector>
+
+#include "dualpipe/detail/config.hpp"
+#include "dualpipe/detail/pipeline/call_statement.hpp"
+#include "dualpipe/pipeline/batch.hpp"
+
+namespace dualpipe::detail {
+
+/// What one rank does with the batch of a call.
+struct BatchUse {
+  int rank = 0;
+  bool feeds_inputs = false;
+  bool computes_loss = false;  ///< in this call: false in predictions
+  int num_micro_batches = 0;   ///< of a whole batch
+  int batch_dim = 0;
+  bool compare_values = false;  ///< among the ranks that pass the same member
+  bool trains = false;
+  bool sizes = false;  ///< say how large each micro-batch is
+};
+
+/// The micro-batches that this rank needs, empty where it needs none; fills in what the statement says of them.
+///
+/// @throws InvalidArgument  the batch does not split, lacks what this rank needs, or has a tensor that requires grad in
+///                          training.
+DUALPIPE_DECL std::vector<Batch> prepare(const Batch& batch, const BatchUse& use, CallStatement& statement);
+
+}  // namespace dualpipe::detail
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/pipeline/call_batch.ipp"
+#endif

@@ -1,0 +1,47 @@
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/detail/config.hpp"
+
+namespace dualpipe::detail {
+
+/// What a rank tells all others when a collective call begins, so that all of them throw what one of them finds wrong
+/// before anything else is sent.
+struct CallStatement {
+  enum class Call : std::int64_t { step, evaluate, predict };
+  /// A member of Batch on one rank.
+  struct Part {
+    bool needed = false;       ///< the rank needs it where the call has it at all
+    bool passed = false;       ///< the batch has it
+    std::uint64_t digest = 0;  ///< of the values, 0 where they are not compared
+  };
+
+  Call call = Call::step;
+  std::string finding = {};            ///< why this rank cannot take part; empty: it can
+  std::int64_t num_micro_batches = 0;  ///< of this rank's batch, 0: it has none
+  Part inputs, targets, extras;
+  std::map<int, std::uint64_t> trainable = {};  ///< by group of holders: which parameters require grad
+  std::vector<std::int64_t> sizes = {};         ///< of each micro-batch along batch_dim, -1: unknown; may be empty
+};
+
+/// Collective: the statements of all ranks, by rank. One message per rank, a second one only after a finding.
+DUALPIPE_DECL std::vector<CallStatement> exchange_statements(Communicator& communicator, const CallStatement& mine);
+
+/// What the statements of all ranks say together.
+struct CallAgreement {
+  std::int64_t num_micro_batches = 0;    ///< 0: no rank has a batch
+  std::vector<std::int64_t> sizes = {};  ///< as in CallStatement; empty: no rank knows
+};
+/// @throws InvalidArgument  the findings, or what ranks disagree about; the same text for the same statements.
+DUALPIPE_DECL CallAgreement agreement(const std::vector<CallStatement>& statements);
+
+}  // namespace dualpipe::detail
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/pipeline/call_statement.ipp"
+#endif

@@ -1,0 +1,120 @@
+#pragma once
+
+#include "dualpipe/detail/pipeline/call_statement.hpp"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "dualpipe/detail/pipeline/agree.hpp"
+
+namespace dualpipe::detail {
+
+/// A statement as numbers, without the text of its finding.
+inline at::Tensor packed_statement(const CallStatement& statement) {
+  std::vector<std::int64_t> numbers{static_cast<std::int64_t>(statement.call), statement.finding.empty() ? 0 : 1,
+                                    statement.num_micro_batches};
+  for (const CallStatement::Part* part : {&statement.inputs, &statement.targets, &statement.extras})
+    numbers.insert(numbers.end(),
+                   {part->needed ? 1 : 0, part->passed ? 1 : 0, static_cast<std::int64_t>(part->digest)});
+  numbers.push_back(static_cast<std::int64_t>(statement.trainable.size()));
+  for (const auto& [group, digest] : statement.trainable)
+    numbers.insert(numbers.end(), {group, static_cast<std::int64_t>(digest)});
+  numbers.insert(numbers.end(), statement.sizes.begin(), statement.sizes.end());
+
+  const auto count = static_cast<std::int64_t>(numbers.size());
+  at::Tensor packed = at::empty({count}, at::kLong);
+  std::copy(numbers.begin(), numbers.end(), packed.mutable_data_ptr<std::int64_t>());
+  return packed;
+}
+
+/// The reverse. Returns whether there is a finding.
+inline bool unpack_statement(const at::Tensor& packed, CallStatement& statement) {
+  const auto* next = packed.const_data_ptr<std::int64_t>();
+  const auto* const end = next + packed.numel();
+  statement.call = static_cast<CallStatement::Call>(*next++);
+  const bool finding = *next++ != 0;
+  statement.num_micro_batches = *next++;
+  for (CallStatement::Part* part : {&statement.inputs, &statement.targets, &statement.extras}) {
+    part->needed = *next++ != 0;
+    part->passed = *next++ != 0;
+    part->digest = static_cast<std::uint64_t>(*next++);
+  }
+  for (std::int64_t count = *next++; count > 0; --count) {
+    const int group = static_cast<int>(*next++);
+    statement.trainable[group] = static_cast<std::uint64_t>(*next++);
+  }
+  statement.sizes.assign(next, end);
+  return finding;
+}
+
+std::vector<CallStatement> exchange_statements(Communicator& communicator, const CallStatement& mine) {
+  const Tensors packed = communicator.control().all_gather(packed_statement(mine)).take();
+  std::vector<CallStatement> statements(packed.size());
+  bool finding = false;
+  for (std::size_t rank = 0; rank < packed.size(); ++rank)
+    if (unpack_statement(packed[rank], statements[rank])) finding = true;
+  if (!finding) return statements;
+  std::vector<std::string> findings = all_gather_text(communicator, mine.finding);
+  for (std::size_t rank = 0; rank < findings.size(); ++rank) statements[rank].finding = std::move(findings[rank]);
+  return statements;
+}
+
+/// Ranks that pass a member of the batch pass the same, and where one does, all do that need it.
+inline void check_part(const std::vector<CallStatement>& statements, CallStatement::Part CallStatement::* member,
+                       const char* name, const char* use) {
+  int first = -1;
+  for (int rank = 0; rank < static_cast<int>(statements.size()); ++rank) {
+    const CallStatement::Part& part = statements[rank].*member;
+    if (!part.passed) continue;
+    if (first < 0) first = rank;
+    DUALPIPE_CHECK(part.digest == (statements[first].*member).digest, "ranks disagree about the batch: Batch::", name,
+                   " of rank ", rank, " has other sizes or values than that of rank ", first,
+                   "; all ranks that pass it must pass the same, since one feeds the inputs and another computes the "
+                   "loss. Seed what loads and shuffles the data alike on every rank");
+  }
+  for (int rank = 0; rank < static_cast<int>(statements.size()) && first >= 0; ++rank) {
+    const CallStatement::Part& part = statements[rank].*member;
+    DUALPIPE_CHECK(part.passed || !part.needed, "rank ", rank, " got a batch without ", name, ", but it ", use,
+                   " of some micro-batches, and rank ", first, " passes them");
+  }
+}
+
+CallAgreement agreement(const std::vector<CallStatement>& statements) {
+  std::vector<std::string> findings;
+  for (const CallStatement& statement : statements) findings.push_back(statement.finding);
+  throw_findings(findings);
+
+  const char* const names[] = {"step", "evaluate", "predict"};
+  CallAgreement agreed;
+  int counted = -1;
+  std::map<int, std::pair<int, std::uint64_t>> trainable;  // by group: the first rank of it, and what that says
+  for (int rank = 0; rank < static_cast<int>(statements.size()); ++rank) {
+    const CallStatement& statement = statements[rank];
+    DUALPIPE_CHECK(statement.call == statements[0].call, "ranks call different methods: rank 0 calls ",
+                   names[static_cast<int>(statements[0].call)], "(), rank ", rank, " calls ",
+                   names[static_cast<int>(statement.call)], "(); all ranks call them in the same order");
+    if (statement.num_micro_batches > 0) {
+      if (counted < 0) counted = rank;
+      DUALPIPE_CHECK(statement.num_micro_batches == statements[counted].num_micro_batches,
+                     "ranks disagree about the batch: that of rank ", counted, " has ",
+                     statements[counted].num_micro_batches, " micro-batches, that of rank ", rank, " has ",
+                     statement.num_micro_batches);
+      agreed.num_micro_batches = statement.num_micro_batches;
+    }
+    if (agreed.sizes.empty()) agreed.sizes = statement.sizes;
+    for (const auto& [group, digest] : statement.trainable) {
+      const auto& [other, expected] = trainable.try_emplace(group, rank, digest).first->second;
+      DUALPIPE_CHECK(digest == expected, "ranks ", other, " and ", rank,
+                     " hold the same stages, but other parameters of them require grad; freeze a stage on all ranks "
+                     "that hold it");
+    }
+  }
+  check_part(statements, &CallStatement::inputs, "inputs", "feeds the first stage");
+  check_part(statements, &CallStatement::targets, "targets", "computes the loss");
+  check_part(statements, &CallStatement::extras, "extras", "needs them");
+  return agreed;
+}
+
+}  // namespace dualpipe::detail

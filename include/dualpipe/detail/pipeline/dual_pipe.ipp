@@ -1,0 +1,74 @@
+#pragma once
+
+#include "dualpipe/pipeline/dual_pipe.hpp"
+
+#include <set>
+#include <utility>
+
+#include "dualpipe/detail/pipeline/pipeline_state.hpp"
+
+namespace dualpipe {
+
+DualPipeImpl::DualPipeImpl(std::shared_ptr<Communicator> communicator, DualPipeOptions options,
+                           const StageFactory& factory)
+    : torch::nn::Module("DualPipe"),
+      state_(std::make_unique<detail::PipelineState>(std::move(communicator), std::move(options), factory)) {
+  std::set<torch::nn::Module*> registered;
+  for (const auto& [number, stage] : state_->stages())
+    if (stage.module() && registered.insert(stage.module().get()).second)
+      register_module(detail::str("stage", number), stage.module());
+  state_->start();
+}
+
+DualPipeImpl::~DualPipeImpl() = default;
+
+StepResult DualPipeImpl::step(const Batch& batch, const LossFn& loss) { return state_->step(batch, loss, *this); }
+
+StepResult DualPipeImpl::evaluate(const Batch& batch, const LossFn& loss) {
+  return state_->evaluate(batch, loss, *this);
+}
+
+Tensors DualPipeImpl::predict(const Batch& batch) { return state_->predict(batch, *this); }
+
+torch::Tensor DualPipeImpl::clip_grad_norm_(double max_norm) { return state_->clip_grad_norm(max_norm); }
+
+void DualPipeImpl::broadcast_parameters() { state_->broadcast_parameters(); }
+
+void DualPipeImpl::add_observer(std::shared_ptr<Observer> observer) {
+  DUALPIPE_CHECK(observer != nullptr, "add_observer got no observer");
+  state_->add_observer(std::move(observer));
+}
+
+const Schedule& DualPipeImpl::schedule() const { return state_->schedule(); }
+
+std::vector<int> DualPipeImpl::local_stages() const {
+  std::vector<int> numbers;
+  for (const auto& [number, stage] : state_->stages()) numbers.push_back(number);
+  return numbers;
+}
+
+bool DualPipeImpl::feeds_inputs() const { return state_->feeds_inputs(); }
+
+bool DualPipeImpl::computes_loss() const { return state_->computes_loss(); }
+
+std::vector<torch::Tensor> DualPipeImpl::parameters(bool recurse) const { return named_parameters(recurse).values(); }
+
+torch::OrderedDict<std::string, torch::Tensor> DualPipeImpl::named_parameters(bool recurse) const {
+  torch::OrderedDict<std::string, torch::Tensor> unique;
+  std::set<at::TensorImpl*> seen;
+  for (const auto& item : torch::nn::Module::named_parameters(recurse))
+    if (seen.insert(item.value().unsafeGetTensorImpl()).second) unique.insert(item.key(), item.value());
+  return unique;
+}
+
+void StepResult::wait() const {
+  if (unfinished_) unfinished_->finish();
+}
+
+std::vector<double> StepResult::micro_batch_losses() const {
+  wait();
+  const at::Tensor flat = losses.contiguous();
+  return {flat.const_data_ptr<double>(), flat.const_data_ptr<double>() + flat.numel()};
+}
+
+}  // namespace dualpipe

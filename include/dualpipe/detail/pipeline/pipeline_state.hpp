@@ -1,0 +1,87 @@
+#pragma once
+
+#include <torch/nn/module.h>
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/config.hpp"
+#include "dualpipe/detail/config.hpp"
+#include "dualpipe/detail/pipeline/arrival_memory.hpp"
+#include "dualpipe/detail/pipeline/call_statement.hpp"
+#include "dualpipe/detail/pipeline/executor.hpp"
+#include "dualpipe/detail/pipeline/forward_plans.hpp"
+#include "dualpipe/detail/pipeline/health.hpp"
+#include "dualpipe/detail/pipeline/observers.hpp"
+#include "dualpipe/detail/pipeline/replicas.hpp"
+#include "dualpipe/pipeline/dual_pipe.hpp"
+
+namespace dualpipe::detail {
+
+/// What a DualPipe consists of.
+class PipelineState {
+ public:
+  /// Collective, as the constructor of DualPipeImpl, but for the copies of the stages: see start().
+  DUALPIPE_DECL PipelineState(std::shared_ptr<Communicator> communicator, DualPipeOptions options,
+                              const StageFactory& factory);
+  /// Collective: connects, makes the copies of each stage equal, and freezes the stages.
+  DUALPIPE_DECL void start();
+
+  // The methods of DualPipeImpl. `module` is the DualPipeImpl, which holds the stages' modules.
+  DUALPIPE_DECL StepResult step(const Batch& batch, const LossFn& loss, const torch::nn::Module& module);
+  DUALPIPE_DECL StepResult evaluate(const Batch& batch, const LossFn& loss, const torch::nn::Module& module);
+  DUALPIPE_DECL Tensors predict(const Batch& batch, const torch::nn::Module& module);
+  DUALPIPE_DECL at::Tensor clip_grad_norm(double max_norm);
+  void broadcast_parameters() { replicas_->broadcast(); }
+  void add_observer(std::shared_ptr<Observer> observer) { observers_.add(std::move(observer)); }
+
+  const Schedule& schedule() const noexcept { return training_->schedule; }
+  const std::map<int, Stage>& stages() const noexcept { return executor_->stages(); }
+  bool feeds_inputs() const { return runs_stage(0); }
+  bool computes_loss() const { return runs_stage(schedule().num_stages - 1); }
+
+ private:
+  using Call = CallStatement::Call;
+
+  int rank() const { return communicator_->rank(); }
+  bool runs_stage(int stage) const { return stages().count(stage) != 0; }
+  DUALPIPE_DECL std::vector<Communicator::Edge> edges() const;
+
+  /// Collective: how every call begins. Prepares the batch and compares notes with the other ranks.
+  ///
+  /// @param loss  null: the call has none.
+  /// @throws InvalidArgument  on every rank, what one of them found; nothing else was sent.
+  DUALPIPE_DECL CallAgreement enter(Call call, const Batch& batch, const LossFn* loss, RunInputs& inputs);
+  /// Runs the body of a call, and tells the observers when it begins and ends.
+  template <class Body>
+  auto observed(const Body& body);
+  /// Runs the plan of a call that does not train.
+  DUALPIPE_DECL RunOutputs run_forward(const std::shared_ptr<const Plan>& plan, RunInputs& inputs,
+                                       const torch::nn::Module& module);
+  /// @param end  over when the device has finished the step; empty where the host has waited for it.
+  DUALPIPE_DECL StepResult result(at::Tensor losses, RunOutputs outputs, int num_micro_batches, Pending end);
+
+  std::shared_ptr<Communicator> communicator_;
+  DualPipeOptions options_;
+  Health health_;
+  Observers observers_;
+  std::shared_ptr<const Plan> training_;
+  std::unique_ptr<ForwardPlans> forward_;
+  std::unique_ptr<Executor> executor_;
+  std::unique_ptr<Replicas> replicas_;
+  std::unique_ptr<ArrivalMemory> arrivals_;
+  Tensors parameters_;
+  std::vector<int> loss_ranks_;
+  std::int64_t step_ = 0;
+  bool batches_compared_ = false;
+};
+
+}  // namespace dualpipe::detail
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/pipeline/pipeline_state.ipp"
+#endif

@@ -1,0 +1,229 @@
+#pragma once
+
+#include "dualpipe/detail/pipeline/pipeline_state.hpp"
+
+#include <ATen/ATen.h>
+
+#include <limits>
+#include <optional>
+#include <set>
+#include <utility>
+
+#include "dualpipe/detail/pipeline/agree.hpp"
+#include "dualpipe/detail/pipeline/buffers.hpp"
+#include "dualpipe/detail/pipeline/call_batch.hpp"
+#include "dualpipe/detail/pipeline/gradients.hpp"
+#include "dualpipe/detail/pipeline/merge_outputs.hpp"
+#include "dualpipe/detail/pipeline/training_plan.hpp"
+#include "dualpipe/detail/pipeline/unfinished_step.hpp"
+#include "dualpipe/detail/pipeline/vote.hpp"
+#include "dualpipe/train/clip.hpp"
+
+namespace dualpipe::detail {
+
+/// The stages of this rank, on the communicator's device.
+inline std::map<int, Stage> made_stages(const Schedule& schedule, const Communicator& communicator,
+                                        const StageFactory& factory) {
+  std::map<int, Stage> stages;
+  for (const int number : stages_of(schedule, communicator.rank())) {
+    const std::string error = finding_of([&] {
+      Stage stage = factory(number);
+      if (stage.module()) stage.module()->to(communicator.device());
+      stages.emplace(number, std::move(stage));
+    });
+    if (!error.empty()) throw Error(str("the factory of stage ", number, " threw: ", error));
+  }
+  return stages;
+}
+
+/// The loss of a training step, which must have a graph: without one the step would train nothing.
+inline LossFn trainable_loss(const LossFn& loss) {
+  if (!loss) return nullptr;
+  return [&loss](const Tensors& outputs, const Tensors& targets) {
+    at::Tensor value = loss(outputs, targets);
+    DUALPIPE_CHECK(
+        !value.defined() || value.requires_grad(),
+        "the loss has no graph, so nothing would be trained: it does not depend on a parameter that requires "
+        "grad, or it was computed from detach(), item() or integers; to compute a loss alone call evaluate()");
+    return value;
+  };
+}
+
+PipelineState::PipelineState(std::shared_ptr<Communicator> communicator, DualPipeOptions options,
+                             const StageFactory& factory)
+    : communicator_(std::move(communicator)), options_(std::move(options)), health_(communicator_) {
+  DUALPIPE_CHECK(communicator_ != nullptr, "DualPipe needs a communicator");
+  Communicator& comm = *communicator_;
+  Plan plan;
+  agree_that_fine(comm, finding_of([&] { plan = training_plan(options_, comm.size()); }));
+  agree_on(comm, "options", describe(options_, plan.schedule));
+
+  std::map<int, Stage> stages;
+  agree_that_fine(comm, finding_of([&] { stages = made_stages(plan.schedule, comm, factory); }));
+  const StageTraits traits = traits_of_all(comm, stages);
+  // A pair of stages with collectives has its results in another order, and all ranks must send in the same one.
+  if (traits.communicate) plan = make_plan(std::move(plan.schedule), options_.publish, /*communicates=*/true);
+
+  training_ = std::make_shared<const Plan>(std::move(plan));
+  forward_ = std::make_unique<ForwardPlans>(schedule(), options_.publish);
+  forward_->of(options_.num_micro_batches);
+  arrivals_ = std::make_unique<ArrivalMemory>(communicator_, traits.data_dependent_from);
+  parameters_ = unique_parameters(stages);
+  loss_ranks_ = holders(schedule(), schedule().num_stages - 1);
+  executor_ = std::make_unique<Executor>(communicator_, std::move(stages));
+}
+
+void PipelineState::start() {
+  communicator_->connect(edges());
+  replicas_ = std::make_unique<Replicas>(*communicator_, schedule(), stages());
+  replicas_->broadcast();
+  for (const auto& [number, stage] : stages()) stage.freeze(rank(), number);
+}
+
+std::vector<Communicator::Edge> PipelineState::edges() const {
+  std::set<Communicator::Edge> all;
+  for (const Transfer& transfer : training_->program.order) all.insert({transfer.from, transfer.to});
+  for (const int from : loss_ranks_)
+    for (const int to : loss_ranks_)
+      if (from != to) all.insert({from, to});
+  return {all.begin(), all.end()};
+}
+
+CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* loss, RunInputs& inputs) {
+  health_.require();
+  const bool trains = call == Call::step;
+  CallStatement mine;
+  mine.call = call;
+  mine.finding = finding_of([&] {
+    const std::string before = observers_.take_error();
+    DUALPIPE_CHECK(before.empty(), before);
+    DUALPIPE_CHECK(loss == nullptr || *loss || !computes_loss(), "rank ", rank(),
+                   " computes the loss but got no loss function");
+    const BatchUse use{.rank = rank(),
+                       .feeds_inputs = feeds_inputs(),
+                       .computes_loss = loss != nullptr && computes_loss(),
+                       .num_micro_batches = options_.num_micro_batches,
+                       .batch_dim = options_.batch_dim,
+                       .compare_values = !trains || !batches_compared_,
+                       .trains = trains,
+                       .sizes = call == Call::predict};
+    inputs.micro_batches = prepare(batch, use, mine);
+    if (trains) mine.trainable = replicas_->trainable();
+  });
+  const auto statements = health_.guarded([&] { return exchange_statements(*communicator_, mine); });
+  const CallAgreement agreed = agreement(statements);
+  if (trains) batches_compared_ = true;
+  inputs.training = trains;
+  inputs.step = step_;
+  inputs.keep_outputs = options_.keep_outputs || call == Call::predict;
+  return agreed;
+}
+
+template <class Body>
+auto PipelineState::observed(const Body& body) {
+  const std::int64_t number = step_;
+  try {
+    auto result = health_.guarded([&] {
+      observers_.begin(number);
+      return body();
+    });
+    observers_.end(number, true);
+    return result;
+  } catch (...) {
+    observers_.end(number, false);
+    throw;
+  }
+}
+
+StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const torch::nn::Module& module) {
+  RunInputs inputs;
+  const int count = options_.num_micro_batches;
+  enter(Call::step, batch, &loss, inputs);
+  inputs.loss = trainable_loss(loss);
+  inputs.loss_scale = options_.loss_reduction == LossReduction::mean ? 1.0 / count : 1.0;
+  // They outlive what is guarded: nothing is restored before the communicator was aborted and writes no more.
+  std::optional<GradientTransaction> gradients;
+  std::optional<BufferTransaction> buffers;
+  return observed([&] {
+    ++step_;
+    inputs.arrivals = arrivals_->recall(training_, inputs, module);
+    gradients.emplace(parameters_);
+    buffers.emplace(module);
+    RunOutputs outputs = executor_->run(*training_, inputs, observers_.all());
+    replicas_->sum_gradients();
+    replicas_->broadcast_buffers();
+    gradients->add_up();
+    observers_.finish(*communicator_, outputs);
+    at::Tensor losses = vote(*communicator_, outputs, count);
+    Pending end = communicator_->fence();
+    const bool later = options_.asynchronous && !end.done();
+    if (!later) end.synchronize();  // the only wait of the host for a device
+    gradients->commit();
+    buffers->commit();
+    return result(std::move(losses), std::move(outputs), count, later ? communicator_->fence() : Pending());
+  });
+}
+
+RunOutputs PipelineState::run_forward(const std::shared_ptr<const Plan>& plan, RunInputs& inputs,
+                                      const torch::nn::Module& module) {
+  inputs.arrivals = arrivals_->recall(plan, inputs, module);
+  RunOutputs outputs = executor_->run(*plan, inputs, observers_.all());
+  observers_.finish(*communicator_, outputs);
+  return outputs;
+}
+
+StepResult PipelineState::evaluate(const Batch& batch, const LossFn& loss, const torch::nn::Module& module) {
+  RunInputs inputs;
+  const int count = static_cast<int>(enter(Call::evaluate, batch, &loss, inputs).num_micro_batches);
+  inputs.loss = loss;
+  return observed([&] {
+    RunOutputs outputs = run_forward(forward_->of(count), inputs, module);
+    at::Tensor losses = vote(*communicator_, outputs, count);
+    communicator_->fence().synchronize();
+    return result(std::move(losses), std::move(outputs), count, {});
+  });
+}
+
+Tensors PipelineState::predict(const Batch& batch, const torch::nn::Module& module) {
+  RunInputs inputs;
+  const CallAgreement agreed = enter(Call::predict, batch, nullptr, inputs);
+  Tensors merged;
+  const std::vector<std::string> findings = observed([&] {
+    const auto plan = forward_->of(static_cast<int>(agreed.num_micro_batches));
+    RunOutputs outputs = run_forward(plan, inputs, module);
+    std::string finding;
+    if (computes_loss()) {
+      const auto all = gather_outputs(*communicator_, *plan, loss_ranks_, std::move(outputs.outputs));
+      finding = finding_of([&] { merged = merge_outputs(all, agreed.sizes, options_.batch_dim); });
+    }
+    // Returns after every rank's host has come this far.
+    std::vector<std::string> found = all_gather_text(*communicator_, finding);
+    communicator_->fence().synchronize();
+    return found;
+  });
+  throw_findings(findings);
+  return merged;
+}
+
+at::Tensor PipelineState::clip_grad_norm(double max_norm) {
+  return dualpipe::clip_grad_norm(*communicator_, replicas_->counted_parameters(), parameters_, max_norm);
+}
+
+StepResult PipelineState::result(at::Tensor losses, RunOutputs outputs, int num_micro_batches, Pending end) {
+  StepResult result;
+  if (end) {
+    result.loss = at::full({}, std::numeric_limits<double>::quiet_NaN(), at::kDouble);
+    result.unfinished_ = std::make_shared<UnfinishedStep>(std::move(end), options_.loss_reduction, result.loss, losses);
+    health_.watch(result.unfinished_);
+  } else {
+    result.loss = reduced(losses, options_.loss_reduction);
+  }
+  result.losses = std::move(losses);
+  if (options_.keep_outputs) {
+    result.outputs.resize(num_micro_batches);
+    for (auto& [micro_batch, tensors] : outputs.outputs) result.outputs[micro_batch] = std::move(tensors);
+  }
+  return result;
+}
+
+}  // namespace dualpipe::detail

@@ -1,0 +1,44 @@
+#pragma once
+
+#include "dualpipe/detail/pipeline/unfinished_step.hpp"
+
+#include <ATen/ATen.h>
+
+#include <utility>
+
+#include "dualpipe/error.hpp"
+
+namespace dualpipe::detail {
+
+/// Runs `body`; a CommError that it throws says in addition what the state of the training is.
+template <class Body>
+void after_commit(const Body& body) {
+  try {
+    body();
+  } catch (const CommError& error) {
+    throw CommError(error.origin_rank(), error.operation(),
+                    str(error.what(),
+                        "\n  The step was committed before (DualPipeOptions::asynchronous), so its gradients, and "
+                        "parameters updated by them, may hold anything: go back to a checkpoint."));
+  }
+}
+
+at::Tensor reduced(const at::Tensor& losses, LossReduction reduction) {
+  return reduction == LossReduction::mean ? losses.mean() : losses.sum();
+}
+
+UnfinishedStep::UnfinishedStep(Pending end, LossReduction reduction, at::Tensor loss, at::Tensor losses)
+    : end_(std::move(end)), reduction_(reduction), loss_(std::move(loss)), losses_(std::move(losses)) {}
+
+void UnfinishedStep::finish() {
+  if (!end_) return;
+  after_commit([&] { end_.synchronize(); });
+  loss_.copy_(reduced(losses_, reduction_));
+  end_ = {};
+}
+
+void UnfinishedStep::check() {
+  if (end_) after_commit([&] { end_.wait(); });
+}
+
+}  // namespace dualpipe::detail

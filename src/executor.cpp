@@ -1,8 +1,0 @@
-#include "dualpipe/detail/pipeline/executor.ipp"
-#include "dualpipe/detail/pipeline/micro_batch.ipp"
-#include "dualpipe/detail/pipeline/overlap.ipp"
-#include "dualpipe/detail/pipeline/pair.ipp"
-#include "dualpipe/detail/pipeline/pair_orders.ipp"
-#include "dualpipe/detail/pipeline/recorder.ipp"
-#include "dualpipe/detail/pipeline/step_run.ipp"
-#include "dualpipe/detail/pipeline/transfers.ipp"
