@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "dualpipe/detail/config.hpp"
 #include "dualpipe/schedule/schedule.hpp"
 
 namespace dualpipe {
@@ -21,9 +22,13 @@ struct Violation {
 ///
 /// Time and memory are linear in the number of ops. Of many findings, on one rank or on all together, the first few are
 /// listed, the rest counted.
-std::vector<Violation> violations(const Schedule& schedule);
+DUALPIPE_DECL std::vector<Violation> violations(const Schedule& schedule);
 
 /// @throws InvalidArgument  with the first finding, the number of further ones, and the cells around it.
-void check(const Schedule& schedule);
+DUALPIPE_DECL void check(const Schedule& schedule);
 
 }  // namespace dualpipe
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/schedule/check.ipp"
+#endif

@@ -2,6 +2,8 @@
 
 #include <vector>
 
+#include "dualpipe/detail/config.hpp"
+
 namespace dualpipe {
 
 /// Where within a pair its results leave it when they are published early, as a fraction of its duration: above 0, up
@@ -62,6 +64,10 @@ struct Costs {
 
 /// @throws InvalidArgument  naming the member and its value: a cost that is negative, not finite or out of proportion;
 /// `stages` that are not the schedule's; an entry for a stage, boundary or rank that is not there.
-void check(const Costs& costs, int num_ranks, int num_stages);
+DUALPIPE_DECL void check(const Costs& costs, int num_ranks, int num_stages);
 
 }  // namespace dualpipe
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/schedule/costs.ipp"
+#endif

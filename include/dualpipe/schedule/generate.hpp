@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "dualpipe/detail/config.hpp"
 #include "dualpipe/schedule/schedule.hpp"
 
 namespace dualpipe {
@@ -15,10 +16,14 @@ struct ScheduleSpec {
 };
 
 /// "dualpipe", "dualpipev", "1f1b", "zb1p", "gpipe", "interleaved", "zbv".
-const std::vector<std::string>& schedule_kinds();
+DUALPIPE_DECL const std::vector<std::string>& schedule_kinds();
 
 /// @throws InvalidArgument  a kind, number of ranks or of micro-batches that is not supported; the text names what
 /// would work.
-Schedule make_schedule(const ScheduleSpec& spec);
+DUALPIPE_DECL Schedule make_schedule(const ScheduleSpec& spec);
 
 }  // namespace dualpipe
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/schedule/generate.ipp"
+#endif

@@ -2,8 +2,10 @@
 
 #include <vector>
 
+#include "dualpipe/detail/config.hpp"
+#include "dualpipe/schedule/costs.hpp"
 #include "dualpipe/schedule/schedule.hpp"
-#include "dualpipe/schedule/simulate.hpp"
+#include "dualpipe/schedule/transfer.hpp"
 
 namespace dualpipe {
 
@@ -55,7 +57,7 @@ inline constexpr int max_unreleased_sends = 8;
 ///
 /// @param ready  where pairs have their results; the results of one pair are sent in that order.
 /// @throws InvalidArgument  as simulate does.
-Program lower(const Schedule& schedule, Publish publish = Publish::early, const PairReady& ready = {});
+DUALPIPE_DECL Program lower(const Schedule& schedule, Publish publish = Publish::early, const PairReady& ready = {});
 
 /// Executes the programs of all ranks with one blocking transfer at a time per rank: a rank that reaches a send or
 /// receive waits until the other end reaches it too. Linear in the number of instructions.
@@ -64,6 +66,11 @@ Program lower(const Schedule& schedule, Publish publish = Publish::early, const 
 /// before its inputs
 ///     are there or sends it before it is computed; if a transfer is not sent, received, waited for and released
 ///     exactly once by the ranks that it names, in this sequence; or if a rank leaves the global order.
-void dry_run(const Program& program);
+DUALPIPE_DECL void dry_run(const Program& program);
 
 }  // namespace dualpipe
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/schedule/dry_run.ipp"
+#include "dualpipe/detail/schedule/lower.ipp"
+#endif

@@ -7,6 +7,8 @@
 #include <string>
 #include <string_view>
 
+#include "dualpipe/detail/config.hpp"
+
 namespace dualpipe {
 
 /// What is computed: the whole backward B is the input part I followed by the weight part W.
@@ -29,12 +31,12 @@ struct Step {
 };
 
 /// "2F0"
-std::string to_string(const Op& op);
+DUALPIPE_DECL std::string to_string(const Op& op);
 /// "2F0", or "(0F7;7B3)OVERLAP_F_B" for a pair: the text form of torch.distributed.pipelining.
-std::string to_string(const Step& step);
+DUALPIPE_DECL std::string to_string(const Step& step);
 /// The reverse of to_string. @throws InvalidArgument  that quotes the text and says what is wrong with it.
-Op parse_op(std::string_view text);
-Step parse_step(std::string_view text);
+DUALPIPE_DECL Op parse_op(std::string_view text);
+DUALPIPE_DECL Step parse_step(std::string_view text);
 
 }  // namespace dualpipe
 
@@ -45,3 +47,7 @@ struct std::hash<dualpipe::Op> {
     return std::hash<std::size_t>{}(place * 131 + static_cast<std::size_t>(op.pass));
   }
 };
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/schedule/op.ipp"
+#endif

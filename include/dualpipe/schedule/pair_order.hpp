@@ -5,6 +5,8 @@
 #include <string_view>
 #include <vector>
 
+#include "dualpipe/detail/config.hpp"
+
 namespace dualpipe {
 
 /// One node's run within a step: forward, the input part of its backward (all of it where it is not split), or the
@@ -32,21 +34,26 @@ struct PairOp {
 /// @param weights  false: without the weight parts, for an executor that runs them wherever the next piece has to wait;
 ///                 if nodes take as long as guessed, that is where the whole order has them.
 /// @throws InvalidArgument  a letter other than C and X.
-std::vector<PairOp> pair_order(std::string_view forward, std::string_view backward, bool weights = true);
+DUALPIPE_DECL std::vector<PairOp> pair_order(std::string_view forward, std::string_view backward, bool weights = true);
 
 /// The same pieces as a host thread issues them: the order of compute pieces and that of collectives stay, but each
 /// collective moves to the earliest place where its input is there without waiting and those before it are launched. A
 /// trace shows when work ran; a host that is busy with a compute piece cannot launch anything until it ends.
 ///
 /// @throws InvalidArgument  `order` is not one of these two chains.
-std::vector<PairOp> launch_order(std::string_view forward, std::string_view backward, const std::vector<PairOp>& order);
+DUALPIPE_DECL std::vector<PairOp> launch_order(std::string_view forward, std::string_view backward,
+                                               const std::vector<PairOp>& order);
 
 /// "F0", "B3", "W2"
-std::string to_string(const PairOp& piece);
+DUALPIPE_DECL std::string to_string(const PairOp& piece);
 /// "combine-B, attention-F, …": with the names of the nodes, first to last.
 ///
 /// @throws InvalidArgument  a piece of a node without a name.
-std::string to_string(const std::vector<PairOp>& order, const std::vector<std::string>& forward_names,
-                      const std::vector<std::string>& backward_names);
+DUALPIPE_DECL std::string to_string(const std::vector<PairOp>& order, const std::vector<std::string>& forward_names,
+                                    const std::vector<std::string>& backward_names);
 
 }  // namespace dualpipe
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/schedule/pair_order.ipp"
+#endif

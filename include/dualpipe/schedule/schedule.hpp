@@ -4,6 +4,7 @@
 #include <string_view>
 #include <vector>
 
+#include "dualpipe/detail/config.hpp"
 #include "dualpipe/schedule/op.hpp"
 
 namespace dualpipe {
@@ -18,7 +19,7 @@ struct Schedule {
 };
 
 /// One CSV row per rank, one cell per step, in the text form of torch.distributed.pipelining.
-std::string to_csv(const Schedule& schedule);
+DUALPIPE_DECL std::string to_csv(const Schedule& schedule);
 
 /// Reads to_csv's form, and what torch dumps: CRLF line ends, empty cells (idle slots) and empty lines at the end are
 /// accepted, and the actions that torch's lowering adds (SEND_F, RECV_F, SEND_B, RECV_B, UNSHARD, RESHARD, REDUCE_GRAD)
@@ -26,34 +27,38 @@ std::string to_csv(const Schedule& schedule);
 /// Reads only; `check` proves.
 ///
 /// @throws InvalidArgument  naming row (the rank) and cell, both counted from 1 and idle cells included.
-Schedule from_csv(std::string_view text, std::string name = "custom");
+DUALPIPE_DECL Schedule from_csv(std::string_view text, std::string name = "custom");
 
 /// Where everything runs: the rank of `stage` and `micro_batch` is at [stage * num_micro_batches + micro_batch], -1
 /// where no rank does.
 ///
 /// @throws InvalidArgument  if the table would be larger than the schedule, or an op lies outside of it.
-std::vector<int> placement(const Schedule& schedule);
+DUALPIPE_DECL std::vector<int> placement(const Schedule& schedule);
 
 /// The rank that runs micro-batch `micro_batch` of `stage`. Searches: who asks often takes `placement`.
 /// @throws InvalidArgument  where no rank does.
-int rank_of(const Schedule& schedule, int stage, int micro_batch);
+DUALPIPE_DECL int rank_of(const Schedule& schedule, int stage, int micro_batch);
 
 /// Ranks that hold a copy of the stage, ascending.
-std::vector<int> holders(const Schedule& schedule, int stage);
+DUALPIPE_DECL std::vector<int> holders(const Schedule& schedule, int stage);
 
 /// Stages that a rank holds, ascending. @throws InvalidArgument  if there is no such rank.
-std::vector<int> stages_of(const Schedule& schedule, int rank);
+DUALPIPE_DECL std::vector<int> stages_of(const Schedule& schedule, int rank);
 
 /// The part of the grid around one cell, for messages: ranks and cells at most `radius` away, a row per rank, a pair as
 /// 0F7&7B3, and the cell marked as in "[2F0] ... <-- here". Cells are numbered from 1 in the head line. Empty where
 /// there is no such rank; a `cell` outside of the row marks only the row.
 ///
 /// @param cell  index into ranks[rank].
-std::string cells_around(const Schedule& schedule, int rank, int cell, int radius);
+DUALPIPE_DECL std::string cells_around(const Schedule& schedule, int rank, int cell, int radius);
 
 /// Only the forwards, for `num_micro_batches` micro-batches (any number >= 1): micro-batch m is placed like micro-batch
 /// m*N/M of `training`, so both directions stay in use, and each rank runs its forwards in the order in which they
 /// become ready.
-Schedule forward_only(const Schedule& training, int num_micro_batches);
+DUALPIPE_DECL Schedule forward_only(const Schedule& training, int num_micro_batches);
 
 }  // namespace dualpipe
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/schedule/schedule.ipp"
+#endif

@@ -4,31 +4,13 @@
 #include <string>
 #include <vector>
 
+#include "dualpipe/detail/config.hpp"
 #include "dualpipe/schedule/costs.hpp"
 #include "dualpipe/schedule/schedule.hpp"
 #include "dualpipe/schedule/timeline.hpp"
+#include "dualpipe/schedule/transfer.hpp"
 
 namespace dualpipe {
-
-/// When results leave a step. early: as soon as they exist: a B hands its input gradient on before its weight part,
-/// that is at begin + (backward - weight), a pair both of its results at begin + (pair - weight); atomic: when the step
-/// ends, as published. What stays on its rank is there at the end of the step either way.
-enum class Publish { early, atomic };
-
-/// What travels between two ranks: the output of F(stage, micro_batch) to stage + 1, or the input gradient that the
-/// backward of (stage, micro_batch) hands to stage - 1. `stage` is the producer.
-enum class Payload { activation, gradient };
-struct Transfer {
-  Payload payload = Payload::activation;
-  int stage = 0;
-  int micro_batch = 0;
-  int from = 0;
-  int to = 0;
-  auto operator<=>(const Transfer&) const = default;
-};
-
-/// "2F5 from rank 2 to rank 3"; an input gradient is named as the result of I.
-std::string to_string(const Transfer& transfer);
 
 struct TimedTransfer {
   Transfer transfer;
@@ -50,10 +32,11 @@ struct Simulation {
 ///
 /// @throws InvalidArgument  costs that `check` refuses or whose sum is no finite number, or a schedule that cannot run
 /// to its end.
-Simulation simulate(const Schedule& schedule, const Costs& costs = {}, Publish publish = Publish::early);
+DUALPIPE_DECL Simulation simulate(const Schedule& schedule, const Costs& costs = {}, Publish publish = Publish::early);
 
 /// The makespan alone, which takes a fraction of the time and memory.
-double simulate_makespan(const Schedule& schedule, const Costs& costs = {}, Publish publish = Publish::early);
+DUALPIPE_DECL double simulate_makespan(const Schedule& schedule, const Costs& costs = {},
+                                       Publish publish = Publish::early);
 
 /// Durations that vary: each step, and each transfer, takes its cost times a factor of its own, drawn independently
 /// from a log-normal distribution of mean 1 and standard deviation `deviation`. (A machine that is slow all the time is
@@ -76,3 +59,7 @@ std::vector<double> simulate_jitter(const Schedule& schedule, const Costs& costs
 double percentile(const std::vector<double>& ascending, double percent);
 
 }  // namespace dualpipe
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/schedule/simulate.ipp"
+#endif

@@ -3,7 +3,10 @@
 #include <array>
 #include <vector>
 
-#include "dualpipe/schedule/simulate.hpp"
+#include "dualpipe/detail/config.hpp"
+#include "dualpipe/schedule/costs.hpp"
+#include "dualpipe/schedule/op.hpp"
+#include "dualpipe/schedule/transfer.hpp"
 
 namespace dualpipe::detail {
 
@@ -18,15 +21,15 @@ struct StepTimes {
 class CostTable {
  public:
   /// @throws InvalidArgument  costs that do not fit this many ranks and stages.
-  CostTable(const Costs& costs, Publish publish, int num_ranks, int num_stages);
+  DUALPIPE_DECL CostTable(const Costs& costs, Publish publish, int num_ranks, int num_stages);
 
   /// @throws InvalidArgument  a pair that costs less than its weight part.
-  StepTimes times(const Step& step, int rank) const;
+  DUALPIPE_DECL StepTimes times(const Step& step, int rank) const;
   /// Between two ranks, over the boundary between the stages `boundary` and `boundary` + 1.
-  double send(int boundary, int from, int to) const;
+  DUALPIPE_DECL double send(int boundary, int from, int to) const;
 
  private:
-  double pair(int forward, int backward) const;
+  DUALPIPE_DECL double pair(int forward, int backward) const;
 
   Publish publish_;
   double pair_, send_;
@@ -40,3 +43,7 @@ class CostTable {
 };
 
 }  // namespace dualpipe::detail
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/schedule/cost_table.ipp"
+#endif

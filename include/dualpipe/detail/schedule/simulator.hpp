@@ -7,8 +7,12 @@
 #include <string>
 #include <vector>
 
+#include "dualpipe/detail/config.hpp"
 #include "dualpipe/detail/schedule/cost_table.hpp"
-#include "dualpipe/schedule/simulate.hpp"
+#include "dualpipe/detail/schedule/dependencies.hpp"
+#include "dualpipe/schedule/costs.hpp"
+#include "dualpipe/schedule/schedule.hpp"
+#include "dualpipe/schedule/transfer.hpp"
 
 namespace dualpipe::detail {
 
@@ -21,6 +25,7 @@ namespace dualpipe::detail {
 class Simulator {
  public:
   static constexpr int nothing = 0, nowhere = 1;  ///< slots: of a step without input, of what nobody needs
+  static constexpr int no_step = -1;
 
   /// A step and what it needs and makes. Results lie in slots.
   struct Node {
@@ -33,23 +38,23 @@ class Simulator {
     std::array<double, 2> send{};                 ///< until they arrive; 0 on the same rank
     std::array<int, 2> to{-1, -1};                ///< the ranks that need them, -1: none
   };
-  Simulator(Costs costs, Publish publish);
+  DUALPIPE_DECL Simulator(Costs costs, Publish publish);
 
   /// Takes a schedule over; the next may have another shape.
   ///
   /// @return  false if ranks wait for each other in a circle; `stuck` then says where. Nothing may be evaluated.
   /// @throws InvalidArgument  a schedule that is no such order at all (an op twice, a backward before its forward, an
   ///     op out of range), and costs that do not fit it.
-  bool load(const Schedule& schedule);
+  DUALPIPE_DECL bool load(const Schedule& schedule);
 
   /// Loads and evaluates.
   ///
   /// @return  the makespan.
   /// @throws InvalidArgument  also ranks that wait in a circle, and a makespan that is not finite.
-  double load_or_throw(const Schedule& schedule);
+  DUALPIPE_DECL double load_or_throw(const Schedule& schedule);
 
   /// "\n  rank 1 at step 1, 1F1, waits for the result of 0F1 from rank 0" for each rank.
-  std::string stuck(const Schedule& schedule) const;
+  DUALPIPE_DECL std::string stuck(const Schedule& schedule) const;
 
   /// Begins at 0. Every duration counts as it is.
   double makespan() {
@@ -87,14 +92,14 @@ class Simulator {
   std::size_t cell(int stage, int micro_batch) const {
     return static_cast<std::size_t>(stage) * num_micro_batches_ + micro_batch;
   }
-  int slot(bool gradient, int stage, int micro_batch) const {
-    return static_cast<int>(2 + cell(stage, micro_batch) + (gradient ? rank_.size() : 0));
+  int slot(const StageResult& result) const {
+    return static_cast<int>(2 + cell(result.stage, result.micro_batch) + (result.gradient() ? rank_.size() : 0));
   }
-  void reshape(const Schedule& schedule);
-  void enter(int rank, int at, const Op& op);
-  int input_slot(const Op& op) const;
-  void append(int rank, int at, const Step& step);
-  void publish(Node& node, int which, const Op& op, const StepTimes& times);
+  DUALPIPE_DECL void reshape(const Schedule& schedule);
+  DUALPIPE_DECL void enter(int rank, int at, const Op& op);
+  DUALPIPE_DECL int input_slot(const Op& op) const;
+  DUALPIPE_DECL void append(int rank, int at, const Step& step);
+  DUALPIPE_DECL void publish(Node& node, int which, const Op& op, const StepTimes& times);
 
   Costs costs_;
   Publish publish_;
@@ -114,3 +119,7 @@ class Simulator {
 };
 
 }  // namespace dualpipe::detail
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/schedule/simulator.ipp"
+#endif

@@ -1,3 +1,5 @@
+#pragma once
+
 #include "dualpipe/detail/schedule/cost_table.hpp"
 
 #include <algorithm>

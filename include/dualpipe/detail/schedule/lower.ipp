@@ -1,3 +1,5 @@
+#pragma once
+
 #include "dualpipe/schedule/lower.hpp"
 
 #include <algorithm>
@@ -5,24 +7,22 @@
 #include <utility>
 #include <vector>
 
-#include "planner/flow.hpp"
+#include "dualpipe/detail/schedule/flow.hpp"
 
-namespace dualpipe {
-namespace {
+namespace dualpipe::detail {
 
-using detail::Flow;
 using Do = Instruction::Do;
 
 /// Stands for the place before a rank's first step where an index of a step is meant.
-constexpr int before_first = -1;
+inline constexpr int before_first = -1;
 
 /// The costs that define the global order. All of them are positive, which the order's freedom of deadlock rests on,
 /// and a transfer takes a little time, as it does in reality. They are binary fractions, so all times are exact and
 /// every machine finds the same order.
-constexpr Costs ordering_costs{.forward = 1, .backward = 2, .weight = 1, .pair = 3, .send = 0.125};
+inline constexpr Costs ordering_costs{.forward = 1, .backward = 2, .weight = 1, .pair = 3, .send = 0.125};
 
 /// One of a rank's own transfers, and the step behind which its send or receive stands.
-struct Placed {
+struct PlacedTransfer {
   int transfer = 0;
   bool is_send = false;
   int behind = before_first;
@@ -30,13 +30,13 @@ struct Placed {
 
 /// Places the sends and receives of one rank, given in global order. Returns positions that never fall along that
 /// order.
-std::vector<Placed> place(const Flow& flow, int rank, const std::vector<int>& own) {
+inline std::vector<PlacedTransfer> place_transfers(const Flow& flow, int rank, const std::vector<int>& own) {
   // A send stands behind the step that makes it. A receive stands before the step that needs it and not behind any
   // later one in the order.
-  std::vector<Placed> placed(own.size());
+  std::vector<PlacedTransfer> placed(own.size());
   int latest = 0;
   for (std::size_t i = own.size(); i-- > 0;) {
-    const detail::TimedEdge& edge = flow.edges[own[i]];
+    const TimedEdge& edge = flow.edges[own[i]];
     const bool is_send = edge.transfer.from == rank;
     const int limit = is_send ? edge.producer : edge.consumer - 1;
     latest = i + 1 == own.size() ? limit : std::min(latest, limit);
@@ -44,7 +44,7 @@ std::vector<Placed> place(const Flow& flow, int rank, const std::vector<int>& ow
   }
   // Receives then move forward, up to the transfer before them or the limit.
   int previous = before_first;
-  for (Placed& item : placed) {
+  for (PlacedTransfer& item : placed) {
     if (!item.is_send) {
       const int earliest = flow.edges[item.transfer].consumer - 1 - max_steps_ahead;
       item.behind = std::max(previous, std::min(item.behind, earliest));
@@ -56,9 +56,9 @@ std::vector<Placed> place(const Flow& flow, int rank, const std::vector<int>& ow
 
 /// Writes the programs step by step in the order of the simulation, one of the orders in which the steps may really
 /// run. On the way each rank carries what it knows of the others: a vector clock, handed on with every message.
-class Writer {
+class ProgramWriter {
  public:
-  Writer(const Schedule& schedule, const Flow& flow)
+  ProgramWriter(const Schedule& schedule, const Flow& flow)
       : schedule_(schedule), flow_(flow), ranks_(schedule.ranks.size()), carried_(flow.edges.size()) {
     std::vector<std::vector<int>> own(ranks_.size());
     for (int transfer = 0; transfer < static_cast<int>(flow.edges.size()); ++transfer) {
@@ -67,7 +67,7 @@ class Writer {
     }
     for (std::size_t rank = 0; rank < ranks_.size(); ++rank) {
       State& state = ranks_[rank];
-      state.placed = place(flow, static_cast<int>(rank), own[rank]);
+      state.placed = place_transfers(flow, static_cast<int>(rank), own[rank]);
       state.begun.assign(ranks_.size(), 0);
       for (const int transfer : own[rank])
         if (flow.edges[transfer].transfer.to == static_cast<int>(rank)) state.needs.push_back(transfer);
@@ -110,7 +110,7 @@ class Writer {
 
   struct State {
     std::vector<Instruction> program;
-    std::vector<Placed> placed;  // own transfers, in global order
+    std::vector<PlacedTransfer> placed;  // own transfers, in global order
     std::size_t next_placed = 0;
     std::vector<int> needs;  // transfers that arrive here, by the step that needs them
     std::size_t next_need = 0;
@@ -135,7 +135,7 @@ class Writer {
     const std::vector<int> news = std::move(carried_[transfer]);
     for (std::size_t rank = 0; rank < news.size(); ++rank) state.begun[rank] = std::max(state.begun[rank], news[rank]);
     release_if(state, [&](const Unreleased& sent) {
-      const detail::TimedEdge& edge = flow_.edges[sent.transfer];
+      const TimedEdge& edge = flow_.edges[sent.transfer];
       return state.begun[edge.transfer.to] > edge.consumer;
     });
   }
@@ -168,16 +168,18 @@ class Writer {
   std::vector<std::vector<int>> carried_;  // per transfer in flight: what its sender knew
 };
 
-}  // namespace
+}  // namespace dualpipe::detail
+
+namespace dualpipe {
 
 Program lower(const Schedule& schedule, Publish publish, const PairReady& ready) {
-  Costs costs = ordering_costs;
+  Costs costs = detail::ordering_costs;
   costs.ready = ready;
-  const Flow flow = detail::flow(schedule, costs, publish);
+  const detail::Flow flow = detail::flow(schedule, costs, publish);
   Program program;
   program.order.reserve(flow.edges.size());
   for (const detail::TimedEdge& edge : flow.edges) program.order.push_back(edge.transfer);
-  program.ranks = Writer{schedule, flow}();
+  program.ranks = detail::ProgramWriter{schedule, flow}();
   return program;
 }
 

@@ -1,3 +1,5 @@
+#pragma once
+
 #include "dualpipe/schedule/costs.hpp"
 
 #include <array>
@@ -9,15 +11,14 @@
 
 #include "dualpipe/error.hpp"
 
-namespace dualpipe {
-namespace {
+namespace dualpipe::detail {
 
-void check_cost(double cost, const std::string& what) {
+inline void check_cost(double cost, const std::string& what) {
   DUALPIPE_CHECK(std::isfinite(cost) && cost >= 0, "the cost of ", what, " must be finite and not negative, got ",
                  cost);
 }
 
-void check_stage(const StageCosts& costs, const std::string& of) {
+inline void check_stage_costs(const StageCosts& costs, const std::string& of) {
   check_cost(costs.forward, "forward" + of);
   check_cost(costs.backward, "backward" + of);
   check_cost(costs.weight, "weight" + of);
@@ -27,17 +28,19 @@ void check_stage(const StageCosts& costs, const std::string& of) {
   check_cost(costs.forward + costs.backward, "forward and backward together" + of);
 }
 
-void check_index(int index, int count, const char* what, const std::string& where) {
+inline void check_cost_index(int index, int count, const char* what, const std::string& where) {
   DUALPIPE_CHECK(index >= 0 && index < count, where, ": ", what, " ", index, ", but the schedule has ", count,
                  " of them");
 }
 
-}  // namespace
+}  // namespace dualpipe::detail
+
+namespace dualpipe {
 
 void check(const Costs& costs, int num_ranks, int num_stages) {
-  check_stage({costs.forward, costs.backward, costs.weight}, "");
-  check_cost(costs.pair, "pair");
-  check_cost(costs.send, "send");
+  detail::check_stage_costs({costs.forward, costs.backward, costs.weight}, "");
+  detail::check_cost(costs.pair, "pair");
+  detail::check_cost(costs.send, "send");
   DUALPIPE_CHECK(costs.weight <= costs.pair, "the weight part is a part of a pair, but it costs ", costs.weight,
                  " and the pair only ", costs.pair);
   for (const double fraction : {costs.ready.activation, costs.ready.gradient})
@@ -48,26 +51,26 @@ void check(const Costs& costs, int num_ranks, int num_stages) {
   DUALPIPE_CHECK(costs.stages.empty() || costs.stages.size() == static_cast<std::size_t>(num_stages), "costs of ",
                  costs.stages.size(), " stages, but the schedule has ", num_stages);
   for (std::size_t stage = 0; stage < costs.stages.size(); ++stage)
-    check_stage(costs.stages[stage], detail::str(" of stage ", stage));
+    detail::check_stage_costs(costs.stages[stage], detail::str(" of stage ", stage));
   for (const PairCost& pair : costs.pairs) {
     const std::string what = detail::str("a pair of stages ", pair.forward, " (forward) and ", pair.backward);
-    check_index(pair.forward, num_stages, "stage", what);
-    check_index(pair.backward, num_stages, "stage", what);
-    check_cost(pair.duration, what);
+    detail::check_cost_index(pair.forward, num_stages, "stage", what);
+    detail::check_cost_index(pair.backward, num_stages, "stage", what);
+    detail::check_cost(pair.duration, what);
   }
   for (const SendCost& send : costs.sends) {
     std::string what = "a transfer";
     if (send.boundary != SendCost::any) {
       what += detail::str(" over boundary ", send.boundary);
-      check_index(send.boundary, num_stages - 1, "boundary", what);
+      detail::check_cost_index(send.boundary, num_stages - 1, "boundary", what);
     }
     if (send.rank_a != SendCost::any || send.rank_b != SendCost::any) {
       what += detail::str(" between the ranks ", send.rank_a, " and ", send.rank_b);
-      check_index(send.rank_a, num_ranks, "rank", what);
-      check_index(send.rank_b, num_ranks, "rank", what);
+      detail::check_cost_index(send.rank_a, num_ranks, "rank", what);
+      detail::check_cost_index(send.rank_b, num_ranks, "rank", what);
       DUALPIPE_CHECK(send.rank_a != send.rank_b, what, ": nothing is sent within a rank");
     }
-    check_cost(send.duration, what);
+    detail::check_cost(send.duration, what);
   }
   DUALPIPE_CHECK(costs.slowdown.size() <= static_cast<std::size_t>(num_ranks), "costs: a slowdown of rank ",
                  costs.slowdown.size() - 1, ", but there are ", num_ranks, " ranks");

@@ -1,3 +1,5 @@
+#pragma once
+
 #include "dualpipe/detail/schedule/simulator.hpp"
 
 #include <cmath>
@@ -5,16 +7,10 @@
 #include <limits>
 #include <utility>
 
+#include "dualpipe/detail/schedule/dependencies.hpp"
 #include "dualpipe/error.hpp"
 
 namespace dualpipe::detail {
-namespace {
-
-constexpr int none = -1;
-
-bool is_backward(Pass pass) { return pass == Pass::Backward || pass == Pass::BackwardInput; }
-
-}  // namespace
 
 Simulator::Simulator(Costs costs, Publish publish) : costs_(std::move(costs)), publish_(publish) {}
 
@@ -76,8 +72,8 @@ void Simulator::reshape(const Schedule& schedule) {
   num_stages_ = schedule.num_stages;
   num_micro_batches_ = schedule.num_micro_batches;
   if (!fits) table_.emplace(costs_, publish_, static_cast<int>(num_ranks_), num_stages_);
-  rank_.assign(cells, none);
-  for (auto& steps : at_) steps.assign(cells, none);
+  rank_.assign(cells, no_step);
+  for (auto& steps : at_) steps.assign(cells, no_step);
   made_.assign(2 + 2 * cells, 0);
   made_[nothing] = 1;
   time_.resize(2 + 2 * cells);
@@ -96,25 +92,24 @@ void Simulator::enter(int rank, int at, const Op& op) {
   int& forward = at_[0][here];
   int& backward = at_[1][here];
   if (op.pass == Pass::Forward) {
-    DUALPIPE_CHECK(forward == none, where(), ": rank ", rank_[here], " runs this forward too");
+    DUALPIPE_CHECK(forward == no_step, where(), ": rank ", rank_[here], " runs this forward too");
     rank_[here] = rank;
     forward = at;
     return;
   }
   DUALPIPE_CHECK(rank_[here] == rank && forward < at, where(), ": its forward is not before it on this rank");
   if (op.pass == Pass::BackwardWeight) {
-    DUALPIPE_CHECK(backward != none && backward < at, where(),
+    DUALPIPE_CHECK(backward != no_step && backward < at, where(),
                    ": its backward for the input is not before it on this rank");
     return;
   }
-  DUALPIPE_CHECK(backward == none, where(), ": this micro-batch has a backward at step ", backward, " already");
+  DUALPIPE_CHECK(backward == no_step, where(), ": this micro-batch has a backward at step ", backward, " already");
   backward = at;
 }
 
 int Simulator::input_slot(const Op& op) const {
-  if (op.pass == Pass::Forward && op.stage > 0) return slot(false, op.stage - 1, op.micro_batch);
-  if (is_backward(op.pass) && op.stage + 1 < num_stages_) return slot(true, op.stage + 1, op.micro_batch);
-  return nothing;
+  const auto input = input_of(op, num_stages_);
+  return input ? slot(*input) : nothing;
 }
 
 void Simulator::append(int rank, int at, const Step& step) {
@@ -129,16 +124,16 @@ void Simulator::append(int rank, int at, const Step& step) {
 }
 
 void Simulator::publish(Node& node, int which, const Op& op, const StepTimes& times) {
-  const bool gradient = op.pass != Pass::Forward;
-  const int to_stage = gradient ? op.stage - 1 : op.stage + 1;
-  if (op.pass == Pass::BackwardWeight || to_stage < 0 || to_stage == num_stages_) return;
-  if (at_[gradient][cell(to_stage, op.micro_batch)] == none) return;
+  const auto output = output_of(op, num_stages_);
+  if (!output) return;
+  const int to_stage = output->receiver();
+  if (at_[output->gradient()][cell(to_stage, op.micro_batch)] == no_step) return;  // forward only
   const int to = rank_[cell(to_stage, op.micro_batch)];
-  const int made = slot(gradient, op.stage, op.micro_batch);
+  const int made = slot(*output);
   node.output[which] = made;
   node.to[which] = to;
   node.ready[which] = to == node.rank ? times.duration : times.ready[which];
-  node.send[which] = to == node.rank ? 0 : table_->send(std::min(op.stage, to_stage), node.rank, to);
+  node.send[which] = to == node.rank ? 0 : table_->send(boundary_of(output->payload, op.stage), node.rank, to);
   made_[made] = 1;
   if (to != node.rank && missing_[to] == made) runnable_.push_back(to);
 }
@@ -149,7 +144,7 @@ std::string Simulator::stuck(const Schedule& schedule) const {
   for (std::size_t rank = 0; rank < num_ranks_; ++rank) {
     if (missing_[rank] == nothing) continue;
     const int result = missing_[rank] - 2;
-    const Pass pass = result < cells ? Pass::Forward : Pass::BackwardInput;
+    const Pass pass = producer_of(result < cells ? Payload::activation : Payload::gradient);
     const int where = result % cells;
     text +=
         str("\n  rank ", rank, " at step ", next_[rank], ", ", to_string(schedule.ranks[rank][next_[rank]]),

@@ -1,3 +1,5 @@
+#pragma once
+
 #include "dualpipe/schedule/op.hpp"
 
 #include <charconv>
@@ -5,44 +7,45 @@
 
 #include "dualpipe/error.hpp"
 
-namespace dualpipe {
-namespace {
+namespace dualpipe::detail {
 
-constexpr std::string_view kPairEnd = ")OVERLAP_F_B";
+inline constexpr std::string_view pair_suffix = ")OVERLAP_F_B";
 
-bool is_digit(char c) { return c >= '0' && c <= '9'; }
+inline bool is_digit(char c) { return c >= '0' && c <= '9'; }
 
 // For messages: in quotes, unprintable bytes as \xNN, long text cut.
-std::string quoted(std::string_view text) {
-  constexpr std::size_t kShown = 48;
-  constexpr std::string_view kHex = "0123456789abcdef";
+inline std::string quoted_op(std::string_view text) {
+  constexpr std::size_t shown = 48;
+  constexpr std::string_view hex = "0123456789abcdef";
   std::string out = "\"";
-  for (const char c : text.substr(0, kShown)) {
+  for (const char c : text.substr(0, shown)) {
     const auto byte = static_cast<unsigned char>(c);
     if (byte >= 0x20 && byte < 0x7f) {
       out += c;
     } else {
       out += "\\x";
-      out += kHex[byte >> 4];
-      out += kHex[byte & 15];
+      out += hex[byte >> 4];
+      out += hex[byte & 15];
     }
   }
-  out += text.size() > kShown ? "...\"" : "\"";
+  out += text.size() > shown ? "...\"" : "\"";
   return out;
 }
 
 // Takes a number off the front of `rest`.
-int take_number(std::string_view& rest, std::string_view text, const char* what) {
-  DUALPIPE_CHECK(!rest.empty() && is_digit(rest.front()), quoted(text), " has no ", what,
+inline int take_op_number(std::string_view& rest, std::string_view text, const char* what) {
+  DUALPIPE_CHECK(!rest.empty() && is_digit(rest.front()), quoted_op(text), " has no ", what,
                  " where one belongs; an op is <stage><F|I|W|B><micro-batch>, as in 2F0");
   int value = 0;
   const auto [end, error] = std::from_chars(rest.data(), rest.data() + rest.size(), value);
-  DUALPIPE_CHECK(error == std::errc{}, quoted(text), " has a ", what, " that is too large");
+  DUALPIPE_CHECK(error == std::errc{}, quoted_op(text), " has a ", what, " that is too large");
   rest.remove_prefix(static_cast<std::size_t>(end - rest.data()));
   return value;
 }
 
-}  // namespace
+}  // namespace dualpipe::detail
+
+namespace dualpipe {
 
 std::string to_string(const Op& op) {
   return std::to_string(op.stage) + static_cast<char>(op.pass) + std::to_string(op.micro_batch);
@@ -54,15 +57,15 @@ std::string to_string(const Step& step) {
   text += to_string(step.op);
   text += ';';
   text += to_string(*step.overlapped);
-  text += kPairEnd;
+  text += detail::pair_suffix;
   return text;
 }
 
 Op parse_op(std::string_view text) {
   std::string_view rest = text;
   Op op;
-  op.stage = take_number(rest, text, "stage");
-  DUALPIPE_CHECK(!rest.empty(), quoted(text),
+  op.stage = detail::take_op_number(rest, text, "stage");
+  DUALPIPE_CHECK(!rest.empty(), detail::quoted_op(text),
                  " ends before its pass; an op is <stage><F|I|W|B><micro-batch>, as in 2F0");
   switch (rest.front()) {
     case 'F':
@@ -72,24 +75,24 @@ Op parse_op(std::string_view text) {
       op.pass = static_cast<Pass>(rest.front());
       break;
     default:
-      throw InvalidArgument(detail::str(quoted(text),
+      throw InvalidArgument(detail::str(detail::quoted_op(text),
                                         " has no pass that is known here: F forward, I input gradient, W weight",
                                         " gradient, B whole backward"));
   }
   rest.remove_prefix(1);
-  op.micro_batch = take_number(rest, text, "micro-batch");
-  DUALPIPE_CHECK(rest.empty(), quoted(text), " goes on after its micro-batch");
+  op.micro_batch = detail::take_op_number(rest, text, "micro-batch");
+  DUALPIPE_CHECK(rest.empty(), detail::quoted_op(text), " goes on after its micro-batch");
   return op;
 }
 
 Step parse_step(std::string_view text) {
   if (text.empty() || text.front() != '(') return {parse_op(text), std::nullopt};
-  DUALPIPE_CHECK(text.ends_with(kPairEnd), quoted(text), " opens a pair that does not end in ", kPairEnd,
-                 "; a pair is (0F7;7B3)OVERLAP_F_B");
-  const std::string_view inside = text.substr(1, text.size() - 1 - kPairEnd.size());
+  DUALPIPE_CHECK(text.ends_with(detail::pair_suffix), detail::quoted_op(text), " opens a pair that does not end in ",
+                 detail::pair_suffix, "; a pair is (0F7;7B3)OVERLAP_F_B");
+  const std::string_view inside = text.substr(1, text.size() - 1 - detail::pair_suffix.size());
   const std::size_t middle = inside.find(';');
   DUALPIPE_CHECK(middle != std::string_view::npos && inside.find(';', middle + 1) == std::string_view::npos,
-                 quoted(text), " is not a pair of two ops; a pair is (0F7;7B3)OVERLAP_F_B");
+                 detail::quoted_op(text), " is not a pair of two ops; a pair is (0F7;7B3)OVERLAP_F_B");
   return {parse_op(inside.substr(0, middle)), parse_op(inside.substr(middle + 1))};
 }
 

@@ -1,20 +1,21 @@
+#pragma once
+
+#include "dualpipe/schedule/lower.hpp"
+
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
 
+#include "dualpipe/detail/schedule/dependencies.hpp"
 #include "dualpipe/error.hpp"
-#include "dualpipe/schedule/lower.hpp"
 
-namespace dualpipe {
-namespace {
+namespace dualpipe::detail {
 
 using Do = Instruction::Do;
 
-constexpr int none = -1;
-
-const char* name_of(Do what) {
+inline const char* instruction_name(Do what) {
   switch (what) {
     case Do::receive:
       return "receive";
@@ -29,8 +30,6 @@ const char* name_of(Do what) {
   }
   return "release";
 }
-
-bool is_backward(Pass pass) { return pass == Pass::Backward || pass == Pass::BackwardInput; }
 
 class DryRun {
  public:
@@ -69,6 +68,8 @@ class DryRun {
   }
 
  private:
+  static constexpr int none = -1;
+
   struct Done {
     bool sent = false, waited = false, released = false;  // a transfer is received when it is sent
   };
@@ -102,8 +103,14 @@ class DryRun {
   }
 
   std::size_t cell(int stage, int micro_batch) const {
-    return static_cast<std::size_t>(stage) * static_cast<std::size_t>(num_micro_batches_) +
-           static_cast<std::size_t>(micro_batch);
+    return static_cast<std::size_t>(stage * num_micro_batches_ + micro_batch);
+  }
+  static StageResult result_of(const Transfer& transfer) {
+    return {transfer.payload, transfer.stage, transfer.micro_batch};
+  }
+  /// The rank that has computed it so far, or none.
+  int computed(const StageResult& result) const {
+    return computed_[result.gradient()][cell(result.stage, result.micro_batch)];
   }
 
   void enter(int index) {
@@ -122,15 +129,14 @@ class DryRun {
 
   std::string where(int rank) const {
     const Instruction* instruction = current(rank);
-    const std::string place =
-        detail::str("rank ", rank, " at instruction ", at_[rank], " of ", program_.ranks[rank].size());
+    const std::string place = str("rank ", rank, " at instruction ", at_[rank], " of ", program_.ranks[rank].size());
     if (instruction == nullptr) return place + " (finished)";
-    return place + ", " + name_of(instruction->what) + " " +
+    return place + ", " + instruction_name(instruction->what) + " " +
            (instruction->what == Do::compute ? to_string(instruction->step) : describe(instruction->transfer));
   }
 
   std::string describe(int transfer) const {
-    return detail::str("transfer ", transfer, ", ", to_string(program_.order[transfer]));
+    return str("transfer ", transfer, ", ", to_string(program_.order[transfer]));
   }
 
   void check_transfer(int rank, const Instruction& instruction, bool sender) const {
@@ -149,9 +155,7 @@ class DryRun {
     check_transfer(rank, mine, sender);
     const Transfer& transfer = program_.order[mine.transfer];
     if (sender) {
-      const bool backward = transfer.payload == Payload::gradient;
-      DUALPIPE_CHECK(computed_[backward][cell(transfer.stage, transfer.micro_batch)] == rank, where(rank),
-                     ": not computed here before");
+      DUALPIPE_CHECK(computed(result_of(transfer)) == rank, where(rank), ": not computed here before");
     }
     const int peer = sender ? transfer.to : transfer.from;
     const Instruction* theirs = current(peer);
@@ -163,8 +167,8 @@ class DryRun {
     done.sent = true;
     for (const int end : {rank, peer}) {
       if (last_transfer_[end] > mine.transfer && disorder_.empty())
-        disorder_ = detail::str(where(end), ": behind ", describe(last_transfer_[end]),
-                                "; the ranks must keep to the global order of transfers");
+        disorder_ = str(where(end), ": behind ", describe(last_transfer_[end]),
+                        "; the ranks must keep to the global order of transfers");
       last_transfer_[end] = mine.transfer;
     }
     ++at_[rank];
@@ -190,38 +194,31 @@ class DryRun {
   }
 
   /// The input of an op is there: it was waited for, or computed on this rank.
-  void check_input(int rank, bool gradient, int stage, int micro_batch) const {
-    const int transfer = incoming_[gradient][cell(stage, micro_batch)];
+  void check_input(int rank, const StageResult& input) const {
+    const int transfer = incoming_[input.gradient()][cell(input.stage, input.micro_batch)];
     if (transfer != none && program_.order[transfer].to == rank) {
       DUALPIPE_CHECK(done_[transfer].waited, where(rank), ": has not waited for ", describe(transfer));
     } else {
-      DUALPIPE_CHECK(computed_[gradient][cell(stage, micro_batch)] == rank, where(rank), ": its input ",
-                     to_string(Op{gradient ? Pass::BackwardInput : Pass::Forward, stage, micro_batch}),
+      DUALPIPE_CHECK(computed(input) == rank, where(rank), ": its input ", to_string(input.op()),
                      " is neither received nor computed here before");
     }
   }
 
   void compute(int rank, const Op& op) const {
-    if (op.pass == Pass::Forward) {
-      DUALPIPE_CHECK(computed_[0][cell(op.stage, op.micro_batch)] == none, where(rank), ": computed before, on rank ",
-                     computed_[0][cell(op.stage, op.micro_batch)]);
-      if (op.stage > 0) check_input(rank, false, op.stage - 1, op.micro_batch);
-      return;
-    }
-    DUALPIPE_CHECK(computed_[0][cell(op.stage, op.micro_batch)] == rank, where(rank),
-                   ": no forward on this rank before");
-    if (is_backward(op.pass)) {
-      DUALPIPE_CHECK(computed_[1][cell(op.stage, op.micro_batch)] == none, where(rank), ": computed before, on rank ",
-                     computed_[1][cell(op.stage, op.micro_batch)]);
-      if (op.stage + 1 < num_stages_) check_input(rank, true, op.stage + 1, op.micro_batch);
+    const auto own = [&](Payload payload) { return computed({payload, op.stage, op.micro_batch}); };
+    if (op.pass != Pass::Forward)
+      DUALPIPE_CHECK(own(Payload::activation) == rank, where(rank), ": no forward on this rank before");
+    if (const auto payload = payload_of(op.pass)) {
+      DUALPIPE_CHECK(own(*payload) == none, where(rank), ": computed before, on rank ", own(*payload));
+      if (const auto input = input_of(op, static_cast<int>(num_stages_))) check_input(rank, *input);
     } else {
-      DUALPIPE_CHECK(computed_[1][cell(op.stage, op.micro_batch)] == rank, where(rank),
-                     ": no backward for the input on this rank before");
+      DUALPIPE_CHECK(own(Payload::gradient) == rank, where(rank), ": no backward for the input on this rank before");
     }
   }
 
   void mark(int rank, const Op& op) {
-    if (op.pass != Pass::BackwardWeight) computed_[is_backward(op.pass)][cell(op.stage, op.micro_batch)] = rank;
+    if (const auto payload = payload_of(op.pass))
+      computed_[*payload == Payload::gradient][cell(op.stage, op.micro_batch)] = rank;
   }
 
   void check_finished() const {
@@ -250,8 +247,10 @@ class DryRun {
   std::vector<int> incoming_[2];  // index of the transfer that carries the result
 };
 
-}  // namespace
+}  // namespace dualpipe::detail
 
-void dry_run(const Program& program) { DryRun{program}(); }
+namespace dualpipe {
+
+void dry_run(const Program& program) { detail::DryRun{program}(); }
 
 }  // namespace dualpipe

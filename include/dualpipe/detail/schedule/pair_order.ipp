@@ -1,3 +1,5 @@
+#pragma once
+
 #include "dualpipe/schedule/pair_order.hpp"
 
 #include <algorithm>
@@ -9,23 +11,22 @@
 
 #include "dualpipe/error.hpp"
 
-namespace dualpipe {
-namespace {
+namespace dualpipe::detail {
 
 /// DeepSeek's trace of one layer of attention, dispatch, MLP and combine on both sides.
-constexpr std::string_view four_nodes = "CXCX";
-constexpr std::array<PairOp, 10> four_node_order{{{PairSide::backward, 3},
-                                                  {PairSide::forward, 0},
-                                                  {PairSide::backward, 2},
-                                                  {PairSide::forward, 1},
-                                                  {PairSide::backward, 1},
-                                                  {PairSide::weight, 2},
-                                                  {PairSide::forward, 2},
-                                                  {PairSide::backward, 0},
-                                                  {PairSide::weight, 0},
-                                                  {PairSide::forward, 3}}};
+inline constexpr std::string_view four_node_chain = "CXCX";
+inline constexpr std::array<PairOp, 10> four_node_order{{{PairSide::backward, 3},
+                                                         {PairSide::forward, 0},
+                                                         {PairSide::backward, 2},
+                                                         {PairSide::forward, 1},
+                                                         {PairSide::backward, 1},
+                                                         {PairSide::weight, 2},
+                                                         {PairSide::forward, 2},
+                                                         {PairSide::backward, 0},
+                                                         {PairSide::weight, 0},
+                                                         {PairSide::forward, 3}}};
 
-void check_structure(std::string_view structure) {
+inline void check_chain_structure(std::string_view structure) {
   const std::size_t wrong = structure.find_first_not_of("CX");
   DUALPIPE_CHECK(wrong == std::string_view::npos, "a chain is made of C (computes) and X (communicates), got \"",
                  structure, "\"");
@@ -33,11 +34,11 @@ void check_structure(std::string_view structure) {
 
 /// What the rule supposes: a collective takes as long as one and a half compute pieces, so that a four-node pair
 /// communicates as long as it computes, and collectives run one after the other.
-constexpr int compute_time = 2;
-constexpr int collective_time = 3;
+inline constexpr int guessed_compute_time = 2;
+inline constexpr int guessed_collective_time = 3;
 
 /// One side of the pair on its way.
-struct Chain {
+struct PairChain {
   std::string_view structure;
   PairSide side;
   int next;          // node to run
@@ -57,9 +58,9 @@ struct Chain {
   }
 };
 
-std::vector<PairOp> order_by_rule(std::string_view forward_nodes, std::string_view backward_nodes) {
-  Chain forward{forward_nodes, PairSide::forward, 0};
-  Chain backward{backward_nodes, PairSide::backward, static_cast<int>(backward_nodes.size()) - 1};
+inline std::vector<PairOp> pair_order_by_rule(std::string_view forward_nodes, std::string_view backward_nodes) {
+  PairChain forward{forward_nodes, PairSide::forward, 0};
+  PairChain backward{backward_nodes, PairSide::backward, static_cast<int>(backward_nodes.size()) - 1};
   std::vector<PairOp> order;
   std::deque<PairOp> weights;  // whose input part has run
   int now = 0;
@@ -68,16 +69,16 @@ std::vector<PairOp> order_by_rule(std::string_view forward_nodes, std::string_vi
   const auto compute_weight = [&] {
     order.push_back(weights.front());
     weights.pop_front();
-    now += compute_time;
+    now += guessed_compute_time;
   };
 
   while (!forward.over() || !backward.over()) {
-    for (Chain* chain : {&backward, &forward}) {
+    for (PairChain* chain : {&backward, &forward}) {
       if (chain->over() || !chain->communicates() || chain->input_at > now) continue;
-      network_free = std::max(network_free, now) + collective_time;
+      network_free = std::max(network_free, now) + guessed_collective_time;
       order.push_back(chain->advance(network_free));
     }
-    const auto runnable = [&](const Chain& chain) {
+    const auto runnable = [&](const PairChain& chain) {
       return !chain.over() && !chain.communicates() && chain.input_at <= now;
     };
     const bool can_forward = runnable(forward), can_backward = runnable(backward);
@@ -87,11 +88,11 @@ std::vector<PairOp> order_by_rule(std::string_view forward_nodes, std::string_vi
                                     ? forward.feeds()
                                     : forward_turn.value_or(can_forward && !forward.feeds());
     if (can_forward && (prefer_forward || !can_backward)) {
-      now += compute_time;
+      now += guessed_compute_time;
       order.push_back(forward.advance(now));
       forward_turn = false;
     } else if (can_backward) {
-      now += compute_time;
+      now += guessed_compute_time;
       order.push_back(backward.advance(now));
       weights.push_back({PairSide::weight, order.back().node});
       forward_turn = true;
@@ -101,7 +102,7 @@ std::vector<PairOp> order_by_rule(std::string_view forward_nodes, std::string_vi
         continue;
       }
       int next = std::numeric_limits<int>::max();
-      for (const Chain& chain : {forward, backward})
+      for (const PairChain& chain : {forward, backward})
         if (!chain.over()) next = std::min(next, chain.input_at);
       now = std::max(now, next);
     }
@@ -110,22 +111,24 @@ std::vector<PairOp> order_by_rule(std::string_view forward_nodes, std::string_vi
   return order;
 }
 
-}  // namespace
+}  // namespace dualpipe::detail
+
+namespace dualpipe {
 
 std::vector<PairOp> pair_order(std::string_view forward, std::string_view backward, bool weights) {
-  check_structure(forward);
-  check_structure(backward);
-  std::vector<PairOp> order = forward == four_nodes && backward == four_nodes
-                                  ? std::vector<PairOp>(four_node_order.begin(), four_node_order.end())
-                                  : order_by_rule(forward, backward);
+  detail::check_chain_structure(forward);
+  detail::check_chain_structure(backward);
+  std::vector<PairOp> order = forward == detail::four_node_chain && backward == detail::four_node_chain
+                                  ? std::vector<PairOp>(detail::four_node_order.begin(), detail::four_node_order.end())
+                                  : detail::pair_order_by_rule(forward, backward);
   if (!weights) std::erase_if(order, [](const PairOp& piece) { return piece.side == PairSide::weight; });
   return order;
 }
 
 std::vector<PairOp> launch_order(std::string_view forward, std::string_view backward,
                                  const std::vector<PairOp>& order) {
-  check_structure(forward);
-  check_structure(backward);
+  detail::check_chain_structure(forward);
+  detail::check_chain_structure(backward);
   const auto communicates = [&](const PairOp& piece) {
     const std::string_view chain = piece.side == PairSide::forward ? forward : backward;
     DUALPIPE_CHECK(piece.node >= 0 && piece.node < static_cast<int>(chain.size()), "piece ", to_string(piece),

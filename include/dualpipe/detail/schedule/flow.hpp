@@ -2,7 +2,10 @@
 
 #include <vector>
 
-#include "dualpipe/schedule/simulate.hpp"
+#include "dualpipe/detail/config.hpp"
+#include "dualpipe/schedule/costs.hpp"
+#include "dualpipe/schedule/schedule.hpp"
+#include "dualpipe/schedule/transfer.hpp"
 
 namespace dualpipe::detail {
 
@@ -23,6 +26,10 @@ struct Flow {
 };
 
 /// Linear in the number of ops but for the sort of the edges. @throws InvalidArgument  as simulate does.
-Flow flow(const Schedule& schedule, const Costs& costs, Publish publish);
+DUALPIPE_DECL Flow flow(const Schedule& schedule, const Costs& costs, Publish publish);
 
 }  // namespace dualpipe::detail
+
+#if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/schedule/flow.ipp"
+#endif

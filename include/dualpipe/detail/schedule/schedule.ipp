@@ -1,3 +1,5 @@
+#pragma once
+
 #include "dualpipe/schedule/schedule.hpp"
 
 #include <algorithm>
@@ -11,18 +13,17 @@
 
 #include "dualpipe/error.hpp"
 
-namespace dualpipe {
-namespace {
+namespace dualpipe::detail {
 
-std::string_view trimmed(std::string_view cell) {
-  constexpr std::string_view kBlank = " \t\r";
-  const std::size_t begin = cell.find_first_not_of(kBlank);
+inline std::string_view trimmed_cell(std::string_view cell) {
+  constexpr std::string_view blank = " \t\r";
+  const std::size_t begin = cell.find_first_not_of(blank);
   if (begin == std::string_view::npos) return {};
-  return cell.substr(begin, cell.find_last_not_of(kBlank) - begin + 1);
+  return cell.substr(begin, cell.find_last_not_of(blank) - begin + 1);
 }
 
 // The text up to `separator`, which is taken off `rest` together with it.
-std::string_view take_until(std::string_view& rest, char separator) {
+inline std::string_view take_until(std::string_view& rest, char separator) {
   const std::size_t end = rest.find(separator);
   const std::string_view head = rest.substr(0, end);
   rest = end == std::string_view::npos ? std::string_view{} : rest.substr(end + 1);
@@ -30,18 +31,18 @@ std::string_view take_until(std::string_view& rest, char separator) {
 }
 
 // What torch's lowering adds between the ops, as in 0SEND_F3 or 1UNSHARD: it follows from the ops, here as there.
-bool is_torch_lowering(std::string_view cell) {
-  constexpr std::string_view kDigits = "0123456789";
-  constexpr std::array<std::string_view, 7> kActions = {"SEND_F",  "RECV_F",  "SEND_B",     "RECV_B",
-                                                        "UNSHARD", "RESHARD", "REDUCE_GRAD"};
-  const std::size_t begin = cell.find_first_not_of(kDigits);
+inline bool is_torch_action(std::string_view cell) {
+  constexpr std::string_view digits = "0123456789";
+  constexpr std::array<std::string_view, 7> actions = {"SEND_F",  "RECV_F",  "SEND_B",     "RECV_B",
+                                                       "UNSHARD", "RESHARD", "REDUCE_GRAD"};
+  const std::size_t begin = cell.find_first_not_of(digits);
   if (begin == 0 || begin == std::string_view::npos) return false;
-  const std::string_view action = cell.substr(begin, cell.find_last_not_of(kDigits) - begin + 1);
-  return std::find(kActions.begin(), kActions.end(), action) != kActions.end();
+  const std::string_view action = cell.substr(begin, cell.find_last_not_of(digits) - begin + 1);
+  return std::find(actions.begin(), actions.end(), action) != actions.end();
 }
 
-// Highest number of one sort (stages, micro-batches) in a file, and where it stands.
-struct Highest {
+// HighestNumber number of one sort (stages, micro-batches) in a file, and where it stands.
+struct HighestNumber {
   int value = -1;
   std::size_t row = 0;
   std::size_t cell = 0;
@@ -53,7 +54,7 @@ struct Highest {
 
 // Every stage and every micro-batch has ops of its own, so a number beyond the count of ops is a slip. Refusing it here
 // keeps tables that are indexed by stage and micro-batch as small as the file.
-int count_of(const Highest& highest, std::size_t ops, const char* what) {
+inline int count_of_highest(const HighestNumber& highest, std::size_t ops, const char* what) {
   DUALPIPE_CHECK(static_cast<std::size_t>(highest.value) < ops, "row ", highest.row, " (rank ", highest.row - 1,
                  "), cell ", highest.cell, ": ", what, " ", highest.value, " in a schedule of only ", ops,
                  ops == 1 ? " op" : " ops", "; they are numbered from 0 without gaps");
@@ -62,24 +63,26 @@ int count_of(const Highest& highest, std::size_t ops, const char* what) {
 
 // Before a row is read: a file of line ends would make many times its size of empty rows. An op has one of these
 // letters at least.
-void check_rows(std::string_view text) {
+inline void check_row_count(std::string_view text) {
   const auto rows = std::count(text.begin(), text.end(), '\n') + 1;
   const auto letters =
       std::count_if(text.begin(), text.end(), [](char c) { return c == 'F' || c == 'I' || c == 'W' || c == 'B'; });
-  constexpr std::ptrdiff_t kIdleRanks = 4096;
-  DUALPIPE_CHECK(rows <= letters + kIdleRanks, "the text of a schedule has ", rows,
+  constexpr std::ptrdiff_t idle_ranks = 4096;
+  DUALPIPE_CHECK(rows <= letters + idle_ranks, "the text of a schedule has ", rows,
                  " rows, one for each rank, but not more than ", letters, letters == 1 ? " op" : " ops");
 }
 
 template <class Visit>
-void for_each_op(const std::vector<Step>& steps, const Visit& visit) {
+inline void for_each_op(const std::vector<Step>& steps, const Visit& visit) {
   for (const Step& step : steps) {
     visit(step.op);
     if (step.overlapped) visit(*step.overlapped);
   }
 }
 
-}  // namespace
+}  // namespace dualpipe::detail
+
+namespace dualpipe {
 
 std::string to_csv(const Schedule& schedule) {
   std::string text;
@@ -100,16 +103,16 @@ Schedule from_csv(std::string_view text, std::string name) {
   text = text.substr(0, last == std::string_view::npos ? 0 : last + 1);
   Schedule schedule;
   schedule.name = std::move(name);
-  check_rows(text);
-  Highest stage, micro_batch;
+  detail::check_row_count(text);
+  detail::HighestNumber stage, micro_batch;
   std::size_t ops = 0;
   for (std::string_view rest = text; !rest.empty();) {
-    std::string_view line = take_until(rest, '\n');
+    std::string_view line = detail::take_until(rest, '\n');
     const std::size_t row = schedule.ranks.size() + 1;
     auto& steps = schedule.ranks.emplace_back();
     for (std::size_t cell = 1; !line.empty(); ++cell) {
-      const std::string_view content = trimmed(take_until(line, ','));
-      if (content.empty() || is_torch_lowering(content)) continue;
+      const std::string_view content = detail::trimmed_cell(detail::take_until(line, ','));
+      if (content.empty() || detail::is_torch_action(content)) continue;
       try {
         steps.push_back(parse_step(content));
       } catch (const InvalidArgument& error) {
@@ -126,21 +129,21 @@ Schedule from_csv(std::string_view text, std::string name) {
   }
   DUALPIPE_CHECK(ops > 0, "the text of schedule \"", schedule.name,
                  "\" has no ops; expected one row per rank, as in 0F0,0F1,0B0,0B1");
-  schedule.num_stages = count_of(stage, ops, "stage");
-  schedule.num_micro_batches = count_of(micro_batch, ops, "micro-batch");
+  schedule.num_stages = detail::count_of_highest(stage, ops, "stage");
+  schedule.num_micro_batches = detail::count_of_highest(micro_batch, ops, "micro-batch");
   return schedule;
 }
 
 std::vector<int> placement(const Schedule& schedule) {
   const std::int64_t places = std::int64_t{schedule.num_stages} * schedule.num_micro_batches;
   std::int64_t ops = 0;
-  for (const auto& steps : schedule.ranks) for_each_op(steps, [&](const Op&) { ++ops; });
+  for (const auto& steps : schedule.ranks) detail::for_each_op(steps, [&](const Op&) { ++ops; });
   DUALPIPE_CHECK(schedule.num_stages >= 0 && schedule.num_micro_batches >= 0 && places <= ops, "schedule \"",
                  schedule.name, "\" is incomplete: ", schedule.num_stages, " stages and ", schedule.num_micro_batches,
                  " micro-batches, but only ", ops, " ops");
   std::vector<int> ranks(static_cast<std::size_t>(places), -1);
   for (std::size_t rank = 0; rank < schedule.ranks.size(); ++rank) {
-    for_each_op(schedule.ranks[rank], [&](const Op& op) {
+    detail::for_each_op(schedule.ranks[rank], [&](const Op& op) {
       DUALPIPE_CHECK(op.stage >= 0 && op.stage < schedule.num_stages && op.micro_batch >= 0 &&
                          op.micro_batch < schedule.num_micro_batches,
                      to_string(op), " on rank ", rank, " is not among ", schedule.num_stages, " stages and ",
@@ -156,8 +159,8 @@ std::vector<int> placement(const Schedule& schedule) {
 int rank_of(const Schedule& schedule, int stage, int micro_batch) {
   for (std::size_t rank = 0; rank < schedule.ranks.size(); ++rank) {
     bool found = false;
-    for_each_op(schedule.ranks[rank],
-                [&](const Op& op) { found = found || (op.stage == stage && op.micro_batch == micro_batch); });
+    detail::for_each_op(schedule.ranks[rank],
+                        [&](const Op& op) { found = found || (op.stage == stage && op.micro_batch == micro_batch); });
     if (found) return static_cast<int>(rank);
   }
   throw InvalidArgument(detail::str("no rank of schedule \"", schedule.name, "\" runs stage ", stage,
@@ -169,7 +172,7 @@ std::vector<int> holders(const Schedule& schedule, int stage) {
   std::vector<int> ranks;
   for (std::size_t rank = 0; rank < schedule.ranks.size(); ++rank) {
     bool held = false;
-    for_each_op(schedule.ranks[rank], [&](const Op& op) { held = held || op.stage == stage; });
+    detail::for_each_op(schedule.ranks[rank], [&](const Op& op) { held = held || op.stage == stage; });
     if (held) ranks.push_back(static_cast<int>(rank));
   }
   return ranks;
@@ -179,7 +182,7 @@ std::vector<int> stages_of(const Schedule& schedule, int rank) {
   DUALPIPE_CHECK(rank >= 0 && static_cast<std::size_t>(rank) < schedule.ranks.size(), "rank ", rank,
                  " is not among the ", schedule.ranks.size(), " ranks of schedule \"", schedule.name, "\"");
   std::set<int> stages;
-  for_each_op(schedule.ranks[static_cast<std::size_t>(rank)], [&](const Op& op) { stages.insert(op.stage); });
+  detail::for_each_op(schedule.ranks[static_cast<std::size_t>(rank)], [&](const Op& op) { stages.insert(op.stage); });
   return {stages.begin(), stages.end()};
 }
 

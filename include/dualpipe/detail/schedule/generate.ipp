@@ -1,3 +1,5 @@
+#pragma once
+
 #include "dualpipe/schedule/generate.hpp"
 
 #include <algorithm>
@@ -7,14 +9,13 @@
 
 #include "dualpipe/error.hpp"
 
-namespace dualpipe {
-namespace {
+namespace dualpipe::detail {
 
 // One of the two streams of micro-batches that a rank works on: a direction of DualPipe, a chunk of a V. Forwards and
 // backwards each take the stream's micro-batches in order.
-class Stream {
+class MicroBatchStream {
  public:
-  Stream(int stage, int first_micro_batch)
+  MicroBatchStream(int stage, int first_micro_batch)
       : stage_(stage), forward_(first_micro_batch), input_(first_micro_batch), weight_(first_micro_batch) {}
 
   Op forward() { return {Pass::Forward, stage_, forward_++}; }
@@ -29,7 +30,7 @@ class Stream {
   int weight_;
 };
 
-Schedule empty_schedule(const ScheduleSpec& spec, int num_stages) {
+inline Schedule empty_schedule(const ScheduleSpec& spec, int num_stages) {
   Schedule schedule;
   schedule.name = spec.kind;
   schedule.num_stages = num_stages;
@@ -40,15 +41,15 @@ Schedule empty_schedule(const ScheduleSpec& spec, int num_stages) {
 
 // The eight steps of DualPipe for one rank of a half of `half` ranks, at `place` in it (0 at the end of the pipeline),
 // with `count` micro-batches in each of the two streams. `near` is the stream whose first stage is nearer.
-std::vector<Step> eight_steps(int half, int place, int count, Stream near, Stream far) {
+inline std::vector<Step> dualpipe_steps(int half, int place, int count, MicroBatchStream near, MicroBatchStream far) {
   std::vector<Step> steps;
   std::deque<Op> queued;
   const auto single = [&](const Op& op) { steps.push_back({op, std::nullopt}); };
-  const auto pair = [&](Stream& f, Stream& b) {
+  const auto pair = [&](MicroBatchStream& f, MicroBatchStream& b) {
     const Op forward = f.forward();
     steps.push_back({forward, b.backward()});
   };
-  const auto split = [&](Stream& b) {
+  const auto split = [&](MicroBatchStream& b) {
     const Op input = b.backward_input();
     single(input);
     queued.push_back({Pass::BackwardWeight, input.stage, input.micro_batch});
@@ -85,7 +86,7 @@ std::vector<Step> eight_steps(int half, int place, int count, Stream near, Strea
   }
   for (int i = 0; i < 2 * (place + 1);
        ++i) {  // 6: from the middle on, weight parts are kept to fill the gaps of 7 and 8
-    Stream& stream = i % 2 == 0 ? far : near;
+    MicroBatchStream& stream = i % 2 == 0 ? far : near;
     if (i <= place) {
       single(stream.backward());
     } else {
@@ -100,7 +101,7 @@ std::vector<Step> eight_steps(int half, int place, int count, Stream near, Strea
   return steps;
 }
 
-Schedule dualpipe(const ScheduleSpec& spec) {
+inline Schedule dualpipe_schedule(const ScheduleSpec& spec) {
   const int P = spec.num_ranks;
   const int N = spec.num_micro_batches;
   DUALPIPE_CHECK(P % 2 == 0, "DualPipe needs an even number of ranks, got ", P, "; dualpipev takes odd numbers");
@@ -110,30 +111,31 @@ Schedule dualpipe(const ScheduleSpec& spec) {
                  "; 1f1b and zb1p take any number");
   Schedule schedule = empty_schedule(spec, P);
   for (int r = 0; r < P; ++r) {
-    const Stream down(r, 0);            // enters at rank 0
-    const Stream up(P - 1 - r, N / 2);  // enters at rank P-1
+    const MicroBatchStream down(r, 0);            // enters at rank 0
+    const MicroBatchStream up(P - 1 - r, N / 2);  // enters at rank P-1
     const bool upper = r < P / 2;
     schedule.ranks[static_cast<std::size_t>(r)] =
-        eight_steps(P / 2, std::min(r, P - 1 - r), N / 2, upper ? down : up, upper ? up : down);
+        dualpipe_steps(P / 2, std::min(r, P - 1 - r), N / 2, upper ? down : up, upper ? up : down);
   }
   return schedule;
 }
 
-Schedule dualpipev(const ScheduleSpec& spec) {
+inline Schedule dualpipev_schedule(const ScheduleSpec& spec) {
   const int P = spec.num_ranks;
   const int N = spec.num_micro_batches;
   DUALPIPE_CHECK(N >= 2 * P - 1, "dualpipev on ", P, " ranks needs at least ", 2 * P - 1, " micro-batches, got ", N,
                  "; zbv, 1f1b and zb1p take any number");
   Schedule schedule = empty_schedule(spec, 2 * P);
   for (int r = 0; r < P; ++r)
-    schedule.ranks[static_cast<std::size_t>(r)] = eight_steps(P, r, N, Stream(r, 0), Stream(2 * P - 1 - r, 0));
+    schedule.ranks[static_cast<std::size_t>(r)] =
+        dualpipe_steps(P, r, N, MicroBatchStream(r, 0), MicroBatchStream(2 * P - 1 - r, 0));
   return schedule;
 }
 
-Schedule gpipe(const ScheduleSpec& spec) {
+inline Schedule gpipe_schedule(const ScheduleSpec& spec) {
   Schedule schedule = empty_schedule(spec, spec.num_ranks);
   for (int r = 0; r < spec.num_ranks; ++r) {
-    Stream stream(r, 0);
+    MicroBatchStream stream(r, 0);
     auto& steps = schedule.ranks[static_cast<std::size_t>(r)];
     for (int m = 0; m < spec.num_micro_batches; ++m) steps.push_back({stream.forward(), std::nullopt});
     for (int m = 0; m < spec.num_micro_batches; ++m) steps.push_back({stream.backward(), std::nullopt});
@@ -141,10 +143,10 @@ Schedule gpipe(const ScheduleSpec& spec) {
   return schedule;
 }
 
-Schedule one_forward_one_backward(const ScheduleSpec& spec) {
+inline Schedule one_f_one_b_schedule(const ScheduleSpec& spec) {
   Schedule schedule = empty_schedule(spec, spec.num_ranks);
   for (int r = 0; r < spec.num_ranks; ++r) {
-    Stream stream(r, 0);
+    MicroBatchStream stream(r, 0);
     auto& steps = schedule.ranks[static_cast<std::size_t>(r)];
     const int warm_up = std::min(spec.num_micro_batches, spec.num_ranks - 1 - r);
     for (int m = 0; m < warm_up; ++m) steps.push_back({stream.forward(), std::nullopt});
@@ -159,11 +161,11 @@ Schedule one_forward_one_backward(const ScheduleSpec& spec) {
 
 // ZB-H1: 1F1B with the backward split. Rank r keeps r weight parts back, so that inputs and weight parts together hold
 // as much on every rank as 1F1B holds on rank 0, and works them off where 1F1B would idle at the end.
-Schedule zb1p(const ScheduleSpec& spec) {
+inline Schedule zb1p_schedule(const ScheduleSpec& spec) {
   const int N = spec.num_micro_batches;
   Schedule schedule = empty_schedule(spec, spec.num_ranks);
   for (int r = 0; r < spec.num_ranks; ++r) {
-    Stream stream(r, 0);
+    MicroBatchStream stream(r, 0);
     auto& steps = schedule.ranks[static_cast<std::size_t>(r)];
     const int warm_up = std::min(N, spec.num_ranks - 1 - r);
     for (int m = 0; m < warm_up; ++m) steps.push_back({stream.forward(), std::nullopt});
@@ -178,7 +180,7 @@ Schedule zb1p(const ScheduleSpec& spec) {
 }
 
 // One pass of one chunk over one micro-batch, in the order that all ranks share.
-struct Turn {
+struct ChunkPass {
   int chunk = 0;
   int micro_batch = 0;
 };
@@ -187,13 +189,13 @@ struct Turn {
 // through chunk 0, then all through chunk 1, and so on. A group smaller than P would have to wait for itself at each
 // turn from rank P-1 to rank 0, and the backwards of earlier groups behind it; so there are N / P groups (at least
 // one), as equal as possible. Where P divides N this is the known order in groups of P.
-Schedule interleaved(const ScheduleSpec& spec) {
+inline Schedule interleaved_schedule(const ScheduleSpec& spec) {
   const int P = spec.num_ranks;
   const int N = spec.num_micro_batches;
   const int chunks = spec.chunks_per_rank;
   const int groups = std::max(1, N / P);
   const int largest = (N + groups - 1) / groups;
-  std::vector<Turn> forwards, backwards;
+  std::vector<ChunkPass> forwards, backwards;
   for (int g = 0, begin = 0; g < groups; ++g) {
     const int end = begin + N / groups + (g < N % groups ? 1 : 0);
     for (int c = 0; c < chunks; ++c) {
@@ -207,7 +209,7 @@ Schedule interleaved(const ScheduleSpec& spec) {
   Schedule schedule = empty_schedule(spec, chunks * P);
   for (int r = 0; r < P; ++r) {
     auto& steps = schedule.ranks[static_cast<std::size_t>(r)];
-    const auto add = [&](Pass pass, const Turn& turn) {
+    const auto add = [&](Pass pass, const ChunkPass& turn) {
       steps.push_back({{pass, turn.chunk * P + r, turn.micro_batch}, std::nullopt});
     };
     const std::size_t warm_up = std::min(
@@ -224,17 +226,17 @@ Schedule interleaved(const ScheduleSpec& spec) {
 // ZBV: stage s on rank s on the way down, on rank 2P-1-s on the way up; backward always split. The order is made for N
 // >= 2P-1; fewer micro-batches take it with the rest left out, which cannot deadlock, as micro-batches do not depend on
 // each other.
-Schedule zbv(const ScheduleSpec& spec) {
+inline Schedule zbv_schedule(const ScheduleSpec& spec) {
   const int P = spec.num_ranks;
   const int N = std::max(spec.num_micro_batches, 2 * P - 1);
   Schedule schedule = empty_schedule(spec, 2 * P);
   for (int r = 0; r < P; ++r) {
-    Stream down(r, 0), up(2 * P - 1 - r, 0);
+    MicroBatchStream down(r, 0), up(2 * P - 1 - r, 0);
     auto& steps = schedule.ranks[static_cast<std::size_t>(r)];
     const auto add = [&](const Op& op) {
       if (op.micro_batch < spec.num_micro_batches) steps.push_back({op, std::nullopt});
     };
-    const auto whole = [&](Stream& stream) {
+    const auto whole = [&](MicroBatchStream& stream) {
       add(stream.backward_input());
       add(stream.backward_weight());
     };
@@ -267,31 +269,33 @@ Schedule zbv(const ScheduleSpec& spec) {
   return schedule;
 }
 
-using Generator = Schedule (*)(const ScheduleSpec&);
-const std::vector<std::pair<std::string, Generator>>& generators() {
-  static const std::vector<std::pair<std::string, Generator>> all = {{"dualpipe", dualpipe},
-                                                                     {"dualpipev", dualpipev},
-                                                                     {"1f1b", one_forward_one_backward},
-                                                                     {"zb1p", zb1p},
-                                                                     {"gpipe", gpipe},
-                                                                     {"interleaved", interleaved},
-                                                                     {"zbv", zbv}};
+using ScheduleGenerator = Schedule (*)(const ScheduleSpec&);
+inline const std::vector<std::pair<std::string, ScheduleGenerator>>& schedule_generators() {
+  static const std::vector<std::pair<std::string, ScheduleGenerator>> all = {{"dualpipe", dualpipe_schedule},
+                                                                             {"dualpipev", dualpipev_schedule},
+                                                                             {"1f1b", one_f_one_b_schedule},
+                                                                             {"zb1p", zb1p_schedule},
+                                                                             {"gpipe", gpipe_schedule},
+                                                                             {"interleaved", interleaved_schedule},
+                                                                             {"zbv", zbv_schedule}};
   return all;
 }
 
-}  // namespace
+}  // namespace dualpipe::detail
+
+namespace dualpipe {
 
 const std::vector<std::string>& schedule_kinds() {
   static const std::vector<std::string> kinds = [] {
     std::vector<std::string> names;
-    for (const auto& [name, generator] : generators()) names.push_back(name);
+    for (const auto& [name, generator] : detail::schedule_generators()) names.push_back(name);
     return names;
   }();
   return kinds;
 }
 
 Schedule make_schedule(const ScheduleSpec& spec) {
-  const auto& all = generators();
+  const auto& all = detail::schedule_generators();
   const auto found = std::find_if(all.begin(), all.end(), [&](const auto& entry) { return entry.first == spec.kind; });
   if (found == all.end()) {
     std::string known;
@@ -305,13 +309,13 @@ Schedule make_schedule(const ScheduleSpec& spec) {
   DUALPIPE_CHECK(!chunked || spec.chunks_per_rank >= 2, "interleaved needs at least 2 chunks per rank, got ",
                  spec.chunks_per_rank, "; 1f1b has one");
   // Keeps every product below within int and a slip of the keyboard from filling the memory.
-  constexpr double kMostForwards = 1 << 26;
+  constexpr double most_forwards = 1 << 26;
   const double chunks = chunked ? spec.chunks_per_rank : 2;
   const double forwards =
       chunks * spec.num_ranks * std::max(spec.num_micro_batches, 2 * std::min(spec.num_ranks, 1 << 26));
-  DUALPIPE_CHECK(forwards <= kMostForwards, spec.kind, " with ", spec.num_ranks, " ranks, ", spec.num_micro_batches,
+  DUALPIPE_CHECK(forwards <= most_forwards, spec.kind, " with ", spec.num_ranks, " ranks, ", spec.num_micro_batches,
                  " micro-batches and ", chunks, " chunks per rank would have about ", forwards,
-                 " forwards; the most supported is ", kMostForwards);
+                 " forwards; the most supported is ", most_forwards);
   return found->second(spec);
 }
 

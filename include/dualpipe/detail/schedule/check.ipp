@@ -1,0 +1,354 @@
+#pragma once
+
+#include "dualpipe/schedule/check.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "dualpipe/detail/schedule/dependencies.hpp"
+#include "dualpipe/error.hpp"
+
+namespace dualpipe::detail {
+
+// A schedule that is wrong in one way is often wrong in thousands of places; nobody reads more than a few of them.
+inline constexpr int max_findings_per_rank = 8;
+inline constexpr std::size_t max_findings = 256;
+
+class ScheduleFindings {
+ public:
+  explicit ScheduleFindings(std::size_t num_ranks) : counts_(num_ranks + 1, 0) {}
+
+  template <class... Parts>
+  void add(int rank, int cell, const Parts&... message) {
+    if (list_.size() == max_findings) {
+      ++unlisted_;
+      return;
+    }
+    if (++counts_[rank + 1] <= max_findings_per_rank) list_.push_back({rank, cell, str(message...)});
+  }
+
+  bool empty() const { return list_.empty(); }
+
+  std::vector<Violation> take() {
+    for (std::size_t i = 0; i < counts_.size(); ++i) {
+      if (counts_[i] > max_findings_per_rank)
+        list_.push_back({static_cast<int>(i) - 1, -1,
+                         str("and ", counts_[i] - max_findings_per_rank,
+                             i == 0 ? " more about the whole schedule" : " more on this rank")});
+    }
+    if (unlisted_ > 0) list_.push_back({-1, -1, str("and ", unlisted_, " more")});
+    return std::move(list_);
+  }
+
+ private:
+  std::vector<Violation> list_;
+  std::vector<std::int64_t> counts_;  // by rank, the whole schedule (rank -1) first
+  std::int64_t unlisted_ = 0;         // of any rank, after the list is full
+};
+
+struct CellPlace {
+  int rank = -1;
+  int cell = -1;
+  explicit operator bool() const { return rank >= 0; }
+};
+
+// Cells are counted from 1 in what people read.
+inline std::string to_string(const CellPlace& place) { return str("cell ", place.cell + 1, " of rank ", place.rank); }
+
+inline constexpr std::array all_passes = {Pass::Forward, Pass::BackwardInput, Pass::BackwardWeight, Pass::Backward};
+
+inline std::optional<std::size_t> pass_index(Pass pass) {
+  const auto found = std::find(all_passes.begin(), all_passes.end(), pass);
+  if (found == all_passes.end()) return std::nullopt;
+  return static_cast<std::size_t>(found - all_passes.begin());
+}
+
+// Where the passes of one stage and micro-batch stand.
+struct CellPasses {
+  std::array<CellPlace, all_passes.size()> places;
+
+  const CellPlace& operator[](Pass pass) const { return places[*pass_index(pass)]; }
+  Pass gradient_pass() const { return (*this)[Pass::Backward] ? Pass::Backward : Pass::BackwardInput; }
+  CellPlace any() const {
+    const auto found = std::find_if(places.begin(), places.end(), [](const CellPlace& place) { return bool(place); });
+    return found == places.end() ? CellPlace{} : *found;
+  }
+};
+
+class ScheduleChecker {
+ public:
+  explicit ScheduleChecker(const Schedule& schedule) : schedule_(schedule), findings_(schedule.ranks.size()) {}
+
+  // Order and deadlock take a complete schedule for granted.
+  std::vector<Violation> run() {
+    if (has_table()) {
+      collect();
+      find_incomplete();
+      if (findings_.empty()) find_misordered();
+      if (findings_.empty()) find_deadlock();
+    }
+    return findings_.take();
+  }
+
+ private:
+  std::size_t index(int stage, int micro_batch) const {
+    return static_cast<std::size_t>(std::int64_t{stage} * schedule_.num_micro_batches + micro_batch);
+  }
+  const CellPasses& passes(int stage, int micro_batch) const { return table_[index(stage, micro_batch)]; }
+  std::int64_t count_ops() const;
+
+  // Makes the table, unless most of it would be empty: then the schedule is incomplete, and the table could be as large
+  // as the product of two slips.
+  bool has_table();
+  void collect();
+  void collect(const Op& op, const CellPlace& place);
+  void find_incomplete();
+  void find_misordered();
+  void find_deadlock();
+  void report_cycle(const std::vector<int>& next_cell, const std::vector<std::optional<StageResult>>& waits_for);
+
+  const Schedule& schedule_;
+  ScheduleFindings findings_;
+  std::vector<CellPasses> table_;  // [stage * num_micro_batches + micro_batch]
+};
+
+inline std::int64_t ScheduleChecker::count_ops() const {
+  std::int64_t ops = 0;
+  for (const auto& steps : schedule_.ranks)
+    for (const Step& step : steps) ops += step.overlapped ? 2 : 1;
+  return ops;
+}
+
+inline bool ScheduleChecker::has_table() {
+  const int stages = schedule_.num_stages;
+  const int micro_batches = schedule_.num_micro_batches;
+  if (stages < 1 || micro_batches < 1) {
+    findings_.add(-1, -1, "a schedule has at least one stage and one micro-batch, this one has ", stages, " and ",
+                  micro_batches);
+    return false;
+  }
+  const std::int64_t ops = count_ops();
+  const std::int64_t places = std::int64_t{stages} * micro_batches;
+  if (places <= ops) {
+    table_.resize(places);
+    return true;
+  }
+  // Fewer ops than forwards needed, so one of the first ops + 1 forwards is missing.
+  std::vector<char> seen(ops + 1, 0);
+  for (const auto& steps : schedule_.ranks) {
+    for (const Step& step : steps) {
+      for (const Op& op : {step.op, step.overlapped.value_or(step.op)}) {
+        const std::int64_t place = std::int64_t{op.stage} * micro_batches + op.micro_batch;
+        if (op.pass == Pass::Forward && place >= 0 && place <= ops) seen[place] = 1;
+      }
+    }
+  }
+  const auto first = std::find(seen.begin(), seen.end(), char{0}) - seen.begin();
+  const Op missing{Pass::Forward, static_cast<int>(first / micro_batches), static_cast<int>(first % micro_batches)};
+  findings_.add(-1, -1, stages, " stages and ", micro_batches, " micro-batches need ", places,
+                " forwards and as many backwards, the schedule has ", ops, " ops; the first that is missing is ",
+                to_string(missing));
+  return false;
+}
+
+inline void ScheduleChecker::collect() {
+  for (int rank = 0; rank < std::ssize(schedule_.ranks); ++rank) {
+    const auto& steps = schedule_.ranks[rank];
+    for (int cell = 0; cell < std::ssize(steps); ++cell) {
+      const Step& step = steps[cell];
+      const CellPlace place{rank, cell};
+      collect(step.op, place);
+      if (!step.overlapped) continue;
+      collect(*step.overlapped, place);
+      if (step.op.pass != Pass::Forward || !is_backward(step.overlapped->pass))
+        findings_.add(place.rank, place.cell, to_string(step),
+                      " is no pair of a forward and a backward (F first, then B or I)");
+    }
+  }
+}
+
+inline void ScheduleChecker::collect(const Op& op, const CellPlace& place) {
+  const auto pass = pass_index(op.pass);
+  if (!pass) {
+    findings_.add(place.rank, place.cell, "a pass with the value ", static_cast<int>(op.pass),
+                  " is none of F, I, W, B");
+  } else if (op.stage < 0 || op.stage >= schedule_.num_stages || op.micro_batch < 0 ||
+             op.micro_batch >= schedule_.num_micro_batches) {
+    findings_.add(place.rank, place.cell, to_string(op), " lies outside of ", schedule_.num_stages, " stages and ",
+                  schedule_.num_micro_batches, " micro-batches");
+  } else if (CellPlace& first = table_[index(op.stage, op.micro_batch)].places[*pass]; first) {
+    findings_.add(place.rank, place.cell, to_string(op), " is done twice, before in ", to_string(first));
+  } else {
+    first = place;
+  }
+}
+
+inline void ScheduleChecker::find_incomplete() {
+  for (int s = 0; s < schedule_.num_stages; ++s) {
+    for (int m = 0; m < schedule_.num_micro_batches; ++m) {
+      const CellPasses& here = passes(s, m);
+      const auto text = [&](Pass pass) { return to_string(Op{pass, s, m}); };
+      const CellPlace home = here.any();
+      const auto missing = [&](Pass pass, const CellPlace& near, const std::string& why) {
+        findings_.add(near.rank, near.cell, text(pass), " is missing", why);
+      };
+      const bool whole = bool(here[Pass::Backward]);
+      const bool input = bool(here[Pass::BackwardInput]);
+      const bool weight = bool(here[Pass::BackwardWeight]);
+      if (!here[Pass::Forward]) missing(Pass::Forward, home, "");
+      if (whole && (input || weight)) {
+        const Pass part = input ? Pass::BackwardInput : Pass::BackwardWeight;
+        findings_.add(here[part].rank, here[part].cell, text(part), " is part of ", text(Pass::Backward),
+                      ", which is done in ", to_string(here[Pass::Backward]));
+      } else if (!whole && !input && !weight) {
+        missing(Pass::Backward, home,
+                str(" (or ", text(Pass::BackwardInput), " and ", text(Pass::BackwardWeight), ")"));
+      } else if (!whole && !input) {
+        missing(Pass::BackwardInput, here[Pass::BackwardWeight], ", " + text(Pass::BackwardWeight) + " needs it");
+      } else if (!whole && !weight) {
+        missing(Pass::BackwardWeight, here[Pass::BackwardInput],
+                ", " + text(Pass::BackwardInput) + " is only half of a backward");
+      }
+      for (std::size_t i = 0; i < all_passes.size(); ++i) {
+        const CellPlace& place = here.places[i];
+        if (place && place.rank != home.rank)
+          findings_.add(place.rank, place.cell, text(all_passes[i]), " is on another rank than the rest of stage ", s,
+                        " of micro-batch ", m, ", which is in ", to_string(home));
+      }
+    }
+  }
+}
+
+inline void ScheduleChecker::find_misordered() {
+  for (int s = 0; s < schedule_.num_stages; ++s) {
+    for (int m = 0; m < schedule_.num_micro_batches; ++m) {
+      const CellPasses& here = passes(s, m);
+      const auto in_order = [&](Pass first, Pass then) {
+        const CellPlace& a = here[first];
+        const CellPlace& b = here[then];
+        if (!a || !b || a.cell < b.cell) return;
+        findings_.add(b.rank, b.cell, to_string(Op{then, s, m}),
+                      a.cell == b.cell ? " is paired with " : " comes before ", to_string(Op{first, s, m}),
+                      ", which it needs", a.cell == b.cell ? "" : " and which is in " + to_string(a));
+      };
+      for (const Pass then : {Pass::Backward, Pass::BackwardInput, Pass::BackwardWeight})
+        in_order(*pass_before(then), then);
+    }
+  }
+}
+
+// Runs all ranks as far as they get. A rank that stops waits for one result; making it wakes the rank.
+inline void ScheduleChecker::find_deadlock() {
+  std::array<std::vector<char>, 2> made;  // activations and gradients, by stage and micro-batch
+  for (auto& results : made) results.assign(table_.size(), 0);
+  const auto is_made = [&](const StageResult& result) -> char& {
+    return made[result.gradient()][index(result.stage, result.micro_batch)];
+  };
+  std::vector<int> next_cell(schedule_.ranks.size(), 0);
+  std::vector<std::optional<StageResult>> waits_for(schedule_.ranks.size());
+  std::vector<int> runnable;
+  for (int rank = static_cast<int>(schedule_.ranks.size()); rank-- > 0;) runnable.push_back(rank);
+
+  const auto missing_input = [&](const Op& op) {
+    auto input = input_of(op, schedule_.num_stages);
+    if (input && is_made(*input)) input.reset();
+    return input;  // the rest is on the same rank and in order
+  };
+  const auto finish = [&](const Op& op) {
+    const auto output = output_of(op, schedule_.num_stages);
+    if (!output) return;
+    is_made(*output) = 1;
+    const int rank = passes(output->receiver(), output->micro_batch)[Pass::Forward].rank;
+    if (waits_for[rank] != output) return;
+    waits_for[rank].reset();
+    runnable.push_back(rank);
+  };
+  while (!runnable.empty()) {
+    const int rank = runnable.back();
+    runnable.pop_back();
+    const auto& steps = schedule_.ranks[rank];
+    for (int& cell = next_cell[rank]; cell < std::ssize(steps); ++cell) {
+      const Step& step = steps[cell];
+      auto missing = missing_input(step.op);
+      if (!missing && step.overlapped) missing = missing_input(*step.overlapped);
+      if (missing) {
+        waits_for[rank] = missing;
+        break;
+      }
+      finish(step.op);
+      if (step.overlapped) finish(*step.overlapped);
+    }
+  }
+  report_cycle(next_cell, waits_for);
+}
+
+// Every rank that waits does so for an op of a rank that waits too, else that op would have been done: following them
+// ends in a cycle.
+inline void ScheduleChecker::report_cycle(const std::vector<int>& next_cell,
+                                          const std::vector<std::optional<StageResult>>& waits_for) {
+  const auto waits = [](const std::optional<StageResult>& result) { return result.has_value(); };
+  const auto awaited = [&](int rank) -> Op {
+    const StageResult& result = *waits_for[rank];
+    if (!result.gradient()) return result.op();
+    return {passes(result.stage, result.micro_batch).gradient_pass(), result.stage, result.micro_batch};
+  };
+  const auto place_of = [&](const Op& op) { return passes(op.stage, op.micro_batch)[op.pass]; };
+  const auto stuck = std::find_if(waits_for.begin(), waits_for.end(), waits);
+  if (stuck == waits_for.end()) return;
+  std::vector<char> seen(waits_for.size(), 0);
+  int rank = static_cast<int>(stuck - waits_for.begin());
+  while (!seen[rank]) {
+    seen[rank] = 1;
+    rank = place_of(awaited(rank)).rank;
+  }
+  constexpr int max_shown = 16;
+  const int first = rank;
+  std::string cycle;
+  int length = 0;
+  do {
+    const Op wanted = awaited(rank);
+    const CellPlace place = place_of(wanted);
+    if (length < max_shown) {
+      cycle += str(length == 0 ? "" : ", which ", length == 0 ? str("rank ", rank, " ") : "", "waits at cell ",
+                   next_cell[rank] + 1, " (", to_string(schedule_.ranks[rank][next_cell[rank]]), ") for ",
+                   to_string(wanted));
+      cycle += place.rank == rank ? str(", its own cell ", place.cell + 1) : ", " + to_string(place);
+    }
+    ++length;
+    rank = place.rank;
+  } while (rank != first);
+  if (length > max_shown) cycle += str(", and so on through ", length, " ranks");
+  const auto others = std::count_if(waits_for.begin(), waits_for.end(), waits) - length;
+  if (others > 0) cycle += str("; ", others, others == 1 ? " other rank waits" : " other ranks wait", " behind them");
+  findings_.add(first, next_cell[first], "deadlock: ", cycle);
+}
+
+}  // namespace dualpipe::detail
+
+namespace dualpipe {
+
+std::vector<Violation> violations(const Schedule& schedule) { return detail::ScheduleChecker(schedule).run(); }
+
+void check(const Schedule& schedule) {
+  const std::vector<Violation> found = violations(schedule);
+  if (found.empty()) return;
+  const Violation& first = found.front();
+  std::string where;
+  if (first.rank >= 0) where += detail::str("rank ", first.rank, ", ");
+  if (first.cell >= 0) where += detail::str("cell ", first.cell + 1, ": ");
+  std::string more;
+  if (found.size() > 1)
+    more = detail::str("\n(and ", found.size() - 1, found.size() == 2 ? " more finding)" : " more findings)");
+  constexpr int radius = 2;
+  throw InvalidArgument(detail::str("schedule \"", schedule.name, "\" cannot run: ", where, first.message, more, "\n",
+                                    cells_around(schedule, first.rank, first.cell, radius)));
+}
+
+}  // namespace dualpipe
