@@ -22,6 +22,15 @@ function(dualpipe_find_nccl problem)
     set(${problem} "LibTorch in ${root} is a build for the CPU: there is no lib/libtorch_cuda.so" PARENT_SCOPE)
     return()
   endif()
+  if(EXISTS "${site}/nvidia")
+    # Its libraries may come later: a build that uses this looks again then.
+    set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${site}/nvidia")
+    if(NOT EXISTS "${site}/nvidia/nccl")
+      set(${problem} "${site}/nvidia holds only what LibTorch needs on the CPU. In a checkout, scripts/setup adds the rest; elsewhere \
+pip install --upgrade torch, with its dependencies" PARENT_SCOPE)
+      return()
+    endif()
+  endif()
 
   # Beside the wheel; for another LibTorch, where the user's variables or the system have them.
   file(GLOB cuda_folders LIST_DIRECTORIES true "${site}/nvidia/cu[0-9]*" "${site}/nvidia/cuda_runtime" "${root}")
