@@ -19,12 +19,13 @@
 #include <vector>
 
 #include "dualpipe/comm/socket.hpp"
-#include "dualpipe/dual_pipe.hpp"
 #include "dualpipe/launch/failure.hpp"
-#include "dualpipe/runtime/group_collectives.hpp"
-#include "dualpipe/runtime/pair.hpp"
-#include "dualpipe/runtime/tracer.hpp"
-#include "dualpipe/schedule/render.hpp"
+#include "dualpipe/pipeline/dual_pipe.hpp"
+#include "dualpipe/pipeline/group_collectives.hpp"
+#include "dualpipe/pipeline/tracer.hpp"
+#include "dualpipe/planner/render.hpp"
+#include "dualpipe/planner/report.hpp"
+#include "dualpipe/stage/pair.hpp"
 #include "dualpipe/testing/communicators.hpp"
 #include "sleep.hpp"
 

@@ -2,12 +2,12 @@
 // searching do many times. Run as dualpipe-bench-schedule.
 #include <benchmark/benchmark.h>
 
+#include "dualpipe/detail/schedule/simulator.hpp"
+#include "dualpipe/planner/compare.hpp"
 #include "dualpipe/schedule/check.hpp"
-#include "dualpipe/schedule/compare.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/lower.hpp"
 #include "dualpipe/schedule/simulate.hpp"
-#include "schedule/simulator.hpp"
 
 namespace dualpipe {
 namespace {

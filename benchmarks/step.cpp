@@ -18,10 +18,11 @@
 #include <vector>
 
 #include "dualpipe/comm/socket.hpp"
-#include "dualpipe/dual_pipe.hpp"
 #include "dualpipe/launch/failure.hpp"
-#include "dualpipe/runtime/as_stage.hpp"
+#include "dualpipe/pipeline/dual_pipe.hpp"
+#include "dualpipe/planner/report.hpp"
 #include "dualpipe/schedule/simulate.hpp"
+#include "dualpipe/stage/as_stage.hpp"
 #include "dualpipe/testing/communicators.hpp"
 #include "sleep.hpp"
 

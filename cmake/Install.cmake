@@ -7,7 +7,7 @@ include(CMakePackageConfigHelpers)
 set(package_dir "${CMAKE_INSTALL_LIBDIR}/cmake/dualpipe")
 
 # dualpipe_package builds what is installed and nothing else. Nothing is installed before all of it is built, so that no half prefix remains.
-set(installed dualpipe_schedule dualpipe_comm dualpipe_stage dualpipe_dualpipe)
+set(installed dualpipe_schedule dualpipe_planner dualpipe_dualpipe)
 foreach(target dualpipe_nccl dualpipe-plan dualpipe-run)
   if(TARGET ${target})
     list(APPEND installed ${target})
@@ -28,8 +28,8 @@ install(CODE "
       \"Build them first: cmake --build \\\"${CMAKE_BINARY_DIR}\\\" --target dualpipe_package\")
   endif()")
 
-install(TARGETS dualpipe_schedule EXPORT dualpipe-schedule ARCHIVE LIBRARY RUNTIME)
-install(TARGETS dualpipe_comm dualpipe_stage dualpipe_dualpipe EXPORT dualpipe-dualpipe ARCHIVE LIBRARY RUNTIME)
+install(TARGETS dualpipe_schedule dualpipe_planner EXPORT dualpipe-schedule ARCHIVE LIBRARY RUNTIME)
+install(TARGETS dualpipe_dualpipe EXPORT dualpipe-dualpipe ARCHIVE LIBRARY RUNTIME)
 if(DUALPIPE_BUILD_TOOLS)
   install(TARGETS dualpipe-plan dualpipe-run RUNTIME)
 endif()

@@ -7,7 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "dualpipe/error.hpp"
-#include "schedule/json.hpp"
+#include "planner/json.hpp"
 
 namespace dualpipe {
 namespace {

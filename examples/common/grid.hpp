@@ -5,7 +5,7 @@
 #include <string>
 
 #include "dualpipe/comm/communicator.hpp"
-#include "dualpipe/dual_pipe.hpp"
+#include "dualpipe/pipeline/dual_pipe.hpp"
 
 namespace example {
 

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "dualpipe/train/partition.hpp"
+#include "dualpipe/stage/partition.hpp"
 #include "model_size.hpp"
 
 // What byte-level transformers have in common, whatever follows the attention in their blocks.

@@ -16,7 +16,8 @@
 #include <utility>
 
 #include "dualpipe/error.hpp"
-#include "dualpipe/schedule/render.hpp"
+#include "dualpipe/planner/render.hpp"
+#include "dualpipe/planner/report.hpp"
 
 namespace example {
 namespace {

@@ -6,9 +6,9 @@
 #include <string>
 #include <string_view>
 
+#include "dualpipe/planner/report.hpp"
 #include "dualpipe/schedule/schedule.hpp"
 #include "dualpipe/schedule/simulate.hpp"
-#include "dualpipe/schedule/timeline.hpp"
 
 namespace example {
 

@@ -17,9 +17,10 @@
 
 #include "connect.hpp"
 #include "dualpipe/launch/failure.hpp"
-#include "dualpipe/schedule/cost_model.hpp"
+#include "dualpipe/planner/cost_model.hpp"
+#include "dualpipe/planner/render.hpp"
+#include "dualpipe/planner/report.hpp"
 #include "dualpipe/schedule/generate.hpp"
-#include "dualpipe/schedule/render.hpp"
 #include "report.hpp"
 
 namespace example {

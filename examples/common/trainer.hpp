@@ -7,10 +7,11 @@
 #include <vector>
 
 #include "corpus.hpp"
-#include "dualpipe/dual_pipe.hpp"
 #include "dualpipe/launch/world.hpp"
-#include "dualpipe/runtime/tracer.hpp"
-#include "dualpipe/train/partition.hpp"
+#include "dualpipe/pipeline/dual_pipe.hpp"
+#include "dualpipe/pipeline/tracer.hpp"
+#include "dualpipe/planner/report.hpp"
+#include "dualpipe/stage/partition.hpp"
 #include "grid.hpp"
 #include "options.hpp"
 

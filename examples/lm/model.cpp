@@ -3,7 +3,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "dualpipe/runtime/as_stage.hpp"
+#include "dualpipe/stage/as_stage.hpp"
 
 namespace lm {
 namespace {

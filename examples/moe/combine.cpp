@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "dualpipe/error.hpp"
-#include "dualpipe/runtime/group_collectives.hpp"
+#include "dualpipe/pipeline/group_collectives.hpp"
 
 namespace moe {
 namespace {

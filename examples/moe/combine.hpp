@@ -3,7 +3,7 @@
 #include <memory>
 
 #include "dualpipe/comm/communicator.hpp"
-#include "dualpipe/runtime/collective.hpp"
+#include "dualpipe/stage/collective.hpp"
 
 namespace moe {
 

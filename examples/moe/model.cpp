@@ -7,8 +7,8 @@
 
 #include "combine.hpp"
 #include "dualpipe/error.hpp"
-#include "dualpipe/runtime/as_stage.hpp"
-#include "dualpipe/runtime/group_collectives.hpp"
+#include "dualpipe/pipeline/group_collectives.hpp"
+#include "dualpipe/stage/as_stage.hpp"
 
 namespace moe {
 namespace {

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "comm/mesh.hpp"
+#include "dualpipe/detail/comm/mesh.hpp"
 
 namespace dualpipe::detail {
 namespace {

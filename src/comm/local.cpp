@@ -10,7 +10,7 @@
 #include <thread>
 #include <utility>
 
-#include "comm/mesh.hpp"
+#include "dualpipe/detail/comm/mesh.hpp"
 
 namespace dualpipe {
 namespace {

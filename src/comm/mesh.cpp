@@ -1,4 +1,4 @@
-#include "comm/mesh.hpp"
+#include "dualpipe/detail/comm/mesh.hpp"
 
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
@@ -7,8 +7,8 @@
 #include <numeric>
 #include <utility>
 
-#include "comm/arguments.hpp"
-#include "comm/mesh_operation.hpp"
+#include "dualpipe/detail/comm/arguments.hpp"
+#include "dualpipe/detail/comm/mesh_operation.hpp"
 
 namespace dualpipe::detail {
 namespace {

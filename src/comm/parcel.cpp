@@ -1,4 +1,4 @@
-#include "comm/parcel.hpp"
+#include "dualpipe/detail/comm/parcel.hpp"
 
 #include <ATen/ATen.h>
 #include <c10/core/impl/VirtualGuardImpl.h>

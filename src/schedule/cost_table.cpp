@@ -1,4 +1,4 @@
-#include "schedule/cost_table.hpp"
+#include "dualpipe/detail/schedule/cost_table.hpp"
 
 #include <algorithm>
 

@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "schedule/flow.hpp"
+#include "planner/flow.hpp"
 
 namespace dualpipe {
 namespace {

@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
+#include "dualpipe/detail/schedule/simulator.hpp"
 #include "dualpipe/error.hpp"
-#include "schedule/flow.hpp"
-#include "schedule/simulator.hpp"
+#include "planner/flow.hpp"
 
 namespace dualpipe {
 std::string to_string(const Transfer& transfer) {

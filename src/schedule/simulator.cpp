@@ -1,4 +1,4 @@
-#include "schedule/simulator.hpp"
+#include "dualpipe/detail/schedule/simulator.hpp"
 
 #include <cmath>
 #include <cstdint>

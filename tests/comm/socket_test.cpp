@@ -15,10 +15,10 @@
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 
 #include "comm/contract.hpp"
-#include "comm/socket_connect.hpp"
-#include "comm/socket_host.hpp"
-#include "comm/socket_wire.hpp"
 #include "launch/process.hpp"
+#include "socket/connect.hpp"
+#include "socket/host.hpp"
+#include "socket/wire.hpp"
 
 namespace dualpipe {
 namespace {

@@ -1,4 +1,4 @@
-#include "comm/socket_wire.hpp"
+#include "socket/wire.hpp"
 
 #include <gtest/gtest.h>
 #include <torch/torch.h>

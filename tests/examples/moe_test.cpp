@@ -14,7 +14,8 @@
 #include <vector>
 
 #include "dualpipe/comm/local.hpp"
-#include "dualpipe/dual_pipe.hpp"
+#include "dualpipe/pipeline/dual_pipe.hpp"
+#include "dualpipe/planner/report.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/testing/communicators.hpp"
 #include "grid.hpp"

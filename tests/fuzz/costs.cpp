@@ -3,8 +3,8 @@
 #include <cmath>
 
 #include "dualpipe/error.hpp"
-#include "dualpipe/schedule/cost_model.hpp"
-#include "dualpipe/schedule/search.hpp"
+#include "dualpipe/planner/cost_model.hpp"
+#include "dualpipe/planner/search.hpp"
 #include "dualpipe/schedule/simulate.hpp"
 #include "fuzz/target.hpp"
 

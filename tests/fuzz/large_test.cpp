@@ -7,9 +7,9 @@
 
 #include "dualpipe/config.hpp"
 #include "dualpipe/error.hpp"
+#include "dualpipe/planner/render.hpp"
 #include "dualpipe/schedule/check.hpp"
 #include "dualpipe/schedule/generate.hpp"
-#include "dualpipe/schedule/render.hpp"
 #include "dualpipe/schedule/schedule.hpp"
 #include "dualpipe/schedule/simulate.hpp"
 #include "fuzz/allocations.hpp"

@@ -1,8 +1,8 @@
 // Traces from JSON: what is read is written back the same and can be drawn and reported on.
 #include "dualpipe/error.hpp"
-#include "dualpipe/schedule/cost_model.hpp"
-#include "dualpipe/schedule/render.hpp"
-#include "dualpipe/schedule/timeline.hpp"
+#include "dualpipe/planner/cost_model.hpp"
+#include "dualpipe/planner/render.hpp"
+#include "dualpipe/planner/report.hpp"
 #include "fuzz/target.hpp"
 
 namespace dualpipe::fuzz {

@@ -4,8 +4,8 @@
 
 #include <thread>
 
-#include "comm/nccl_cuda.hpp"
 #include "dualpipe/comm/nccl.hpp"
+#include "nccl/cuda.hpp"
 
 namespace dualpipe {
 namespace {

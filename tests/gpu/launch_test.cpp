@@ -9,9 +9,9 @@
 #include <tuple>
 #include <vector>
 
-#include "comm/nccl_cuda.hpp"
-#include "comm/nccl_devices.hpp"
 #include "launch/process.hpp"
+#include "nccl/cuda.hpp"
+#include "nccl/devices.hpp"
 
 namespace dualpipe {
 namespace {

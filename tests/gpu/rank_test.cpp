@@ -7,8 +7,8 @@
 #include <iostream>
 
 #include "dualpipe/comm/nccl.hpp"
-#include "dualpipe/runtime/tracer.hpp"
-#include "dualpipe/schedule/timeline.hpp"
+#include "dualpipe/pipeline/tracer.hpp"
+#include "dualpipe/planner/report.hpp"
 #include "gpu/checks.hpp"
 
 namespace dualpipe::test {

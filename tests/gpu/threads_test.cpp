@@ -7,8 +7,8 @@
 #include <optional>
 #include <set>
 
-#include "comm/nccl_cuda.hpp"
 #include "gpu/checks.hpp"
+#include "nccl/cuda.hpp"
 
 namespace dualpipe::test {
 namespace {

@@ -2,7 +2,7 @@
 // a host that runs ahead.
 #include <gmock/gmock.h>
 
-#include "dualpipe/runtime/group_collectives.hpp"
+#include "dualpipe/pipeline/group_collectives.hpp"
 #include "lagging.hpp"
 #include "pipeline/pipeline.hpp"
 

@@ -1,13 +1,13 @@
-#include "comm/nccl_devices.hpp"
+#include "nccl/devices.hpp"
 
 #include <gmock/gmock.h>
 #include <torch/torch.h>
 
 #include <atomic>
 
-#include "comm/nccl_cuda.hpp"
 #include "dualpipe/comm/nccl.hpp"
 #include "emulated.hpp"
+#include "nccl/cuda.hpp"
 
 namespace dualpipe {
 namespace {

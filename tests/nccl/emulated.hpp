@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "comm/nccl_communicator.hpp"
 #include "dualpipe/comm/local.hpp"
-#include "testing/nccl_emulation.hpp"
+#include "nccl/communicator.hpp"
+#include "nccl/emulation/emulation.hpp"
 
 namespace dualpipe::test {
 

@@ -4,7 +4,7 @@
 #include <string>
 #include <utility>
 
-#include "comm/nccl_api.hpp"
+#include "nccl/api.hpp"
 
 // Tables that pass everything on, for those that do one thing differently.
 namespace dualpipe::test {

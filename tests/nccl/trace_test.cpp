@@ -3,8 +3,8 @@
 
 #include <regex>
 
-#include "dualpipe/runtime/group_collectives.hpp"
-#include "dualpipe/runtime/tracer.hpp"
+#include "dualpipe/pipeline/group_collectives.hpp"
+#include "dualpipe/pipeline/tracer.hpp"
 #include "lagging.hpp"
 #include "pipeline/pipeline.hpp"
 

@@ -13,8 +13,8 @@
 #include <string>
 #include <thread>
 
-#include "dualpipe/runtime/group_collectives.hpp"
-#include "dualpipe/runtime/tracer.hpp"
+#include "dualpipe/pipeline/group_collectives.hpp"
+#include "dualpipe/pipeline/tracer.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/testing/communicators.hpp"
 #include "pipeline/pipeline.hpp"

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "dualpipe/comm/local.hpp"
-#include "dualpipe/dual_pipe.hpp"
+#include "dualpipe/pipeline/dual_pipe.hpp"
 
 // What the pipeline tests compare with: the same model in one piece, one thread and ordinary autograd.
 namespace dualpipe::test {

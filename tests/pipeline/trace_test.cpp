@@ -6,7 +6,8 @@
 #include <map>
 #include <string>
 
-#include "dualpipe/runtime/tracer.hpp"
+#include "dualpipe/pipeline/tracer.hpp"
+#include "dualpipe/planner/report.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/simulate.hpp"
 #include "pipeline/pipeline.hpp"

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "dualpipe/error.hpp"
+#include "dualpipe/planner/report.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "reference.hpp"
 

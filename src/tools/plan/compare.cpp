@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "dualpipe/error.hpp"
-#include "dualpipe/schedule/compare.hpp"
+#include "dualpipe/planner/compare.hpp"
 #include "tools/plan/commands.hpp"
 #include "tools/plan/costs.hpp"
 #include "tools/plan/files.hpp"

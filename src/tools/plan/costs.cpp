@@ -12,7 +12,7 @@
 #include <utility>
 
 #include "dualpipe/error.hpp"
-#include "dualpipe/schedule/render.hpp"
+#include "dualpipe/planner/render.hpp"
 #include "tools/plan/commands.hpp"
 #include "tools/plan/files.hpp"
 #include "tools/plan/options.hpp"

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "dualpipe/schedule/cost_model.hpp"
+#include "dualpipe/planner/cost_model.hpp"
 #include "dualpipe/schedule/simulate.hpp"
 
 // What schedules cost, on the command line.

@@ -4,8 +4,9 @@
 #include <vector>
 
 #include "dualpipe/error.hpp"
-#include "dualpipe/schedule/pair_timeline.hpp"
-#include "dualpipe/schedule/render.hpp"
+#include "dualpipe/planner/pair_timeline.hpp"
+#include "dualpipe/planner/render.hpp"
+#include "dualpipe/planner/report.hpp"
 #include "tools/plan/print.hpp"
 
 namespace dualpipe::plan {

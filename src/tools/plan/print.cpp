@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "dualpipe/error.hpp"
+#include "dualpipe/planner/report.hpp"
 
 namespace dualpipe::plan {
 namespace {

@@ -4,10 +4,10 @@
 #include <string>
 #include <vector>
 
+#include "dualpipe/planner/report.hpp"
 #include "dualpipe/schedule/lower.hpp"
 #include "dualpipe/schedule/schedule.hpp"
 #include "dualpipe/schedule/simulate.hpp"
-#include "dualpipe/schedule/timeline.hpp"
 
 // What dualpipe-plan prints. Texts and JSON end in a newline.
 namespace dualpipe::plan {

@@ -10,7 +10,8 @@
 #include <vector>
 
 #include "dualpipe/error.hpp"
-#include "dualpipe/schedule/render.hpp"
+#include "dualpipe/planner/render.hpp"
+#include "dualpipe/planner/report.hpp"
 #include "tools/plan/commands.hpp"
 #include "tools/plan/files.hpp"
 #include "tools/plan/options.hpp"

@@ -1,4 +1,4 @@
-#include "dualpipe/schedule/search.hpp"
+#include "dualpipe/planner/search.hpp"
 
 #include <unistd.h>
 

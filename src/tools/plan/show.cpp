@@ -2,8 +2,9 @@
 #include <memory>
 #include <string>
 
-#include "dualpipe/schedule/explain.hpp"
-#include "dualpipe/schedule/render.hpp"
+#include "dualpipe/planner/explain.hpp"
+#include "dualpipe/planner/render.hpp"
+#include "dualpipe/planner/report.hpp"
 #include "dualpipe/schedule/simulate.hpp"
 #include "tools/plan/commands.hpp"
 #include "tools/plan/costs.hpp"

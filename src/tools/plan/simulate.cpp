@@ -8,8 +8,9 @@
 #include <vector>
 
 #include "dualpipe/error.hpp"
-#include "dualpipe/schedule/memory.hpp"
-#include "dualpipe/schedule/render.hpp"
+#include "dualpipe/planner/memory.hpp"
+#include "dualpipe/planner/render.hpp"
+#include "dualpipe/planner/report.hpp"
 #include "dualpipe/schedule/simulate.hpp"
 #include "tools/plan/commands.hpp"
 #include "tools/plan/costs.hpp"

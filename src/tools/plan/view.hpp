@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "dualpipe/schedule/render.hpp"
+#include "dualpipe/planner/render.hpp"
 #include "tools/plan/options.hpp"
 
 // How pictures are shown, on the command line.

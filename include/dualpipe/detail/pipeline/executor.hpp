@@ -1,0 +1,95 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/detail/pipeline/arrivals.hpp"
+#include "dualpipe/pipeline/batch.hpp"
+#include "dualpipe/pipeline/observer.hpp"
+#include "dualpipe/schedule/lower.hpp"
+#include "dualpipe/schedule/schedule.hpp"
+#include "dualpipe/stage/pair.hpp"
+#include "dualpipe/stage/stage.hpp"
+
+namespace dualpipe {
+
+using LossFn = std::function<at::Tensor(const Tensors& outputs, const Tensors& targets)>;
+
+/// A schedule with the program it was lowered to, proven to finish.
+struct Plan {
+  Schedule schedule;
+  Program program;
+  Publish publish = Publish::early;
+  std::vector<int> placement;  ///< rank of (stage, micro_batch), at stage * num_micro_batches + micro_batch
+
+  int rank_of(int stage, int micro_batch) const {
+    return placement[static_cast<std::size_t>(stage) * schedule.num_micro_batches + micro_batch];
+  }
+};
+/// Lowers and dry-runs.
+///
+/// @param communicates  stages have collectives: their pairs have the gradient first, and the activation behind the
+///                      last collective of the forward. The same on all ranks, as it decides the order of transfers.
+/// @throws InvalidArgument  as `lower` and `dry_run` do.
+Plan make_plan(Schedule schedule, Publish publish, bool communicates = false);
+
+/// What enters one run of a plan on one rank.
+struct RunInputs {
+  std::vector<Batch>
+      micro_batches;      ///< by micro-batch; empty on ranks that feed no inputs, compute no loss and use no extras
+  LossFn loss;            ///< null: outputs only
+  double loss_scale = 1;  ///< gradient that enters each loss
+  std::int64_t step = 0;
+  bool training = true;       ///< false: no graphs are built
+  bool keep_outputs = false;  ///< of the last stage
+  /// Called at the first receive, if at all: what transfers of this plan brought before under the same conditions; what
+  /// is not known yet is filled in. Null: every transfer is taken as it comes.
+  std::function<Arrivals&()> arrivals = nullptr;
+};
+
+class Recorder;
+
+/// What leaves it.
+struct RunOutputs {
+  // On the ranks that run the last stage:
+  std::map<int, at::Tensor> losses;  ///< by micro-batch, unscaled, detached
+  std::map<int, Tensors> outputs;    ///< by micro-batch, detached; with keep_outputs
+
+  /// Has to tell the observers what was still under way, once somebody has waited for it.
+  std::shared_ptr<Recorder> recorder;
+};
+
+/// Interprets one rank's program: the only place where schedule, communicator and stages meet.
+///
+/// Every step runs as the pieces of a pair, also one of a forward or a backward alone. Results leave the rank when they
+/// are there (Publish::early): the activation after the last node of the forward's chain, the input gradient after the
+/// first of the backward's. A collective that ends a chain may still run while the next step computes.
+///
+/// Gradients accumulate into the parameters' `.grad`. Runs on the calling thread. After an exception transfers may be
+/// under way: the caller aborts the communicator.
+class Executor {
+ public:
+  /// @param stages  those this rank holds, by their number; copied, so that nodes added later have no effect.
+  Executor(std::shared_ptr<Communicator> communicator, std::map<int, Stage> stages);
+  Executor(const Executor&) = delete;
+  Executor& operator=(const Executor&) = delete;
+
+  /// @throws CommError  a peer failed. Errors of user code come as Error (InvalidArgument stays InvalidArgument) with
+  ///                    the rank, the pass, stage, node and micro-batch, and the cells of the schedule around it; the
+  ///                    original is nested.
+  RunOutputs run(const Plan& plan, const RunInputs& inputs, const std::vector<std::shared_ptr<Observer>>& observers);
+
+  const std::map<int, Stage>& stages() const noexcept { return stages_; }
+
+ private:
+  std::shared_ptr<Communicator> communicator_;
+  std::map<int, Stage> stages_;
+  PairOrders orders_;
+  bool fills_waits_ = false;  ///< see RunContext
+};
+
+}  // namespace dualpipe

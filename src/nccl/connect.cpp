@@ -1,0 +1,66 @@
+#include <ATen/ATen.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "dualpipe/comm/nccl.hpp"
+#include "nccl/communicator.hpp"
+#include "nccl/cuda.hpp"
+#include "nccl/devices.hpp"
+
+namespace dualpipe {
+namespace {
+
+/// Every rank's text, by rank.
+std::vector<std::string> gather(Communicator& control, const std::string& text) {
+  const detail::PlainTensors plain;
+  at::Tensor bytes = at::empty({static_cast<std::int64_t>(text.size())}, at::kByte);
+  std::memcpy(bytes.mutable_data_ptr(), text.data(), text.size());
+  std::vector<std::string> texts;
+  for (const at::Tensor& each : control.all_gather(bytes).take())
+    texts.emplace_back(static_cast<const char*>(each.const_data_ptr()), static_cast<std::size_t>(each.numel()));
+  return texts;
+}
+
+}  // namespace
+
+std::shared_ptr<Communicator> connect_nccl(const World& world, const NcclOptions& options) {
+  DUALPIPE_CHECK(
+      options.min_ctas >= 0 && options.max_ctas >= 0 && (options.max_ctas == 0 || options.min_ctas <= options.max_ctas),
+      "NcclOptions: min_ctas and max_ctas must be 0 (NCCL's choice) or 1 and more, min not above max; got ",
+      options.min_ctas, " and ", options.max_ctas);
+  const std::shared_ptr<Communicator> control = connect_sockets(world, options.connect);
+
+  // What is wrong on one rank is the same error on all.
+  detail::RankDevice mine{.rank = world.rank, .local_rank = world.local_rank, .local_size = world.local_size};
+  mine.wanted = options.device;
+  std::shared_ptr<detail::NcclApi> nccl;
+  std::string problem;
+  try {
+    std::string why;
+    mine.count = detail::cuda_device_count(why);
+    problem = detail::device_problem(mine, why);
+    if (problem.empty()) {
+      mine.identity = detail::cuda_device_identity(mine.index());
+      nccl = detail::nccl_library(mine.index());
+    }
+  } catch (const std::exception& error) {
+    problem = detail::str("rank ", world.rank, ": ", error.what());
+  }
+  const std::vector<std::string> problems = gather(*control, problem);
+  const std::vector<std::string> identities = gather(*control, mine.identity);
+  for (const std::string& each : problems) DUALPIPE_CHECK(each.empty(), each);
+  const std::string shared = options.share_devices ? detail::sharing_obstacle(identities, detail::nccl_version(),
+                                                                              std::getenv("NCCL_MULTI_RANK_GPU_ENABLE"))
+                                                   : detail::sharing_problem(identities);
+  for (const std::string& each : gather(*control, shared)) DUALPIPE_CHECK(each.empty(), each);
+
+  return detail::NcclCommunicator::world(
+      control, detail::cuda_device(mine.index()), std::move(nccl),
+      {.timeout = options.connect.timeout,
+       .communicator_per_edge = options.communicator_per_edge,
+       .config = {.min_ctas = options.min_ctas, .max_ctas = options.max_ctas, .name = options.connect.name}});
+}
+
+}  // namespace dualpipe

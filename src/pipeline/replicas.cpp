@@ -1,0 +1,120 @@
+#include "dualpipe/detail/pipeline/replicas.hpp"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <unordered_map>
+#include <unordered_set>
+#include <utility>
+
+namespace dualpipe {
+namespace {
+
+/// Appends those of `tensors` that were not seen before.
+void append_new(const Tensors& tensors, std::unordered_set<at::TensorImpl*>& seen, Tensors& into) {
+  for (const at::Tensor& tensor : tensors)
+    if (tensor.defined() && seen.insert(tensor.unsafeGetTensorImpl()).second) into.push_back(tensor);
+}
+
+}  // namespace
+
+Tensors unique_parameters(const std::map<int, Stage>& stages) {
+  std::unordered_set<at::TensorImpl*> seen;
+  Tensors parameters;
+  for (const auto& [number, stage] : stages)
+    if (stage.module()) append_new(stage.module()->parameters(), seen, parameters);
+  return parameters;
+}
+
+Replicas::Replicas(Communicator& communicator, const Schedule& schedule, const std::map<int, Stage>& stages) {
+  // Every rank walks all distinct sets in one order, since `split` is collective.
+  std::vector<std::pair<std::vector<int>, std::vector<int>>> sets;  // ranks, the stages they hold
+  for (int stage = 0; stage < schedule.num_stages; ++stage) {
+    const std::vector<int> ranks = holders(schedule, stage);
+    auto same = std::find_if(sets.begin(), sets.end(), [&](const auto& set) { return set.first == ranks; });
+    if (same == sets.end()) same = sets.insert(sets.end(), {ranks, {}});
+    same->second.push_back(stage);
+  }
+
+  std::unordered_map<at::TensorImpl*, std::size_t> set_of;
+  std::unordered_set<at::TensorImpl*> seen_parameters, seen_buffers;
+  for (std::size_t i = 0; i < sets.size(); ++i) {
+    const auto& [ranks, numbers] = sets[i];
+    const bool member = std::find(ranks.begin(), ranks.end(), communicator.rank()) != ranks.end();
+    std::shared_ptr<Communicator> group;
+    if (ranks.size() > 1) group = communicator.split(member ? 0 : -1, communicator.rank());
+    if (!member) continue;
+    Group mine{std::move(group), {}, {}};
+    for (const int number : numbers) {
+      const auto& module = stages.at(number).module();
+      if (!module) continue;
+      for (const at::Tensor& parameter : module->parameters()) {
+        const auto [entry, added] = set_of.try_emplace(parameter.unsafeGetTensorImpl(), i);
+        DUALPIPE_CHECK(entry->second == i, "stage ", number, " shares a parameter of shape ", parameter.sizes(),
+                       " with a stage that other ranks hold; only stages held by the same ranks can share parameters");
+      }
+      append_new(module->parameters(), seen_parameters, mine.parameters);
+      append_new(module->buffers(), seen_buffers, mine.buffers);
+    }
+    if (communicator.rank() == ranks.front())
+      counted_.insert(counted_.end(), mine.parameters.begin(), mine.parameters.end());
+    if (ranks.size() > 1) groups_.push_back(std::move(mine));
+  }
+}
+
+void Replicas::sum_gradients() {
+  std::vector<Pending> pending;
+  std::vector<at::Tensor> present;  // per group: on how many holders each parameter has a gradient
+  for (Group& group : groups_) {
+    at::Tensor count = at::zeros({static_cast<std::int64_t>(group.parameters.size())}, at::kInt);
+    Tensors gradients;
+    for (std::size_t i = 0; i < group.parameters.size(); ++i) {
+      at::Tensor& gradient = group.parameters[i].mutable_grad();
+      count.mutable_data_ptr<int>()[i] = gradient.defined() ? 1 : 0;
+      if (!gradient.defined())
+        gradient = at::zeros_like(group.parameters[i], at::MemoryFormat::Contiguous);
+      else if (gradient.is_sparse())
+        gradient = gradient.to_dense();
+      else
+        gradient = gradient.contiguous();
+      gradients.push_back(gradient);
+    }
+    present.push_back(count);
+    Communicator& hosts = group.communicator->control();
+    if (&hosts == group.communicator.get())
+      gradients.push_back(count);  // no message of its own
+    else
+      pending.push_back(hosts.all_reduce({count}));
+    pending.push_back(group.communicator->all_reduce(std::move(gradients)));
+  }
+  for (Pending& each : pending) each.wait();
+  for (std::size_t g = 0; g < groups_.size(); ++g)
+    for (std::size_t i = 0; i < groups_[g].parameters.size(); ++i)
+      if (present[g].const_data_ptr<int>()[i] == 0) groups_[g].parameters[i].mutable_grad().reset();
+}
+
+void Replicas::broadcast() {
+  at::NoGradGuard no_grad;
+  std::vector<Pending> pending;
+  for (Group& group : groups_) {
+    Tensors tensors;
+    for (const at::Tensor& parameter : group.parameters) tensors.push_back(parameter.detach());
+    for (const at::Tensor& buffer : group.buffers) tensors.push_back(buffer.detach());
+    pending.push_back(group.communicator->broadcast(std::move(tensors), 0));
+  }
+  for (Pending& each : pending) each.synchronize();  // parameters are right when this returns, or it throws
+}
+
+void Replicas::broadcast_buffers() {
+  at::NoGradGuard no_grad;
+  std::vector<Pending> pending;
+  for (Group& group : groups_) {
+    Tensors tensors;
+    for (const at::Tensor& buffer : group.buffers)
+      if (buffer.is_floating_point()) tensors.push_back(buffer.detach());
+    if (!tensors.empty()) pending.push_back(group.communicator->broadcast(std::move(tensors), 0));
+  }
+  for (Pending& each : pending) each.wait();
+}
+
+}  // namespace dualpipe

@@ -1,0 +1,74 @@
+#include "dualpipe/detail/pipeline/training_plan.hpp"
+
+#include <algorithm>
+#include <fstream>
+#include <iterator>
+#include <sstream>
+#include <utility>
+
+#include "dualpipe/detail/pipeline/agree.hpp"
+#include "dualpipe/schedule/check.hpp"
+#include "dualpipe/schedule/generate.hpp"
+
+namespace dualpipe {
+namespace {
+
+/// The schedule that the options name: a kind, else a file.
+Schedule load_schedule(const DualPipeOptions& options, int num_ranks) {
+  const std::vector<std::string>& kinds = schedule_kinds();
+  if (std::find(kinds.begin(), kinds.end(), options.schedule) != kinds.end())
+    return make_schedule({options.schedule, num_ranks, options.num_micro_batches, options.chunks_per_rank});
+  std::ifstream file(options.schedule, std::ios::binary);
+  if (!file) {
+    std::string names;
+    for (const std::string& kind : kinds) names += (names.empty() ? "" : ", ") + kind;
+    throw InvalidArgument(
+        detail::str("schedule \"", options.schedule, "\" is neither a kind (", names, ") nor a readable CSV file"));
+  }
+  const std::string text{std::istreambuf_iterator<char>(file), {}};
+  Schedule schedule = from_csv(text, options.schedule);
+  check(schedule);
+  const int ranks = static_cast<int>(schedule.ranks.size());
+  DUALPIPE_CHECK(ranks == num_ranks, "schedule ", options.schedule, " is for ", ranks, " ranks, there are ", num_ranks);
+  DUALPIPE_CHECK(schedule.num_micro_batches == options.num_micro_batches, "schedule ", options.schedule, " has ",
+                 schedule.num_micro_batches, " micro-batches, num_micro_batches is ", options.num_micro_batches);
+  return schedule;
+}
+
+}  // namespace
+
+Plan training_plan(const DualPipeOptions& options, int num_ranks) {
+  DUALPIPE_CHECK(options.num_micro_batches >= 1, "num_micro_batches must be at least 1, got ",
+                 options.num_micro_batches);
+  DUALPIPE_CHECK(options.num_ranks == 0 || options.num_ranks == num_ranks, "num_ranks is ", options.num_ranks,
+                 " but the communicator has ", num_ranks, " ranks; start ", options.num_ranks,
+                 " of them or correct num_ranks");
+  DUALPIPE_CHECK(options.batch_dim >= 0, "batch_dim must not be negative, got ", options.batch_dim);
+  return make_plan(load_schedule(options, num_ranks), options.publish);
+}
+
+std::string describe(const DualPipeOptions& options, const Schedule& schedule) {
+  return detail::str("num_micro_batches ", options.num_micro_batches, ", schedule ", options.schedule, " (checksum ",
+                     std::hash<std::string>{}(to_csv(schedule)), "), publish ",
+                     options.publish == Publish::early ? "early" : "atomic", ", loss_reduction ",
+                     options.loss_reduction == LossReduction::mean ? "mean" : "sum", ", batch_dim ", options.batch_dim);
+}
+
+StageTraits traits_of_all(Communicator& communicator, const std::map<int, Stage>& stages) {
+  StageTraits traits;
+  for (const auto& [number, stage] : stages) {
+    if (stage.communicates()) traits.communicate = true;
+    if (stage.has_data_dependent_shapes()) traits.data_dependent_from = std::min(traits.data_dependent_from, number);
+  }
+  const std::string mine = detail::str(traits.communicate ? 1 : 0, ' ', traits.data_dependent_from);
+  for (const std::string& text : all_gather_text(communicator, mine)) {
+    std::istringstream words(text);
+    StageTraits theirs;
+    words >> theirs.communicate >> theirs.data_dependent_from;
+    traits.communicate = traits.communicate || theirs.communicate;
+    traits.data_dependent_from = std::min(traits.data_dependent_from, theirs.data_dependent_from);
+  }
+  return traits;
+}
+
+}  // namespace dualpipe

@@ -1,0 +1,107 @@
+#include "dualpipe/planner/memory.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "dualpipe/error.hpp"
+
+namespace dualpipe {
+namespace {
+
+void check_memory(double amount, const char* what, const std::string& of) {
+  DUALPIPE_CHECK(std::isfinite(amount) && amount >= 0, "the memory of ", what, of,
+                 " must be finite and not negative, got ", amount);
+}
+
+void check_stage(const StageMemory& costs, const std::string& of) {
+  check_memory(costs.activation, "an activation", of);
+  check_memory(costs.weight, "a waiting weight part", of);
+  check_memory(costs.state, "parameters and optimizer", of);
+}
+
+/// What one rank holds as its steps go by.
+class Holder {
+ public:
+  explicit Holder(const std::vector<StageMemory>& stages) : stages_(stages), held_(stages.size(), false) {}
+
+  void run(const Step& step) {
+    begin(step.op);
+    if (step.overlapped) begin(*step.overlapped);
+    end(step.op);
+    if (step.overlapped) end(*step.overlapped);
+  }
+
+  RankMemory result() const {
+    RankMemory result = result_;
+    result.peak = result.state + peak_;
+    return result;
+  }
+
+ private:
+  void begin(const Op& op) {
+    DUALPIPE_CHECK(op.stage >= 0 && op.stage < static_cast<int>(stages_.size()), to_string(op), ": the schedule has ",
+                   stages_.size(), " stages");
+    if (!held_[op.stage]) result_.state += stages_[op.stage].state;
+    held_[op.stage] = true;
+    if (op.pass != Pass::Forward) return;
+    add(stages_[op.stage].activation);
+    result_.peak_activations = std::max(result_.peak_activations, ++activations_);
+  }
+
+  void end(const Op& op) {
+    const StageMemory& costs = stages_[op.stage];
+    if (op.pass == Pass::Backward || op.pass == Pass::BackwardInput) {
+      now_ -= costs.activation;
+      --activations_;
+    }
+    if (op.pass == Pass::BackwardInput) {
+      add(costs.weight);
+      result_.peak_weights = std::max(result_.peak_weights, ++weights_);
+    }
+    if (op.pass == Pass::BackwardWeight) {
+      now_ -= costs.weight;
+      --weights_;
+    }
+  }
+
+  void add(double amount) {
+    now_ += amount;
+    peak_ = std::max(peak_, now_);
+  }
+
+  const std::vector<StageMemory>& stages_;
+  std::vector<bool> held_;
+  RankMemory result_;
+  double now_ = 0, peak_ = 0;
+  int activations_ = 0, weights_ = 0;
+};
+
+}  // namespace
+
+void check(const MemoryCosts& costs, int num_stages) {
+  check_stage({costs.activation, costs.weight, costs.state}, "");
+  DUALPIPE_CHECK(costs.stages.empty() || costs.stages.size() == static_cast<std::size_t>(num_stages), "memory of ",
+                 costs.stages.size(), " stages, but the schedule has ", num_stages);
+  for (std::size_t stage = 0; stage < costs.stages.size(); ++stage)
+    check_stage(costs.stages[stage], detail::str(" of stage ", stage));
+}
+
+std::vector<RankMemory> memory(const Schedule& schedule, const MemoryCosts& costs) {
+  check(costs, schedule.num_stages);
+  std::vector<StageMemory> stages = costs.stages;
+  stages.resize(static_cast<std::size_t>(std::max(0, schedule.num_stages)),
+                {costs.activation, costs.weight, costs.state});
+  std::vector<RankMemory> result;
+  result.reserve(schedule.ranks.size());
+  for (const auto& steps : schedule.ranks) {
+    Holder holder(stages);
+    for (const Step& step : steps) holder.run(step);
+    result.push_back(holder.result());
+  }
+  return result;
+}
+
+}  // namespace dualpipe

@@ -1,0 +1,100 @@
+#include <algorithm>
+#include <cstddef>
+#include <map>
+#include <utility>
+#include <vector>
+
+#include "dualpipe/error.hpp"
+#include "dualpipe/planner/cost_model.hpp"
+
+namespace dualpipe {
+namespace {
+
+StageCosts& operator+=(StageCosts& sum, const StageCosts& stage) {
+  sum.forward += stage.forward;
+  sum.backward += stage.backward;
+  sum.weight += stage.weight;
+  return sum;
+}
+StageCosts operator*(double share, const StageCosts& stage) {
+  return {share * stage.forward, share * stage.backward, share * stage.weight};
+}
+StageMemory& operator+=(StageMemory& sum, const StageMemory& stage) {
+  sum.activation += stage.activation;
+  sum.weight += stage.weight;
+  sum.state += stage.state;
+  return sum;
+}
+StageMemory operator*(double share, const StageMemory& stage) {
+  return {share * stage.activation, share * stage.weight, share * stage.state};
+}
+
+/// New stage s is the stretch [s * from / to, (s + 1) * from / to) of the old ones.
+template <class Stage>
+std::vector<Stage> stretches(const std::vector<Stage>& old, int num_stages) {
+  std::vector<Stage> result(old.empty() ? 0 : static_cast<std::size_t>(num_stages), Stage{0, 0, 0});
+  // Counted in parts of which an old stage has `num_stages` and a new one old.size(), so that nothing is rounded.
+  const auto count = static_cast<long long>(old.size());
+  for (long long stage = 0; stage < static_cast<long long>(result.size()); ++stage)
+    for (long long at = stage * count; at < (stage + 1) * count;) {
+      const long long whole = at / num_stages;
+      const long long end = std::min((stage + 1) * count, (whole + 1) * num_stages);
+      result[stage] += static_cast<double>(end - at) / num_stages * old[whole];
+      at = end;
+    }
+  return result;
+}
+
+std::vector<SendCost> moved(const std::vector<SendCost>& sends, int described, int num_stages) {
+  std::vector<SendCost> result;
+  std::map<std::pair<int, int>, std::vector<double>> links;
+  for (const SendCost& send : sends) {
+    if (send.rank_a != SendCost::any) {
+      links[std::minmax(send.rank_a, send.rank_b)].push_back(send.duration);
+      continue;
+    }
+    if (send.boundary == SendCost::any) {
+      result.push_back(send);
+      continue;
+    }
+    // Boundary b lies (b + 1) / described into the model.
+    const long long place = (send.boundary + 1LL) * num_stages;
+    if (place % described != 0) continue;
+    result.push_back(send);
+    result.back().boundary = static_cast<int>(place / described) - 1;
+  }
+  for (const auto& [ranks, durations] : links) {
+    double sum = 0;
+    for (const double duration : durations) sum += duration;
+    result.push_back(
+        {.rank_a = ranks.first, .rank_b = ranks.second, .duration = sum / static_cast<double>(durations.size())});
+  }
+  return result;
+}
+
+}  // namespace
+
+CostModel spread(const CostModel& model, int described, int num_stages) {
+  DUALPIPE_CHECK(described >= 1 && num_stages >= 1, "costs of ", described, " stages cannot be spread over ",
+                 num_stages);
+  const auto check_length = [&](std::size_t length) {
+    DUALPIPE_CHECK(length == 0 || length == static_cast<std::size_t>(described), "costs of ", length,
+                   " stages, expected ", described);
+  };
+  check_length(model.time.stages.size());
+  check_length(model.memory.stages.size());
+  if (described == num_stages) return model;
+  CostModel result = model;
+  const double share = static_cast<double>(described) / num_stages;
+  Costs& time = result.time;
+  for (double* cost : {&time.forward, &time.backward, &time.weight, &time.pair}) *cost *= share;
+  time.stages = stretches(time.stages, num_stages);
+  time.pairs.clear();
+  time.sends = moved(time.sends, described, num_stages);
+  MemoryCosts& memory = result.memory;
+  for (double* amount : {&memory.activation, &memory.weight, &memory.state}) *amount *= share;
+  memory.stages = stretches(memory.stages, num_stages);
+  return result;
+}
+
+}  // namespace dualpipe

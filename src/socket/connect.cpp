@@ -1,0 +1,330 @@
+#include "socket/connect.hpp"
+
+#include <netinet/tcp.h>
+
+#include <algorithm>
+#include <array>
+#include <asio/ip/tcp.hpp>
+#include <asio/local/stream_protocol.hpp>
+#include <asio/read.hpp>
+#include <asio/steady_timer.hpp>
+#include <asio/write.hpp>
+#include <map>
+#include <optional>
+
+#include "socket/cards.hpp"
+#include "socket/wire.hpp"
+
+namespace dualpipe::detail {
+namespace {
+
+using namespace std::chrono_literals;
+using Socket = asio::generic::stream_protocol::socket;
+using Endpoint = asio::generic::stream_protocol::endpoint;
+using asio::ip::tcp;
+using Unix = asio::local::stream_protocol;
+
+/// One try to reach a peer, and the time a stranger may stay silent.
+constexpr auto kAttempt = 5s;
+constexpr auto kBetweenAttempts = 20ms;
+
+/// The first bytes on a connection, in both directions.
+struct Hello {
+  std::uint64_t magic = wire::kMagic;
+  std::uint32_t version = wire::kVersion;
+  std::int32_t rank = 0;
+  std::int32_t size = 0;
+  std::int32_t epoch = 0;
+  std::array<char, Cards::kTokenLength> token{};  ///< of the listening side
+  std::int64_t clock_ns = 0;
+};
+
+/// What has been done to call a rank.
+struct Calls {
+  std::size_t count = 0;
+  std::map<std::string, std::string> outcomes;  ///< by place, the last of each
+};
+
+/// A connection that is being made.
+struct Attempt {
+  Attempt(asio::io_context& io, Socket connection) : socket(std::move(connection)), timer(io) {}
+  Socket socket;
+  asio::steady_timer timer;
+  std::string place;
+  Hello sent, got;
+};
+
+class MeshBuilder {
+ public:
+  MeshBuilder(const World& world, Rendezvous& rendezvous, int epoch, Rendezvous::Clock::time_point deadline,
+              Route route)
+      : world_(world),
+        epoch_(epoch),
+        deadline_(deadline),
+        cards_(world, rendezvous, route),
+        calls_(static_cast<std::size_t>(world.size)),
+        sockets_(static_cast<std::size_t>(world.size)),
+        offsets_(static_cast<std::size_t>(world.size), 0) {}
+
+  std::vector<Connection> build(asio::io_context& io) {
+    listen();
+    for (int rank = 0; rank < world_.rank; ++rank) call(rank);
+    run_until([this] { return connected() == world_.size - 1; });
+    if (const auto missing = first_missing()) throw failure(*missing, why_missing(*missing));
+    unix_.close();
+    tcp_.close();
+    agree_to_begin();
+    return hand_over(io);
+  }
+
+ private:
+  void listen() {
+    // Open before anybody learns of them.
+    if (!cards_.own().unix_name.empty()) unix_ = Unix::acceptor(io_, unix_endpoint(world_.rank));
+    cards_.exchange();
+    if (cards_.has_far_callers()) {
+      tcp_ = tcp_acceptor();
+      cards_.announce(tcp_.local_endpoint().port());
+    }
+    cards_.read_far_endpoints();
+    if (unix_.is_open()) accept(unix_);
+    if (tcp_.is_open()) accept(tcp_);
+  }
+
+  tcp::acceptor tcp_acceptor() {
+    try {
+      return {io_, tcp::endpoint(tcp::v6(), 0)};  // takes IPv4 as well
+    } catch (const asio::system_error&) {
+      return {io_, tcp::endpoint(tcp::v4(), 0)};
+    }
+  }
+
+  Unix::endpoint unix_endpoint(int rank) const { return {std::string(1, '\0') + cards_[rank].unix_name}; }
+
+  /// What only a rank of this run knows. Anybody else is dropped without an answer.
+  bool is_valid(const Hello& hello, const std::string& token) const {
+    return hello.magic == wire::kMagic && hello.version == wire::kVersion && hello.size == world_.size &&
+           hello.epoch == epoch_ && std::equal(token.begin(), token.end(), hello.token.begin(), hello.token.end());
+  }
+
+  Hello hello(const std::string& token) const {
+    Hello own;
+    own.rank = world_.rank;
+    own.size = world_.size;
+    own.epoch = epoch_;
+    std::copy(token.begin(), token.end(), own.token.begin());
+    own.clock_ns = now_ns();
+    return own;
+  }
+
+  std::shared_ptr<Attempt> attempt(Socket socket) {
+    auto result = std::make_shared<Attempt>(io_, std::move(socket));
+    result->timer.expires_after(kAttempt);
+    result->timer.async_wait([weak = std::weak_ptr(result)](const asio::error_code& error) {
+      const auto late = weak.lock();
+      if (!error && late) late->socket.close();
+    });
+    return result;
+  }
+
+  template <class Acceptor>
+  void accept(Acceptor& acceptor) {
+    acceptor.async_accept([this, &acceptor](const asio::error_code& error, auto socket) {
+      if (error == asio::error::operation_aborted) return;
+      if (error && error != asio::error::connection_aborted)
+        throw asio::system_error(error, "cannot accept connections");
+      if (!error) greet(attempt(Socket(std::move(socket))));
+      accept(acceptor);
+    });
+  }
+
+  /// Somebody has connected.
+  void greet(const std::shared_ptr<Attempt>& attempt) {
+    asio::async_read(
+        attempt->socket, asio::buffer(&attempt->got, sizeof(Hello)),
+        [this, attempt](const asio::error_code& error, std::size_t) {
+          const Hello& got = attempt->got;
+          if (error || !is_valid(got, cards_.own().token) || got.rank <= world_.rank || got.rank >= world_.size) return;
+          attempt->sent = hello(cards_.own().token);
+          asio::async_write(attempt->socket, asio::buffer(&attempt->sent, sizeof(Hello)),
+                            [this, attempt](const asio::error_code& failed, std::size_t) {
+                              if (!failed) keep(attempt->got.rank, *attempt, now_ns() - attempt->got.clock_ns);
+                            });
+        });
+  }
+
+  /// What follows an operation of a call: `step`, or another call.
+  template <class Step>
+  auto then(int rank, const std::shared_ptr<Attempt>& attempt, const Step& step) {
+    return [this, rank, attempt, step](const asio::error_code& error, std::size_t = 0) {
+      if (error)
+        call_again(rank, attempt, error == asio::error::operation_aborted ? "no answer" : error.message());
+      else
+        step();
+    };
+  }
+
+  /// Connects to a lower rank, again and again.
+  void call(int rank) {
+    Calls& calls = this->calls(rank);
+    auto attempt = this->attempt(Socket(io_));
+    Endpoint endpoint;
+    if (cards_.is_near(rank)) {
+      endpoint = unix_endpoint(rank);
+      attempt->place = "its Unix domain socket";
+    } else if (const auto& endpoints = cards_[rank].endpoints; !endpoints.empty()) {
+      const tcp::endpoint& next = endpoints[calls.count++ % endpoints.size()];
+      endpoint = next;
+      attempt->place = str(next);
+    } else {
+      attempt->place = "an address";
+      return call_again(rank, attempt, "its host has none");
+    }
+    calls.outcomes.emplace(attempt->place, "no answer");
+
+    const auto finish = then(rank, attempt, [=, this] {
+      if (!is_valid(attempt->got, cards_[rank].token) || attempt->got.rank != rank)
+        return call_again(rank, attempt, "somebody else answers");
+      keep(rank, *attempt, (attempt->sent.clock_ns + now_ns()) / 2 - attempt->got.clock_ns);
+    });
+    const auto read_answer = then(
+        rank, attempt, [=] { asio::async_read(attempt->socket, asio::buffer(&attempt->got, sizeof(Hello)), finish); });
+    const auto write_hello = then(rank, attempt, [=, this] {
+      attempt->sent = hello(cards_[rank].token);
+      asio::async_write(attempt->socket, asio::buffer(&attempt->sent, sizeof(Hello)), read_answer);
+    });
+    attempt->socket.async_connect(endpoint, write_hello);
+  }
+
+  void call_again(int rank, const std::shared_ptr<Attempt>& failed, const std::string& problem) {
+    calls(rank).outcomes[failed->place] = problem;
+    failed->socket = Socket(io_);  // closes it
+    failed->timer.expires_after(kBetweenAttempts);
+    failed->timer.async_wait([this, rank, failed](const asio::error_code& error) {
+      if (error) return;
+      cards_.read_again(rank);
+      call(rank);
+    });
+  }
+
+  void keep(int rank, Attempt& attempt, std::int64_t clock_offset_ns) {
+    attempt.timer.cancel();
+    Socket& socket = attempt.socket;
+    if (socket.local_endpoint().protocol().family() != AF_UNIX) {
+      socket.set_option(tcp::no_delay(true));
+      // An idle connection notices within half a minute that a host has lost its power or its network. Where bytes are
+      // under way the deadlines of the operations do.
+      const int fd = socket.native_handle();
+      const auto set = [fd](int level, int option, int value) {
+        ::setsockopt(fd, level, option, &value, sizeof value);
+      };
+      set(SOL_SOCKET, SO_KEEPALIVE, 1);
+      set(IPPROTO_TCP, TCP_KEEPIDLE, 10);
+      set(IPPROTO_TCP, TCP_KEEPINTVL, 5);
+      set(IPPROTO_TCP, TCP_KEEPCNT, 3);
+    }
+    sockets_[static_cast<std::size_t>(rank)] = std::move(socket);
+    offsets_[static_cast<std::size_t>(rank)] = cards_.is_near(rank) ? 0 : clock_offset_ns;
+  }
+
+  /// A byte to and from everybody, sent by those that have all their connections.
+  void agree_to_begin() {
+    std::vector<bool> ready(sockets_.size(), false);
+    ready[static_cast<std::size_t>(world_.rank)] = true;
+    std::vector<std::uint8_t> bytes(sockets_.size(), 0);
+    std::optional<int> gone;
+    int unsent = world_.size - 1;
+    static constexpr std::uint8_t kReady = 'R';
+    for (std::size_t i = 0; i < sockets_.size(); ++i) {
+      if (ready[i]) continue;
+      const auto note = [&, i](const asio::error_code& error) {
+        if (error) gone = static_cast<int>(i);
+      };
+      asio::async_write(*sockets_[i], asio::buffer(&kReady, 1), [&, note](const asio::error_code& error, std::size_t) {
+        note(error);
+        --unsent;
+      });
+      asio::async_read(*sockets_[i], asio::buffer(&bytes[i], 1),
+                       [&, note, i](const asio::error_code& error, std::size_t) {
+                         note(error);
+                         ready[i] = true;
+                       });
+    }
+    run_until([&] { return gone || (unsent == 0 && std::find(ready.begin(), ready.end(), false) == ready.end()); });
+    if (gone) throw failure(*gone, "gave up while the ranks were connecting");
+    const auto late = std::find(ready.begin(), ready.end(), false);
+    if (late != ready.end())
+      throw failure(static_cast<int>(late - ready.begin()), "is connected but still waits for others");
+  }
+
+  std::vector<Connection> hand_over(asio::io_context& io) {
+    std::vector<Connection> result;
+    for (std::size_t i = 0; i < sockets_.size(); ++i) {
+      Socket socket(io);
+      if (sockets_[i]) {
+        const auto protocol = sockets_[i]->local_endpoint().protocol();
+        socket.assign(protocol, sockets_[i]->release());
+      }
+      result.push_back({static_cast<int>(i), std::move(socket), offsets_[i]});
+    }
+    return result;
+  }
+
+  template <class Condition>
+  void run_until(const Condition& condition) {
+    try {
+      io_.restart();
+      while (!condition() && io_.run_one_until(deadline_) > 0) {
+      }
+    } catch (const asio::system_error& error) {
+      throw CommError(world_.rank, "rendezvous", str("rank ", world_.rank, ": ", error.what()));
+    }
+  }
+
+  int connected() const {
+    return static_cast<int>(
+        std::count_if(sockets_.begin(), sockets_.end(), [](const auto& socket) { return socket.has_value(); }));
+  }
+  std::optional<int> first_missing() const {
+    for (int rank = 0; rank < world_.size; ++rank)
+      if (rank != world_.rank && !sockets_[static_cast<std::size_t>(rank)]) return rank;
+    return std::nullopt;
+  }
+  std::string why_missing(int rank) {
+    const std::string advice =
+        cards_.is_near(rank) ? "" : "; is there a firewall between the hosts? All TCP ports must be open";
+    std::string places;
+    const auto add = [&](const auto&... place) { places += str(places.empty() ? "" : ", ", place...); };
+    if (rank < world_.rank) {
+      for (const auto& [place, outcome] : calls(rank).outcomes) add(place, " (", outcome, ")");
+      return "has started but cannot be reached at " + places + advice;
+    }
+    if (cards_.is_near(rank)) return "has started but does not connect";
+    for (const tcp::endpoint& place : cards_.own().endpoints) add(place);
+    return "has started but does not connect to this one at " + places + advice;
+  }
+  CommError failure(int rank, const std::string& what) const {
+    return {rank, "rendezvous", str("rank ", world_.rank, ": rank ", rank, " ", what)};
+  }
+  Calls& calls(int rank) { return calls_[static_cast<std::size_t>(rank)]; }
+
+  const World& world_;
+  const int epoch_;
+  const Rendezvous::Clock::time_point deadline_;
+  Cards cards_;
+  std::vector<Calls> calls_;
+  asio::io_context io_{1};  // its own: what is left to do on it ends with this object
+  Unix::acceptor unix_{io_};
+  tcp::acceptor tcp_{io_};
+  std::vector<std::optional<Socket>> sockets_;
+  std::vector<std::int64_t> offsets_;
+};
+
+}  // namespace
+
+std::vector<Connection> connect_mesh(asio::io_context& io, const World& world, Rendezvous& rendezvous, int epoch,
+                                     Rendezvous::Clock::time_point deadline, Route route) {
+  return MeshBuilder(world, rendezvous, epoch, deadline, route).build(io);
+}
+
+}  // namespace dualpipe::detail

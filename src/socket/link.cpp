@@ -1,0 +1,286 @@
+#include "socket/link.hpp"
+
+#include <linux/sockios.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include <algorithm>
+#include <array>
+#include <asio/post.hpp>
+#include <asio/read.hpp>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "socket/wire.hpp"
+
+namespace dualpipe::detail {
+namespace {
+
+/// Messages that have arrived before anybody wants them may take this much memory per peer; then reading pauses.
+constexpr std::int64_t kHeldBack = 64 << 20;
+/// A message up to this size is written by the thread that sends it; copying more would cost it more than waking the
+/// I/O thread.
+constexpr std::uint64_t kDirectWrite = 64 << 10;
+/// Heads and small payloads are read through a buffer, several messages at a time.
+constexpr std::size_t kBuffer = 64 << 10;
+/// Pieces of memory per system call.
+constexpr std::size_t kPieces = 64;
+
+/// The pieces of `head` and `parcel` from byte `skip` on.
+std::size_t gather(const std::string& head, const Parcel* parcel, std::uint64_t skip,
+                   std::array<iovec, kPieces>& pieces) {
+  std::size_t count = 0;
+  const auto add = [&](const void* data, std::size_t size) {
+    if (skip >= size) {
+      skip -= size;
+      return;
+    }
+    pieces[count++] = {const_cast<char*>(static_cast<const char*>(data)) + skip, size - skip};
+    skip = 0;
+  };
+  add(head.data(), head.size());
+  if (parcel == nullptr) return count;
+  for (const at::Tensor& tensor : parcel->tensors()) {
+    if (count == pieces.size()) break;
+    if (tensor.defined()) add(tensor.data_ptr(), tensor.nbytes());
+  }
+  return count;
+}
+
+}  // namespace
+
+Link::Link(Connection connection, LinkOwner& owner)
+    : peer_(connection.peer),
+      owner_(owner),
+      socket_(std::move(connection.socket)),
+      handle_(socket_.native_handle()),
+      local_(socket_.local_endpoint().protocol().family() == AF_UNIX),
+      clock_offset_ns_(connection.clock_offset_ns),
+      buffer_(kBuffer) {}
+
+// ---- writing
+
+void Link::send(const Message& message, std::shared_ptr<Transfer> transfer) {
+  const std::uint64_t payload = wire::payload_bytes(message.parcel->tensors());
+  enqueue({wire::message_frame(message.header, payload), payload, message.parcel, std::move(transfer)});
+}
+
+void Link::say_goodbye() { enqueue({wire::goodbye_frame()}); }
+
+void Link::abort(int origin, const std::string& reason) {
+  {
+    const std::lock_guard lock(mutex_);
+    while (!queue_.empty() && queue_.back().sent == 0) queue_.pop_back();
+  }
+  enqueue({wire::abort_frame(origin, reason)});
+}
+
+void Link::enqueue(Outgoing outgoing) {
+  Finished finished;
+  {
+    const std::lock_guard lock(mutex_);
+    if (broken_) return;
+    const bool directly = queue_.empty() && !writer_scheduled_ && outgoing.payload <= kDirectWrite;
+    queue_.push_back(std::move(outgoing));
+    if (directly) write(finished);
+    if (!queue_.empty() && !writer_scheduled_) {
+      writer_scheduled_ = true;
+      asio::post(socket_.get_executor(), [self = shared_from_this()] { self->continue_writing(); });
+    }
+  }
+  report(finished);
+}
+
+void Link::write(Finished& finished) {
+  std::array<iovec, kPieces> pieces;
+  while (!queue_.empty()) {
+    Outgoing& front = queue_.front();
+    msghdr message{};
+    message.msg_iov = pieces.data();
+    message.msg_iovlen = gather(front.head, front.parcel.get(), front.sent, pieces);
+    const ssize_t written = ::sendmsg(handle_, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (written < 0) {
+      if (errno == EINTR) continue;
+      if (errno == EAGAIN || errno == EWOULDBLOCK) return;
+      // The reader learns why: a goodbye or an abort may still be on its way here.
+      broken_ = true;
+      queue_.clear();
+      return;
+    }
+    front.sent += static_cast<std::uint64_t>(written);
+    if (front.sent < front.head.size() + front.payload) continue;
+    if (front.transfer) finished.push_back(std::move(front.transfer));
+    queue_.pop_front();
+  }
+}
+
+void Link::continue_writing() {
+  Finished finished;
+  {
+    const std::lock_guard lock(mutex_);
+    write(finished);
+    writer_scheduled_ = !queue_.empty();
+    if (writer_scheduled_) {
+      socket_.async_wait(asio::socket_base::wait_write,
+                         [self = shared_from_this()](const asio::error_code&) { self->continue_writing(); });
+    }
+  }
+  report(finished);
+}
+
+void Link::report(const Finished& finished) {
+  for (const auto& transfer : finished) owner_.sent(transfer);
+}
+
+bool Link::flushed() const {
+  if (over_) return true;  // the peer is gone, or knows more than this rank could tell it
+  const std::lock_guard lock(mutex_);
+  if (broken_) return true;
+  if (!queue_.empty()) return false;
+  // What TCP has not delivered when a socket with unread input is closed would be lost. A Unix domain socket has
+  // delivered all.
+  int unacknowledged = 0;
+  return local_ || ::ioctl(handle_, SIOCOUTQ, &unacknowledged) != 0 || unacknowledged == 0;
+}
+
+// ---- reading
+
+template <class Action>
+void Link::guarded(const Action& action) noexcept {
+  try {
+    try {
+      action();
+    } catch (const wire::Malformed& error) {
+      over_ = true;
+      owner_.lost(*this, str("sent something that is no message: ", error.what()));
+    } catch (const std::exception& error) {  // above all: no memory
+      over_ = true;
+      owner_.failed_here(str("cannot receive ", incoming_bytes_, " bytes from rank ", peer_, ": ", error.what()));
+    }
+  } catch (...) {
+    over_ = true;  // not even an error message can be had; the deadlines remain
+  }
+}
+
+void Link::start_reading() {
+  asio::post(socket_.get_executor(), [self = shared_from_this()] { self->read_more(); });
+}
+
+void Link::read_more() {
+  // Room for the rest of a head, at least.
+  if (begin_ > 0) {
+    std::memmove(buffer_.data(), buffer_.data() + begin_, end_ - begin_);
+    end_ -= begin_;
+    begin_ = 0;
+  }
+  socket_.async_read_some(asio::buffer(buffer_.data() + end_, buffer_.size() - end_),
+                          [self = shared_from_this()](const asio::error_code& error, std::size_t bytes) {
+                            if (error) return self->ended(error);
+                            self->end_ += bytes;
+                            self->guarded([&] { self->parse(); });
+                          });
+}
+
+void Link::parse() {
+  while (!over_ && parse_frame()) {
+    if (!missing_.empty()) {
+      asio::async_read(socket_, missing_, [self = shared_from_this()](const asio::error_code& error, std::size_t) {
+        if (error) return self->ended(error);
+        self->guarded([&] {
+          self->missing_.clear();
+          self->finish_message();
+          if (!self->hold_back()) self->parse();
+        });
+      });
+      return;
+    }
+    if (hold_back()) return;
+  }
+  if (!over_) read_more();
+}
+
+bool Link::parse_frame() {
+  const std::string_view available(buffer_.data() + begin_, end_ - begin_);
+  if (available.size() < sizeof(wire::Prefix)) return false;
+  const wire::Prefix prefix = wire::read_prefix(available.substr(0, sizeof(wire::Prefix)));
+  const std::size_t head_end = sizeof(wire::Prefix) + prefix.head_bytes;
+  if (available.size() < head_end) {
+    if (buffer_.size() < head_end) buffer_.resize(head_end);
+    return false;
+  }
+  const std::string_view head = available.substr(sizeof(wire::Prefix), prefix.head_bytes);
+  begin_ += head_end;
+  if (prefix.kind == wire::Kind::goodbye) {
+    over_ = true;
+    owner_.said_goodbye(*this);
+    return true;
+  }
+  if (prefix.kind == wire::Kind::abort) {
+    const wire::Abort abort = wire::read_abort(head);
+    over_ = true;
+    owner_.aborted(*this, abort.origin, abort.reason);
+    return true;
+  }
+
+  incoming_bytes_ = prefix.payload_bytes;
+  incoming_.header = wire::read_header(head);
+  // The offset is an estimate, but nothing arrives before it was sent.
+  incoming_.header.issued_ns = std::min(incoming_.header.issued_ns + clock_offset_ns_, now_ns());
+  Tensors tensors = wire::allocate(incoming_.header, prefix.payload_bytes);
+  for (const at::Tensor& tensor : tensors) {
+    if (!tensor.defined() || tensor.nbytes() == 0) continue;
+    char* const data = static_cast<char*>(tensor.data_ptr());
+    const std::size_t here = std::min(tensor.nbytes(), end_ - begin_);
+    std::memcpy(data, buffer_.data() + begin_, here);
+    begin_ += here;
+    if (here < tensor.nbytes()) missing_.emplace_back(data + here, tensor.nbytes() - here);
+  }
+  incoming_.parcel = Parcel::of_fresh(std::move(tensors));
+  if (missing_.empty()) finish_message();
+  return true;
+}
+
+void Link::finish_message() {
+  const auto bytes = static_cast<std::int64_t>(incoming_bytes_);
+  held_ += bytes;
+  incoming_.accepted = [link = weak_from_this(), bytes] {
+    if (const auto self = link.lock()) self->taken(bytes);
+  };
+  owner_.arrived(*this, std::exchange(incoming_, {}));
+}
+
+bool Link::hold_back() {
+  const auto enough = [this] { return held_ > kHeldBack && owner_.may_hold_back(); };
+  if (!enough()) return false;
+  paused_ = true;
+  // Whoever changes what enough() says looks at paused_ afterwards.
+  if (enough()) return true;
+  return !paused_.exchange(false);
+}
+
+void Link::taken(std::int64_t bytes) {
+  held_ -= bytes;
+  if (held_ <= kHeldBack) resume();
+}
+
+void Link::resume() {
+  if (!paused_) return;
+  asio::post(socket_.get_executor(), [self = shared_from_this()] {
+    if (self->paused_.exchange(false)) self->guarded([&] { self->parse(); });
+  });
+}
+
+void Link::ended(const asio::error_code& error) {
+  if (over_ || error == asio::error::operation_aborted) return;
+  over_ = true;
+  const bool closed = error == asio::error::eof || error == asio::error::connection_reset;
+  guarded([&] {
+    owner_.lost(
+        *this, closed ? "closed its connection without saying goodbye (killed?)"
+                      : str("cannot be reached any more (", error.message(), "): has its host or the network failed?"));
+  });
+}
+
+}  // namespace dualpipe::detail

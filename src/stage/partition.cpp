@@ -1,0 +1,169 @@
+#include "dualpipe/stage/partition.hpp"
+
+#include <torch/nn/module.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <set>
+#include <string_view>
+#include <utility>
+
+namespace dualpipe {
+namespace {
+
+/// Costs of the layers before each layer, and of all. A stage [i, j) costs sum[j] - sum[i].
+std::vector<double> running_sum(const std::vector<double>& costs) {
+  std::vector<double> sum(costs.size() + 1, 0);
+  std::partial_sum(costs.begin(), costs.end(), sum.begin() + 1);
+  return sum;
+}
+
+/// The end of the longest stage from `begin` that costs at most `limit`; `begin` itself where not even one layer fits.
+int farthest(const std::vector<double>& sum, int begin, double limit) {
+  const auto end = std::upper_bound(sum.begin() + begin, sum.end(), limit,
+                                    [&](double bound, double until) { return until - sum[begin] > bound; });
+  return static_cast<int>(end - sum.begin()) - 1;
+}
+
+bool fits(const std::vector<double>& sum, int num_stages, double limit) {
+  const int num_layers = static_cast<int>(sum.size()) - 1;
+  int position = 0;
+  for (int stage = 0; stage < num_stages && position < num_layers; ++stage) {
+    const int next = farthest(sum, position, limit);
+    if (next == position) return false;
+    position = next;
+  }
+  return position == num_layers;
+}
+
+/// The smallest number that a costliest stage can have, exactly: bisection until no number lies between.
+double cheapest_limit(const std::vector<double>& sum, int num_stages) {
+  double too_small = 0;
+  double enough = sum.back();
+  for (;;) {
+    const double middle = too_small + (enough - too_small) / 2;
+    if (middle <= too_small || middle >= enough) return enough;
+    (fits(sum, num_stages, middle) ? enough : too_small) = middle;
+  }
+}
+
+/// An equal share of the layers from `begin` on for each of `num_stages` stages, where a layer that costs more than a
+/// share is a stage of its own and what is left is shared among the others.
+double fair_share(const std::vector<double>& costs, int begin, int num_stages) {
+  double share = std::numeric_limits<double>::infinity();
+  for (int sharing = 0;;) {
+    double rest = 0;
+    int large = 0;
+    for (auto cost = costs.begin() + begin; cost != costs.end(); ++cost) {
+      if (*cost > share) {
+        ++large;
+      } else {
+        rest += *cost;
+      }
+    }
+    if (num_stages - large == sharing || large >= num_stages) return share;
+    sharing = num_stages - large;
+    share = rest / sharing;
+  }
+}
+
+void check_costs(const std::vector<double>& costs, int num_stages) {
+  DUALPIPE_CHECK(num_stages >= 1, "a model needs at least one stage, got ", num_stages);
+  DUALPIPE_CHECK(costs.size() >= static_cast<std::size_t>(num_stages), "each stage needs a layer: got ", costs.size(),
+                 " layers for ", num_stages, " stages");
+  for (std::size_t i = 0; i < costs.size(); ++i) {
+    DUALPIPE_CHECK(std::isfinite(costs[i]) && costs[i] > 0, "the cost of layer ", i,
+                   " must be positive and finite, got ", costs[i]);
+  }
+  const double total = std::accumulate(costs.begin(), costs.end(), 0.0);
+  DUALPIPE_CHECK(std::isfinite(total), "the costs of the layers add up to more than a double holds; scale them down");
+}
+
+void check_layers(const std::vector<NamedLayer>& layers) {
+  std::set<std::string_view> names;
+  for (const auto& layer : layers) {
+    const std::string padded = "." + layer.name + ".";
+    DUALPIPE_CHECK(padded.find("..") == std::string::npos,
+                   "a layer's name must not be empty, nor any part of it between dots, got '", layer.name, "'");
+    DUALPIPE_CHECK(layer.make != nullptr, "layer '", layer.name, "' has no function that makes it");
+    DUALPIPE_CHECK(names.insert(layer.name).second, "two layers are named '", layer.name, "'");
+  }
+  for (const auto name : names) {
+    for (auto dot = name.find('.'); dot != std::string_view::npos; dot = name.find('.', dot + 1)) {
+      DUALPIPE_CHECK(!names.contains(name.substr(0, dot)), "layer '", name, "' lies inside of layer '",
+                     name.substr(0, dot), "': their checkpoint keys could collide");
+    }
+  }
+}
+
+/// Holds the layers of a stage, or those below one level of their names.
+class Level : public torch::nn::Module {
+ public:
+  Level() : torch::nn::Module("Stage") {}
+
+  void insert(const std::string& path, std::shared_ptr<torch::nn::Module> module) {
+    const auto dot = path.find('.');
+    if (dot == std::string::npos) {
+      register_module(path, std::move(module));
+      return;
+    }
+    auto& level = levels_[path.substr(0, dot)];
+    if (!level) level = register_module(path.substr(0, dot), std::make_shared<Level>());
+    level->insert(path.substr(dot + 1), std::move(module));
+  }
+
+ private:
+  std::map<std::string, std::shared_ptr<Level>> levels_;
+};
+
+}  // namespace
+
+std::vector<int> balance(const std::vector<double>& costs, int num_stages) {
+  check_costs(costs, num_stages);
+  const auto sum = running_sum(costs);
+  const double limit = cheapest_limit(sum, num_stages);
+  const int num_layers = static_cast<int>(costs.size());
+
+  std::vector<int> stages_needed(costs.size() + 1, 0);  // for the layers from here on
+  for (int i = num_layers - 1; i >= 0; --i) stages_needed[i] = 1 + stages_needed[farthest(sum, i, limit)];
+
+  std::vector<int> cuts{0};
+  for (int left = num_stages - 1; left >= 0; --left) {  // stages after this one
+    const int begin = cuts.back();
+    const int last = std::min(farthest(sum, begin, limit), num_layers - left);
+    int first = begin + 1;
+    while (stages_needed[first] > left) ++first;
+    const double share = sum[begin] + fair_share(costs, begin, left + 1);
+    int cut = static_cast<int>(std::lower_bound(sum.begin() + first, sum.begin() + last, share) - sum.begin());
+    if (cut > first && share - sum[cut - 1] <= sum[cut] - share) --cut;
+    cuts.push_back(cut);
+  }
+  return cuts;
+}
+
+StageFactory split(std::vector<NamedLayer> layers, int num_stages, std::vector<double> costs) {
+  check_layers(layers);
+  if (costs.empty()) costs.assign(layers.size(), 1.0);
+  DUALPIPE_CHECK(costs.size() == layers.size(), "one cost per layer: got ", costs.size(), " costs for ", layers.size(),
+                 " layers");
+  return [layers = std::move(layers), cuts = balance(costs, num_stages)](int stage) {
+    const int num_parts = static_cast<int>(cuts.size()) - 1;
+    DUALPIPE_CHECK(stage >= 0 && stage < num_parts, "the model is split into stages 0 to ", num_parts - 1,
+                   ", got stage ", stage);
+    auto module = std::make_shared<Level>();
+    Stage result(module);
+    for (int i = cuts[stage]; i < cuts[stage + 1]; ++i) {
+      const Stage layer = layers[i].make();
+      if (layer.module()) module->insert(layers[i].name, layer.module());
+      result.append(layers[i].name, layer);
+    }
+    return result;
+  };
+}
+
+}  // namespace dualpipe

@@ -1,0 +1,495 @@
+#include "dualpipe/stage/stage.hpp"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "dualpipe/error.hpp"
+#include "dualpipe/stage/as_stage.hpp"
+
+namespace dualpipe {
+namespace {
+
+using testing::HasSubstr;
+using torch::Tensor;
+
+Tensor random(at::IntArrayRef sizes) { return torch::randn(sizes, torch::kDouble); }
+Tensor input(at::IntArrayRef sizes) { return random(sizes).requires_grad_(); }
+
+const Tensors& no_extras() {
+  static const Tensors none;
+  return none;
+}
+StageContext context(int stage = 0, bool training = true) { return {stage, 5, 0, training, no_extras()}; }
+
+std::string error_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const InvalidArgument& error) {
+    return error.what();
+  }
+  return "no InvalidArgument";
+}
+
+TEST(Stage, OutputsAreDetachedAndKeepWhetherTheyRequireGrad) {
+  const Tensor w = input({4, 4});
+  Stage stage;
+  stage.compute("f", [&](const Tensors& x, const StageContext&) -> Tensors {
+    return {x[0].mm(w), x[1], x[0].detach(), Tensor(), x[0]};
+  });
+  const Tensor x = input({3, 4}), integers = torch::arange(3);
+  const auto activation = stage.forward({x, integers}, context());
+  ASSERT_EQ(activation.outputs.size(), 5U);
+  EXPECT_TRUE(activation.outputs[0].requires_grad());
+  EXPECT_TRUE(activation.outputs[0].is_leaf());
+  EXPECT_TRUE(torch::equal(activation.outputs[0], x.mm(w)));
+  EXPECT_TRUE(torch::equal(activation.outputs[1], integers));
+  EXPECT_FALSE(activation.outputs[1].requires_grad());
+  EXPECT_FALSE(activation.outputs[2].requires_grad());
+  EXPECT_FALSE(activation.outputs[3].defined());
+  EXPECT_TRUE(activation.outputs[4].requires_grad());
+  EXPECT_TRUE(activation.outputs[4].is_alias_of(x));
+  EXPECT_FALSE(activation.loss.defined());
+}
+
+TEST(Stage, NodesRunInOrderAsOneGraph) {
+  const Tensor w = input({4, 4});
+  Stage stage;
+  stage.compute("first", [&](const Tensors& x, const StageContext&) -> Tensors { return {x[0].mm(w), x[0]}; })
+      .compute("second", [&](const Tensors& h, const StageContext& c) -> Tensors {
+        EXPECT_EQ(h.size(), 2U);
+        EXPECT_EQ(c.micro_batch, 5);
+        return {torch::tanh(h[0]).mm(w) + h[1] * c.extras.at(0)};
+      });
+  EXPECT_THAT(stage.node_names(), testing::ElementsAre("first", "second"));
+  const Tensors extras{random({4})};
+  const Tensor x = input({3, 4}), g = random({3, 4});
+  auto activation = stage.forward({x}, StageContext{0, 5, 0, true, extras});
+  const Tensors gradients = activation.backward_input({g});
+  EXPECT_FALSE(w.grad().defined());
+  activation.backward_weight();
+
+  const Tensor plain_w = w.detach().clone().requires_grad_();
+  (torch::tanh(x.mm(plain_w)).mm(plain_w) + x * extras[0]).backward(g);
+  EXPECT_TRUE(torch::equal(gradients[0], x.grad()));
+  EXPECT_TRUE(torch::equal(w.grad(), plain_w.grad()));
+}
+
+TEST(Stage, WithoutNodesReturnsItsInputs) {
+  const Tensor x = input({3, 4}), g = random({3, 4});
+  auto activation = Stage().forward({x}, context());
+  EXPECT_TRUE(activation.outputs.at(0).is_alias_of(x));
+  EXPECT_TRUE(torch::equal(activation.backward({g}).at(0), g));
+}
+
+TEST(Stage, LossRunsInTheSameGraph) {
+  const Tensor w = input({4, 4}), target = random({3, 4}), x = input({3, 4});
+  Stage stage;
+  stage.compute("f", [&](const Tensors& in, const StageContext&) -> Tensors { return {in[0].mm(w)}; });
+  for (const bool whole : {true, false}) {
+    w.mutable_grad() = Tensor();
+    x.mutable_grad() = Tensor();
+    auto activation = stage.forward({x}, context(), [&](const Tensors& out) {
+      EXPECT_TRUE(out.at(0).requires_grad());
+      return torch::mse_loss(out.at(0), target).reshape({1, 1});
+    });
+    EXPECT_EQ(activation.loss.dim(), 0);
+    EXPECT_FALSE(activation.loss.requires_grad());
+    EXPECT_TRUE(activation.outputs.at(0).requires_grad());
+    const Tensor scale = torch::tensor(0.25, torch::kDouble);
+    Tensors gradients;
+    if (whole) {
+      gradients = activation.backward({scale});
+    } else {
+      gradients = activation.backward_input({scale});
+      activation.backward_weight();
+    }
+    const Tensor plain_w = w.detach().clone().requires_grad_();
+    const Tensor loss = torch::mse_loss(x.mm(plain_w), target);
+    loss.backward(scale);
+    EXPECT_TRUE(torch::equal(activation.loss, loss));
+    EXPECT_TRUE(torch::equal(gradients.at(0), x.grad()));
+    EXPECT_TRUE(torch::equal(w.grad(), plain_w.grad()));
+  }
+}
+
+TEST(Stage, ALossWithoutGradientLetsNothingFlow) {
+  const Stage stage = as_stage(torch::nn::Identity());
+  auto activation = stage.forward({random({3, 4})}, context(), [](const Tensors& out) { return out[0].mean(); });
+  const Tensors gradients = activation.backward_input({torch::ones({}, torch::kDouble)});
+  activation.backward_weight();
+  ASSERT_EQ(gradients.size(), 1U);
+  EXPECT_FALSE(gradients[0].defined());
+}
+
+TEST(Stage, RefusesALossThatIsNotOneNumber) {
+  const Stage stage = as_stage(torch::nn::Identity());
+  auto message = [&](const Tensor& loss) {
+    return error_of([&] { stage.forward({input({3, 4})}, context(3), [&](const Tensors&) { return loss; }); });
+  };
+  EXPECT_THAT(message(random({3})), HasSubstr("the loss of stage 3 must be one element, got sizes [3]"));
+  EXPECT_THAT(message(torch::zeros({0})), HasSubstr("got sizes [0]"));
+  EXPECT_THAT(message(torch::ones({}, torch::kLong)), HasSubstr("must be floating point, got Long"));
+  EXPECT_THAT(message(Tensor()), HasSubstr("undefined"));
+}
+
+TEST(Stage, ChecksTheNumberOfInputsBeforeUserCodeRuns) {
+  bool ran = false;
+  Stage stage;
+  stage.takes(2).compute("f", [&](const Tensors& x, const StageContext&) {
+    ran = true;
+    return x;
+  });
+  EXPECT_EQ(error_of([&] { stage.forward({random({2})}, context(3)); }),
+            "stage 3 takes 2 tensors, got 1 (micro-batch 5)");
+  EXPECT_FALSE(ran);
+  EXPECT_NO_THROW(stage.forward({random({2}), random({2})}, context(3)));
+  EXPECT_TRUE(ran);
+  EXPECT_THAT(error_of([&] { stage.takes(-1); }), HasSubstr("-1"));
+  EXPECT_THAT(error_of([&] { stage.compute("empty", nullptr); }), HasSubstr("'empty'"));
+}
+
+TEST(Stage, OutsideOfTrainingNoGraphIsMade) {
+  const Tensor w = input({4, 4});
+  Stage stage;
+  stage.compute("f", [&](const Tensors& x, const StageContext& c) -> Tensors {
+    EXPECT_FALSE(c.training);
+    EXPECT_FALSE(torch::GradMode::is_enabled());
+    return {x[0].mm(w)};
+  });
+  const auto activation =
+      stage.forward({input({3, 4})}, context(0, false), [](const Tensors& out) { return out[0].sum(); });
+  EXPECT_FALSE(activation.outputs.at(0).requires_grad());
+  EXPECT_TRUE(activation.loss.defined());
+  EXPECT_TRUE(torch::GradMode::is_enabled());
+}
+
+TEST(Stage, TrainsWhereTheCallerHasGradientsDisabled) {
+  const torch::NoGradGuard no_grad;
+  const Stage stage = as_stage(torch::nn::Linear(4, 4));
+  auto activation = stage.forward({torch::randn({3, 4})}, context());
+  EXPECT_TRUE(activation.outputs.at(0).requires_grad());
+  activation.backward({torch::randn({3, 4})});
+  EXPECT_TRUE(stage.module()->parameters().at(0).grad().defined());
+  EXPECT_FALSE(torch::GradMode::is_enabled());
+}
+
+TEST(Stage, WhatUserCodeThrowsComesThrough) {
+  struct Special : std::runtime_error {
+    using std::runtime_error::runtime_error;
+  };
+  Stage stage;
+  stage.compute("f", [](const Tensors&, const StageContext&) -> Tensors { throw Special("mine"); });
+  EXPECT_THROW(stage.forward({}, context()), Special);
+  EXPECT_TRUE(torch::GradMode::is_enabled());
+}
+
+TEST(Stage, UnsplitBackwardDoesAllInI) {
+  Stage stage = as_stage(torch::nn::Linear(4, 4));
+  stage.split_backward(false);
+  EXPECT_FALSE(stage.splits_backward());
+  auto activation = stage.forward({torch::randn({3, 4})}, context());
+  activation.backward_input({torch::randn({3, 4})});
+  const Tensor gradient = stage.module()->parameters().at(0).grad();
+  ASSERT_TRUE(gradient.defined());
+  const Tensor before = gradient.clone();
+  activation.backward_weight();
+  EXPECT_TRUE(torch::equal(before, stage.module()->parameters().at(0).grad()));
+}
+
+TEST(Stage, AppendJoinsNodesAndProperties) {
+  Stage first = as_stage(torch::nn::Linear(4, 4));
+  Stage second;
+  second.compute("a", [](const Tensors& x, const StageContext&) { return x; }).split_backward(false).takes(7);
+  Stage whole;
+  whole.append("one", first).append("two", second);
+  EXPECT_THAT(whole.node_names(), testing::ElementsAre("one.forward", "two.a"));
+  EXPECT_FALSE(whole.splits_backward());
+  EXPECT_FALSE(whole.has_data_dependent_shapes());
+  EXPECT_TRUE(Stage().append("three", Stage(second).data_dependent_shapes(true)).has_data_dependent_shapes());
+  EXPECT_EQ(whole.module(), nullptr);
+  EXPECT_THAT(error_of([&] { whole.forward({}, context()); }), HasSubstr("takes 1 tensor,"));
+  whole.append("self", whole);
+  EXPECT_THAT(whole.node_names(), testing::ElementsAre("one.forward", "two.a", "self.one.forward", "self.two.a"));
+}
+
+// --- collectives, here those of a group of one rank, which need no communicator
+
+/// Multiplies by a number, and turns the tensors round. Ends when it is asked.
+struct Scaled final : Collective {
+  explicit Scaled(double number) : factor(number) {}
+  Launched forward(Tensors inputs, const StageContext& c) override {
+    EXPECT_EQ(c.stage, 3);
+    ++launched;
+    for (const Tensor& tensor : inputs) EXPECT_TRUE(!tensor.defined() || tensor.is_leaf());
+    const auto handle = std::make_shared<int>(static_cast<int>(inputs.size()));
+    return {join({}, [this, inputs](std::vector<Tensors>) { return scaled(inputs, true); }), handle};
+  }
+  Pending backward(std::shared_ptr<void> handle, Tensors gradients) override {
+    EXPECT_EQ(*std::static_pointer_cast<int>(handle), static_cast<int>(gradients.size()));
+    ++launched;
+    return join({}, [this, gradients](std::vector<Tensors>) { return scaled(gradients, false); });
+  }
+  Tensors scaled(Tensors tensors, bool keep) {
+    ++finished;
+    const torch::NoGradGuard no_grad;
+    for (Tensor& tensor : tensors)
+      if (tensor.defined() && tensor.is_floating_point())
+        tensor = (tensor * factor).set_requires_grad(keep && tensor.requires_grad());
+    std::reverse(tensors.begin(), tensors.end());
+    return tensors;
+  }
+  double factor;
+  int launched = 0, finished = 0;
+};
+
+struct Returns final : Collective {
+  Returns(Pending f, Pending b) : ahead(std::move(f)), back(std::move(b)) {}
+  Launched forward(Tensors, const StageContext&) override { return {ahead, nullptr}; }
+  Pending backward(std::shared_ptr<void>, Tensors) override { return back; }
+  Pending ahead, back;
+};
+Pending gives(Tensors tensors) {
+  return join({}, [tensors](std::vector<Tensors>) { return tensors; });
+}
+
+TEST(Chain, MergesWhatComputesSideBySide) {
+  const auto same = [](const Tensors& x, const StageContext&) { return x; };
+  const auto moves = std::make_shared<Scaled>(2);
+  Stage stage;
+  EXPECT_EQ(stage.structure(), "C");
+  EXPECT_EQ(stage.structure(true), "C");
+  EXPECT_EQ(stage.chain_name(0), "identity");
+  stage.compute("a", same).compute("b", same).compute("c", same);
+  EXPECT_EQ(stage.structure(), "C");
+  stage.communicate("d", moves, {0}).communicate("e", moves, {1, 0}).compute("f", same).communicate("g", moves, {2});
+  EXPECT_EQ(stage.structure(), "CXXCX");
+  EXPECT_EQ(stage.structure(true), "CXXCXC");
+  EXPECT_EQ(stage.chain_name(0), "a to c");
+  EXPECT_EQ(stage.chain_name(1), "d");
+  EXPECT_EQ(stage.chain_name(3), "f");
+  EXPECT_EQ(stage.chain_name(5), "loss");
+  EXPECT_THAT(stage.node_names(), testing::ElementsAre("a", "b", "c", "d", "e", "f", "g"));
+  Stage two = stage;
+  two.append("x", stage).append("y", as_stage(torch::nn::Identity()));
+  EXPECT_EQ(two.structure(), "CXXCXCXXCXC");
+  EXPECT_EQ(stage.structure(), "CXXCX");
+  EXPECT_EQ(two.chain_name(5), "x.a to x.c");
+}
+
+TEST(Chain, MovesWhatItNamesAndLetsTheRestPassBy) {
+  const Tensor w = input({4, 4}), x = input({3, 4}), g = random({3, 4}), h = random({3, 4});
+  const auto collective = std::make_shared<Scaled>(3);
+  Stage stage;
+  stage
+      .compute("before",
+               [&](const Tensors& in, const StageContext&) -> Tensors {
+                 return {in[0].mm(w), torch::arange(3), Tensor(), in[0] + 1, in[0].detach()};
+               })
+      .communicate("turn", collective, {0, 2, 3})
+      .compute("after", [&](const Tensors& in, const StageContext&) -> Tensors {
+        EXPECT_TRUE(torch::equal(in[1], torch::arange(3)));
+        EXPECT_FALSE(in[2].defined());
+        EXPECT_TRUE(in[0].requires_grad());
+        EXPECT_TRUE(in[3].requires_grad());
+        EXPECT_FALSE(in[4].requires_grad());
+        return {torch::tanh(in[3]).mm(w), in[0] * in[4]};
+      });
+  auto activation = stage.forward({x}, context(3));
+  const Tensors gradients = activation.backward_input({g, h});
+  EXPECT_FALSE(w.grad().defined());
+  activation.backward_weight(2);
+  const Tensor from_last = w.grad().clone();
+  activation.backward_weight(1);  // a collective has no weights
+  EXPECT_TRUE(torch::equal(w.grad(), from_last));
+  activation.backward_weight(0);
+
+  const Tensor plain_w = w.detach().clone().requires_grad_(), plain_x = x.detach().clone().requires_grad_();
+  const Tensor first = plain_x.mm(plain_w) * 3, second = (plain_x + 1) * 3;
+  torch::autograd::backward({torch::tanh(first).mm(plain_w), second * plain_x.detach()}, {g, h});
+  EXPECT_TRUE(torch::allclose(gradients.at(0), plain_x.grad(), 1e-13, 1e-13));
+  EXPECT_TRUE(torch::allclose(w.grad(), plain_w.grad(), 1e-13, 1e-13));
+  EXPECT_EQ(collective->launched, 2);
+  EXPECT_EQ(collective->finished, 2);
+}
+
+TEST(Chain, CollectivesAtBothEndsAndInARow) {
+  const Tensor w = input({4, 4}), x = input({3, 4}), y = input({3, 4}), g = random({3, 4}), h = random({3, 4});
+  const auto two = std::make_shared<Scaled>(2), five = std::make_shared<Scaled>(5);
+  Stage stage;
+  stage.communicate("start", two, {0})
+      .communicate("again", five, {0})
+      .compute("f", [&](const Tensors& in, const StageContext&) -> Tensors { return {in[0].mm(w), in[1]}; })
+      .communicate("one", five, {0, 1})
+      .communicate("end", two, {0});
+  for (const bool whole : {true, false}) {
+    w.mutable_grad() = Tensor();
+    auto activation = stage.forward({x, y}, context(3));
+    ASSERT_EQ(activation.outputs.size(), 2U);
+    EXPECT_TRUE(torch::allclose(activation.outputs[0], y * 10));
+    EXPECT_TRUE(torch::allclose(activation.outputs[1], (x * 10).mm(w) * 5));
+    EXPECT_TRUE(activation.outputs[0].requires_grad());
+    EXPECT_TRUE(activation.outputs[0].is_leaf());
+    Tensors gradients;
+    if (whole) {
+      gradients = activation.backward({g, h});
+    } else {
+      gradients = activation.backward_input({g, h});
+      activation.backward_weight();
+    }
+    EXPECT_TRUE(torch::allclose(gradients.at(0), h.mm(w.t()) * 50));
+    EXPECT_TRUE(torch::allclose(gradients.at(1), g * 10));
+    EXPECT_TRUE(torch::allclose(w.grad(), x.t().mm(h) * 50));
+  }
+}
+
+TEST(Chain, ALossBehindACollectiveGetsItsOwnNode) {
+  const Tensor w = input({4, 4}), x = input({3, 4});
+  Stage stage;
+  stage.compute("f", [&](const Tensors& in, const StageContext&) -> Tensors { return {in[0].mm(w)}; })
+      .communicate("g", std::make_shared<Scaled>(2), {0});
+  auto activation = stage.forward({x}, context(3), [](const Tensors& out) { return out[0].square().sum(); });
+  EXPECT_EQ(activation.nodes.size(), 3U);
+  const Tensors gradients = activation.backward({torch::ones({}, torch::kDouble)});
+  EXPECT_TRUE(torch::allclose(activation.loss, (x.mm(w) * 2).square().sum()));
+  EXPECT_TRUE(torch::allclose(gradients.at(0), (x.mm(w) * 8).mm(w.t())));
+}
+
+TEST(Chain, OutsideOfTrainingNothingIsKept) {
+  const Tensor w = input({4, 4});
+  Stage stage;
+  stage.compute("f", [&](const Tensors& in, const StageContext&) -> Tensors { return {in[0].mm(w), in[0]}; })
+      .communicate("g", std::make_shared<Scaled>(2), {0, 1});
+  const auto activation = stage.forward({input({3, 4})}, context(3, false));
+  for (const auto& node : activation.nodes) EXPECT_EQ(node.handle, nullptr);
+  for (const Tensor& output : activation.outputs) EXPECT_FALSE(output.requires_grad());
+}
+
+TEST(Chain, UnsplitBackwardLeavesNoWeightPart) {
+  const Tensor w = input({4, 4});
+  const auto f = [&](const Tensors& in, const StageContext&) -> Tensors { return {in[0].mm(w)}; };
+  Stage stage;
+  stage.compute("f", f).communicate("g", std::make_shared<Scaled>(2), {0}).compute("h", f).split_backward(false);
+  auto activation = stage.forward({input({3, 4})}, context(3));
+  activation.backward_input({random({3, 4})});
+  const Tensor before = w.grad().clone();
+  activation.backward_weight();
+  EXPECT_TRUE(torch::equal(w.grad(), before));
+}
+
+TEST(Chain, RefusesWhatDoesNotFit) {
+  const auto same = [](const Tensors& x, const StageContext&) { return x; };
+  const auto fine = std::make_shared<Scaled>(2);
+  EXPECT_THAT(error_of([&] { Stage().communicate("g", nullptr, {0}); }), HasSubstr("node 'g'"));
+  EXPECT_THAT(error_of([&] { Stage().communicate("g", fine, {}); }), HasSubstr("moves no tensors"));
+  EXPECT_THAT(error_of([&] { Stage().communicate("g", fine, {0, -1}); }), HasSubstr("position -1"));
+  EXPECT_THAT(error_of([&] { Stage().communicate("g", fine, {1, 0, 1}); }), HasSubstr("position 1 twice"));
+
+  const Tensor x = input({2});
+  const auto running = [&](std::shared_ptr<Collective> collective, std::vector<int> moves) {
+    return error_of([&] {
+      Stage stage;
+      stage.compute("f", same).communicate("g", std::move(collective), std::move(moves)).compute("h", same);
+      stage.forward({x}, context(3)).backward({x});
+    });
+  };
+  EXPECT_EQ(running(fine, {0}), "no InvalidArgument");
+  EXPECT_THAT(running(fine, {2}), HasSubstr("position 2, but it is given 1 tensor"));
+  EXPECT_THAT(running(std::make_shared<Returns>(Pending(), Pending()), {0}), HasSubstr("launched nothing"));
+  EXPECT_THAT(running(std::make_shared<Returns>(gives({x, x}), Pending()), {0}),
+              HasSubstr("moves 1 tensors, but its forward gave 2"));
+  EXPECT_THAT(running(std::make_shared<Returns>(gives({x.detach().requires_grad_()}), Pending()), {0}),
+              HasSubstr("in its backward"));
+  EXPECT_THAT(running(std::make_shared<Returns>(gives({x.detach().requires_grad_()}), gives({})), {0}),
+              HasSubstr("its backward gave 0"));
+}
+
+TEST(Join, WaitsForAllAndGivesOnce) {
+  Pending pending = join({gives({torch::ones({1})}), gives({torch::zeros({2})})}, [](std::vector<Tensors> parts) {
+    EXPECT_EQ(parts.size(), 2U);
+    return Tensors{parts[1].at(0)};
+  });
+  EXPECT_TRUE(pending.done());
+  EXPECT_EQ(pending.take().at(0).numel(), 2);
+  EXPECT_THAT(error_of([&] { pending.take(); }), HasSubstr("taken before"));
+  EXPECT_THAT(error_of([] { join({}, nullptr); }), HasSubstr("needs a function"));
+}
+
+// Modules of all shapes that as_stage takes.
+struct PairImpl : torch::nn::Module {
+  std::pair<Tensor, Tensor> forward(const Tensor& a, Tensor b) { return {a + b, a - b}; }
+};
+TORCH_MODULE(Pair);
+struct ListImpl : torch::nn::Module {
+  Tensors forward(const Tensors& x) { return {x.back(), x.front()}; }
+};
+struct ListByValueImpl : torch::nn::Module {
+  Tensor forward(Tensors x) { return torch::stack(x).sum(0); }
+};
+struct DefaultImpl : torch::nn::Module {
+  std::tuple<Tensor> forward(Tensor a, Tensor b = {}, bool flag = true) { return flag && b.defined() ? a * b : a * 2; }
+};
+
+TEST(AsStage, ModuleHolder) {
+  torch::nn::Linear linear(4, 2);
+  const Stage stage = as_stage(linear);
+  EXPECT_EQ(stage.module(), linear.ptr());
+  EXPECT_THAT(stage.node_names(), testing::ElementsAre("forward"));
+  const Tensor x = torch::randn({3, 4});
+  EXPECT_TRUE(torch::equal(stage.forward({x}, context()).outputs.at(0), linear(x)));
+  EXPECT_EQ(error_of([&] { stage.forward({x, x}, context(2)); }), "stage 2 takes 1 tensor, got 2 (micro-batch 5)");
+}
+
+TEST(AsStage, Sequential) {
+  torch::nn::Sequential one(torch::nn::Linear(4, 8), torch::nn::GELU(), torch::nn::Linear(8, 2));
+  const Tensor x = torch::randn({3, 4});
+  EXPECT_TRUE(torch::equal(as_stage(one).forward({x}, context()).outputs.at(0), one->forward(x)));
+  torch::nn::Sequential two(torch::nn::Bilinear(4, 4, 2), torch::nn::Tanh());
+  EXPECT_TRUE(torch::equal(as_stage(two).forward({x, x}, context()).outputs.at(0), two->forward(x, x)));
+}
+
+TEST(AsStage, PointerAndTensorLists) {
+  const Tensor a = random({2}), b = random({2}), c = random({2});
+  const auto listed = as_stage(std::make_shared<ListImpl>()).forward({a, b, c}, context()).outputs;
+  ASSERT_EQ(listed.size(), 2U);
+  EXPECT_TRUE(listed[0].is_alias_of(c));
+  EXPECT_TRUE(listed[1].is_alias_of(a));
+  EXPECT_TRUE(torch::allclose(as_stage(std::make_shared<ListByValueImpl>()).forward({a, b, c}, context()).outputs.at(0),
+                              a + b + c));
+}
+
+TEST(AsStage, PairsTuplesAndDefaultArguments) {
+  const Tensor a = random({2}), b = random({2});
+  const Stage pair = as_stage(Pair());
+  const auto sums = pair.forward({a, b}, context()).outputs;
+  ASSERT_EQ(sums.size(), 2U);
+  EXPECT_TRUE(torch::equal(sums[1], a - b));
+  EXPECT_THAT(error_of([&] { pair.forward({a}, context()); }), HasSubstr("takes 2 tensors, got 1"));
+
+  const Stage with_default = as_stage(std::make_shared<DefaultImpl>());
+  EXPECT_TRUE(torch::equal(with_default.forward({a}, context()).outputs.at(0), a * 2));
+  EXPECT_TRUE(torch::equal(with_default.forward({a, b}, context()).outputs.at(0), a * b));
+  EXPECT_THAT(error_of([&] { with_default.forward({a, b, a}, context(4)); }), HasSubstr("does not take 3 tensors"));
+
+  const auto lstm =
+      as_stage(torch::nn::LSTM(torch::nn::LSTMOptions(2, 3))).forward({torch::randn({4, 1, 2})}, context()).outputs;
+  EXPECT_EQ(lstm.size(), 3U);  // output, and the pair of hidden states
+  const auto attention = as_stage(torch::nn::MultiheadAttention(4, 2));
+  const Tensor q = torch::randn({3, 1, 4});
+  EXPECT_EQ(attention.forward({q, q, q}, context()).outputs.size(), 2U);
+}
+
+TEST(AsStage, RefusesEmptyModules) {
+  EXPECT_THAT(error_of([] { as_stage(torch::nn::Linear(nullptr)); }), HasSubstr("empty holder"));
+  EXPECT_THAT(error_of([] { as_stage(std::shared_ptr<ListImpl>()); }), HasSubstr("null pointer"));
+}
+
+}  // namespace
+}  // namespace dualpipe
