@@ -10,35 +10,35 @@
 #include <thread>
 #include <utility>
 
-#include "dualpipe/detail/comm/mesh.hpp"
+#include "dualpipe/detail/comm/message_communicator.hpp"
 
 namespace dualpipe {
 namespace {
 
 /// Ranks that are threads of one process: a message is put where its receiver looks, its tensors stay where they are.
-class LocalFabric final : public detail::Fabric, public std::enable_shared_from_this<LocalFabric> {
+class LocalTransport final : public detail::Transport, public std::enable_shared_from_this<LocalTransport> {
  public:
-  using Ranks = std::vector<std::weak_ptr<LocalFabric>>;
+  using Ranks = std::vector<std::weak_ptr<LocalTransport>>;
 
-  LocalFabric(int rank, int size, std::chrono::milliseconds timeout, at::Device device)
-      : Fabric(rank, size, timeout, /*epoch=*/0, device) {}
-  ~LocalFabric() override {
-    if (!has_failed()) for_others([this](LocalFabric& other) { other.departed(rank()); });
+  LocalTransport(int rank, int size, std::chrono::milliseconds timeout, at::Device device)
+      : Transport(rank, size, timeout, /*epoch=*/0, device) {}
+  ~LocalTransport() override {
+    if (!has_failed()) for_others([this](LocalTransport& other) { other.departed(rank()); });
   }
   /// `ranks` of all; before any thread uses one of them.
   void join(std::shared_ptr<const Ranks> ranks) { ranks_ = std::move(ranks); }
 
  private:
-  void start(int to, detail::Message message, std::shared_ptr<detail::Transfer> transfer) override {
+  void start(int to, detail::Message message, std::shared_ptr<detail::Request> transfer) override {
     message.accepted = [sender = weak_from_this(), transfer = std::move(transfer)] {
-      if (const auto fabric = sender.lock()) fabric->complete(transfer);
+      if (const auto transport = sender.lock()) transport->complete(transfer);
     };
     if (const auto receiver = (*ranks_)[static_cast<std::size_t>(to)].lock())
       receiver->deliver(rank(), std::move(message));
   }
 
   void spread(int origin, const std::string& reason) noexcept override {
-    for_others([&](LocalFabric& other) { other.failed(origin, reason); });
+    for_others([&](LocalTransport& other) { other.failed(origin, reason); });
   }
 
   template <class Action>
@@ -108,14 +108,14 @@ at::Device resolved(at::Device device) {
 std::vector<std::shared_ptr<Communicator>> local_communicators(int num_ranks, const LocalOptions& options) {
   DUALPIPE_CHECK(num_ranks >= 1, "a communicator needs at least one rank, got ", num_ranks);
   const at::Device device = resolved(options.device);
-  std::vector<std::shared_ptr<LocalFabric>> fabrics;
+  std::vector<std::shared_ptr<LocalTransport>> transports;
   for (int r = 0; r < num_ranks; ++r)
-    fabrics.push_back(std::make_shared<LocalFabric>(r, num_ranks, options.timeout, device));
-  const auto ranks = std::make_shared<const LocalFabric::Ranks>(fabrics.begin(), fabrics.end());
+    transports.push_back(std::make_shared<LocalTransport>(r, num_ranks, options.timeout, device));
+  const auto ranks = std::make_shared<const LocalTransport::Ranks>(transports.begin(), transports.end());
   std::vector<std::shared_ptr<Communicator>> communicators;
-  for (auto& fabric : fabrics) {
-    fabric->join(ranks);
-    communicators.push_back(detail::MeshCommunicator::world(std::move(fabric)));
+  for (auto& transport : transports) {
+    transport->join(ranks);
+    communicators.push_back(detail::MessageCommunicator::world(std::move(transport)));
   }
   return communicators;
 }

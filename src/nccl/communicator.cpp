@@ -11,7 +11,7 @@
 namespace dualpipe::detail {
 namespace {
 
-using Headers = std::vector<std::shared_ptr<Transfer>>;
+using Headers = std::vector<std::shared_ptr<Request>>;
 
 }  // namespace
 
@@ -19,7 +19,7 @@ Header NcclCommunicator::header(Channel channel, std::string operation, std::uin
                                 Signature signature) const {
   return {.group = group_,
           .channel = channel,
-          .epoch = family_->fabric().epoch(),
+          .epoch = family_->transport().epoch(),
           .sequence = sequence,
           .issued_ns = now_ns(),
           .operation = std::move(operation),
@@ -32,14 +32,14 @@ Header NcclCommunicator::next_collective(std::string operation, Signature signat
 }
 
 void NcclCommunicator::announce(int peer, Header header) {
-  family_->fabric().send(world_rank(peer), {std::move(header), Parcel::of({}), {}});
+  family_->transport().send(world_rank(peer), {std::move(header), MessageTensors::of({}), {}});
 }
 
 Headers NcclCommunicator::announce_to_all(const Header& own, const std::vector<Header>& expected) {
   Headers headers;
   for (int r = 0; r < size(); ++r)
     if (r != rank())
-      headers.push_back(family_->fabric().receive(world_rank(r), expected[static_cast<std::size_t>(r)], false));
+      headers.push_back(family_->transport().receive(world_rank(r), expected[static_cast<std::size_t>(r)], false));
   for (int i = 1; i < size(); ++i) announce((rank() + i) % size(), own);  // not all to rank 0 first
   return headers;
 }
@@ -48,7 +48,7 @@ Headers NcclCommunicator::announce_to_all(const Header& head) {
   return announce_to_all(head, std::vector<Header>(static_cast<std::size_t>(size()), head));
 }
 
-std::shared_ptr<Flight> NcclCommunicator::flight(Transfer whole, Headers headers, NcclLine line) const {
+std::shared_ptr<Flight> NcclCommunicator::flight(Request whole, Headers headers, NcclLine line) const {
   auto flight = std::make_shared<Flight>();
   flight->whole = std::move(whole);
   flight->headers = std::move(headers);
@@ -66,8 +66,8 @@ Pending NcclCommunicator::send(int peer, Tensors tensors) {
   const std::size_t index = checked_peer(*this, "send", peer);
   Tensors sources = travelling("send", tensors, device());
   const Edge edge{rank(), peer};
-  Transfer whole;
-  whole.kind = Transfer::Kind::send;
+  Request whole;
+  whole.kind = Request::Kind::send;
   whole.peer = world_rank(peer);
   whole.header = header(Channel::transfer, "send", sends_[index], signature_of(tensors));
 
@@ -92,12 +92,12 @@ Pending NcclCommunicator::receive(int peer, const std::optional<Expected>& expec
   const std::size_t index = checked_peer(*this, "receive", peer);
   const Edge edge{peer, rank()};
   Header head = header(Channel::transfer, "send", receives_[index]++, expected ? expected->signature : Signature());
-  Transfer whole;
-  whole.kind = Transfer::Kind::receive;
+  Request whole;
+  whole.kind = Request::Kind::receive;
   whole.peer = world_rank(peer);
   whole.header = head;
-  std::shared_ptr<Transfer> announced =
-      family_->fabric().receive(whole.peer, std::move(head), !expected, expected ? expected->advice : std::string());
+  std::shared_ptr<Request> announced =
+      family_->transport().receive(whole.peer, std::move(head), !expected, expected ? expected->advice : std::string());
   const auto signature = [announced]() -> const Signature& {
     return announced->any_signature ? announced->message.header.signature : announced->header.signature;
   };
@@ -129,7 +129,7 @@ Pending NcclCommunicator::all_reduce(Tensors tensors, Reduce reduce) {
   check_reduce(tensors, reduce);
   std::vector<Place> in_place = places(name(reduce), tensors, device(), /*as_bytes=*/false);
   const Header head = next_collective(name(reduce), signature_of_values(tensors));
-  auto flight = this->flight(Transfer::collective(head), announce_to_all(head), collectives_);
+  auto flight = this->flight(Request::collective(head), announce_to_all(head), collectives_);
   std::string agreement = head.operation + to_string(head.signature);
   flight->waits_for_headers = !agreed_->contains(agreement);
   flight->targets = memory_of(in_place);
@@ -165,7 +165,7 @@ Pending NcclCommunicator::broadcast(Tensors tensors, int root) {
   expected[source].signature = signature;
   if (root == rank()) own.signature = signature;
 
-  auto flight = this->flight(Transfer::collective(own), announce_to_all(own, expected), collectives_);
+  auto flight = this->flight(Request::collective(own), announce_to_all(own, expected), collectives_);
   std::string agreement = own.operation + to_string(signature);
   flight->waits_for_headers = !agreed_->contains(agreement);
   flight->targets = memory_of(in_place);
@@ -200,13 +200,13 @@ Pending NcclCommunicator::all_to_all(Tensors tensors, const std::optional<Signat
 
 Pending NcclCommunicator::barrier() {
   const Header head = next_collective("barrier", {});
-  auto flight = this->flight(Transfer::collective(head), announce_to_all(head), {});
+  auto flight = this->flight(Request::collective(head), announce_to_all(head), {});
   return Pending(std::make_shared<NcclOperation>(family_, NcclOperation::Parts{.flight = std::move(flight)}));
 }
 
 Pending NcclCommunicator::fence() {
   auto flight =
-      this->flight(Transfer::collective(header(Channel::collective, "fence", collectives_count_, {})), {}, {});
+      this->flight(Request::collective(header(Channel::collective, "fence", collectives_count_, {})), {}, {});
   family_->check(flight->whole);
   flight->begin = flight->end = family_->record(flight->caller, flight->whole, /*timed=*/true);
   return Pending(std::make_shared<NcclOperation>(family_, NcclOperation::Parts{.flight = std::move(flight)}));
@@ -225,7 +225,7 @@ Pending NcclCommunicator::exchange(const char* operation, Tensors outgoing, cons
     if (r == me) continue;
     Header from = head;
     if (expected) from.signature = {(*expected)[r]};
-    headers[r] = family_->fabric().receive(world_rank(static_cast<int>(r)), std::move(from), !expected);
+    headers[r] = family_->transport().receive(world_rank(static_cast<int>(r)), std::move(from), !expected);
   }
   for (std::size_t i = 1; i < ranks; ++i) {
     const std::size_t r = (me + i) % ranks;
@@ -238,7 +238,7 @@ Pending NcclCommunicator::exchange(const char* operation, Tensors outgoing, cons
     return headers[r]->any_signature ? headers[r]->message.header.signature : headers[r]->header.signature;
   };
   std::erase(headers, nullptr);
-  auto flight = this->flight(Transfer::collective(head), std::move(headers), collectives_);
+  auto flight = this->flight(Request::collective(head), std::move(headers), collectives_);
   flight->sources = std::move(sources);
   flight->waits_for_headers = flight->waits_briefly = !expected;
   // What stays here is copied by the caller's stream.
@@ -273,7 +273,7 @@ Pending NcclCommunicator::exchange(const char* operation, Tensors outgoing, cons
 }
 
 void NcclCommunicator::abort(const std::string& reason) noexcept {
-  family_->fabric().abort(family_->fabric().rank(), reason);
+  family_->transport().abort(family_->transport().rank(), reason);
 }
 
 }  // namespace dualpipe::detail

@@ -67,10 +67,10 @@ class NcclCommunicator final : public Communicator {
   Header next_collective(std::string operation, Signature signature);
   void announce(int peer, Header header);
   /// Announces a collective to all others; gives what they will say of it, which must be what is expected of each.
-  std::vector<std::shared_ptr<Transfer>> announce_to_all(const Header& own, const std::vector<Header>& expected);
-  std::vector<std::shared_ptr<Transfer>> announce_to_all(const Header& head);
+  std::vector<std::shared_ptr<Request>> announce_to_all(const Header& own, const std::vector<Header>& expected);
+  std::vector<std::shared_ptr<Request>> announce_to_all(const Header& head);
   /// An operation that the caller's stream has just made ready.
-  std::shared_ptr<Flight> flight(Transfer whole, std::vector<std::shared_ptr<Transfer>> headers, NcclLine line) const;
+  std::shared_ptr<Flight> flight(Request whole, std::vector<std::shared_ptr<Request>> headers, NcclLine line) const;
   const NcclLine& transfer_line(Edge edge) const;
   Pending exchange(const char* operation, Tensors outgoing, const std::optional<Signature>& expected);
   /// Returns when the device is through with it.
@@ -83,7 +83,7 @@ class NcclCommunicator final : public Communicator {
   NcclTrace trace_;
   std::int64_t group_;
   bool communicator_per_edge_;
-  MeshCommunicator control_;  // of the same ranks, in a group of its own
+  MessageCommunicator control_;  // of the same ranks, in a group of its own
   std::vector<std::uint64_t> sends_;
   std::vector<std::uint64_t> receives_;
   std::uint64_t collectives_count_ = 0;

@@ -50,11 +50,11 @@ bool moves_bytes(const Tensors& tensors) {
 
 }  // namespace
 
-/// Wakes the launching thread when a header may have come. Apart from the family, since the fabric's threads hold it
+/// Wakes the launching thread when a header may have come. Apart from the family, since the transport's threads hold it
 /// for a moment and must never be the ones that destroy a family.
-class NcclFamily::Waker final : public FabricListener {
+class NcclFamily::Waker final : public TransportListener {
  public:
-  void fabric_changed() noexcept override {
+  void transport_changed() noexcept override {
     if (queued_ > 0) wake(false);
   }
   void queued(int change) { queued_ += change; }
@@ -95,9 +95,9 @@ struct NcclFamily::EventPool {
   std::vector<DeviceEvent> ordering, timed;
 };
 
-NcclFamily::NcclFamily(std::shared_ptr<Fabric> fabric, std::shared_ptr<DeviceApi> device, std::shared_ptr<NcclApi> nccl,
-                       std::chrono::milliseconds timeout, NcclConfig config)
-    : fabric_(std::move(fabric)),
+NcclFamily::NcclFamily(std::shared_ptr<Transport> transport, std::shared_ptr<DeviceApi> device,
+                       std::shared_ptr<NcclApi> nccl, std::chrono::milliseconds timeout, NcclConfig config)
+    : transport_(std::move(transport)),
       device_(std::move(device)),
       nccl_(std::move(nccl)),
       // A deadline further away would leave the range of the clock.
@@ -105,7 +105,7 @@ NcclFamily::NcclFamily(std::shared_ptr<Fabric> fabric, std::shared_ptr<DeviceApi
       config_(std::move(config)),
       events_(std::make_shared<EventPool>(device_)),
       waker_(std::make_shared<Waker>()) {
-  fabric_->listen(waker_);
+  transport_->listen(waker_);
   launcher_ = start_thread("dualpipe-launch", [this] { launch_when_possible(); });
   guard_ = start_thread("dualpipe-guard", [this] { guard(); });
 }
@@ -143,7 +143,7 @@ NcclFamily::~NcclFamily() {
   for (const DeviceStream stream : streams_) device_->destroy(stream);
 }
 
-NcclLine NcclFamily::open(MeshCommunicator& control, const std::string& name) {
+NcclLine NcclFamily::open(MessageCommunicator& control, const std::string& name) {
   const PlainTensors plain;
   NcclId id{};
   at::Tensor bytes = at::zeros({static_cast<std::int64_t>(id.size())}, at::kChar);
@@ -173,7 +173,7 @@ NcclFamily::QueueId NcclFamily::add_queue() {
   return queues_.size() - 1;
 }
 
-EventPtr NcclFamily::record(DeviceStream stream, const Transfer& whole, bool timed) {
+EventPtr NcclFamily::record(DeviceStream stream, const Request& whole, bool timed) {
   std::vector<DeviceEvent>& free = timed ? events_->timed : events_->ordering;
   DeviceEvent event = nullptr;
   {
@@ -196,7 +196,7 @@ void NcclFamily::submit(QueueId queue, std::shared_ptr<Flight> flight) {
   check(flight->whole);
   if (flight->waits_briefly) {
     const auto deadline = Clock::now() + kBrief;
-    while (!fabric().done(flight->headers) && Clock::now() < deadline) std::this_thread::sleep_for(kPollPeriod / 10);
+    while (!transport().done(flight->headers) && Clock::now() < deadline) std::this_thread::sleep_for(kPollPeriod / 10);
   }
   const std::lock_guard lock(launch_mutex_);
   on_device(flight->whole, [this](DeviceApi& device) {
@@ -210,9 +210,9 @@ void NcclFamily::submit(QueueId queue, std::shared_ptr<Flight> flight) {
 void NcclFamily::progress(Queue& queue) {
   while (!queue.empty()) {
     const std::shared_ptr<Flight> flight = queue.front();
-    if (flight->waits_for_headers && !fabric().succeeded(flight->headers)) {
+    if (flight->waits_for_headers && !transport().succeeded(flight->headers)) {
       // Where they never will come, whoever waits for this learns it. Asking lets the sockets read on.
-      (void)fabric().done(flight->headers);
+      (void)transport().done(flight->headers);
       return;
     }
     if (!launch(*flight)) return;
@@ -225,7 +225,7 @@ void NcclFamily::progress(Queue& queue) {
 
 bool NcclFamily::launch(Flight& flight) {
   try {
-    if (flight.waits_for_headers) fabric().wait(flight.headers, flight.whole);
+    if (flight.waits_for_headers) transport().wait(flight.headers, flight.whole);
     check(flight.whole);
     const PlainTensors plain;
     if (flight.prepare) flight.prepare(flight);
@@ -235,7 +235,8 @@ bool NcclFamily::launch(Flight& flight) {
   } catch (const CommError&) {
     return false;  // the family has failed, and whoever waits for this learns it
   } catch (const std::exception& error) {
-    fabric().abort(fabric().rank(), str("rank ", fabric().rank(), ": ", flight.whole.describe(), ": ", error.what()));
+    transport().abort(transport().rank(),
+                      str("rank ", transport().rank(), ": ", flight.whole.describe(), ": ", error.what()));
     return false;
   }
 }
@@ -258,7 +259,7 @@ void NcclFamily::await_launch(QueueId queue, const Flight& flight) {
       if (flight.launched.load(std::memory_order_acquire)) return;
       front = queues_[queue].front();
     }
-    fabric().wait(front->headers, front->whole);
+    transport().wait(front->headers, front->whole);
   }
 }
 
@@ -280,7 +281,7 @@ void NcclFamily::synchronize(const Flight& flight) {
 
 bool NcclFamily::failed() const {
   try {
-    check(Transfer{});
+    check(Request{});
     return false;
   } catch (const CommError&) {
     return true;
@@ -308,18 +309,18 @@ bool NcclFamily::all_quiet(Clock::time_point deadline) {
   }
   const Header farewell{.group = std::numeric_limits<std::int64_t>::min(),
                         .channel = Channel::collective,
-                        .epoch = fabric().epoch(),
+                        .epoch = transport().epoch(),
                         .issued_ns = now_ns(),
                         .operation = "farewell",
                         .signature = {}};
-  std::vector<std::shared_ptr<Transfer>> others;
-  for (int r = 0; r < fabric().size(); ++r) {
-    if (r == fabric().rank()) continue;
-    others.push_back(fabric().receive(r, farewell, /*any_signature=*/false));
-    fabric().send(r, {farewell, Parcel::of({}), {}});
+  std::vector<std::shared_ptr<Request>> others;
+  for (int r = 0; r < transport().size(); ++r) {
+    if (r == transport().rank()) continue;
+    others.push_back(transport().receive(r, farewell, /*any_signature=*/false));
+    transport().send(r, {farewell, MessageTensors::of({}), {}});
   }
-  while (!fabric().succeeded(others)) {
-    if (fabric().done(others) || Clock::now() >= deadline) return false;
+  while (!transport().succeeded(others)) {
+    if (transport().done(others) || Clock::now() >= deadline) return false;
     std::this_thread::sleep_for(kPollPeriod);
   }
   return true;

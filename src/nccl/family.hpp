@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "dualpipe/detail/comm/mesh.hpp"
+#include "dualpipe/detail/comm/message_communicator.hpp"
 #include "nccl/api.hpp"
 
 namespace dualpipe::detail {
@@ -28,8 +28,8 @@ struct NcclLine {
 /// One operation on its way to the device and through it.
 struct Flight {
   // Set before it is submitted, constant afterwards.
-  Transfer whole;                                  ///< names it
-  std::vector<std::shared_ptr<Transfer>> headers;  ///< what peers say of it
+  Request whole;                                  ///< names it
+  std::vector<std::shared_ptr<Request>> headers;  ///< what peers say of it
   bool waits_for_headers = true;                   ///< before it is launched
   /// Worth a moment of the host where headers are on their way: what allocates when they have come runs behind all that
   /// the caller's stream was given until then.
@@ -62,7 +62,7 @@ class NcclFamily {
   using Clock = std::chrono::steady_clock;
   using QueueId = std::size_t;
 
-  NcclFamily(std::shared_ptr<Fabric> fabric, std::shared_ptr<DeviceApi> device, std::shared_ptr<NcclApi> nccl,
+  NcclFamily(std::shared_ptr<Transport> transport, std::shared_ptr<DeviceApi> device, std::shared_ptr<NcclApi> nccl,
              std::chrono::milliseconds timeout, NcclConfig config);
   /// Gives what is under way a moment to end, and peers one to say the same of theirs: 1.5 seconds at most. Then comes
   /// what NCCL takes to end its communicators.
@@ -70,26 +70,26 @@ class NcclFamily {
   NcclFamily(const NcclFamily&) = delete;
   NcclFamily& operator=(const NcclFamily&) = delete;
 
-  Fabric& fabric() const noexcept { return *fabric_; }
-  const std::shared_ptr<Fabric>& shared_fabric() const noexcept { return fabric_; }
+  Transport& transport() const noexcept { return *transport_; }
+  const std::shared_ptr<Transport>& shared_fabric() const noexcept { return transport_; }
   DeviceApi& device() const noexcept { return *device_; }
 
   /// Collective over `control`: a communicator of NCCL for its ranks, and a stream for it.
-  NcclLine open(MeshCommunicator& control, const std::string& name);
+  NcclLine open(MessageCommunicator& control, const std::string& name);
   /// The operations of one queue are launched in the order in which they are submitted.
   QueueId add_queue();
   /// @param whole  what it is for, to name it in errors.
   /// @param timed  the device can be asked when it was.
   /// @throws CommError
-  EventPtr record(DeviceStream stream, const Transfer& whole, bool timed = false);
+  EventPtr record(DeviceStream stream, const Request& whole, bool timed = false);
   /// What the rank's thread asks of the device; its failure ends the family.
   /// @throws CommError
   template <class Call>
-  auto on_device(const Transfer& whole, const Call& call) const {
+  auto on_device(const Request& whole, const Call& call) const {
     try {
       return call(*device_);
     } catch (const DeviceFailure& error) {
-      fabric().raise(fabric().rank(), whole, error.what());
+      transport().raise(transport().rank(), whole, error.what());
     }
   }
 
@@ -106,7 +106,7 @@ class NcclFamily {
   void synchronize(const Flight& flight);
 
   /// @throws CommError  the family has failed.
-  void check(const Transfer& whole) const { fabric().wait({}, whole); }
+  void check(const Request& whole) const { transport().wait({}, whole); }
   bool failed() const;
 
  private:
@@ -130,7 +130,7 @@ class NcclFamily {
   bool quiet();  // nothing is queued, nothing under way
   bool all_quiet(Clock::time_point deadline);
 
-  const std::shared_ptr<Fabric> fabric_;
+  const std::shared_ptr<Transport> transport_;
   const std::shared_ptr<DeviceApi> device_;
   const std::shared_ptr<NcclApi> nccl_;
   const std::chrono::milliseconds timeout_;
@@ -144,7 +144,7 @@ class NcclFamily {
 
   std::mutex watch_mutex_;
   std::vector<Watched> watched_;
-  const Transfer* calling_ = nullptr;  ///< what NCCL is just called for
+  const Request* calling_ = nullptr;  ///< what NCCL is just called for
   Clock::time_point called_;
 
   std::mutex comms_mutex_;

@@ -15,7 +15,7 @@ constexpr auto kInsideNccl = 500ms;  // for somebody to come out of a call of NC
 
 // The guard sees how long it takes. Once the family has failed, the communicator may be gone.
 void NcclFamily::call_nccl(Flight& flight) {
-  const auto note = [this](const Transfer* calling) {
+  const auto note = [this](const Request* calling) {
     const std::lock_guard lock(watch_mutex_);
     calling_ = calling;
     called_ = Clock::now();
@@ -50,11 +50,11 @@ void NcclFamily::guard() {
       for (const NcclComm comm : comms_) {
         const auto error = nccl_->async_error(comm);
         if (!error) continue;
-        fabric().abort(fabric().rank(), str("rank ", fabric().rank(), ": NCCL: ", *error));
+        transport().abort(transport().rank(), str("rank ", transport().rank(), ": NCCL: ", *error));
         break;
       }
     } catch (const std::exception& error) {
-      fabric().abort(fabric().rank(), str("rank ", fabric().rank(), ": ", error.what()));
+      transport().abort(transport().rank(), str("rank ", transport().rank(), ": ", error.what()));
     }
     lock.lock();
   }
@@ -64,20 +64,22 @@ void NcclFamily::blame_what_is_late() {
   const auto now = Clock::now();
   const std::lock_guard lock(watch_mutex_);
   if (calling_ != nullptr && now - called_ >= timeout_) {
-    fabric().abort(fabric().rank(),
-                   str("rank ", fabric().rank(), ": ", calling_->describe(),
-                       ": NCCL has not come back from a call for longer than the timeout of ", timeout_.count(),
-                       " ms. It connects when ranks first meet: one that has stopped or cannot be reached holds up the "
-                       "others; NCCL_DEBUG=INFO says which way it tries"));
+    transport().abort(
+        transport().rank(),
+        str("rank ", transport().rank(), ": ", calling_->describe(),
+            ": NCCL has not come back from a call for longer than the timeout of ", timeout_.count(),
+            " ms. It connects when ranks first meet: one that has stopped or cannot be reached holds up the "
+            "others; NCCL_DEBUG=INFO says which way it tries"));
     return;
   }
   std::erase_if(watched_, [this](const Watched& each) { return device_->done(each.flight->end.get()); });
   for (const auto& [flight, deadline] : watched_) {
     if (now < deadline) continue;
-    fabric().abort(flight->origin, str("rank ", fabric().rank(), ": ", flight->whole.describe(), ": waited for ",
-                                       flight->origin >= 0 ? str("rank ", flight->origin) : std::string("the device"),
-                                       " longer than the timeout of ", timeout_.count(),
-                                       " ms: the operation is launched, but the device does not come to its end"));
+    transport().abort(flight->origin,
+                      str("rank ", transport().rank(), ": ", flight->whole.describe(), ": waited for ",
+                          flight->origin >= 0 ? str("rank ", flight->origin) : std::string("the device"),
+                          " longer than the timeout of ", timeout_.count(),
+                          " ms: the operation is launched, but the device does not come to its end"));
     return;
   }
 }

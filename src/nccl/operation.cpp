@@ -15,7 +15,7 @@ void NcclOperation::wait() {
     family_->await_launch(*parts_.queue, flight);
     family_->check(flight.whole);
   } else {
-    family_->fabric().wait(flight.headers, flight.whole);
+    family_->transport().wait(flight.headers, flight.whole);
   }
   if (flight.end) {
     if (!finished_) family_->watch(parts_.flight);
@@ -34,7 +34,7 @@ void NcclOperation::synchronize() {
 void NcclOperation::finish() {
   Flight& flight = *parts_.flight;
   if (const auto problem = parts_.watched.written())
-    family_->fabric().raise(family_->fabric().rank(), flight.whole, *problem);
+    family_->transport().raise(family_->transport().rank(), flight.whole, *problem);
   // Memory goes back to the stream where it was allocated, so that this one must have waited for the transfer as well,
   // and for what follows it here.
   const bool elsewhere = parts_.queue && family_->device().current_stream() != flight.caller;
@@ -53,15 +53,15 @@ void NcclOperation::order(DeviceStream stream, const EventPtr& event) {
 
 bool NcclOperation::launched() const {
   const Flight& flight = *parts_.flight;
-  return parts_.queue ? family_->launched(*parts_.queue, flight) : family_->fabric().done(flight.headers);
+  return parts_.queue ? family_->launched(*parts_.queue, flight) : family_->transport().done(flight.headers);
 }
 
 bool NcclOperation::done() const {
   const Flight& flight = *parts_.flight;
   const auto over = [&](DeviceApi& device) { return device.done(flight.end.get()); };
   if (launched() && (!flight.end || family_->on_device(flight.whole, over))) return true;
-  const bool never = !flight.launched && flight.waits_for_headers && family_->fabric().done(flight.headers) &&
-                     !family_->fabric().succeeded(flight.headers);
+  const bool never = !flight.launched && flight.waits_for_headers && family_->transport().done(flight.headers) &&
+                     !family_->transport().succeeded(flight.headers);
   return never || family_->failed();
 }
 
@@ -75,7 +75,7 @@ Span NcclOperation::span() const {
   const Flight& flight = *parts_.flight;
   std::int64_t came = flight.whole.header.issued_ns;
   for (const auto& header : flight.headers)
-    if (family_->fabric().succeeded({&header, 1})) came = std::max(came, header->message.header.issued_ns);
+    if (family_->transport().succeeded({&header, 1})) came = std::max(came, header->message.header.issued_ns);
   const double both = static_cast<double>(came) * 1e-9;
   return family_->on_device(flight.whole, [&](DeviceApi& device) -> Span {
     if (!flight.end || !device.done(flight.end.get())) return {both, both};

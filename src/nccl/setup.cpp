@@ -9,13 +9,13 @@ namespace {
 
 /// A failure of NCCL or the device in a collective call ends it on all ranks.
 template <class Body>
-auto or_abort(Fabric& fabric, const char* operation, const Body& body) {
+auto or_abort(Transport& transport, const char* operation, const Body& body) {
   try {
     return body();
   } catch (const DeviceFailure& error) {
-    const std::string message = str("rank ", fabric.rank(), ": ", operation, ": ", error.what());
-    fabric.abort(fabric.rank(), message);
-    throw CommError(fabric.rank(), operation, message);
+    const std::string message = str("rank ", transport.rank(), ": ", operation, ": ", error.what());
+    transport.abort(transport.rank(), message);
+    throw CommError(transport.rank(), operation, message);
   }
 }
 
@@ -24,11 +24,11 @@ auto or_abort(Fabric& fabric, const char* operation, const Body& body) {
 std::shared_ptr<NcclCommunicator> NcclCommunicator::world(const std::shared_ptr<Communicator>& control,
                                                           std::shared_ptr<DeviceApi> device,
                                                           std::shared_ptr<NcclApi> nccl, const NcclUse& use) {
-  const auto mesh = std::dynamic_pointer_cast<MeshCommunicator>(control);
+  const auto mesh = std::dynamic_pointer_cast<MessageCommunicator>(control);
   DUALPIPE_CHECK(mesh != nullptr && mesh->group() == 0,
                  "the control plane of an NCCL communicator is a local or socket communicator of the whole world");
   auto family =
-      std::make_shared<NcclFamily>(mesh->fabric(), std::move(device), std::move(nccl), use.timeout, use.config);
+      std::make_shared<NcclFamily>(mesh->transport(), std::move(device), std::move(nccl), use.timeout, use.config);
   return std::make_shared<NcclCommunicator>(std::move(family), mesh->group(), mesh->members(), mesh->rank(),
                                             use.communicator_per_edge);
 }
@@ -46,7 +46,7 @@ NcclCommunicator::NcclCommunicator(std::shared_ptr<NcclFamily> family, std::int6
       receives_(members.size(), 0),
       transfer_queue_(family_->add_queue()),
       collective_queue_(family_->add_queue()) {
-  or_abort(family_->fabric(), "connect", [&] {
+  or_abort(family_->transport(), "connect", [&] {
     transfers_ = family_->open(control_, str(" transfers ", group_));
     collectives_ = family_->open(control_, str(" collectives ", group_));
     warm_up_collectives();
@@ -56,14 +56,14 @@ NcclCommunicator::NcclCommunicator(std::shared_ptr<NcclFamily> family, std::int6
 void NcclCommunicator::connect(const std::vector<Edge>& edges) {
   control_.connect(edges);
   const std::set<Edge> sorted(edges.begin(), edges.end());
-  or_abort(family_->fabric(), "connect", [&] {
+  or_abort(family_->transport(), "connect", [&] {
     // In one order on all ranks, so that the first of those that are not open yet always can be.
     for (const Edge& edge : sorted) {
       if (!communicator_per_edge_ || edges_.contains(edge) || (edge.from != rank() && edge.to != rank())) continue;
-      const std::int64_t world = family_->fabric().size();
+      const std::int64_t world = family_->transport().size();
       const std::int64_t group = -(std::int64_t{1} << 40) - (group_ * world + edge.from) * world - edge.to;
-      MeshCommunicator both(family_->shared_fabric(), group, {world_rank(edge.from), world_rank(edge.to)},
-                            edge.from == rank() ? 0 : 1, at::kCPU);
+      MessageCommunicator both(family_->shared_fabric(), group, {world_rank(edge.from), world_rank(edge.to)},
+                               edge.from == rank() ? 0 : 1, at::kCPU);
       edges_[edge] = family_->open(both, str(" edge ", edge.from, "->", edge.to, " of ", group_));
     }
     warm_up({sorted.begin(), sorted.end()});
@@ -74,7 +74,7 @@ void NcclCommunicator::connect(const std::vector<Edge>& edges) {
 void NcclCommunicator::first_use(NcclLine line, NcclFamily::QueueId queue,
                                  std::function<void(const Flight&, NcclApi&, NcclLine)> issue) {
   auto flight =
-      this->flight(Transfer::collective(header(Channel::collective, "connect", collectives_count_, {})), {}, line);
+      this->flight(Request::collective(header(Channel::collective, "connect", collectives_count_, {})), {}, line);
   flight->waits_for_headers = false;
   for (int i = 0; i < 2 * size(); ++i)
     flight->targets.push_back(family_->device().empty({1}, at::kFloat, flight->caller));
@@ -124,7 +124,7 @@ void NcclCommunicator::warm_up_collectives() {
 std::shared_ptr<Communicator> NcclCommunicator::split(int color, int key) {
   const auto part = control_.split(color, key);
   if (part == nullptr) return nullptr;
-  const auto& mesh = static_cast<const MeshCommunicator&>(*part);
+  const auto& mesh = static_cast<const MessageCommunicator&>(*part);
   return std::make_shared<NcclCommunicator>(family_, mesh.group(), mesh.members(), mesh.rank(), communicator_per_edge_);
 }
 

@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "dualpipe/detail/comm/mesh.hpp"
+#include "dualpipe/detail/comm/message_communicator.hpp"
 #include "nccl/api.hpp"
 
 // What becomes of a caller's tensors before the device works on them, and afterwards.

@@ -23,11 +23,11 @@ class NcclTrace final : public DeviceTrace {
 
  private:
   /// Names it in errors.
-  static Transfer moment() {
+  static Request moment() {
     Header header;
     header.channel = Channel::collective;
     header.operation = "moment of the device";
-    return Transfer::collective(header);
+    return Request::collective(header);
   }
 
   class Event final : public Moment {

@@ -12,7 +12,7 @@
 #include <map>
 #include <optional>
 
-#include "socket/cards.hpp"
+#include "socket/announcement.hpp"
 #include "socket/wire.hpp"
 
 namespace dualpipe::detail {
@@ -35,7 +35,7 @@ struct Hello {
   std::int32_t rank = 0;
   std::int32_t size = 0;
   std::int32_t epoch = 0;
-  std::array<char, Cards::kTokenLength> token{};  ///< of the listening side
+  std::array<char, Announcements::kTokenLength> token{};  ///< of the listening side
   std::int64_t clock_ns = 0;
 };
 
@@ -311,7 +311,7 @@ class MeshBuilder {
   const World& world_;
   const int epoch_;
   const Rendezvous::Clock::time_point deadline_;
-  Cards cards_;
+  Announcements cards_;
   std::vector<Calls> calls_;
   asio::io_context io_{1};  // its own: what is left to do on it ends with this object
   Unix::acceptor unix_{io_};

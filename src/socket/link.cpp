@@ -29,7 +29,7 @@ constexpr std::size_t kBuffer = 64 << 10;
 constexpr std::size_t kPieces = 64;
 
 /// The pieces of `head` and `parcel` from byte `skip` on.
-std::size_t gather(const std::string& head, const Parcel* parcel, std::uint64_t skip,
+std::size_t gather(const std::string& head, const MessageTensors* parcel, std::uint64_t skip,
                    std::array<iovec, kPieces>& pieces) {
   std::size_t count = 0;
   const auto add = [&](const void* data, std::size_t size) {
@@ -62,7 +62,7 @@ Link::Link(Connection connection, LinkOwner& owner)
 
 // ---- writing
 
-void Link::send(const Message& message, std::shared_ptr<Transfer> transfer) {
+void Link::send(const Message& message, std::shared_ptr<Request> transfer) {
   const std::uint64_t payload = wire::payload_bytes(message.parcel->tensors());
   enqueue({wire::message_frame(message.header, payload), payload, message.parcel, std::move(transfer)});
 }
@@ -237,7 +237,7 @@ bool Link::parse_frame() {
     begin_ += here;
     if (here < tensor.nbytes()) missing_.emplace_back(data + here, tensor.nbytes() - here);
   }
-  incoming_.parcel = Parcel::of_fresh(std::move(tensors));
+  incoming_.parcel = MessageTensors::of_fresh(std::move(tensors));
   if (missing_.empty()) finish_message();
   return true;
 }

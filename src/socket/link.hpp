@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-#include "dualpipe/detail/comm/mesh.hpp"
+#include "dualpipe/detail/comm/message_communicator.hpp"
 #include "socket/connect.hpp"
 
 namespace dualpipe::detail {
@@ -29,7 +29,7 @@ class LinkOwner {
   /// This rank cannot go on receiving.
   virtual void failed_here(const std::string& why) = 0;
   /// The bytes of a message have left; on the thread that wrote the last of them.
-  virtual void sent(const std::shared_ptr<Transfer>& transfer) = 0;
+  virtual void sent(const std::shared_ptr<Request>& transfer) = 0;
   /// Whether reading ahead of the receives may pause.
   virtual bool may_hold_back() const = 0;
 
@@ -47,7 +47,7 @@ class Link : public std::enable_shared_from_this<Link> {
   /// Once.
   void start_reading();
   /// Any thread. Calls LinkOwner::sent() unless the connection breaks before.
-  void send(const Message& message, std::shared_ptr<Transfer> transfer);
+  void send(const Message& message, std::shared_ptr<Request> transfer);
   void say_goodbye();
   /// Ahead of everything that is queued but what has already been sent in part; the rest is dropped.
   void abort(int origin, const std::string& reason);
@@ -59,12 +59,12 @@ class Link : public std::enable_shared_from_this<Link> {
  private:
   struct Outgoing {
     std::string head;
-    std::uint64_t payload = 0;                ///< bytes in `parcel`
-    std::shared_ptr<Parcel> parcel = {};      ///< may be null
-    std::shared_ptr<Transfer> transfer = {};  ///< may be null
-    std::uint64_t sent = 0;                   ///< of both head and payload
+    std::uint64_t payload = 0;                    ///< bytes in `parcel`
+    std::shared_ptr<MessageTensors> parcel = {};  ///< may be null
+    std::shared_ptr<Request> transfer = {};       ///< may be null
+    std::uint64_t sent = 0;                       ///< of both head and payload
   };
-  using Finished = std::vector<std::shared_ptr<Transfer>>;
+  using Finished = std::vector<std::shared_ptr<Request>>;
 
   void enqueue(Outgoing outgoing);
   void write(Finished& finished);  // mutex held

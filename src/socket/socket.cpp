@@ -9,7 +9,7 @@
 #include <thread>
 #include <utility>
 
-#include "dualpipe/detail/comm/mesh.hpp"
+#include "dualpipe/detail/comm/message_communicator.hpp"
 #include "socket/connect.hpp"
 #include "socket/link.hpp"
 
@@ -23,10 +23,12 @@ using namespace std::chrono_literals;
 constexpr auto kFarewell = 1500ms;
 
 /// Ranks that are processes, each connected to each other.
-class SocketFabric final : public Fabric, public LinkOwner {
+class SocketTransport final : public Transport, public LinkOwner {
  public:
-  SocketFabric(const World& world, const ConnectOptions& options, Rendezvous::Clock::time_point deadline, Route route)
-      : Fabric(world.rank, world.size, options.timeout, options.epoch), links_(static_cast<std::size_t>(world.size)) {
+  SocketTransport(const World& world, const ConnectOptions& options, Rendezvous::Clock::time_point deadline,
+                  Route route)
+      : Transport(world.rank, world.size, options.timeout, options.epoch),
+        links_(static_cast<std::size_t>(world.size)) {
     if (world.size == 1) return;
     Rendezvous rendezvous(world, options, deadline);
     for (Connection& connection : connect_mesh(io_, world, rendezvous, options.epoch, deadline, route)) {
@@ -38,7 +40,7 @@ class SocketFabric final : public Fabric, public LinkOwner {
     start_thread();
   }
 
-  ~SocketFabric() override {
+  ~SocketTransport() override {
     if (!thread_.joinable()) return;
     try {
       const auto deadline = std::chrono::steady_clock::now() + kFarewell;
@@ -55,7 +57,7 @@ class SocketFabric final : public Fabric, public LinkOwner {
   }
 
  private:
-  void start(int to, Message message, std::shared_ptr<Transfer> transfer) override {
+  void start(int to, Message message, std::shared_ptr<Request> transfer) override {
     links_[static_cast<std::size_t>(to)]->send(message, std::move(transfer));
   }
 
@@ -84,12 +86,12 @@ class SocketFabric final : public Fabric, public LinkOwner {
   void said_goodbye(Link& link) override { departed(link.peer()); }
 
   void lost(Link& link, const std::string& why) override {
-    if (!failed_) Fabric::abort(link.peer(), str("rank ", link.peer(), " ", why));
+    if (!failed_) Transport::abort(link.peer(), str("rank ", link.peer(), " ", why));
   }
 
-  void failed_here(const std::string& why) override { Fabric::abort(rank(), str("rank ", rank(), " ", why)); }
+  void failed_here(const std::string& why) override { Transport::abort(rank(), str("rank ", rank(), " ", why)); }
 
-  void sent(const std::shared_ptr<Transfer>& transfer) override {
+  void sent(const std::shared_ptr<Request>& transfer) override {
     transfer->message.parcel->release();
     complete(transfer);
   }
@@ -132,7 +134,7 @@ class SocketFabric final : public Fabric, public LinkOwner {
       try {
         io_.run();
       } catch (const std::exception& error) {
-        Fabric::abort(rank(), str("rank ", rank(), ": the I/O thread ended: ", error.what()));
+        Transport::abort(rank(), str("rank ", rank(), ": the I/O thread ended: ", error.what()));
       }
     });
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -159,7 +161,7 @@ std::shared_ptr<Communicator> connect_sockets(const World& world, const ConnectO
   // Further away than this it would leave the range of the clock.
   const auto patience = std::min<std::chrono::milliseconds>(options.timeout, std::chrono::hours(24 * 365));
   const auto deadline = Rendezvous::Clock::now() + patience;
-  return MeshCommunicator::world(std::make_shared<SocketFabric>(world, options, deadline, route));
+  return MessageCommunicator::world(std::make_shared<SocketTransport>(world, options, deadline, route));
 }
 
 }  // namespace detail

@@ -6,7 +6,7 @@
 #include <string>
 #include <string_view>
 
-#include "dualpipe/detail/comm/mesh.hpp"
+#include "dualpipe/detail/comm/message_communicator.hpp"
 
 // What travels on a connection between two ranks: frames of a prefix, a head, and for messages the tensors' bytes one
 // after the other. Numbers are in the byte order of the machine; a peer with another one is turned away by the magic.

@@ -14,7 +14,7 @@
 #include <thread>
 #include <utility>
 
-#include "nccl/emulation/emulation_parts.hpp"
+#include "nccl/emulation/parts.hpp"
 
 namespace dualpipe::testing {
 namespace {

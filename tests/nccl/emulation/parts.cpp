@@ -1,4 +1,4 @@
-#include "nccl/emulation/emulation_parts.hpp"
+#include "nccl/emulation/parts.hpp"
 
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>

@@ -1,12 +1,12 @@
 #include <algorithm>
 #include <utility>
 
-#include "dualpipe/detail/comm/mesh.hpp"
+#include "dualpipe/detail/comm/message_communicator.hpp"
 
 namespace dualpipe::detail {
 namespace {
 
-bool all_done(std::span<const std::shared_ptr<Transfer>> transfers) {
+bool all_done(std::span<const std::shared_ptr<Request>> transfers) {
   return std::all_of(transfers.begin(), transfers.end(), [](const auto& transfer) { return transfer->done; });
 }
 
@@ -17,32 +17,32 @@ std::int64_t now_ns() noexcept {
       .count();
 }
 
-std::string Transfer::operation() const {
+std::string Request::operation() const {
   if (header.channel == Channel::collective) return header.operation;
   return str(kind == Kind::send ? "send to rank " : "receive from rank ", peer);
 }
 
-std::string Transfer::describe() const {
+std::string Request::describe() const {
   return str(operation(), header.channel == Channel::collective ? " (collective " : " (message ", header.sequence,
              " of group ", header.group, ")");
 }
 
-Transfer Transfer::without_message() const {
-  Transfer copy;
+Request Request::without_message() const {
+  Request copy;
   copy.kind = kind;
   copy.peer = peer;
   copy.header = header;
   return copy;
 }
 
-Transfer Transfer::collective(const Header& header) {
-  Transfer whole;
-  whole.kind = Transfer::Kind::receive;
+Request Request::collective(const Header& header) {
+  Request whole;
+  whole.kind = Request::Kind::receive;
   whole.header = header;
   return whole;
 }
 
-Fabric::Fabric(int rank, int size, std::chrono::milliseconds timeout, std::int32_t epoch, at::Device device)
+Transport::Transport(int rank, int size, std::chrono::milliseconds timeout, std::int32_t epoch, at::Device device)
     : rank_(rank),
       size_(size),
       // A deadline further away would leave the range of the clock.
@@ -53,9 +53,9 @@ Fabric::Fabric(int rank, int size, std::chrono::milliseconds timeout, std::int32
   DUALPIPE_CHECK(timeout.count() > 0, "the timeout of a communicator must be positive, got ", timeout.count(), " ms");
 }
 
-std::shared_ptr<Transfer> Fabric::send(int to, Message message) {
-  auto transfer = std::make_shared<Transfer>();
-  transfer->kind = Transfer::Kind::send;
+std::shared_ptr<Request> Transport::send(int to, Message message) {
+  auto transfer = std::make_shared<Request>();
+  transfer->kind = Request::Kind::send;
   transfer->peer = to;
   transfer->header = message.header;
   transfer->message.parcel = message.parcel;
@@ -64,9 +64,9 @@ std::shared_ptr<Transfer> Fabric::send(int to, Message message) {
   return transfer;
 }
 
-std::shared_ptr<Transfer> Fabric::receive(int from, Header expected, bool any_signature, std::string advice) {
-  auto transfer = std::make_shared<Transfer>();
-  transfer->kind = Transfer::Kind::receive;
+std::shared_ptr<Request> Transport::receive(int from, Header expected, bool any_signature, std::string advice) {
+  auto transfer = std::make_shared<Request>();
+  transfer->kind = Request::Kind::receive;
   transfer->peer = from;
   transfer->header = std::move(expected);
   transfer->any_signature = any_signature;
@@ -84,19 +84,19 @@ std::shared_ptr<Transfer> Fabric::receive(int from, Header expected, bool any_si
   return transfer;
 }
 
-void Fabric::deliver(int from, Message message) {
+void Transport::deliver(int from, Message message) {
   std::unique_lock lock(mutex_);
   Lane& lane = lanes_[{from, message.header.group, message.header.channel}];
   if (lane.posted.empty()) {
     lane.arrived.push_back(std::move(message));
     return;
   }
-  const std::shared_ptr<Transfer> transfer = std::move(lane.posted.front());
+  const std::shared_ptr<Request> transfer = std::move(lane.posted.front());
   lane.posted.pop_front();
   meet(std::move(lock), *transfer, std::move(message));
 }
 
-void Fabric::meet(std::unique_lock<std::mutex> lock, Transfer& receive, Message message) {
+void Transport::meet(std::unique_lock<std::mutex> lock, Request& receive, Message message) {
   const std::string problem = disagreement(receive, message.header);
   const std::function<void()> accepted = std::exchange(message.accepted, nullptr);
   if (problem.empty()) {
@@ -113,7 +113,7 @@ void Fabric::meet(std::unique_lock<std::mutex> lock, Transfer& receive, Message 
   if (accepted) accepted();
 }
 
-std::string Fabric::disagreement(const Transfer& receive, const Header& got) {
+std::string Transport::disagreement(const Request& receive, const Header& got) {
   const Header& expected = receive.header;
   if (expected.epoch != got.epoch) {
     return str("expected epoch ", expected.epoch, ", got epoch ", got.epoch, " from rank ", receive.peer);
@@ -130,7 +130,7 @@ std::string Fabric::disagreement(const Transfer& receive, const Header& got) {
   return {};
 }
 
-void Fabric::complete(const std::shared_ptr<Transfer>& transfer) {
+void Transport::complete(const std::shared_ptr<Request>& transfer) {
   {
     const std::lock_guard lock(mutex_);
     transfer->completed_ns = now_ns();
@@ -139,7 +139,7 @@ void Fabric::complete(const std::shared_ptr<Transfer>& transfer) {
   notify();
 }
 
-void Fabric::departed(int peer) {
+void Transport::departed(int peer) {
   {
     const std::lock_guard lock(mutex_);
     departed_[static_cast<std::size_t>(peer)] = true;
@@ -147,11 +147,11 @@ void Fabric::departed(int peer) {
   notify();
 }
 
-bool Fabric::lost(const Transfer& transfer) const {
+bool Transport::lost(const Request& transfer) const {
   return !transfer.done && departed_[static_cast<std::size_t>(transfer.peer)];
 }
 
-bool Fabric::done(std::span<const std::shared_ptr<Transfer>> transfers) const {
+bool Transport::done(std::span<const std::shared_ptr<Request>> transfers) const {
   const std::lock_guard lock(mutex_);
   if (failure_ || all_done(transfers) ||
       std::any_of(transfers.begin(), transfers.end(), [this](const auto& transfer) { return lost(*transfer); }))
@@ -161,15 +161,15 @@ bool Fabric::done(std::span<const std::shared_ptr<Transfer>> transfers) const {
   return false;
 }
 
-bool Fabric::succeeded(std::span<const std::shared_ptr<Transfer>> transfers) const {
+bool Transport::succeeded(std::span<const std::shared_ptr<Request>> transfers) const {
   const std::lock_guard lock(mutex_);
   return !failure_ && all_done(transfers);
 }
 
-void Fabric::wait(std::span<const std::shared_ptr<Transfer>> transfers, const Transfer& whole) {
+void Transport::wait(std::span<const std::shared_ptr<Request>> transfers, const Request& whole) {
   const auto deadline = std::chrono::steady_clock::now() + timeout_;
   std::unique_lock lock(mutex_);
-  const Transfer* gone = nullptr;
+  const Request* gone = nullptr;
   const auto over = [&] {
     for (const auto& transfer : transfers) {
       if (lost(*transfer)) gone = transfer.get();
@@ -198,18 +198,18 @@ void Fabric::wait(std::span<const std::shared_ptr<Transfer>> transfers, const Tr
   raise(origin, whole, str("waited for ", missing, " longer than the timeout of ", timeout_.count(), " ms"));
 }
 
-void Fabric::abort(int origin, const std::string& reason) noexcept {
+void Transport::abort(int origin, const std::string& reason) noexcept {
   if (fail(origin, reason)) spread(origin, reason);
 }
 
-void Fabric::failed(int origin, const std::string& reason) noexcept { fail(origin, reason); }
+void Transport::failed(int origin, const std::string& reason) noexcept { fail(origin, reason); }
 
-bool Fabric::has_failed() const {
+bool Transport::has_failed() const {
   const std::lock_guard lock(mutex_);
   return failure_.has_value();
 }
 
-bool Fabric::fail(int origin, const std::string& reason) noexcept {
+bool Transport::fail(int origin, const std::string& reason) noexcept {
   {
     const std::lock_guard lock(mutex_);
     if (failure_) return false;
@@ -219,35 +219,35 @@ bool Fabric::fail(int origin, const std::string& reason) noexcept {
   return true;
 }
 
-void Fabric::listen(std::weak_ptr<FabricListener> listener) {
+void Transport::listen(std::weak_ptr<TransportListener> listener) {
   const std::lock_guard lock(mutex_);
   listener_ = std::move(listener);
   has_listener_ = true;
 }
 
-void Fabric::notify() noexcept {
+void Transport::notify() noexcept {
   changed_.notify_all();
   if (!has_listener_) return;
-  std::shared_ptr<FabricListener> listener;
+  std::shared_ptr<TransportListener> listener;
   {
     const std::lock_guard lock(mutex_);
     listener = listener_.lock();
   }
-  if (listener) listener->fabric_changed();
+  if (listener) listener->transport_changed();
 }
 
-void Fabric::raise(int origin, const Transfer& transfer, const std::string& problem) {
+void Transport::raise(int origin, const Request& transfer, const std::string& problem) {
   const std::string message = str("rank ", rank_, ": ", transfer.describe(), ": ", problem);
   abort(origin, message);
   throw CommError(origin, transfer.operation(), message);
 }
 
-void Fabric::throw_if_failed(const Transfer& transfer) const {
+void Transport::throw_if_failed(const Request& transfer) const {
   const std::lock_guard lock(mutex_);
   if (failure_) throw_failure(transfer);
 }
 
-void Fabric::throw_failure(const Transfer& transfer) const {
+void Transport::throw_failure(const Request& transfer) const {
   throw CommError(failure_->origin, transfer.operation(),
                   str("rank ", rank_, ": ", transfer.describe(), ": failed because of rank ", failure_->origin, ": ",
                       failure_->reason));

@@ -1,4 +1,4 @@
-#include "dualpipe/detail/comm/parcel.hpp"
+#include "dualpipe/detail/comm/message_tensors.hpp"
 
 #include <ATen/ATen.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -77,19 +77,19 @@ void StreamOrder::leave() {
   last_->block(*home_);
 }
 
-std::shared_ptr<Parcel> Parcel::of_fresh(Tensors tensors, at::Device device) {
-  auto parcel = std::make_shared<Parcel>();
+std::shared_ptr<MessageTensors> MessageTensors::of_fresh(Tensors tensors, at::Device device) {
+  auto parcel = std::make_shared<MessageTensors>();
   parcel->order_ = order_of(tensors, device);
   parcel->tensors_ = std::move(tensors);
   return parcel;
 }
 
-std::shared_ptr<Parcel> Parcel::of(const Tensors& tensors, at::Device device) {
+std::shared_ptr<MessageTensors> MessageTensors::of(const Tensors& tensors, at::Device device) {
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     if (tensors[i].defined()) check_dense(tensors[i], i, device);
   }
   const PlainTensors plain;
-  auto parcel = std::make_shared<Parcel>();
+  auto parcel = std::make_shared<MessageTensors>();
   parcel->tensors_.reserve(tensors.size());
   for (const at::Tensor& tensor : tensors) {
     if (!tensor.defined()) {
@@ -107,22 +107,22 @@ std::shared_ptr<Parcel> Parcel::of(const Tensors& tensors, at::Device device) {
   return parcel;
 }
 
-void Parcel::enter() {
+void MessageTensors::enter() {
   const std::lock_guard lock(mutex_);
   order_.enter();
 }
 
-void Parcel::leave() {
+void MessageTensors::leave() {
   const std::lock_guard lock(mutex_);
   order_.leave();
 }
 
-void Parcel::settle() {
+void MessageTensors::settle() {
   const std::lock_guard lock(mutex_);
   settle_locked();
 }
 
-void Parcel::settle_locked() {
+void MessageTensors::settle_locked() {
   const PlainTensors plain;
   order_.enter();
   const bool at_home = order_.at_home();
@@ -142,18 +142,18 @@ void Parcel::settle_locked() {
   watch_ = Watch();
 }
 
-Tensors Parcel::take() {
+Tensors MessageTensors::take() {
   const std::lock_guard lock(mutex_);
   settle_locked();  // in one go: what is at home here now must not be settled for the sender in between
   return std::exchange(tensors_, {});
 }
 
-void Parcel::release() {
+void MessageTensors::release() {
   const std::lock_guard lock(mutex_);
   tensors_.clear();
 }
 
-std::optional<std::string> Parcel::written() const {
+std::optional<std::string> MessageTensors::written() const {
   const std::lock_guard lock(mutex_);
   return written_;
 }

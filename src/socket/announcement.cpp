@@ -1,4 +1,4 @@
-#include "socket/cards.hpp"
+#include "socket/announcement.hpp"
 
 #include <nlohmann/json.hpp>
 #include <random>
@@ -15,21 +15,21 @@ constexpr const char* kEndpointsKey = "tcp";
 std::string random_token() {
   std::random_device random;
   std::string token;
-  while (token.size() < Cards::kTokenLength) token += "0123456789abcdef"[random() % 16];
+  while (token.size() < Announcements::kTokenLength) token += "0123456789abcdef"[random() % 16];
   return token;
 }
 
 }  // namespace
 
-Cards::Cards(const World& world, Rendezvous& rendezvous, Route route)
+Announcements::Announcements(const World& world, Rendezvous& rendezvous, Route route)
     : world_(world), rendezvous_(rendezvous), cards_(static_cast<std::size_t>(world.size)) {
-  Card& own = cards_[static_cast<std::size_t>(world.rank)];
+  Announcement& own = cards_[static_cast<std::size_t>(world.rank)];
   own.host = host_identity() + (route == Route::tcp ? str(" ", world.rank) : "");
   own.token = random_token();
   if (world.rank + 1 < world.size) own.unix_name = "dualpipe." + own.token;
 }
 
-void Cards::exchange() {
+void Announcements::exchange() {
   nlohmann::json card = {
       {"version", wire::kVersion}, {"size", world_.size}, {"host", own().host}, {"token", own().token}};
   if (!own().unix_name.empty()) card["unix"] = own().unix_name;
@@ -42,20 +42,20 @@ void Cards::exchange() {
   for (std::size_t i = 0; i < others.size(); ++i) read_card(others[i], texts[i]);
 }
 
-bool Cards::has_far_callers() const {
+bool Announcements::has_far_callers() const {
   for (int rank = world_.rank + 1; rank < world_.size; ++rank)
     if (!is_near(rank)) return true;
   return false;
 }
 
-void Cards::announce(std::uint16_t port) {
+void Announcements::announce(std::uint16_t port) {
   const std::vector<std::string> addresses = own_addresses(world_);
   const std::string text = nlohmann::json({{"port", port}, {"addresses", addresses}}).dump();
   rendezvous_.publish(kEndpointsKey, text);
   read_endpoints(world_.rank, text);
 }
 
-void Cards::read_far_endpoints() {
+void Announcements::read_far_endpoints() {
   std::vector<int> listeners;
   for (int rank = 0; rank < world_.rank; ++rank)
     if (is_far_listener(rank)) listeners.push_back(rank);
@@ -63,12 +63,12 @@ void Cards::read_far_endpoints() {
   for (std::size_t i = 0; i < listeners.size(); ++i) read_endpoints(listeners[i], texts[i]);
 }
 
-void Cards::read_again(int rank) {
+void Announcements::read_again(int rank) {
   read_card(rank, rendezvous_.collect(kCardKey, {rank}).front());
   if (is_far_listener(rank)) read_endpoints(rank, rendezvous_.collect(kEndpointsKey, {rank}).front());
 }
 
-void Cards::read_card(int rank, const std::string& text) {
+void Announcements::read_card(int rank, const std::string& text) {
   const auto card = nlohmann::json::parse(text);
   const auto disagree = [&](const char* what, std::int64_t theirs, std::int64_t ours) {
     throw CommError(rank, "rendezvous",
@@ -79,13 +79,13 @@ void Cards::read_card(int rank, const std::string& text) {
   const std::int64_t size = card.at("size");
   if (version != wire::kVersion) disagree("protocol version", version, wire::kVersion);
   if (size != world_.size) disagree("WORLD_SIZE", size, world_.size);
-  Card& known = cards_[static_cast<std::size_t>(rank)];
+  Announcement& known = cards_[static_cast<std::size_t>(rank)];
   known.host = card.at("host");
   known.token = card.at("token");
   known.unix_name = card.value("unix", "");
 }
 
-void Cards::read_endpoints(int rank, const std::string& text) {
+void Announcements::read_endpoints(int rank, const std::string& text) {
   const auto listener = nlohmann::json::parse(text);
   const std::uint16_t port = listener.at("port");
   auto& endpoints = cards_[static_cast<std::size_t>(rank)].endpoints;

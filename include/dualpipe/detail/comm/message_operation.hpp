@@ -6,25 +6,25 @@
 #include <utility>
 #include <vector>
 
-#include "dualpipe/detail/comm/mesh.hpp"
+#include "dualpipe/detail/comm/message_communicator.hpp"
 
-// The Pendings of a MeshCommunicator.
+// The Pendings of a MessageCommunicator.
 namespace dualpipe::detail {
 
-using Transfers = std::vector<std::shared_ptr<Transfer>>;
+using Requests = std::vector<std::shared_ptr<Request>>;
 
 inline double seconds(std::int64_t ns) { return static_cast<double>(ns) * 1e-9; }
 
 /// The transfers of one call, and what remains to be done on the caller's thread when all have ended.
-class MeshOperation final : public Pending::State {
+class MessageOperation final : public Pending::State {
  public:
   using Finish = std::function<Tensors()>;
 
   /// @param whole    names the call in errors.
   /// @param watched  tensors that the caller must not write to before wait().
-  MeshOperation(std::shared_ptr<Fabric> fabric, at::Device device, Transfer whole, Transfers transfers, Watch watched,
-                Finish finish)
-      : fabric_(std::move(fabric)),
+  MessageOperation(std::shared_ptr<Transport> transport, at::Device device, Request whole, Requests transfers,
+                   Watch watched, Finish finish)
+      : transport_(std::move(transport)),
         device_(device),
         whole_(std::move(whole)),
         transfers_(std::move(transfers)),
@@ -33,15 +33,15 @@ class MeshOperation final : public Pending::State {
         finish_(std::move(finish)) {}
 
   void wait() override {
-    fabric_->wait(transfers_, whole_);
+    transport_->wait(transfers_, whole_);
     if (std::exchange(finished_, true)) return;
     settle_sends();
-    if (const auto problem = watched_.written()) fabric_->raise(fabric_->rank(), whole_, *problem);
+    if (const auto problem = watched_.written()) transport_->raise(transport_->rank(), whole_, *problem);
     if (finish_) finish();
     for (const auto& transfer : transfers_) {
-      if (transfer->kind != Transfer::Kind::receive) continue;
+      if (transfer->kind != Request::Kind::receive) continue;
       if (const auto problem = transfer->message.parcel->written()) {
-        fabric_->raise(transfer->peer, whole_, str("rank ", transfer->peer, ": ", *problem));
+        transport_->raise(transfer->peer, whole_, str("rank ", transfer->peer, ": ", *problem));
       }
     }
     for (const auto& transfer : transfers_) transfer->message.parcel.reset();
@@ -51,11 +51,11 @@ class MeshOperation final : public Pending::State {
     wait();
     if (device_.is_cpu()) return;
     StreamOrder(device_).synchronize();
-    fabric_->wait({}, whole_);
+    transport_->wait({}, whole_);
   }
 
   bool done() const override {
-    if (!fabric_->done(transfers_)) return false;
+    if (!transport_->done(transfers_)) return false;
     if (!finished_) settle_sends();
     return true;
   }
@@ -70,7 +70,7 @@ class MeshOperation final : public Pending::State {
     std::int64_t begin = whole_.header.issued_ns;
     std::int64_t end = begin;
     for (const auto& transfer : transfers_) {
-      if (transfer->kind == Transfer::Kind::receive) begin = std::max(begin, transfer->message.header.issued_ns);
+      if (transfer->kind == Request::Kind::receive) begin = std::max(begin, transfer->message.header.issued_ns);
       end = std::max(end, transfer->completed_ns);
     }
     return {seconds(begin), seconds(std::max(begin, end))};
@@ -83,9 +83,9 @@ class MeshOperation final : public Pending::State {
   void finish() {
     const Finish finish = std::exchange(finish_, nullptr);  // holds tensors that are read
     order_.enter();
-    for_parcels_of_others([](Parcel& parcel) { parcel.enter(); });
+    for_parcels_of_others([](MessageTensors& parcel) { parcel.enter(); });
     result_ = finish();
-    for_parcels_of_others([](Parcel& parcel) { parcel.leave(); });
+    for_parcels_of_others([](MessageTensors& parcel) { parcel.leave(); });
     order_.leave();
   }
 
@@ -93,22 +93,22 @@ class MeshOperation final : public Pending::State {
   void for_parcels_of_others(const Action& action) const {
     if (!collective()) return;  // a receive takes its tensors, which sees to that
     for (const auto& transfer : transfers_)
-      if (transfer->kind == Transfer::Kind::receive) action(*transfer->message.parcel);
+      if (transfer->kind == Request::Kind::receive) action(*transfer->message.parcel);
   }
 
   // A send that the receiver has met but not taken yet is over for the sender once both do not share memory.
   void settle_sends() const {
     for (const auto& transfer : transfers_) {
-      if (transfer->kind == Transfer::Kind::send && transfer->done && transfer->message.parcel) {
+      if (transfer->kind == Request::Kind::send && transfer->done && transfer->message.parcel) {
         transfer->message.parcel->settle();
       }
     }
   }
 
-  std::shared_ptr<Fabric> fabric_;
+  std::shared_ptr<Transport> transport_;
   at::Device device_;
-  Transfer whole_;
-  Transfers transfers_;
+  Request whole_;
+  Requests transfers_;
   StreamOrder order_;
   Watch watched_;
   Finish finish_;
@@ -118,20 +118,20 @@ class MeshOperation final : public Pending::State {
 };
 
 /// A moment of the stream that was current when it was made.
-class MeshFence final : public Pending::State {
+class MessageFence final : public Pending::State {
  public:
-  MeshFence(std::shared_ptr<Fabric> fabric, at::Device device, const Header& header)
-      : fabric_(std::move(fabric)), whole_(Transfer::collective(header)), order_(device) {}
+  MessageFence(std::shared_ptr<Transport> transport, at::Device device, const Header& header)
+      : transport_(std::move(transport)), whole_(Request::collective(header)), order_(device) {}
 
   void wait() override {
-    fabric_->wait({}, whole_);
+    transport_->wait({}, whole_);
     order_.enter();
   }
   void synchronize() override {
     order_.synchronize();
-    fabric_->wait({}, whole_);
+    transport_->wait({}, whole_);
   }
-  bool done() const override { return order_.done() || fabric_->has_failed(); }
+  bool done() const override { return order_.done() || transport_->has_failed(); }
   Tensors take() override { return wait(), Tensors(); }
   Span span() const override {
     const double made = seconds(whole_.header.issued_ns);
@@ -139,8 +139,8 @@ class MeshFence final : public Pending::State {
   }
 
  private:
-  std::shared_ptr<Fabric> fabric_;
-  Transfer whole_;
+  std::shared_ptr<Transport> transport_;
+  Request whole_;
   StreamOrder order_;
 };
 

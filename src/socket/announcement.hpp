@@ -11,7 +11,7 @@
 namespace dualpipe::detail {
 
 /// How a rank can be reached. A lower rank listens, a higher one calls.
-struct Card {
+struct Announcement {
   std::string host;       ///< ranks with the same one reach each other by Unix domain sockets
   std::string token;      ///< a caller that knows it has read it in the store
   std::string unix_name;  ///< of its listener for its own host, an abstract address; empty: it has none
@@ -19,14 +19,14 @@ struct Card {
 };
 
 /// The cards of all ranks, as they exchange them through the store.
-class Cards {
+class Announcements {
  public:
   static constexpr std::size_t kTokenLength = 32;
 
-  Cards(const World& world, Rendezvous& rendezvous, Route route);
+  Announcements(const World& world, Rendezvous& rendezvous, Route route);
 
-  const Card& operator[](int rank) const { return cards_[static_cast<std::size_t>(rank)]; }
-  const Card& own() const { return (*this)[world_.rank]; }
+  const Announcement& operator[](int rank) const { return cards_[static_cast<std::size_t>(rank)]; }
+  const Announcement& own() const { return (*this)[world_.rank]; }
   bool is_near(int rank) const { return (*this)[rank].host == own().host; }
 
   /// Publishes this rank's card and reads those of all others, still without endpoints.
@@ -48,7 +48,7 @@ class Cards {
 
   const World& world_;
   Rendezvous& rendezvous_;
-  std::vector<Card> cards_;
+  std::vector<Announcement> cards_;
 };
 
 }  // namespace dualpipe::detail

@@ -69,13 +69,13 @@ class StreamOrder {
 ///
 /// On a device, memory changes hands only between threads with one current stream: an allocator gives memory back to
 /// the stream that it was allocated on, whatever another one still does with it. Between streams it is copied.
-class Parcel {
+class MessageTensors {
  public:
   /// A back end that has copied bytes into fresh `tensors` wraps them so, for the receiver.
-  static std::shared_ptr<Parcel> of_fresh(Tensors tensors, at::Device device = at::kCPU);
+  static std::shared_ptr<MessageTensors> of_fresh(Tensors tensors, at::Device device = at::kCPU);
   /// For the sender: aliases of the tensors where possible, copies elsewhere. @throws InvalidArgument  not a dense
   /// tensor on `device`.
-  static std::shared_ptr<Parcel> of(const Tensors& tensors, at::Device device = at::kCPU);
+  static std::shared_ptr<MessageTensors> of(const Tensors& tensors, at::Device device = at::kCPU);
 
   /// For a back end that copies bytes out: contiguous tensors in host memory, or undefined ones. Not to be called after
   /// release().

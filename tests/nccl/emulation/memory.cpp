@@ -5,7 +5,7 @@
 #include <new>
 
 #include "nccl/emulation/emulation.hpp"
-#include "nccl/emulation/emulation_parts.hpp"
+#include "nccl/emulation/parts.hpp"
 
 namespace dualpipe::testing {
 namespace emulation {
