@@ -6,6 +6,28 @@ include(CMakePackageConfigHelpers)
 
 set(package_dir "${CMAKE_INSTALL_LIBDIR}/cmake/dualpipe")
 
+# dualpipe_package builds what is installed and nothing else. Nothing is installed before all of it is built, so that no half prefix remains.
+set(installed dualpipe_schedule dualpipe_planner dualpipe_dualpipe)
+foreach(target dualpipe_nccl dualpipe-plan dualpipe-run)
+  if(TARGET ${target})
+    list(APPEND installed ${target})
+  endif()
+endforeach()
+add_custom_target(dualpipe_package DEPENDS ${installed})
+list(TRANSFORM installed REPLACE "(.+)" "\"$<TARGET_FILE:\\1>\"" OUTPUT_VARIABLE files)
+list(JOIN files " " files)
+install(CODE "
+  set(missing \"\")
+  foreach(file ${files})
+    if(NOT EXISTS \"\${file}\")
+      string(APPEND missing \"\\n  \${file}\")
+    endif()
+  endforeach()
+  if(missing)
+    message(FATAL_ERROR \"Nothing is installed, since these are not built:\${missing}\\n\"
+      \"Build them first: cmake --build \\\"${CMAKE_BINARY_DIR}\\\" --target dualpipe_package\")
+  endif()")
+
 install(TARGETS dualpipe_schedule dualpipe_planner EXPORT dualpipe-schedule ARCHIVE LIBRARY RUNTIME)
 install(TARGETS dualpipe_dualpipe EXPORT dualpipe-dualpipe ARCHIVE LIBRARY RUNTIME)
 if(DUALPIPE_BUILD_TOOLS)

@@ -81,6 +81,16 @@ function(_dualpipe_check_libtorch_version version)
   endif()
 endfunction()
 
+# LibTorch's libraries refer to those of the wheels beside it. Their own run paths find them, the linker needs telling. Options come before
+# what find_package(Torch) adds, the folder of a CUDA toolkit, in which an older NCCL may lie.
+function(_dualpipe_link_against_wheels root)
+  file(GLOB folders LIST_DIRECTORIES true "${root}/../nvidia/*/lib")
+  foreach(folder IN LISTS folders)
+    file(REAL_PATH "${folder}" folder)
+    target_link_options(dualpipe::libtorch INTERFACE "LINKER:-rpath-link,${folder}")
+  endforeach()
+endfunction()
+
 # Defines dualpipe::libtorch, unless it exists. `problem` is set to empty, or to the reason why that was not possible.
 # Further arguments: as for dualpipe_libtorch_root.
 function(dualpipe_find_libtorch problem)
@@ -90,8 +100,19 @@ function(dualpipe_find_libtorch problem)
   endif()
   if(TARGET torch)
     add_library(dualpipe::libtorch INTERFACE IMPORTED GLOBAL)
-    target_link_libraries(dualpipe::libtorch INTERFACE torch)
     target_compile_features(dualpipe::libtorch INTERFACE cxx_std_20)
+    get_target_property(includes torch INTERFACE_INCLUDE_DIRECTORIES)
+    if(includes AND TARGET torch_cpu)
+      # `torch` is all of LibTorch, CUDA included; torch_cpu is found by the same find_package(Torch).
+      target_include_directories(dualpipe::libtorch SYSTEM INTERFACE ${includes})
+      target_compile_options(dualpipe::libtorch INTERFACE $<TARGET_PROPERTY:torch,INTERFACE_COMPILE_OPTIONS>)
+      target_link_libraries(dualpipe::libtorch INTERFACE torch_cpu c10)
+      list(GET includes 0 root)
+      get_filename_component(root "${root}/.." ABSOLUTE)
+      _dualpipe_link_against_wheels("${root}")
+    else()
+      target_link_libraries(dualpipe::libtorch INTERFACE torch)
+    endif()
     message(STATUS "dualpipe: LibTorch ${Torch_VERSION} from the target `torch`, which exists already")
     _dualpipe_check_libtorch_version("${Torch_VERSION}")
     return()
@@ -106,15 +127,6 @@ function(dualpipe_find_libtorch problem)
   message(STATUS "dualpipe: LibTorch ${version} in ${root}")
   _dualpipe_check_libtorch_version("${version}")
 
-  # The wheel's libraries refer to libcupti and libcudart of the wheels beside it; their own run paths find them, the linker needs telling.
-  get_filename_component(site "${root}/.." ABSOLUTE)
-  file(GLOB cuda_libraries LIST_DIRECTORIES true
-    "${site}/nvidia/cu*/lib" "${site}/nvidia/cuda_runtime/lib" "${site}/nvidia/cuda_cupti/lib")
-  set(link_options "")
-  foreach(folder IN LISTS cuda_libraries)
-    list(APPEND link_options "LINKER:-rpath-link,${folder}")
-  endforeach()
-
   foreach(library c10 torch_cpu)
     add_library(dualpipe::${library} SHARED IMPORTED GLOBAL)
     set_target_properties(dualpipe::${library} PROPERTIES IMPORTED_LOCATION "${root}/lib/lib${library}.so")
@@ -122,7 +134,7 @@ function(dualpipe_find_libtorch problem)
   add_library(dualpipe::libtorch INTERFACE IMPORTED GLOBAL)
   target_include_directories(dualpipe::libtorch SYSTEM INTERFACE "${root}/include" "${root}/include/torch/csrc/api/include")
   target_link_libraries(dualpipe::libtorch INTERFACE dualpipe::torch_cpu dualpipe::c10)
-  target_link_options(dualpipe::libtorch INTERFACE ${link_options})
+  _dualpipe_link_against_wheels("${root}")
   target_compile_features(dualpipe::libtorch INTERFACE cxx_std_20)
 endfunction()
 

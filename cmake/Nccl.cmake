@@ -12,7 +12,7 @@ function(dualpipe_find_nccl problem)
   endif()
 
   get_target_property(root dualpipe::libtorch INTERFACE_INCLUDE_DIRECTORIES)
-  if(TARGET torch)
+  if(NOT root)
     get_target_property(root torch INTERFACE_INCLUDE_DIRECTORIES)
   endif()
   list(GET root 0 root)
@@ -21,6 +21,15 @@ function(dualpipe_find_nccl problem)
   if(NOT EXISTS "${root}/lib/libtorch_cuda.so")
     set(${problem} "LibTorch in ${root} is a build for the CPU: there is no lib/libtorch_cuda.so" PARENT_SCOPE)
     return()
+  endif()
+  if(EXISTS "${site}/nvidia")
+    # Its libraries may come later: a build that uses this looks again then.
+    set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${site}/nvidia")
+    if(NOT EXISTS "${site}/nvidia/nccl")
+      set(${problem} "${site}/nvidia holds only what LibTorch needs on the CPU. In a checkout, scripts/setup adds the rest; elsewhere \
+pip install --upgrade torch, with its dependencies" PARENT_SCOPE)
+      return()
+    endif()
   endif()
 
   # Beside the wheel; for another LibTorch, where the user's variables or the system have them.
@@ -45,13 +54,6 @@ ${site}/nvidia; elsewhere set NCCL_HOME and CUDA_HOME, or -DDUALPIPE_${wanted}=â
     endif()
   endforeach()
 
-  # libtorch_cuda refers to many libraries of the wheels; its own run path finds them, the linker needs telling.
-  file(GLOB library_folders LIST_DIRECTORIES true "${site}/nvidia/*/lib")
-  set(link_options "")
-  foreach(folder IN LISTS library_folders)
-    list(APPEND link_options "LINKER:-rpath-link,${folder}")
-  endforeach()
-
   foreach(library c10_cuda torch_cuda)
     add_library(dualpipe::${library} SHARED IMPORTED GLOBAL)
     set_target_properties(dualpipe::${library} PROPERTIES IMPORTED_LOCATION "${root}/lib/lib${library}.so")
@@ -62,6 +64,5 @@ ${site}/nvidia; elsewhere set NCCL_HOME and CUDA_HOME, or -DDUALPIPE_${wanted}=â
   # The wheels' own files come first, so that no toolkit's older NCCL is found before them. Nothing refers to libtorch_cuda by name.
   target_link_libraries(dualpipe::cuda INTERFACE "${DUALPIPE_NCCL_LIBRARY}" "${DUALPIPE_CUDART_LIBRARY}"
     -Wl,--push-state,--no-as-needed dualpipe::torch_cuda -Wl,--pop-state dualpipe::c10_cuda ${CMAKE_DL_LIBS})
-  target_link_options(dualpipe::cuda INTERFACE ${link_options})
   message(STATUS "dualpipe: NCCL in ${DUALPIPE_NCCL_LIBRARY}")
 endfunction()

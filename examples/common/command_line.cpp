@@ -90,7 +90,9 @@ void CommandLine::add_output() {
   options_.svg = "out/" + options_.program + ".svg";
   flag("--trace", options_.trace, "FILE", "The last step for Chrome and Perfetto, \"\": none")->capture_default_str();
   flag("--svg", options_.svg, "FILE", "The last step, predicted above measured, \"\": none")->capture_default_str();
-  app_.add_flag("--quiet", options_.quiet, "No picture of the schedule, no line per step")->group(group_);
+  number("--progress", options_.progress,
+         "Seconds between lines of progress where stdout is no terminal, 0: each step");
+  app_.add_flag("--quiet", options_.quiet, "No picture of the schedule, no progress")->group(group_);
 }
 
 std::optional<std::string> CommandLine::parse(int argc, const char* const* argv) {

@@ -46,7 +46,8 @@ struct Options {
 
   std::filesystem::path trace;  ///< empty: not written
   std::filesystem::path svg;
-  bool quiet = false;  ///< no picture of the schedule, no line per step
+  bool quiet = false;   ///< no picture of the schedule, no progress
+  double progress = 5;  ///< seconds between lines of progress, 0: a line for every step
 };
 
 }  // namespace example

@@ -1,14 +1,19 @@
 #include "report.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <string_view>
 #include <system_error>
+#include <utility>
 
 #include "dualpipe/error.hpp"
 #include "dualpipe/planner/render.hpp"
@@ -19,7 +24,19 @@ namespace {
 
 namespace fs = std::filesystem;
 
-[[gnu::format(printf, 1, 2)]] std::string format(const char* pattern, ...) {
+/// Also where dualpipe-run stands between.
+bool on_terminal() {
+  const char* through_launcher = std::getenv("DUALPIPE_RUN_TERMINAL");
+  if (through_launcher != nullptr && std::string_view(through_launcher) == "1") return true;
+  const char* kind = std::getenv("TERM");
+  return ::isatty(STDOUT_FILENO) && kind != nullptr && std::string_view(kind) != "dumb";
+}
+
+double share(double part, double whole) { return whole > 0 ? part / whole : 0; }
+
+}  // namespace
+
+std::string format(const char* pattern, ...) {
   std::array<char, 256> line;
   va_list arguments;
   va_start(arguments, pattern);
@@ -27,10 +44,6 @@ namespace fs = std::filesystem;
   va_end(arguments);
   return line.data();
 }
-
-double share(double part, double whole) { return whole > 0 ? part / whole : 0; }
-
-}  // namespace
 
 std::string picture(const dualpipe::Schedule& schedule, dualpipe::Publish publish) {
   const dualpipe::Timeline timeline = simulate(schedule, {}, publish).timeline;
@@ -106,6 +119,27 @@ std::string overlap(const dualpipe::Timeline& measured) {
   add("all", total, part ? &total_main : nullptr, whole.makespan * static_cast<double>(whole.ranks.size()));
   if (!part) text += "  (The ranks have no time in common in which all of them run pairs.)\n";
   return text;
+}
+
+Progress::Progress(double seconds) : interval_(seconds), overwrites_(seconds > 0 && on_terminal()) {}
+
+void Progress::show(std::string line) {
+  pending_ = std::move(line);
+  const auto now = Clock::now();
+  if (overwrites_) {
+    std::printf("\033[K%s\r", pending_.c_str());
+    std::fflush(stdout);
+  } else if (!shown_ || now - *shown_ >= interval_) {
+    finish();
+    shown_ = now;
+  }
+}
+
+void Progress::finish() {
+  if (pending_.empty()) return;
+  std::printf("%s\n", pending_.c_str());
+  std::fflush(stdout);
+  pending_.clear();
 }
 
 std::string minutes(double seconds) {

@@ -1,6 +1,8 @@
 #pragma once
 
+#include <chrono>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -9,6 +11,9 @@
 #include "dualpipe/schedule/simulate.hpp"
 
 namespace example {
+
+/// As sprintf, up to 255 characters.
+[[gnu::format(printf, 1, 2)]] std::string format(const char* pattern, ...);
 
 /// The schedule as it would run if a weight gradient cost as much as a forward, and the bubble that leaves.
 std::string picture(const dualpipe::Schedule& schedule, dualpipe::Publish publish);
@@ -24,6 +29,26 @@ std::string comparison(const dualpipe::Timeline& predicted, const dualpipe::Time
 /// Where the time of each rank went in a measured step, and how much of what its stages communicate was hidden: in the
 /// whole step, and in the main part, in which every rank has pairs. Empty where stages do not communicate.
 std::string overlap(const dualpipe::Timeline& measured);
+
+/// How far a run is, on stdout: on a terminal one line that is overwritten, elsewhere a line now and then.
+class Progress {
+ public:
+  /// @param seconds  between lines; 0: every one, also on a terminal.
+  explicit Progress(double seconds);
+
+  /// The first line is always shown.
+  void show(std::string line);
+  /// Shows the last line, if it was not, and leaves it.
+  void finish();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  std::chrono::duration<double> interval_;
+  bool overwrites_;
+  std::string pending_;  ///< empty: the last line has been shown and ended
+  std::optional<Clock::time_point> shown_;
+};
 
 /// "1:05" of 65 seconds.
 std::string minutes(double seconds);

@@ -179,6 +179,7 @@ Timeline Trainer::train() {
   };
 
   Timeline measured;
+  Progress progress_line(options_.progress);
   for (int step = 0; step < options_.steps; ++step) {
     const double began = elapsed();
     const double progress =
@@ -202,12 +203,13 @@ Timeline Trainer::train() {
     if (options_.quiet || world_.rank != 0) continue;
     const double now = elapsed();
     const double left = std::min(now / (step + 1) * (options_.steps - step - 1), budget > 0 ? budget - now : HUGE_VAL);
-    say("step %d  loss %.3f", step + 1, mean);
-    if (model_.penalty) say("  %s %.4f", model_.penalty_name.c_str(), penalty);
-    say("  %.0f tokens/s  bubble %.0f %%  %s left\n",
-        static_cast<double>(pipelines * sequences() * options_.model.context) / (now - began),
-        100 * bubble_share(dualpipe::report(measured)), minutes(left).c_str());
+    const double tokens = static_cast<double>(pipelines * sequences() * options_.model.context);
+    progress_line.show(format("step %d  loss %.3f", step + 1, mean) +
+                       (model_.penalty ? format("  %s %.4f", model_.penalty_name.c_str(), penalty) : "") +
+                       format("  %.0f tokens/s  bubble %.0f %%  %s left", tokens / (now - began),
+                              100 * bubble_share(dualpipe::report(measured)), minutes(left).c_str()));
   }
+  progress_line.finish();
   return measured;
 }
 

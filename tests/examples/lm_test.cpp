@@ -43,6 +43,7 @@ class LanguageModel : public ::testing::Test {
                                                                        {"--heads", "2"},
                                                                        {"--context", "16"},
                                                                        {"--minutes", "0"},
+                                                                       {"--progress", "0"},
                                                                        {"--steps", "4"},
                                                                        {"--held-out", "1"},
                                                                        {"--sample", "20"},

@@ -261,6 +261,7 @@ class MoeProgram : public ::testing::Test {
                                                                        {"--experts", "4"},
                                                                        {"--expert-width", "16"},
                                                                        {"--minutes", "0"},
+                                                                       {"--progress", "0"},
                                                                        {"--steps", "3"},
                                                                        {"--held-out", "1"},
                                                                        {"--sample", "5"},

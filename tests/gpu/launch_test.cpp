@@ -96,6 +96,8 @@ TEST_P(GpuLanguageModel, Learns) {
                                        num_ranks == 1 ? "1f1b" : "dualpipe",
                                        "--minutes",
                                        "0",
+                                       "--progress",
+                                       "0",
                                        "--steps",
                                        "60",
                                        "--held-out",

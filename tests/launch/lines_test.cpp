@@ -34,6 +34,17 @@ TEST(LineLabeller, ShowsProgressOnceASecond) {
   EXPECT_EQ(lines.feed("%\r\n", kStart + 1200ms), "> 5%\n");
 }
 
+TEST(LineLabeller, OverwritesProgressOnATerminal) {
+  LineLabeller lines("> ", true);
+  const auto row = [](const std::string& text) { return "\033[K\033[?7l> " + text + "\033[?7h\r"; };
+  EXPECT_EQ(lines.feed("begin\n1%\r", kStart), "\033[K> begin\n" + row("1%"));
+  EXPECT_EQ(lines.feed("2%\r3%\r", kStart), row("3%"));
+  EXPECT_EQ(lines.feed("warning\n4%\r", kStart), "\033[K> warning\n" + row("4%"));
+  EXPECT_EQ(lines.feed("\n", kStart), "\033[K> 4%\n") << "the last one stays";
+  EXPECT_EQ(lines.feed("5%\r", kStart), row("5%"));
+  EXPECT_EQ(lines.finish(), "\033[K> 5%\n");
+}
+
 TEST(LineLabeller, DoesNotShowALineTwiceWhenItsNewlineComesLate) {
   LineLabeller lines("");
   EXPECT_EQ(lines.feed("100%\r", kStart), "100%\n");

@@ -98,6 +98,8 @@ class NodesLanguageModel : public Nodes {
             std::to_string(steps),
             "--minutes",
             "0",
+            "--progress",
+            "0",
             "--layers",
             "6",
             "--width",

@@ -72,6 +72,11 @@ class ReservedPort {
   int port_ = 0;
 };
 
+bool is_terminal(int fd) {
+  const char* kind = ::getenv("TERM");
+  return ::isatty(fd) && kind != nullptr && std::string_view(kind) != "dumb";
+}
+
 /// The launcher's own environment with what makes a process a rank; variables of a launcher around this one must not
 /// confuse the ranks.
 std::vector<std::string> rank_environment(const Options& options, int local_rank, bool one_thread) {
@@ -83,6 +88,7 @@ std::vector<std::string> rank_environment(const Options& options, int local_rank
       {"MASTER_ADDR", options.master_address},
       {"MASTER_PORT", std::to_string(options.master_port)},
       {"DUALPIPE_RUN_ID", options.run_id},
+      {"DUALPIPE_RUN_TERMINAL", is_terminal(STDOUT_FILENO) ? "1" : "0"},
   };
   if (one_thread) ours["OMP_NUM_THREADS"] = "1";
   std::vector<std::string> result;
@@ -139,7 +145,7 @@ class Launcher {
   /// One output stream of one rank.
   struct Stream {
     Stream(asio::io_context& io, int fd, int to, std::string label)
-        : pipe(io, fd), target(to), labeller(std::move(label)) {}
+        : pipe(io, fd), target(to), labeller(std::move(label), is_terminal(to)) {}
     asio::posix::stream_descriptor pipe;
     int target;
     LineLabeller labeller;

@@ -6,6 +6,10 @@ namespace {
 /// A program that never ends its line must not fill the launcher's memory.
 constexpr std::size_t kLongestLine = 1 << 20;
 constexpr std::chrono::seconds kProgressInterval{1};
+/// Each line on a terminal clears its row first: another stream's progress may stand there.
+constexpr std::string_view kClearRow = "\033[K";
+/// The cursor cannot come back over a line that was wrapped.
+constexpr std::string_view kDoNotWrap = "\033[?7l", kWrap = "\033[?7h";
 
 /// What a terminal would still show of a line with carriage returns in it.
 std::string_view visible(std::string_view line) {
@@ -17,6 +21,7 @@ std::string_view visible(std::string_view line) {
 }  // namespace
 
 void LineLabeller::append(std::string_view line, std::string& out) const {
+  if (terminal_) out += kClearRow;
   out += label_;
   out += visible(line);
   out += '\n';
@@ -26,7 +31,14 @@ void LineLabeller::show_progress(Clock::time_point now, std::string& out) {
   const std::size_t end = partial_.rfind('\r');
   if (end == std::string::npos) return;
   const std::string_view overwritten = visible(std::string_view(partial_).substr(0, end));
-  if (last_progress_ == Clock::time_point::min() || now - last_progress_ >= kProgressInterval) {
+  if (terminal_) {
+    if (!overwritten.empty()) {
+      for (const std::string_view part : {kClearRow, kDoNotWrap, std::string_view(label_), overwritten, kWrap})
+        out += part;
+      out += '\r';
+    }
+    partial_.erase(0, static_cast<std::size_t>(overwritten.data() - partial_.data()));  // a newline may end it yet
+  } else if (last_progress_ == Clock::time_point::min() || now - last_progress_ >= kProgressInterval) {
     if (!overwritten.empty()) {
       append(overwritten, out);
       last_progress_ = now;

@@ -55,7 +55,9 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv, int
   CLI::App app{
       "Starts the ranks of a program and watches over them.\n"
       "Each rank finds RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its "
-      "environment.\n"
+      "environment,\n"
+      "and DUALPIPE_RUN_TERMINAL=1 where their output ends up on a terminal: a line that ends in a carriage return is\n"
+      "overwritten there by the next.\n"
       "When one rank fails, the others of this node are ended, and those of other nodes learn of it by themselves. The "
       "exit\n"
       "code is that of the first rank of this node that failed, 128 + signal when it was killed.",
