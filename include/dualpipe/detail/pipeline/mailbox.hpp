@@ -1,33 +1,28 @@
 #pragma once
 
-#include <compare>
 #include <map>
 #include <utility>
 
 #include "dualpipe/comm/pending.hpp"
-#include "dualpipe/schedule/simulate.hpp"
+#include "dualpipe/detail/schedule/dependencies.hpp"
 
 namespace dualpipe::detail {
 
-/// What one rank has computed or received and has not used or sent yet: outputs of forwards, input gradients of
-/// backwards. It makes no difference whether producer and consumer are on this rank or on another.
+inline StageResult result_of(const Transfer& transfer) {
+  return {transfer.payload, transfer.stage, transfer.micro_batch};
+}
+
+/// What one rank has computed or received and has not used or sent yet. It makes no difference whether producer and
+/// consumer are on this rank or on another.
 class Mailbox {
  public:
-  struct Key {
-    Payload payload = Payload::activation;
-    int stage = 0;  ///< that produced it
-    int micro_batch = 0;
-    auto operator<=>(const Key&) const = default;
-  };
-  static Key key_of(const Transfer& transfer) { return {transfer.payload, transfer.stage, transfer.micro_batch}; }
-
-  void put(const Key& key, Tensors tensors) { waiting_[key] = std::move(tensors); }
-  bool has(const Key& key) const { return waiting_.contains(key); }
+  void put(const StageResult& result, Tensors tensors) { waiting_[result] = std::move(tensors); }
+  bool has(const StageResult& result) const { return waiting_.contains(result); }
   /// It is there.
-  Tensors take(const Key& key) { return std::move(waiting_.extract(key).mapped()); }
+  Tensors take(const StageResult& result) { return std::move(waiting_.extract(result).mapped()); }
 
  private:
-  std::map<Key, Tensors> waiting_;
+  std::map<StageResult, Tensors> waiting_;
 };
 
 }  // namespace dualpipe::detail

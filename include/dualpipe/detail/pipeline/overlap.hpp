@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <optional>
 
 #include "dualpipe/detail/config.hpp"
 #include "dualpipe/detail/pipeline/step_run.hpp"
@@ -40,9 +41,10 @@ class Overlap {
  private:
   /// The next step, if its backward begins by launching a collective.
   struct Candidate {
-    std::size_t at = 0;             // the instruction to come when this was looked up
-    std::unique_ptr<StepRun> step;  // null: there is no such step
-    int gradient = -1;              // transfer that its backward takes, -1: none
+    std::size_t at = 0;                     // the instruction to come when this was looked up
+    std::unique_ptr<StepRun> step;          // null: there is no such step
+    std::optional<StageResult> input = {};  // that its backward takes; none on the last stage
+    int transfer = -1;                      // that brings it; -1: it is made on this rank
   };
   DUALPIPE_DECL Candidate next_backward(std::size_t next, int cell);
   DUALPIPE_DECL bool input_is_here(const Candidate& candidate);

@@ -42,25 +42,22 @@ Overlap::Candidate Overlap::next_backward(std::size_t next, int cell) {
   Candidate candidate{next, std::make_unique<StepRun>(context_, program[at].step, cell + 1)};
   const Op* const backward = candidate.step->launches_first();
   if (backward == nullptr) return {next, nullptr};
-  for (std::size_t i = next; i < at; ++i) {
-    if (program[i].what != Instruction::Do::wait) continue;
-    const Transfer& transfer = context_.transfer(program[i].transfer);
-    if (transfer.payload == Payload::gradient && transfer.stage == backward->stage + 1 &&
-        transfer.micro_batch == backward->micro_batch)
-      candidate.gradient = program[i].transfer;
-  }
+  candidate.input = input_of(*backward, context_.num_stages());
+  for (std::size_t i = next; i < at; ++i)
+    if (program[i].what == Instruction::Do::wait &&
+        candidate.input == result_of(context_.transfer(program[i].transfer)))
+      candidate.transfer = program[i].transfer;
   return candidate;
 }
 
 bool Overlap::input_is_here(const Candidate& candidate) {
   const Op& backward = *candidate.step->launches_first();
   if (!context_.micro_batches.has(backward.stage, backward.micro_batch)) return false;
-  if (context_.last(backward)) return true;
-  if (candidate.gradient < 0)
-    return context_.mailbox.has({Payload::gradient, backward.stage + 1, backward.micro_batch});
-  const Pending* const receive = transfers_.receive(candidate.gradient);
+  if (!candidate.input) return true;
+  if (candidate.transfer < 0) return context_.mailbox.has(*candidate.input);
+  const Pending* const receive = transfers_.receive(candidate.transfer);
   if (receive == nullptr || !receive->done()) return false;
-  transfers_.deliver(candidate.gradient);
+  transfers_.deliver(candidate.transfer);
   return true;
 }
 

@@ -62,7 +62,7 @@ PipelineState::PipelineState(std::shared_ptr<Communicator> communicator, DualPip
   agree_that_fine(comm, finding_of([&] { stages = made_stages(plan.schedule, comm, factory); }));
   const StageTraits traits = traits_of_all(comm, stages);
   // A pair of stages with collectives has its results in another order, and all ranks must send in the same one.
-  if (traits.communicate) plan = make_plan(std::move(plan.schedule), options_.publish, /*communicates=*/true);
+  if (traits.communicate) plan = make_plan(std::move(plan.schedule), options_.publish, communicating_pair);
 
   training_ = std::make_shared<const Plan>(std::move(plan));
   forward_ = std::make_unique<ForwardPlans>(schedule(), options_.publish);

@@ -30,7 +30,8 @@ struct RunContext {
   const std::vector<Instruction>& program() const { return plan.program.ranks[static_cast<std::size_t>(rank())]; }
   const Transfer& transfer(int index) const { return plan.program.order[static_cast<std::size_t>(index)]; }
   const Stage& stage_of(const Op& op) const { return stages.at(op.stage); }
-  bool last(const Op& op) const { return op.stage == plan.schedule.num_stages - 1; }
+  int num_stages() const { return plan.schedule.num_stages; }
+  bool last(const Op& op) const { return op.stage == num_stages() - 1; }
   bool early() const { return plan.publish == Publish::early; }
 };
 

@@ -154,8 +154,9 @@ void StepRun::start_forward() {
   const Batch* const batch =
       run.micro_batches.empty() ? nullptr : &run.micro_batches[static_cast<std::size_t>(op.micro_batch)];
   Tensors inputs;
-  if (op.stage > 0) {
-    inputs = context_->mailbox.take({Payload::activation, op.stage - 1, op.micro_batch});
+  const std::optional<StageResult> received = input_of(op, context_->num_stages());
+  if (received) {
+    inputs = context_->mailbox.take(*received);
   } else if (batch != nullptr) {
     // Copies: in-place code at the start of the first stage must not write into the caller's batch. The host does not
     // wait for a copy to a device, which reads the batch before the step is over.
@@ -168,7 +169,7 @@ void StepRun::start_forward() {
     loss = [&run, batch](const Tensors& outputs) { return run.loss(outputs, batch ? batch->targets : Tensors()); };
   StageContext context{op.stage, op.micro_batch, run.step, run.training, batch ? batch->extras : Tensors()};
   forward_ = std::make_unique<MicroBatch>(context_->stage_of(op), std::move(inputs), std::move(context),
-                                          std::move(loss), /*received=*/op.stage > 0);
+                                          std::move(loss), received.has_value());
 }
 
 void StepRun::start_backward() {
@@ -182,7 +183,7 @@ void StepRun::start_backward() {
     return;
   }
   std::optional<Tensors> gradients;
-  if (!context_->last(op)) gradients = context_->mailbox.take({Payload::gradient, op.stage + 1, op.micro_batch});
+  if (const auto received = input_of(op, context_->num_stages())) gradients = context_->mailbox.take(*received);
   // Splitting pays only where somebody waits for the input gradient, or a collective for a pause of the host.
   const bool whole = op.pass == Pass::Backward && !communicates_ && (!context_->early() || op.stage == 0);
   backward_->start_backward(std::move(gradients), context_->inputs.loss_scale, whole);
@@ -191,8 +192,8 @@ void StepRun::start_backward() {
 void StepRun::end_forward() {
   const Op op = *forward_op_;
   Tensors outputs = forward_->finish_forward();
-  if (!context_->last(op)) {
-    context_->mailbox.put({Payload::activation, op.stage, op.micro_batch}, std::move(outputs));
+  if (const auto result = output_of(op, context_->num_stages())) {
+    context_->mailbox.put(*result, std::move(outputs));
   } else {
     if (const at::Tensor& loss = forward_->run().loss(); loss.defined())
       context_->outputs.losses[op.micro_batch] = loss;
@@ -207,7 +208,7 @@ void StepRun::end_forward() {
 void StepRun::end_backward() {
   const Op op = *backward_op_;
   Tensors gradients = backward_->finish_backward();
-  if (op.stage > 0) context_->mailbox.put({Payload::gradient, op.stage, op.micro_batch}, std::move(gradients));
+  if (const auto result = output_of(op, context_->num_stages())) context_->mailbox.put(*result, std::move(gradients));
   backward_over_ = true;
 }
 

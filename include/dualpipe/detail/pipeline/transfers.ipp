@@ -14,9 +14,9 @@ void Transfers::issue(std::size_t next) {
       receives_[index] = context_.communicator.receive(context_.transfer(index).from, expected(index));
     } else if (what == Instruction::Do::send) {
       const Transfer& transfer = context_.transfer(index);
-      const Mailbox::Key key = Mailbox::key_of(transfer);
-      if (!context_.mailbox.has(key)) return;
-      sends_[index] = context_.communicator.send(transfer.to, context_.mailbox.take(key));
+      const StageResult result = result_of(transfer);
+      if (!context_.mailbox.has(result)) return;
+      sends_[index] = context_.communicator.send(transfer.to, context_.mailbox.take(result));
     } else if (issued_ >= next) {
       return;
     }
@@ -30,7 +30,7 @@ void Transfers::deliver(int index) {
   if (arrivals_ != nullptr) remember(index, tensors);
   record(Lane::receive, index, pending);
   pending = {};
-  context_.mailbox.put(Mailbox::key_of(context_.transfer(index)), std::move(tensors));
+  context_.mailbox.put(result_of(context_.transfer(index)), std::move(tensors));
 }
 
 void Transfers::release(int index) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <compare>
 #include <optional>
 
 #include "dualpipe/schedule/op.hpp"
@@ -40,7 +41,7 @@ struct StageResult {
   Payload payload = Payload::activation;
   int stage = 0;  ///< that makes it
   int micro_batch = 0;
-  bool operator==(const StageResult&) const = default;
+  auto operator<=>(const StageResult&) const = default;
 
   bool gradient() const { return payload == Payload::gradient; }
   int receiver() const { return receiver_stage(payload, stage); }
