@@ -29,11 +29,11 @@ install(CODE "
   endif()")
 
 install(TARGETS dualpipe_schedule dualpipe_planner EXPORT dualpipe-schedule ARCHIVE LIBRARY RUNTIME)
-install(TARGETS dualpipe_dualpipe EXPORT dualpipe-dualpipe ARCHIVE LIBRARY RUNTIME)
+install(TARGETS dualpipe_dualpipe dualpipe_header_only EXPORT dualpipe-dualpipe ARCHIVE LIBRARY RUNTIME)
 if(DUALPIPE_BUILD_TOOLS)
   install(TARGETS dualpipe-plan dualpipe-run RUNTIME)
 endif()
-install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/dualpipe" TYPE INCLUDE FILES_MATCHING PATTERN "*.hpp")
+install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/dualpipe" TYPE INCLUDE FILES_MATCHING PATTERN "*.[hi]pp")
 install(FILES "${PROJECT_SOURCE_DIR}/LICENSE" TYPE DOC)
 
 set(components schedule dualpipe)

@@ -1,6 +1,7 @@
 #include <gmock/gmock.h>
 
 #include "dualpipe/dualpipe.hpp"
+#include "dualpipe/schedule/generate.hpp"
 #include "two_units.hpp"
 
 namespace {

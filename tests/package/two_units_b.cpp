@@ -1,6 +1,7 @@
 #include "two_units.hpp"
 
 #include "dualpipe/dualpipe.hpp"
+#include "dualpipe/schedule/generate.hpp"
 
 std::string schedule_text(int num_ranks, int num_micro_batches) {
   return dualpipe::to_csv(

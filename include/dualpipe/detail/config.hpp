@@ -3,6 +3,9 @@
 /// DUALPIPE_DECL stands before each function whose body lies in an .ipp file. With DUALPIPE_HEADER_ONLY the headers
 /// include these bodies; without it, the compiled library has them. A program does one or the other in all of its
 /// files.
+#if defined(DUALPIPE_HEADER_ONLY) && defined(DUALPIPE_COMPILED)
+#error "dualpipe::header_only and dualpipe::dualpipe are in one program; it takes one of them"
+#endif
 #if defined(DUALPIPE_HEADER_ONLY)
 #define DUALPIPE_DECL inline
 #else
