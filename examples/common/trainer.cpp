@@ -9,8 +9,6 @@
 #include <cmath>
 #include <cstdio>
 #include <exception>
-#include <fstream>
-#include <iterator>
 #include <numbers>
 #include <thread>
 #include <utility>
@@ -20,7 +18,7 @@
 #include "dualpipe/planner/cost_model.hpp"
 #include "dualpipe/planner/render.hpp"
 #include "dualpipe/planner/report.hpp"
-#include "dualpipe/schedule/generate.hpp"
+#include "dualpipe/schedule/load.hpp"
 #include "report.hpp"
 
 namespace example {
@@ -38,13 +36,8 @@ int num_stages(const Options& options, int world_size) {
   DUALPIPE_CHECK(pipe.num_ranks == 0 || pipe.num_ranks == num_ranks, "the configuration is for ", pipe.num_ranks,
                  " ranks, ", num_ranks, " were started", options.pipelines > 1 ? " for each pipeline" : "", "; start ",
                  pipe.num_ranks * options.pipelines, " or correct num_ranks");
-  const auto& kinds = dualpipe::schedule_kinds();
-  if (std::find(kinds.begin(), kinds.end(), pipe.schedule) != kinds.end())
-    return dualpipe::make_schedule({pipe.schedule, num_ranks, pipe.num_micro_batches, pipe.chunks_per_rank}).num_stages;
-  std::ifstream file(pipe.schedule, std::ios::binary);
-  DUALPIPE_CHECK(file, "--schedule ", pipe.schedule,
-                 " is neither a kind nor a file that can be read; --help lists the kinds");
-  return dualpipe::from_csv(std::string(std::istreambuf_iterator<char>(file), {}), pipe.schedule).num_stages;
+  const dualpipe::ScheduleSpec spec{pipe.schedule, num_ranks, pipe.num_micro_batches, pipe.chunks_per_rank};
+  return dualpipe::load_schedule(spec).num_stages;
 }
 
 dualpipe::StageFactory cut(const Model& model, int num_stages, const Options& options) {

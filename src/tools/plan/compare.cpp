@@ -145,7 +145,7 @@ std::string compare_and_print(const Options& options) {
   ComparisonSpec spec = options.spec;
   spec.kinds.clear();
   for (const std::string& name : options.schedules) {
-    if (is_kind(name))
+    if (is_schedule_kind(name))
       spec.kinds.push_back(name);
     else
       spec.given.push_back(schedule({.kind = name}));

@@ -11,6 +11,7 @@
 #include <string_view>
 #include <utility>
 
+#include "dualpipe/detail/files.hpp"
 #include "dualpipe/error.hpp"
 #include "dualpipe/planner/render.hpp"
 #include "tools/plan/commands.hpp"
@@ -132,7 +133,7 @@ std::string send_range(const Costs& costs) {
 }  // namespace
 
 CostModel read_cost_file(const std::string& path) {
-  const std::string text = read_file(path);
+  const std::string text = detail::read_file(path);
   try {
     if (text.find("\"traceEvents\"") == std::string::npos) return read_costs(text);
     MeasuredCosts measured = measure_costs(from_trace(text));

@@ -14,7 +14,6 @@ namespace dualpipe::plan {
 
 /// "dualpipe, dualpipev, …"
 std::string kinds();
-bool is_kind(const std::string& name);
 
 /// --schedule (a kind or the path of a CSV file), --ranks, --microbatches, --chunks.
 void add_schedule(CLI::App& command, ScheduleSpec& spec);

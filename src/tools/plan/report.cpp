@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "dualpipe/detail/files.hpp"
 #include "dualpipe/error.hpp"
 #include "dualpipe/planner/render.hpp"
 #include "dualpipe/planner/report.hpp"
@@ -30,7 +31,7 @@ struct Options {
 };
 
 Timeline read_trace(const std::string& path) {
-  const std::string text = read_file(path);
+  const std::string text = detail::read_file(path);
   try {
     return from_trace(text);
   } catch (const InvalidArgument& error) {

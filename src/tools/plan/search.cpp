@@ -155,7 +155,7 @@ void search_and_print(const Options& options) {
     };
   SearchResult result;
   CostModel model;
-  if (is_kind(options.schedule.kind)) {
+  if (is_schedule_kind(options.schedule.kind)) {
     if (options.schedule.num_ranks == 0 || options.schedule.num_micro_batches == 0)
       throw CLI::ValidationError("--schedule " + options.schedule.kind, "needs --ranks and --microbatches");
     model = model_for(options, options.schedule.num_ranks, num_stages(options.schedule));
