@@ -18,6 +18,7 @@
 #include "dualpipe/planner/cost_model.hpp"
 #include "dualpipe/planner/render.hpp"
 #include "dualpipe/planner/report.hpp"
+#include "dualpipe/planner/trace.hpp"
 #include "dualpipe/schedule/load.hpp"
 #include "report.hpp"
 
@@ -199,7 +200,7 @@ Timeline Trainer::train() {
     if (model_.penalty) say("  %s %.4f", model_.penalty_name.c_str(), penalty);
     say("  %.0f tokens/s  bubble %.0f %%  %s left\n",
         static_cast<double>(pipelines * sequences() * options_.model.context) / (now - began),
-        100 * bubble_share(dualpipe::report(measured)), minutes(left).c_str());
+        100 * bubble_share(dualpipe::planner::report(measured)), minutes(left).c_str());
   }
   return measured;
 }
@@ -278,7 +279,7 @@ torch::Tensor Trainer::prompt() const {
 
 void Trainer::report(Timeline measured) const {
   if (world_.rank != 0) return;
-  const dualpipe::Costs costs = dualpipe::measure_costs(measured).costs;
+  const dualpipe::Costs costs = dualpipe::planner::measure_costs(measured).costs;
   Timeline predicted =
       side_by_side(simulate(pipe_->schedule(), costs, options_.pipe.publish).timeline, grid_.num_pipelines());
   predicted.name = "predicted";
@@ -288,12 +289,12 @@ void Trainer::report(Timeline measured) const {
   say("%s", comparison(predicted, measured, costs, sharing, cores).c_str());
   say("%s", overlap(measured).c_str());
   if (!options_.trace.empty()) {
-    write_file(options_.trace, dualpipe::to_trace(measured));
+    write_file(options_.trace, dualpipe::planner::to_trace(measured));
     say("trace of the last step, for chrome://tracing and ui.perfetto.dev: %s\n", options_.trace.c_str());
   }
   if (!options_.svg.empty()) {
     measured.name = "measured";
-    write_file(options_.svg, dualpipe::to_svg({predicted, measured}));
+    write_file(options_.svg, dualpipe::planner::to_svg({predicted, measured}));
     say("picture of the last step, predicted above measured: %s\n", options_.svg.c_str());
   }
 }

@@ -5,25 +5,9 @@
 #include <utility>
 
 #include "dualpipe/detail/pipeline/agree.hpp"
+#include "dualpipe/detail/schedule/pass_name.hpp"
 
 namespace dualpipe {
-namespace {
-
-const char* name_of(Pass pass) {
-  switch (pass) {
-    case Pass::Forward:
-      return "forward";
-    case Pass::BackwardInput:
-      return "input backward";
-    case Pass::BackwardWeight:
-      return "weight backward";
-    case Pass::Backward:
-      return "backward";
-  }
-  return "?";
-}
-
-}  // namespace
 
 RunningStep::RunningStep(const RunContext& context, MicroBatches& micro_batches, StepHost& host, const Step& step,
                          int cell)
@@ -233,8 +217,8 @@ std::string RunningStep::explain(const std::string& what) const {
   }
   node = !node.empty() && stage.node_names().size() > 1 ? ", node " + node : "";
   const int rank = context_.communicator.rank();
-  return detail::str("rank ", rank, ": ", name_of(pass), " of stage ", op.stage, node, ", micro-batch ", op.micro_batch,
-                     ": ", what, "\n  ", cells_around(context_.plan.schedule, rank, cell_, 2));
+  return detail::str("rank ", rank, ": ", detail::pass_name(pass), " of stage ", op.stage, node, ", micro-batch ",
+                     op.micro_batch, ": ", what, "\n  ", cells_around(context_.plan.schedule, rank, cell_, 2));
 }
 
 }  // namespace dualpipe

@@ -9,7 +9,7 @@
 #include <set>
 
 #include "dualpipe/detail/pipeline/agree.hpp"
-#include "dualpipe/planner/render.hpp"
+#include "dualpipe/planner/trace.hpp"
 
 namespace dualpipe {
 namespace {
@@ -47,8 +47,8 @@ Timeline gather(Communicator& communicator, const Timeline& local) {
 
   Timeline all{local.name, communicator.size(), 1, {}};
   double first = std::numeric_limits<double>::infinity();
-  for (const std::string& text : all_gather_text(communicator, to_trace(sent))) {
-    for (Interval& interval : from_trace(text).intervals) {
+  for (const std::string& text : all_gather_text(communicator, planner::to_trace(sent))) {
+    for (Interval& interval : planner::from_trace(text).intervals) {
       first = std::min(first, interval.begin);
       all.intervals.push_back(interval);
     }

@@ -10,7 +10,7 @@
 #include "dualpipe/planner/report.hpp"
 #include "dualpipe/schedule/generate.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 constexpr const char* directions = "0 is the direction that enters at the nearer end, 1 the other one";
@@ -112,4 +112,4 @@ std::vector<std::string> step_notes(const Schedule& schedule) {
   return notes;
 }
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

@@ -9,7 +9,7 @@
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/lower.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 using nlohmann::json;
@@ -225,4 +225,4 @@ TEST_F(PlanTool, SearchWritesAFasterScheduleThatIsSimulatedAsSaid) {
 }
 
 }  // namespace
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

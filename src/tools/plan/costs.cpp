@@ -13,13 +13,14 @@
 
 #include "dualpipe/detail/files.hpp"
 #include "dualpipe/error.hpp"
-#include "dualpipe/planner/render.hpp"
+#include "dualpipe/planner/cost_file.hpp"
+#include "dualpipe/planner/trace.hpp"
 #include "tools/plan/commands.hpp"
 #include "tools/plan/files.hpp"
 #include "tools/plan/options.hpp"
 #include "tools/plan/print.hpp"
 
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 namespace {
 
 double parse_number(const std::string& option, const std::string& text) {
@@ -282,4 +283,4 @@ std::string describe(const Costs& costs, Publish publish) {
   return text + ", results published " + (publish == Publish::early ? "early" : "when a step ends (atomic)");
 }
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

@@ -9,7 +9,7 @@
 #include "dualpipe/detail/files.hpp"
 #include "dualpipe/error.hpp"
 
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 
 void write_output(const std::string& text, const std::string& path) {
   if (path.empty()) {
@@ -26,4 +26,4 @@ void write_output(const std::string& text, const std::string& path) {
   detail::write_file(target, text);
 }
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

@@ -2,7 +2,7 @@
 
 #include <string>
 
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 
 /// Writes `text` to `path`, or to standard output where the path is empty. A regular file appears whole or not at all,
 /// and a symbolic link stays.
@@ -10,4 +10,4 @@ namespace dualpipe::plan {
 /// @throws InvalidArgument  with the path and the reason.
 void write_output(const std::string& text, const std::string& path);
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

@@ -7,7 +7,7 @@
 #include "dualpipe/schedule/check.hpp"
 #include "dualpipe/schedule/load.hpp"
 
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 
 std::string kinds() { return detail::joined_schedule_kinds(); }
 
@@ -63,4 +63,4 @@ void add_output(CLI::App& command, OutputOptions& output, const std::vector<std:
   command.add_option("--output", output.path, "write to this file instead of standard output")->option_text("FILE");
 }
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

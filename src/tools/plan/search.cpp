@@ -23,7 +23,7 @@
 #include "tools/plan/options.hpp"
 #include "tools/plan/print.hpp"
 
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 namespace {
 
 using nlohmann::ordered_json;
@@ -231,4 +231,4 @@ void add_search(CLI::App& app) {
   command.callback([options] { search_and_print(*options); });
 }
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool
