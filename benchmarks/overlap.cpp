@@ -24,8 +24,8 @@
 #include "dualpipe/pipeline/group_collectives.hpp"
 #include "dualpipe/pipeline/pair.hpp"
 #include "dualpipe/pipeline/tracer.hpp"
-#include "dualpipe/planner/render.hpp"
 #include "dualpipe/planner/report.hpp"
+#include "dualpipe/planner/trace.hpp"
 #include "dualpipe/testing/communicators.hpp"
 #include "sleep.hpp"
 
@@ -214,10 +214,10 @@ void pair(const std::shared_ptr<Communicator>& comm, const std::shared_ptr<Commu
     if (slowest == 0) slowest = best.milliseconds;
     ++number;
     if (comm->rank() != 0) return;
-    const Overlap communication = report(best.timeline).total().collectives;
+    const planner::Overlap communication = planner::report(best.timeline).total().collectives;
     std::printf("%-44s %8.2f %8.3f %8.1f %%\n", name, best.milliseconds, best.milliseconds / slowest,
                 100 * communication.hidden / communication.total());
-    if (!flags.trace.empty()) write(numbered(flags.trace, number), to_trace(best.timeline));
+    if (!flags.trace.empty()) write(numbered(flags.trace, number), planner::to_trace(best.timeline));
   };
   measure("forward, then backward, waiting for each", both(forward, backward), true);
   measure("forward, then backward", both(forward, backward), false);
@@ -248,18 +248,18 @@ void pipeline(const std::shared_ptr<Communicator>& world, const std::shared_ptr<
     const double wall = max_over(*world, milliseconds_since(begin));
     const Timeline timeline = gather(*pipe_comm, tracer->last());
     if (world->rank() != 0 || step == 0) continue;
-    const Usage whole = report(timeline).total();
+    const planner::Usage whole = planner::report(timeline).total();
     std::printf("step %7.1f ms, communication %5.1f %% hidden", wall,
                 100 * whole.collectives.hidden / whole.collectives.total());
-    if (const std::optional<Window> part = main_part(timeline)) {
-      const Usage main = report(timeline, *part).total();
+    if (const std::optional<planner::Window> part = planner::main_part(timeline)) {
+      const planner::Usage main = planner::report(timeline, *part).total();
       const double time = part->length() * pipe_comm->size();
       std::printf("; main part %7.1f ms: compute %4.1f %%, communication %4.1f %%, of it hidden %6.2f %%",
                   1e3 * part->length(), 100 * main.compute / time, 100 * main.collectives.total() / time,
                   100 * main.collectives.hidden / main.collectives.total());
     }
     std::printf("\n");
-    if (step == flags.steps && !flags.trace.empty()) write(flags.trace, to_trace(timeline));
+    if (step == flags.steps && !flags.trace.empty()) write(flags.trace, planner::to_trace(timeline));
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include "dualpipe/detail/schedule/simulator.hpp"
 #include "dualpipe/planner/compare.hpp"
+#include "dualpipe/planner/jitter.hpp"
 #include "dualpipe/schedule/check.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/lower.hpp"
@@ -60,13 +61,14 @@ BENCHMARK(evaluate_order)->Args({8, 20})->Args({16, 64})->Unit(benchmark::kMicro
 /// 1000 trials.
 void jitter_trials(benchmark::State& state) {
   const Schedule schedule = dualpipe_of(state);
-  for (auto _ : state) benchmark::DoNotOptimize(simulate_jitter(schedule, {.send = 0.1}, {.trials = 1000}));
+  for (auto _ : state) benchmark::DoNotOptimize(planner::simulate_jitter(schedule, {.send = 0.1}, {.trials = 1000}));
 }
 BENCHMARK(jitter_trials)->Args({8, 20})->Args({16, 64})->Unit(benchmark::kMillisecond);
 
 /// Every kind with three numbers of ranks and three of micro-batches.
 void compare_kinds(benchmark::State& state) {
-  for (auto _ : state) benchmark::DoNotOptimize(compare({.ranks = {4, 8, 16}, .micro_batches = {16, 20, 32}}, {}));
+  for (auto _ : state)
+    benchmark::DoNotOptimize(planner::compare({.ranks = {4, 8, 16}, .micro_batches = {16, 20, 32}}, {}));
 }
 BENCHMARK(compare_kinds)->Unit(benchmark::kMillisecond);
 

@@ -122,7 +122,8 @@ void sleeping(const std::shared_ptr<Communicator>& comm, const Flags& flags) {
               SleepingStage(Passes{calibrated(flags.scale_of(stage) * flags.milliseconds / 1e3), stage == 0}));
         });
         const double predicted =
-            report(simulate(pipe->schedule(), flags.costs(pipe->schedule().num_stages), publish).timeline).makespan;
+            planner::report(simulate(pipe->schedule(), flags.costs(pipe->schedule().num_stages), publish).timeline)
+                .makespan;
         const std::vector<double> times = measure(*comm, pipe, num_micro_batches, flags.steps);
         if (comm->rank() != 0) continue;
         const double median = times[times.size() / 2];

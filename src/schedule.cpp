@@ -1,10 +1,13 @@
 // The schedule core, compiled once.
+#include "dualpipe/detail/files.ipp"
 #include "dualpipe/detail/schedule/check.ipp"
 #include "dualpipe/detail/schedule/cost_table.ipp"
 #include "dualpipe/detail/schedule/costs.ipp"
 #include "dualpipe/detail/schedule/dry_run.ipp"
+#include "dualpipe/detail/schedule/eight_steps.ipp"
 #include "dualpipe/detail/schedule/flow.ipp"
 #include "dualpipe/detail/schedule/generate.ipp"
+#include "dualpipe/detail/schedule/load.ipp"
 #include "dualpipe/detail/schedule/lower.ipp"
 #include "dualpipe/detail/schedule/op.ipp"
 #include "dualpipe/detail/schedule/pair_order.ipp"

@@ -20,6 +20,8 @@
 #include "dualpipe/planner/report.hpp"
 
 namespace example {
+
+namespace planner = dualpipe::planner;
 namespace {
 
 namespace fs = std::filesystem;
@@ -47,8 +49,8 @@ std::string format(const char* pattern, ...) {
 
 std::string picture(const dualpipe::Schedule& schedule, dualpipe::Publish publish) {
   const dualpipe::Timeline timeline = simulate(schedule, {}, publish).timeline;
-  const dualpipe::Report result = report(timeline);
-  std::string text = dualpipe::to_ascii(timeline);
+  const planner::Report result = planner::report(timeline);
+  std::string text = planner::to_ascii(timeline);
   if (!text.empty() && text.back() != '\n') text += '\n';
   const auto worst = std::max_element(result.ranks.begin(), result.ranks.end(),
                                       [](const auto& a, const auto& b) { return a.bubble < b.bubble; });
@@ -56,7 +58,7 @@ std::string picture(const dualpipe::Schedule& schedule, dualpipe::Publish publis
                        result.makespan, worst->bubble, 100 * share(worst->bubble, result.makespan));
 }
 
-double bubble_share(const dualpipe::Report& report) {
+double bubble_share(const planner::Report& report) {
   double bubble = 0;
   for (const auto& rank : report.ranks) bubble += rank.bubble;
   return share(bubble, report.makespan * static_cast<double>(report.ranks.size()));
@@ -64,7 +66,7 @@ double bubble_share(const dualpipe::Report& report) {
 
 std::string comparison(const dualpipe::Timeline& predicted, const dualpipe::Timeline& measured,
                        const dualpipe::Costs& costs, int local_ranks, int cores) {
-  const dualpipe::Report left = report(predicted), right = report(measured);
+  const planner::Report left = planner::report(predicted), right = planner::report(measured);
   std::string text = format(
       "The last step, predicted from what its stages and pairs took (on average: F %.1f, B %.1f, W %.1f, pair %.1f, "
       "transfer %.2f "
@@ -94,13 +96,13 @@ std::string comparison(const dualpipe::Timeline& predicted, const dualpipe::Time
 }
 
 std::string overlap(const dualpipe::Timeline& measured) {
-  const dualpipe::Report whole = report(measured);
+  const planner::Report whole = planner::report(measured);
   if (whole.total().collectives.total() == 0) return "";
-  const auto part = main_part(measured);
-  const dualpipe::Report main = part ? report(measured, *part) : dualpipe::Report{};
+  const auto part = planner::main_part(measured);
+  const planner::Report main = part ? planner::report(measured, *part) : planner::Report{};
   std::string text = "Where the time went, and how much of the communication inside stages was hidden under compute:\n";
   text += "  rank        compute        exposed         bubble   collectives   hidden   in the main part   hidden\n";
-  const auto add = [&](const std::string& name, const dualpipe::Usage& usage, const dualpipe::Usage* in_main,
+  const auto add = [&](const std::string& name, const planner::Usage& usage, const planner::Usage* in_main,
                        double time) {
     const auto part_of = [&](double seconds) {
       return format("%6.2f s %4.1f %%", seconds, 100 * share(seconds, time));
@@ -115,7 +117,7 @@ std::string overlap(const dualpipe::Timeline& measured) {
   };
   for (std::size_t r = 0; r < whole.ranks.size(); ++r)
     add(std::to_string(whole.ranks[r].rank), whole.ranks[r], part ? &main.ranks[r] : nullptr, whole.makespan);
-  const dualpipe::Usage total = whole.total(), total_main = main.total();
+  const planner::Usage total = whole.total(), total_main = main.total();
   add("all", total, part ? &total_main : nullptr, whole.makespan * static_cast<double>(whole.ranks.size()));
   if (!part) text += "  (The ranks have no time in common in which all of them run pairs.)\n";
   return text;

@@ -19,7 +19,7 @@ namespace example {
 std::string picture(const dualpipe::Schedule& schedule, dualpipe::Publish publish);
 
 /// The part of the ranks' time in which they do not compute, on average.
-double bubble_share(const dualpipe::Report& report);
+double bubble_share(const dualpipe::planner::Report& report);
 
 /// Predicted beside measured, rank by rank: busy, bubble, activations, communication and how much of it was hidden.
 /// @param cores  of this host, for `local_ranks` ranks; 0 where these compute on devices of their own.

@@ -9,8 +9,6 @@
 #include <cmath>
 #include <cstdio>
 #include <exception>
-#include <fstream>
-#include <iterator>
 #include <numbers>
 #include <thread>
 #include <utility>
@@ -20,7 +18,8 @@
 #include "dualpipe/planner/cost_model.hpp"
 #include "dualpipe/planner/render.hpp"
 #include "dualpipe/planner/report.hpp"
-#include "dualpipe/schedule/generate.hpp"
+#include "dualpipe/planner/trace.hpp"
+#include "dualpipe/schedule/load.hpp"
 #include "report.hpp"
 
 namespace example {
@@ -38,13 +37,8 @@ int num_stages(const Options& options, int world_size) {
   DUALPIPE_CHECK(pipe.num_ranks == 0 || pipe.num_ranks == num_ranks, "the configuration is for ", pipe.num_ranks,
                  " ranks, ", num_ranks, " were started", options.pipelines > 1 ? " for each pipeline" : "", "; start ",
                  pipe.num_ranks * options.pipelines, " or correct num_ranks");
-  const auto& kinds = dualpipe::schedule_kinds();
-  if (std::find(kinds.begin(), kinds.end(), pipe.schedule) != kinds.end())
-    return dualpipe::make_schedule({pipe.schedule, num_ranks, pipe.num_micro_batches, pipe.chunks_per_rank}).num_stages;
-  std::ifstream file(pipe.schedule, std::ios::binary);
-  DUALPIPE_CHECK(file, "--schedule ", pipe.schedule,
-                 " is neither a kind nor a file that can be read; --help lists the kinds");
-  return dualpipe::from_csv(std::string(std::istreambuf_iterator<char>(file), {}), pipe.schedule).num_stages;
+  const dualpipe::ScheduleSpec spec{pipe.schedule, num_ranks, pipe.num_micro_batches, pipe.chunks_per_rank};
+  return dualpipe::load_schedule(spec).num_stages;
 }
 
 dualpipe::StageFactory cut(const Model& model, int num_stages, const Options& options) {
@@ -207,7 +201,7 @@ Timeline Trainer::train() {
     progress_line.show(format("step %d  loss %.3f", step + 1, mean) +
                        (model_.penalty ? format("  %s %.4f", model_.penalty_name.c_str(), penalty) : "") +
                        format("  %.0f tokens/s  bubble %.0f %%  %s left", tokens / (now - began),
-                              100 * bubble_share(dualpipe::report(measured)), minutes(left).c_str()));
+                              100 * bubble_share(dualpipe::planner::report(measured)), minutes(left).c_str()));
   }
   progress_line.finish();
   return measured;
@@ -287,7 +281,7 @@ torch::Tensor Trainer::prompt() const {
 
 void Trainer::report(Timeline measured) const {
   if (world_.rank != 0) return;
-  const dualpipe::Costs costs = dualpipe::measure_costs(measured).costs;
+  const dualpipe::Costs costs = dualpipe::planner::measure_costs(measured).costs;
   Timeline predicted =
       side_by_side(simulate(pipe_->schedule(), costs, options_.pipe.publish).timeline, grid_.num_pipelines());
   predicted.name = "predicted";
@@ -297,12 +291,12 @@ void Trainer::report(Timeline measured) const {
   say("%s", comparison(predicted, measured, costs, sharing, cores).c_str());
   say("%s", overlap(measured).c_str());
   if (!options_.trace.empty()) {
-    write_file(options_.trace, dualpipe::to_trace(measured));
+    write_file(options_.trace, dualpipe::planner::to_trace(measured));
     say("trace of the last step, for chrome://tracing and ui.perfetto.dev: %s\n", options_.trace.c_str());
   }
   if (!options_.svg.empty()) {
     measured.name = "measured";
-    write_file(options_.svg, dualpipe::to_svg({predicted, measured}));
+    write_file(options_.svg, dualpipe::planner::to_svg({predicted, measured}));
     say("picture of the last step, predicted above measured: %s\n", options_.svg.c_str());
   }
 }

@@ -10,7 +10,7 @@
 #include "dualpipe/detail/schedule/simulator.hpp"
 #include "dualpipe/error.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 void evaluate(const Schedule& schedule, const CostModel& model, Publish publish, ComparedSchedule& row) {
@@ -97,4 +97,4 @@ Comparison compare(const ComparisonSpec& spec, const CostModel& model) {
   return result;
 }
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

@@ -1,3 +1,5 @@
+#include "dualpipe/planner/cost_file.hpp"
+
 // Costs as JSON.
 #include <algorithm>
 #include <cmath>
@@ -11,10 +13,9 @@
 #include <vector>
 
 #include "dualpipe/error.hpp"
-#include "dualpipe/planner/cost_model.hpp"
 #include "planner/json.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 using nlohmann::json;
@@ -223,4 +224,4 @@ std::string to_json(const CostModel& model) {
   return text_of(root);
 }
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

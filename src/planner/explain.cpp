@@ -1,71 +1,61 @@
 #include "dualpipe/planner/explain.hpp"
 
-#include <algorithm>
 #include <array>
 #include <cstddef>
+#include <iterator>
 #include <unordered_map>
 
+#include "dualpipe/detail/schedule/eight_steps.hpp"
 #include "dualpipe/error.hpp"
 #include "dualpipe/planner/report.hpp"
 #include "dualpipe/schedule/generate.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 constexpr const char* directions = "0 is the direction that enters at the nearer end, 1 the other one";
 constexpr const char* chunks = "0 is the chunk on the way down, 1 the one on the way back";
 
-/// DualPipe or its V, with the numbers that its generator derives from the sizes.
-struct Shape {
+/// A schedule that is known to be DualPipe or DualPipeV.
+struct Numbered {
   bool is_v = false;
-  int half = 0;   // ranks from one end to where the schedule turns
-  int count = 0;  // micro-batches of each stream
+  std::vector<std::vector<detail::NumberedStep>> ranks;
 
-  int place(int rank) const { return is_v ? rank : std::min(rank, 2 * half - 1 - rank); }
-
-  /// How often each step is repeated.
-  std::array<int, 8> repeats(int rank) const {
-    const int outer = place(rank) + 1, inner = half - outer;
-    return {2 * inner, outer, inner, count - 2 * half + outer, inner, outer, inner, outer};
-  }
-
-  std::vector<Section> sections(int rank) const {
-    constexpr std::array ops{1, 2, 3, 2, 2, 2, 2, 1};  // of one repetition
-    std::vector<Section> result;
-    int begin = 0;
-    for (std::size_t step = 0; step < ops.size(); ++step) {
-      int length = repeats(rank)[step] * ops[step];
-      // The rank where the schedule turns runs its first pair one after the other.
-      if (step == 3 && length > 0 && place(rank) == half - 1) ++length;
-      if (length > 0) result.push_back({static_cast<int>(step) + 1, begin, begin + length});
-      begin += length;
-    }
-    return result;
-  }
+  int innermost() const { return static_cast<int>(is_v ? ranks.size() : ranks.size() / 2) - 1; }
 };
 
-Shape shape_of(const Schedule& schedule) {
+Numbered numbered(const Schedule& schedule) {
   const int num_ranks = static_cast<int>(schedule.ranks.size());
   for (const bool is_v : {false, true}) {
-    const char* kind = is_v ? "dualpipev" : "dualpipe";
+    const ScheduleSpec spec{is_v ? "dualpipev" : "dualpipe", num_ranks, schedule.num_micro_batches};
     if (num_ranks == 0 || schedule.num_stages != (is_v ? 2 : 1) * num_ranks) continue;
     try {
-      if (make_schedule({kind, num_ranks, schedule.num_micro_batches}).ranks != schedule.ranks) continue;
+      if (make_schedule(spec).ranks == schedule.ranks) return {is_v, detail::eight_steps(spec)};
     } catch (const InvalidArgument&) {  // no such schedule of this size
-      continue;
     }
-    return {is_v, is_v ? num_ranks : num_ranks / 2, is_v ? schedule.num_micro_batches : schedule.num_micro_batches / 2};
   }
   throw InvalidArgument(detail::str("the eight steps are those of dualpipe and dualpipev; the schedule '",
                                     schedule.name, "' is neither"));
 }
 
+/// How often each step is repeated on a rank.
+std::array<int, 8> repeats(const std::vector<detail::NumberedStep>& steps) {
+  std::array<int, 8> result{};
+  for (const detail::NumberedStep& step : steps) result[step.number - 1] = step.repetition + 1;
+  return result;
+}
+
 }  // namespace
 
 std::vector<std::vector<Section>> eight_steps(const Schedule& schedule) {
-  const Shape shape = shape_of(schedule);
   std::vector<std::vector<Section>> result;
-  for (int rank = 0; rank < static_cast<int>(schedule.ranks.size()); ++rank) result.push_back(shape.sections(rank));
+  for (const auto& steps : numbered(schedule).ranks) {
+    auto& sections = result.emplace_back();
+    for (int i = 0; i < std::ssize(steps); ++i) {
+      if (sections.empty() || sections.back().number != steps[i].number) sections.push_back({steps[i].number, i, i});
+      sections.back().end = i + 1;
+    }
+  }
   return result;
 }
 
@@ -74,11 +64,11 @@ std::vector<Mark> step_marks(const Schedule& schedule, const Timeline& timeline)
   std::vector<std::unordered_map<Op, Window>> times(schedule.ranks.size());
   for (const Interval& interval : timeline.intervals)
     if (interval.lane == Lane::compute && interval.rank >= 0 && interval.rank < static_cast<int>(times.size()))
-      times[static_cast<std::size_t>(interval.rank)][interval.step.op] = {interval.begin, interval.end};
+      times[interval.rank][interval.step.op] = {interval.begin, interval.end};
   std::vector<Mark> marks;
   for (std::size_t rank = 0; rank < steps.size(); ++rank) {
     const auto time = [&](int step) {
-      const Op& op = schedule.ranks[rank][static_cast<std::size_t>(step)].op;
+      const Op& op = schedule.ranks[rank][step].op;
       const auto found = times[rank].find(op);
       DUALPIPE_CHECK(found != times[rank].end(), "the timeline '", timeline.name, "' lacks ", to_string(op),
                      " of rank ", rank);
@@ -93,7 +83,7 @@ std::vector<Mark> step_marks(const Schedule& schedule, const Timeline& timeline)
 }
 
 std::vector<std::string> step_notes(const Schedule& schedule) {
-  const Shape shape = shape_of(schedule);
+  const Numbered shape = numbered(schedule);
   const char* other = shape.is_v ? "chunk 1" : "the other direction";
   const std::array<std::array<std::string, 2>, 8> what{{
       {"F0", "forwards fill the pipeline; the further in a rank, the fewer it has time for"},
@@ -110,10 +100,10 @@ std::vector<std::string> step_notes(const Schedule& schedule) {
   std::vector<std::string> notes{detail::str("The eight steps (", shape.is_v ? chunks : directions,
                                              "), with their repetitions from the outer to the inner ranks:")};
   if (shape.is_v)
-    notes[0] =
-        detail::str("The eight steps (", chunks, "), with their repetitions from rank 0 to rank ", shape.half - 1, ":");
+    notes[0] = detail::str("The eight steps (", chunks, "), with their repetitions from rank 0 to rank ",
+                           shape.innermost(), ":");
   for (std::size_t step = 0; step < what.size(); ++step) {
-    const int first = shape.repeats(0)[step], last = shape.repeats(shape.half - 1)[step];
+    const int first = repeats(shape.ranks.front())[step], last = repeats(shape.ranks[shape.innermost()])[step];
     const std::string times = first == last ? std::to_string(first) : detail::str(first, " to ", last);
     const std::string name = what[step][0];
     notes.push_back(detail::str(step + 1, "  ", name, std::string(name.size() < 11 ? 11 - name.size() : 0, ' '), " x ",
@@ -122,4 +112,4 @@ std::vector<std::string> step_notes(const Schedule& schedule) {
   return notes;
 }
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

@@ -1,3 +1,5 @@
+#include "dualpipe/planner/jitter.hpp"
+
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -6,9 +8,8 @@
 
 #include "dualpipe/detail/schedule/simulator.hpp"
 #include "dualpipe/error.hpp"
-#include "dualpipe/schedule/simulate.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 
 std::vector<double> simulate_jitter(const Schedule& schedule, const Costs& costs, const Jitter& jitter,
                                     Publish publish) {
@@ -44,4 +45,4 @@ double percentile(const std::vector<double>& ascending, double percent) {
   return std::lerp(ascending[below], ascending[above], place - static_cast<double>(below));
 }
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

@@ -44,11 +44,11 @@ class Survey final : public nlohmann::json_sax<json> {
   bool parse_error(std::size_t position, const std::string&, const json::exception& error) override {
     // The message begins with a code in brackets and ends with the token, however long that is. That of a number
     // beyond all ranges has no place.
-    constexpr std::size_t kShown = 240;
+    constexpr std::size_t max_shown = 240;
     std::string message = error.what();
     message.erase(0, message.find("] ") + 2);
     if (message.find("at line") == std::string::npos) message = place_of(position) + message;
-    throw InvalidArgument("not JSON: " + cut(message, kShown));
+    throw InvalidArgument("not JSON: " + cut(message, max_shown));
   }
 
  private:
@@ -83,8 +83,8 @@ json parse_json(std::string_view text, Keys keys) {
 }
 
 std::string brief(const json& value) {
-  constexpr std::size_t kShown = 80;
-  return cut(value.dump(-1, ' ', true), kShown);
+  constexpr std::size_t max_shown = 80;
+  return cut(value.dump(-1, ' ', true), max_shown);
 }
 
 }  // namespace dualpipe::detail

@@ -66,7 +66,7 @@ class Lanes {
 
 }  // namespace
 
-std::string lanes_to_ascii(const Timeline& timeline, const Picture& picture, const PictureOptions& options) {
+std::string lanes_to_ascii(const Timeline& timeline, const Picture& picture, const planner::PictureOptions& options) {
   if (picture.length() <= 0) return "";
   const Lanes lanes(picture);
   const std::string names[] = {" compute", " communication"};

@@ -1,3 +1,5 @@
+#include "dualpipe/planner/cost_model.hpp"
+
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -9,10 +11,9 @@
 #include <vector>
 
 #include "dualpipe/error.hpp"
-#include "dualpipe/planner/cost_model.hpp"
 #include "dualpipe/planner/report.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 /// The median of what was observed, where anything was.
@@ -35,15 +36,15 @@ class Observed {
 
 double length(const Interval& interval) { return interval.end - interval.begin; }
 
-/// Where a rank sits, as a trace may be of several pipelines side by side, each with a copy of all stages.
-struct Seat {
+/// Where a rank is: a trace may be of several pipelines side by side, each with a copy of all stages.
+struct PipelineRank {
   int rank = 0;      ///< within its pipeline
   int pipeline = 0;  ///< which of those that do the same
 };
 
 /// By rank of the trace. A forward runs on one rank of each pipeline, so the least of its forwards tells where in it a
-/// rank is. Ranks without any have no seat.
-std::map<int, Seat> seats(const Timeline& step) {
+/// rank is. Ranks without any are left out.
+std::map<int, PipelineRank> pipeline_ranks(const Timeline& step) {
   using Forward = std::pair<int, int>;
   std::map<int, Forward> least;
   for (const Interval& interval : step.intervals) {
@@ -53,12 +54,12 @@ std::map<int, Seat> seats(const Timeline& step) {
     const auto [known, added] = least.try_emplace(interval.rank, forward);
     if (!added) known->second = std::min(known->second, forward);
   }
-  std::map<Forward, std::vector<int>> sitting;
-  std::map<int, Seat> result;
+  std::map<Forward, std::vector<int>> alike;
+  std::map<int, PipelineRank> result;
   for (const auto& [rank, forward] : least) {
-    const int place = static_cast<int>(sitting.size());
-    auto& same = sitting[forward];
-    const int own = same.empty() ? place : result[same.front()].rank;
+    const int next = static_cast<int>(alike.size());
+    auto& same = alike[forward];
+    const int own = same.empty() ? next : result[same.front()].rank;
     result[rank] = {own, static_cast<int>(same.size())};
     same.push_back(rank);
   }
@@ -67,8 +68,8 @@ std::map<int, Seat> seats(const Timeline& step) {
 
 /// What travels is named by its pipeline and its producer: forward or not, stage, micro-batch.
 using Result = std::tuple<int, bool, int, int>;
-Result result_of(const Seat& seat, const Op& op) {
-  return {seat.pipeline, op.pass == Pass::Forward, op.stage, op.micro_batch};
+Result result_of(const PipelineRank& place, const Op& op) {
+  return {place.pipeline, op.pass == Pass::Forward, op.stage, op.micro_batch};
 }
 
 /// "stages 0, 3 to 7"
@@ -87,24 +88,24 @@ std::string list(const std::vector<int>& stages) {
 class Measurement {
  public:
   void add_step(const Timeline& step) {
-    const std::map<int, Seat> all = seats(step);
+    const std::map<int, PipelineRank> all = pipeline_ranks(step);
     std::map<Result, const Interval*> pairs, sends;
     for (const Interval& interval : step.intervals) {
       if (interval.lane == Lane::compute) add_compute(interval);
-      const auto seat = all.find(interval.rank);
-      if (seat == all.end()) continue;
-      if (interval.lane == Lane::send) sends[result_of(seat->second, interval.step.op)] = &interval;
+      const auto place = all.find(interval.rank);
+      if (place == all.end()) continue;
+      if (interval.lane == Lane::send) sends[result_of(place->second, interval.step.op)] = &interval;
       if (interval.lane == Lane::compute && interval.step.overlapped)
         for (const Op& op : {interval.step.op, *interval.step.overlapped})
-          pairs[result_of(seat->second, op)] = &interval;
+          pairs[result_of(place->second, op)] = &interval;
     }
     for (const auto& [result, send] : sends)
       if (const auto pair = pairs.find(result); pair != pairs.end()) in_pairs_.emplace_back(*pair->second, *send);
     for (const Interval& receive : step.intervals) {
-      const auto seat = all.find(receive.rank);
-      if (receive.lane != Lane::receive || seat == all.end()) continue;
-      const auto send = sends.find(result_of(seat->second, receive.step.op));
-      if (send != sends.end()) add_transfer(*send->second, all.at(send->second->rank), receive, seat->second);
+      const auto place = all.find(receive.rank);
+      if (receive.lane != Lane::receive || place == all.end()) continue;
+      const auto send = sends.find(result_of(place->second, receive.step.op));
+      if (send != sends.end()) add_transfer(*send->second, all.at(send->second->rank), receive, place->second);
     }
   }
 
@@ -156,7 +157,7 @@ class Measurement {
     }
   }
 
-  void add_transfer(const Interval& send, const Seat& from, const Interval& receive, const Seat& to) {
+  void add_transfer(const Interval& send, const PipelineRank& from, const Interval& receive, const PipelineRank& to) {
     const Op& op = send.step.op;
     const int boundary = op.pass == Pass::Forward ? op.stage : op.stage - 1;
     if (boundary < 0 || from.rank == to.rank) return;  // goes nowhere
@@ -282,4 +283,4 @@ MeasuredCosts measure_costs(const Timeline& trace) {
   return result;
 }
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

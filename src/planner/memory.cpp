@@ -6,9 +6,10 @@
 #include <string>
 #include <vector>
 
+#include "dualpipe/detail/schedule/dependencies.hpp"
 #include "dualpipe/error.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 void check_memory(double amount, const char* what, const std::string& of) {
@@ -53,7 +54,7 @@ class Holder {
 
   void end(const Op& op) {
     const StageMemory& costs = stages_[op.stage];
-    if (op.pass == Pass::Backward || op.pass == Pass::BackwardInput) {
+    if (detail::is_backward(op.pass)) {
       now_ -= costs.activation;
       --activations_;
     }
@@ -104,4 +105,4 @@ std::vector<RankMemory> memory(const Schedule& schedule, const MemoryCosts& cost
   return result;
 }
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

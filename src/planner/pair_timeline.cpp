@@ -8,7 +8,7 @@
 
 #include "dualpipe/error.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 constexpr double compute_duration = 1, collective_duration = 1.5;  // the proportion that pair_order supposes
@@ -113,4 +113,4 @@ Timeline pair_timeline(const Chain& forward, const Chain& backward, const std::v
   return timeline;
 }
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

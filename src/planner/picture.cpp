@@ -21,14 +21,15 @@ void sort_by_begin(std::vector<const Interval*>& intervals) {
 
 }  // namespace
 
-Picture::Picture(const Timeline& timeline, const PictureOptions& options) : num_ranks(std::max(0, timeline.num_ranks)) {
+Picture::Picture(const Timeline& timeline, const planner::PictureOptions& options)
+    : num_ranks(std::max(0, timeline.num_ranks)) {
   std::vector<Row> all(static_cast<std::size_t>(num_ranks));
   std::vector<Activity> active = activities(timeline);
   for (std::size_t rank = 0; rank < all.size(); ++rank) {
     all[rank].rank = static_cast<int>(rank);
     all[rank].activity = std::move(active[rank]);
   }
-  const Window whole = extent(timeline), window = options.window.value_or(whole);
+  const planner::Window whole = planner::extent(timeline), window = options.window.value_or(whole);
   DUALPIPE_CHECK(!options.window || (window.begin < window.end && window.begin < whole.end && window.end > whole.begin),
                  "the window from ", window.begin - whole.begin, " to ", window.end - whole.begin,
                  " shows nothing of a timeline that lasts ", whole.length());
@@ -87,7 +88,7 @@ Picture::Picture(const Timeline& timeline, const PictureOptions& options) : num_
   }
 }
 
-Window Picture::shown(const Interval& interval) const {
+planner::Window Picture::shown(const Interval& interval) const {
   return {std::clamp(interval.begin, begin, end), std::clamp(interval.end, begin, end)};
 }
 
@@ -116,20 +117,6 @@ double round_step(double least) {
 }
 
 std::string number(double value) { return str(std::abs(value) < 1e-12 ? 0.0 : value); }
-
-const char* pass_name(Pass pass) {
-  switch (pass) {
-    case Pass::Forward:
-      return "forward";
-    case Pass::BackwardInput:
-      return "backward, input part";
-    case Pass::BackwardWeight:
-      return "backward, weight part";
-    case Pass::Backward:
-      break;
-  }
-  return "backward";
-}
 
 std::string node_label(const Interval& interval) {
   const Pass pass = interval.step.op.pass;

@@ -38,11 +38,11 @@ struct Picture {
 
   /// Throws InvalidArgument if the timeline is not sound: a rank it does not have, times that are not numbers or run
   /// backwards; or if the options name a rank or a window that it does not have.
-  explicit Picture(const Timeline& timeline, const PictureOptions& options = {});
+  explicit Picture(const Timeline& timeline, const planner::PictureOptions& options = {});
 
   double length() const { return end - begin; }
   /// The part of an interval that is shown.
-  Window shown(const Interval& interval) const;
+  planner::Window shown(const Interval& interval) const;
 
   /// The rank's second stage: the way from the other end (DualPipe) or a later chunk (V, interleaved).
   bool second_half(int rank, const Op& op) const { return op.stage != first_stages[static_cast<std::size_t>(rank)]; }
@@ -56,9 +56,6 @@ double round_step(double least);
 
 /// Up to six digits, no trailing zeros.
 std::string number(double value);
-
-/// "forward", "backward", …
-const char* pass_name(Pass pass);
 
 /// "attention-F" of a node or a collective, as the published order of a pair names it; I and B are both "-B".
 std::string node_label(const Interval& interval);

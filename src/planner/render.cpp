@@ -16,7 +16,7 @@
 #include "planner/picture.hpp"
 #include "planner/text_line.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 using detail::fitted;
@@ -171,4 +171,4 @@ std::string to_ascii(const Timeline& timeline, const PictureOptions& options) {
   return out;
 }
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

@@ -6,10 +6,11 @@
 #include <unordered_set>
 #include <utility>
 
+#include "dualpipe/detail/schedule/dependencies.hpp"
 #include "dualpipe/error.hpp"
 #include "planner/spans.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 using detail::Activity;
@@ -22,7 +23,7 @@ int peak_activations(const std::vector<detail::ActiveStep>& steps) {
   int held = 0, peak = 0;
   const auto run = [&](const Op& op) {
     if (op.pass == Pass::Forward) peak = std::max(peak, ++held);
-    if (op.pass == Pass::Backward || op.pass == Pass::BackwardInput) held = std::max(0, held - 1);
+    if (detail::is_backward(op.pass)) held = std::max(0, held - 1);
   };
   for (const auto& [interval, whole] : steps) {
     run(interval->step.op);
@@ -170,4 +171,4 @@ Report median(const std::vector<Report>& reports) {
   return result;
 }
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

@@ -36,7 +36,7 @@ double length(const TimeSpans& spans) {
   return sum;
 }
 
-TimeSpans clipped(const TimeSpans& spans, const Window& window) {
+TimeSpans clipped(const TimeSpans& spans, const planner::Window& window) {
   TimeSpans result;
   for (const auto& [begin, end] : spans)
     if (begin < window.end && end > window.begin)

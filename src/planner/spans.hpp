@@ -13,7 +13,7 @@ using TimeSpans = std::vector<TimeSpan>;
 
 TimeSpans merged(TimeSpans spans);
 double length(const TimeSpans& spans);
-TimeSpans clipped(const TimeSpans& spans, const Window& window);
+TimeSpans clipped(const TimeSpans& spans, const planner::Window& window);
 /// What lies in both.
 TimeSpans common(const TimeSpans& a, const TimeSpans& b);
 /// What lies in `a` only.

@@ -1,3 +1,5 @@
+#include "dualpipe/planner/cost_model.hpp"
+
 #include <algorithm>
 #include <cstddef>
 #include <map>
@@ -5,9 +7,8 @@
 #include <vector>
 
 #include "dualpipe/error.hpp"
-#include "dualpipe/planner/cost_model.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 StageCosts& operator+=(StageCosts& sum, const StageCosts& stage) {
@@ -97,4 +98,4 @@ CostModel spread(const CostModel& model, int described, int num_stages) {
   return result;
 }
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

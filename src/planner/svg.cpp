@@ -7,13 +7,14 @@
 #include <utility>
 #include <vector>
 
+#include "dualpipe/detail/schedule/pass_name.hpp"
 #include "dualpipe/error.hpp"
 #include "dualpipe/planner/render.hpp"
 #include "dualpipe/planner/report.hpp"
 #include "planner/picture.hpp"
 #include "planner/svg_canvas.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 using detail::Canvas;
@@ -329,4 +330,4 @@ std::string to_svg(const std::vector<Timeline>& timelines, const PictureOptions&
   return canvas.document(std::max(left + width + margin, legend.right()), options.notes.empty() ? y : y + 8);
 }
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

@@ -67,10 +67,10 @@ std::string Columns::axis(double seconds_per_unit, bool color) const {
   return line.str(color);
 }
 
-std::string mark_line(const std::vector<Mark>& marks, int rank, const Columns& column) {
+std::string mark_line(const std::vector<planner::Mark>& marks, int rank, const Columns& column) {
   TextLine line;
   line.pad_to(column.indent);
-  for (const Mark& mark : marks) {
+  for (const planner::Mark& mark : marks) {
     if (mark.rank != rank) continue;
     const std::size_t begin = column(std::clamp(mark.window.begin, column.picture.begin, column.picture.end));
     const std::size_t end = column(std::clamp(mark.window.end, column.picture.begin, column.picture.end));

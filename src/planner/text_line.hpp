@@ -44,9 +44,9 @@ struct Columns {
 };
 
 /// One line per rank in view for the nodes that compute and one for the collectives, all with their names.
-std::string lanes_to_ascii(const Timeline& timeline, const Picture& picture, const PictureOptions& options);
+std::string lanes_to_ascii(const Timeline& timeline, const Picture& picture, const planner::PictureOptions& options);
 
 /// "--1-----2---": what the marks of a rank say, each where its window begins.
-std::string mark_line(const std::vector<Mark>& marks, int rank, const Columns& column);
+std::string mark_line(const std::vector<planner::Mark>& marks, int rank, const Columns& column);
 
 }  // namespace dualpipe::detail

@@ -1,3 +1,5 @@
+#include "dualpipe/planner/trace.hpp"
+
 #include <array>
 #include <cmath>
 #include <cstddef>
@@ -8,11 +10,11 @@
 #include <utility>
 #include <vector>
 
+#include "dualpipe/detail/schedule/pass_name.hpp"
 #include "dualpipe/error.hpp"
-#include "dualpipe/planner/render.hpp"
 #include "planner/json.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 using nlohmann::json;
@@ -23,20 +25,7 @@ constexpr std::array<const char*, 5> lane_names{"compute", "send", "receive", "c
 /// Times of a trace are microseconds; one abstract unit is shown as one millisecond.
 double microseconds_per_unit(double seconds_per_unit) { return seconds_per_unit == 0 ? 1e3 : seconds_per_unit * 1e6; }
 
-const char* category(const Step& step) {
-  if (step.overlapped) return "overlapped";
-  switch (step.op.pass) {
-    case Pass::Forward:
-      return "forward";
-    case Pass::BackwardInput:
-      return "backward input";
-    case Pass::BackwardWeight:
-      return "backward weight";
-    case Pass::Backward:
-      break;
-  }
-  return "backward";
-}
+const char* category(const Step& step) { return step.overlapped ? "overlapped" : detail::pass_name(step.op.pass); }
 
 json metadata(const char* what, int pid, int tid, const json& args) {
   return {{"name", what}, {"ph", "M"}, {"pid", pid}, {"tid", tid}, {"args", args}};
@@ -158,4 +147,4 @@ Timeline from_trace(std::string_view text) {
   return timeline;
 }
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

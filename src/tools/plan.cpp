@@ -8,7 +8,7 @@
 #include "dualpipe/version.hpp"
 #include "tools/plan/commands.hpp"
 
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 namespace {
 
 constexpr int bad_input = 1, bad_usage = 2;
@@ -42,6 +42,6 @@ int run(int argc, char** argv) {
 }
 
 }  // namespace
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool
 
-int main(int argc, char** argv) { return dualpipe::plan::run(argc, argv); }
+int main(int argc, char** argv) { return dualpipe::planner::tool::run(argc, argv); }

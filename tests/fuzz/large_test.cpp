@@ -7,7 +7,7 @@
 
 #include "dualpipe/config.hpp"
 #include "dualpipe/error.hpp"
-#include "dualpipe/planner/render.hpp"
+#include "dualpipe/planner/trace.hpp"
 #include "dualpipe/schedule/check.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/schedule.hpp"
@@ -48,7 +48,7 @@ double csv(const std::string& text) {
 }
 
 double trace(const std::string& text) {
-  return bytes_per_byte(text, [](const std::string& json) { from_trace(json); });
+  return bytes_per_byte(text, [](const std::string& json) { planner::from_trace(json); });
 }
 
 double config(const std::string& text) {
@@ -84,34 +84,34 @@ TEST(Large, CsvOfAMillionRanksWithFindings) {
 TEST(Large, TraceOfManyEvents) {
   const Timeline timeline =
       simulate(make_schedule({.kind = "1f1b", .num_ranks = 8, .num_micro_batches = 2048})).timeline;
-  const std::string text = to_trace(timeline);
+  const std::string text = planner::to_trace(timeline);
   EXPECT_GT(text.size(), 4'000'000U);
   EXPECT_LT(trace(text), 20);
 }
 
 TEST(Large, JsonOfManyTokens) {
-  constexpr double kBound = 60;
+  constexpr double bound = 60;
   for (const std::string& part : {"["s, "{\"a\":"s, "0"s, "\""s, "\"\\u0000"s, " "s, "-"s, "{"s}) {
-    EXPECT_LT(trace(repeated(part, one_megabyte)), kBound) << part;
-    EXPECT_LT(config(repeated(part, one_megabyte)), kBound) << part;
+    EXPECT_LT(trace(repeated(part, one_megabyte)), bound) << part;
+    EXPECT_LT(config(repeated(part, one_megabyte)), bound) << part;
   }
   for (const std::string& part : {"0,"s, "[],"s, "{},"s, "\"\","s, "{\"a\":0},"s}) {
     const std::string elements = "[" + repeated(part, one_megabyte) + "0]";
-    EXPECT_LT(trace(elements), kBound) << part;
-    EXPECT_LT(config(elements), kBound) << part;
-    EXPECT_LT(trace(R"({"otherData":{"num_ranks":1,"seconds_per_unit":1},"traceEvents":)" + elements + "}"), kBound)
+    EXPECT_LT(trace(elements), bound) << part;
+    EXPECT_LT(config(elements), bound) << part;
+    EXPECT_LT(trace(R"({"otherData":{"num_ranks":1,"seconds_per_unit":1},"traceEvents":)" + elements + "}"), bound)
         << part;
   }
 }
 
 TEST(Large, JsonOfOneLineOfTenMegabytes) {
-  constexpr double kBound = 20;
+  constexpr double bound = 20;
   const std::string text = "\"" + repeated("x", ten_megabytes) + "\"";
-  EXPECT_LT(trace(text), kBound);
-  EXPECT_LT(config(text), kBound);
-  EXPECT_LT(config("{" + text + ":1}"), kBound);
-  EXPECT_LT(config(R"({"publish":)" + text + "}"), kBound);
-  EXPECT_LT(config("{" + text + ":1," + text + ":1}"), kBound);
+  EXPECT_LT(trace(text), bound);
+  EXPECT_LT(config(text), bound);
+  EXPECT_LT(config("{" + text + ":1}"), bound);
+  EXPECT_LT(config(R"({"publish":)" + text + "}"), bound);
+  EXPECT_LT(config("{" + text + ":1," + text + ":1}"), bound);
 }
 
 }  // namespace

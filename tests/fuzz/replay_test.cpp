@@ -71,12 +71,11 @@ class Mutator {
   }
 
   void change(std::string& text) {
-    static constexpr std::array<const char*, 22> kTokens = {
-        ",",    "\n",  "\r\n",  ";",          "(",
-        ")",    "[",   "]",     "{",          "}",
-        "\"",   "0F0", "1B1",   "0I0",        "(0F1;1B0)OVERLAP_F_B",
-        "-1",   "0",   "1e999", "2147483648", "18446744073709551616",
-        "null", "\xff"};
+    static constexpr std::array<const char*, 22> tokens = {",",    "\n",  "\r\n",  ";",          "(",
+                                                           ")",    "[",   "]",     "{",          "}",
+                                                           "\"",   "0F0", "1B1",   "0I0",        "(0F1;1B0)OVERLAP_F_B",
+                                                           "-1",   "0",   "1e999", "2147483648", "18446744073709551616",
+                                                           "null", "\xff"};
     const std::size_t at = below(text.size() + 1), length = below(std::min<std::size_t>(text.size() - at, 64) + 1);
     switch (below(6)) {
       case 0:
@@ -89,10 +88,10 @@ class Mutator {
         text.insert(at, text.substr(below(text.size() + 1), length));
         break;
       case 3:
-        text.insert(at, pick(kTokens));
+        text.insert(at, pick(tokens));
         break;
       case 4:
-        text.replace(at, length, pick(kTokens));
+        text.replace(at, length, pick(tokens));
         break;
       default: {
         const std::string& other = pick(inputs_).text;

@@ -19,8 +19,8 @@ inline void require(bool kept, const std::string& promise) {
 /// What a refusal may look like: one short paragraph that a terminal shows as it is, however long or binary the input
 /// was.
 inline void require_readable(std::string_view message) {
-  constexpr std::size_t kLongest = 2000;
-  require(!message.empty() && message.size() < kLongest, "a message has a reasonable length");
+  constexpr std::size_t longest = 2000;
+  require(!message.empty() && message.size() < longest, "a message has a reasonable length");
   for (const char c : message) {
     const auto byte = static_cast<unsigned char>(c);
     require(byte >= 0x20 || c == '\n', "a message has no control characters: " + std::string(message));

@@ -1,5 +1,7 @@
 // Traces from JSON: what is read is written back the same and can be drawn and reported on.
+#include "dualpipe/planner/trace.hpp"
 #include "dualpipe/error.hpp"
+#include "dualpipe/planner/cost_file.hpp"
 #include "dualpipe/planner/cost_model.hpp"
 #include "dualpipe/planner/render.hpp"
 #include "dualpipe/planner/report.hpp"
@@ -21,18 +23,18 @@ void draw(const Draw& picture_of) {
 void read(std::string_view text) {
   Timeline timeline;
   try {
-    timeline = from_trace(text);
+    timeline = planner::from_trace(text);
   } catch (const InvalidArgument& error) {
     return require_readable(error.what());
   }
-  const Timeline again = from_trace(to_trace(timeline));
+  const Timeline again = planner::from_trace(planner::to_trace(timeline));
   require(again.name == timeline.name && again.num_ranks == timeline.num_ranks &&
               again.seconds_per_unit == timeline.seconds_per_unit && again.intervals == timeline.intervals,
           "what was read is written so that it is read the same");
-  draw([&] { report(timeline); });
-  draw([&] { to_json({measure_costs(timeline).costs, {}}); });
-  draw([&] { to_ascii(timeline); });
-  draw([&] { to_svg({timeline, timeline}); });
+  draw([&] { planner::report(timeline); });
+  draw([&] { planner::to_json({planner::measure_costs(timeline).costs, {}}); });
+  draw([&] { planner::to_ascii(timeline); });
+  draw([&] { planner::to_svg({timeline, timeline}); });
 }
 
 }  // namespace

@@ -120,9 +120,9 @@ TEST(GpuRank, TransfersRunUnderCompute) {
     pipe->step(batch, squared_error());
   }
   const Timeline timeline = gather(*comm, tracer->last());
-  const auto main = main_part(timeline);
+  const auto main = planner::main_part(timeline);
   ASSERT_TRUE(main) << "all ranks have pairs at the same time";
-  const Overlap transfers = report(timeline, *main).total().transfers;
+  const planner::Overlap transfers = planner::report(timeline, *main).total().transfers;
   if (comm->rank() == 0)
     std::cout << "main part: " << 1e3 * transfers.total() << " ms of transfers, "
               << 100 * transfers.hidden / transfers.total() << " % under compute\n";

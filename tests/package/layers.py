@@ -29,9 +29,9 @@ ALLOWED = {
 PARTS = {
     "error": "base",
     "version": "base",
-    "files": "base",
     "detail/config": "base",
     "detail/index": "base",
+    "detail/files": "base",
     "detail/host": "base",
     "detail/error_text": "pending",
     "config": "config",
@@ -46,7 +46,7 @@ UMBRELLA = {"comm", "config", "error", "launch", "pipeline", "stage", "train", "
 APART = {"dualpipe.hpp", "comm/nccl.hpp", "comm/device_trace.hpp", "pipeline/pair.hpp", "stage/stage_run.hpp"}
 TORCH = re.compile(r"^(torch|ATen|c10|caffe2)/")
 CUDA = re.compile(r"^(c10/cuda/|ATen/cuda/|cuda|nccl|nvtx|torch/csrc/cuda/)")
-STANDARD = re.compile(r"^([a-z_0-9]+|pthread\.h)$")
+STANDARD = re.compile(r"^([a-z_0-9]+|(pthread|fcntl|unistd)\.h)$")  # and POSIX
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]')
 
 

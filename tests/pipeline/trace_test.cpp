@@ -20,7 +20,7 @@ TEST(Tracer, SeesTheScheduleInItsOrderWithItsPeakActivations) {
     SCOPED_TRACE(kind);
     const int num_ranks = 4, num_micro_batches = 10;
     const Schedule schedule = make_schedule({kind, num_ranks, num_micro_batches});
-    const Report predicted = report(simulate(schedule).timeline);
+    const planner::Report predicted = planner::report(simulate(schedule).timeline);
     run_ranks(num_ranks, [&](std::shared_ptr<Communicator> comm) {
       DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = num_micro_batches, .schedule = kind}, as_factory(layer));
       auto tracer = std::make_shared<Tracer>(comm->rank());
@@ -40,7 +40,7 @@ TEST(Tracer, SeesTheScheduleInItsOrderWithItsPeakActivations) {
       for (int rank = 0; rank < num_ranks; ++rank) EXPECT_EQ(steps[rank], schedule.ranks[rank]) << "rank " << rank;
       EXPECT_EQ(lanes[Lane::send], static_cast<int>(simulate(schedule).transfers.size()));
       EXPECT_EQ(lanes[Lane::receive], lanes[Lane::send]);
-      const Report measured = report(all);
+      const planner::Report measured = planner::report(all);
       for (int rank = 0; rank < num_ranks; ++rank) {
         EXPECT_EQ(measured.ranks[rank].peak_activations, predicted.ranks[rank].peak_activations);
         EXPECT_NEAR(measured.ranks[rank].busy + measured.ranks[rank].bubble, measured.makespan, 1e-9);

@@ -12,7 +12,7 @@
 
 #include "dualpipe/error.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 using testing::HasSubstr;
@@ -159,4 +159,4 @@ TEST(Compare, RefusesWithTheReason) {
 }
 
 }  // namespace
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

@@ -13,15 +13,16 @@
 #include <vector>
 
 #include "dualpipe/error.hpp"
+#include "dualpipe/planner/cost_file.hpp"
 #include "dualpipe/planner/cost_model.hpp"
 #include "dualpipe/planner/memory.hpp"
-#include "dualpipe/planner/render.hpp"
 #include "dualpipe/planner/report.hpp"
+#include "dualpipe/planner/trace.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/simulate.hpp"
 #include "schedule/reference.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 using testing::ElementsAre;
@@ -371,4 +372,4 @@ TEST(MeasuredCosts, RefuseWhatIsNoTrainingStep) {
 }
 
 }  // namespace
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

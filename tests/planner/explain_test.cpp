@@ -13,7 +13,7 @@
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/simulate.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 using testing::HasSubstr;
@@ -183,4 +183,4 @@ TEST(Bubble, TheDocumentsTable) {
 }
 
 }  // namespace
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

@@ -10,7 +10,7 @@
 #include "dualpipe/error.hpp"
 #include "dualpipe/planner/report.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 using testing::HasSubstr;
@@ -126,4 +126,4 @@ TEST(PairTimeline, RefusesWhatIsNoOrder) {
 }
 
 }  // namespace
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

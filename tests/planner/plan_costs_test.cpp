@@ -4,12 +4,12 @@
 #include <string>
 #include <vector>
 
-#include "dualpipe/planner/render.hpp"
+#include "dualpipe/planner/jitter.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/simulate.hpp"
 #include "plan_tool.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 using nlohmann::json;
@@ -174,4 +174,4 @@ TEST_F(PlanCosts, HelpOfTheCommands) {
 }
 
 }  // namespace
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

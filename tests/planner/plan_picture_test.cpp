@@ -9,11 +9,12 @@
 #include "dualpipe/planner/explain.hpp"
 #include "dualpipe/planner/pair_timeline.hpp"
 #include "dualpipe/planner/render.hpp"
+#include "dualpipe/planner/trace.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/simulate.hpp"
 #include "plan_tool.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 using nlohmann::json;
@@ -173,4 +174,4 @@ TEST_F(PlanTool, ReportDrawsSeveralTracesOverEachOther) {
 }
 
 }  // namespace
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

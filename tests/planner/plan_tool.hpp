@@ -13,7 +13,7 @@
 #include <string>
 #include <utility>
 
-namespace dualpipe {
+namespace dualpipe::planner {
 
 namespace fs = std::filesystem;
 
@@ -62,4 +62,4 @@ class PlanTool : public testing::Test {
   fs::path folder_;
 };
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

@@ -9,7 +9,7 @@
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/lower.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 using nlohmann::json;
@@ -117,7 +117,7 @@ TEST_F(PlanTool, CheckRefusesWithTheFindings) {
   expect_refused("check nul.csv", 1, "nul.csv");
   write("empty.csv", "");
   expect_refused("check empty.csv", 1, "empty.csv");
-  expect_refused("check missing.csv", 1, "no schedule 'missing.csv': neither a kind (dualpipe, ");
+  expect_refused("check missing.csv", 1, "schedule \"missing.csv\" is neither a kind (dualpipe, ");
   expect_refused("check .", 1, "directory");
   expect_refused("check /dev/zero", 1, "more than");
 }
@@ -225,4 +225,4 @@ TEST_F(PlanTool, SearchWritesAFasterScheduleThatIsSimulatedAsSaid) {
 }
 
 }  // namespace
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

@@ -16,7 +16,7 @@
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/simulate.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 using testing::HasSubstr;
@@ -324,4 +324,4 @@ TEST(Svg, StacksTimelinesOfDifferentUnits) {
 }
 
 }  // namespace
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

@@ -12,7 +12,7 @@
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/simulate.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 using testing::HasSubstr;
@@ -288,4 +288,4 @@ TEST(Median, NumberByNumber) {
 }
 
 }  // namespace
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

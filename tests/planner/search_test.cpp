@@ -17,7 +17,7 @@
 #include "dualpipe/schedule/check.hpp"
 #include "dualpipe/schedule/lower.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 using testing::HasSubstr;
@@ -363,4 +363,4 @@ TEST(Search, RemovesTheBubbleThatUnevenCostsLeave) {
 }
 
 }  // namespace
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

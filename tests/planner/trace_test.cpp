@@ -6,11 +6,11 @@
 #include <string>
 
 #include "dualpipe/error.hpp"
-#include "dualpipe/planner/render.hpp"
+#include "dualpipe/planner/trace.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/simulate.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 namespace {
 
 using nlohmann::json;
@@ -129,4 +129,4 @@ TEST(Trace, MalformedInputIsRefusedWithItsPlace) {
 }
 
 }  // namespace
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

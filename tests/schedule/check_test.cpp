@@ -232,12 +232,12 @@ Schedule random_schedule(std::mt19937& random) {
 }
 
 TEST(Check, AcceptsRandomValidSchedules) {
-  constexpr unsigned kSeed = 20241226;
-  std::mt19937 random(kSeed);
+  constexpr unsigned seed = 20241226;
+  std::mt19937 random(seed);
   for (int trial = 0; trial < 2000; ++trial) {
     const Schedule schedule = random_schedule(random);
-    ASSERT_TRUE(reference::valid(schedule)) << "seed " << kSeed << ", trial " << trial << "\n" << to_csv(schedule);
-    ASSERT_THAT(violations(schedule), IsEmpty()) << "seed " << kSeed << ", trial " << trial << "\n" << to_csv(schedule);
+    ASSERT_TRUE(reference::valid(schedule)) << "seed " << seed << ", trial " << trial << "\n" << to_csv(schedule);
+    ASSERT_THAT(violations(schedule), IsEmpty()) << "seed " << seed << ", trial " << trial << "\n" << to_csv(schedule);
     Schedule read = from_csv(to_csv(schedule), schedule.name);
     ASSERT_EQ(read, schedule);
   }
@@ -281,8 +281,8 @@ class Mutation {
         op.stage = static_cast<int>(below(static_cast<std::size_t>(schedule.num_stages) + 1));
         return "change stage";
       case 7: {
-        constexpr Pass kPasses[] = {Pass::Forward, Pass::BackwardInput, Pass::BackwardWeight, Pass::Backward};
-        op.pass = kPasses[below(4)];
+        constexpr Pass passes[] = {Pass::Forward, Pass::BackwardInput, Pass::BackwardWeight, Pass::Backward};
+        op.pass = passes[below(4)];
         return "change pass";
       }
       case 8: {
@@ -319,8 +319,8 @@ class Mutation {
 class Mutated : public testing::TestWithParam<std::string> {};
 
 TEST_P(Mutated, IsRefusedExactlyWhenItCannotRun) {
-  constexpr unsigned kSeed = 19;
-  std::mt19937 random(kSeed);
+  constexpr unsigned seed = 19;
+  std::mt19937 random(seed);
   Mutation mutation(random);
   int accepted = 0;
   int refused = 0;
@@ -340,7 +340,7 @@ TEST_P(Mutated, IsRefusedExactlyWhenItCannotRun) {
       const bool valid = reference::valid(schedule);
       ++(valid ? accepted : refused);
       ASSERT_EQ(violations(schedule).empty(), valid)
-          << "seed " << kSeed << ", " << P << " x " << N << ", trial " << trial << ": " << changes << "\n"
+          << "seed " << seed << ", " << P << " x " << N << ", trial " << trial << ": " << changes << "\n"
           << to_csv(schedule);
       ASSERT_EQ(error_of(schedule) == "accepted", valid);
     }

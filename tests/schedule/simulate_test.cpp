@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <limits>
 #include <map>
@@ -25,18 +24,19 @@ using testing::HasSubstr;
 using testing::ThrowsMessage;
 
 double makespan(const Schedule& schedule, const Costs& costs, Publish publish) {
-  return report(simulate(schedule, costs, publish).timeline).makespan;
+  return planner::report(simulate(schedule, costs, publish).timeline).makespan;
 }
 
-double worst_bubble(const Report& report) {
+double worst_bubble(const planner::Report& report) {
   double worst = 0;
-  for (const RankReport& rank : report.ranks) worst = std::max(worst, rank.bubble);
+  for (const planner::RankReport& rank : report.ranks) worst = std::max(worst, rank.bubble);
   return worst;
 }
 
 int peak_activations(const Schedule& schedule) {
   int peak = 0;
-  for (const RankReport& rank : report(simulate(schedule).timeline).ranks) peak = std::max(peak, rank.peak_activations);
+  for (const planner::RankReport& rank : planner::report(simulate(schedule).timeline).ranks)
+    peak = std::max(peak, rank.peak_activations);
   return peak;
 }
 
@@ -63,7 +63,7 @@ TEST(Simulate, ClosedFormsHoldForManySizes) {
           const Schedule schedule = make_schedule({"dualpipe", ranks, micro_batches});
           // F = B - W >= W and no loss by overlapping: there the published bubble is exact.
           const Costs costs{.forward = 1, .backward = 1 + weight, .weight = weight, .pair = (2 + weight) * (1 - saved)};
-          const Report atomic = report(simulate(schedule, costs, Publish::atomic).timeline);
+          const planner::Report atomic = planner::report(simulate(schedule, costs, Publish::atomic).timeline);
           EXPECT_NEAR(worst_bubble(atomic), (ranks / 2 - 1) * (costs.pair + costs.backward - 3 * costs.weight), 1e-9);
         }
 }
@@ -89,10 +89,10 @@ TEST(Simulate, AtomicAgreesWithTheReferenceForEveryKind) {
       SCOPED_TRACE(detail::str(kind, " seed 20240917 trial ", trial, " ranks ", ranks));
       const auto expected = reference::makespan(schedule, {forward, backward, weight, pair});
       ASSERT_TRUE(expected.has_value());
-      const Report result =
-          report(simulate(schedule, {.forward = forward, .backward = backward, .weight = weight, .pair = pair},
-                          Publish::atomic)
-                     .timeline);
+      const planner::Report result =
+          planner::report(simulate(schedule, {.forward = forward, .backward = backward, .weight = weight, .pair = pair},
+                                   Publish::atomic)
+                              .timeline);
       EXPECT_NEAR(result.makespan, *expected, 1e-9);
       for (std::size_t rank = 0; rank < schedule.ranks.size(); ++rank) {
         double busy = 0;
@@ -124,7 +124,8 @@ TEST(Simulate, PeakActivationsDoNotDependOnMicroBatchesOrCosts) {
       EXPECT_EQ(peak_activations(make_schedule({"gpipe", ranks, micro_batches})), micro_batches);
     }
   const Costs nothing{.forward = 0, .backward = 0, .weight = 0, .pair = 0};
-  for (const RankReport& rank : report(simulate(make_schedule({"dualpipe", 8, 20}), nothing).timeline).ranks) {
+  for (const planner::RankReport& rank :
+       planner::report(simulate(make_schedule({"dualpipe", 8, 20}), nothing).timeline).ranks) {
     EXPECT_EQ(rank.peak_activations, 9);
     EXPECT_EQ(rank.bubble, 0);
   }
@@ -417,65 +418,10 @@ TEST(Simulate, ASlowLinkDelaysWhatCrossesIt) {
   EXPECT_NEAR(result.transfers[1].arrival - result.transfers[1].ready, 5, 1e-9);
 }
 
-TEST(Jitter, ASeedIsARun) {
-  const Schedule schedule = make_schedule({"dualpipe", 4, 12});
-  const auto run = [&](const Jitter& jitter) { return simulate_jitter(schedule, {.send = 0.1}, jitter); };
-  const std::vector<double> first = run({.deviation = 0.1, .trials = 50, .seed = 1});
-  EXPECT_EQ(first, run({.deviation = 0.1, .trials = 50, .seed = 1}));
-  EXPECT_NE(first, run({.deviation = 0.1, .trials = 50, .seed = 2}));
-  EXPECT_TRUE(std::is_sorted(first.begin(), first.end()));
-  EXPECT_EQ(first.size(), 50U);
-  for (const double makespan : run({.deviation = 0, .trials = 3}))
-    EXPECT_EQ(makespan, simulate_makespan(schedule, {.send = 0.1}));
-}
-
-TEST(Jitter, FactorsHaveTheirMeanAndDeviation) {
-  // A single op: the makespans are the factors.
-  const Schedule schedule = from_csv("0F0\n");
-  for (const double deviation : {0.05, 0.1, 0.5}) {
-    const int trials = 40000;
-    const std::vector<double> found = simulate_jitter(schedule, {}, {deviation, trials, 5});
-    double mean = 0, square = 0;
-    for (const double value : found) {
-      EXPECT_GT(value, 0);
-      mean += value / trials;
-      square += value * value / trials;
-    }
-    // Five standard errors.
-    EXPECT_NEAR(mean, 1, 5 * deviation / std::sqrt(trials)) << "seed 5";
-    EXPECT_NEAR(std::sqrt(square - mean * mean), deviation, 0.05 * deviation) << "seed 5";
-    // Log-normal: the median is 1 / sqrt(1 + deviation^2).
-    EXPECT_NEAR(percentile(found, 50), 1 / std::sqrt(1 + deviation * deviation), 0.02) << "seed 5";
-  }
-}
-
-TEST(Jitter, RefusesWithTheValue) {
-  const Schedule schedule = make_schedule({"1f1b", 2, 4});
-  const auto with = [&](const Jitter& jitter) {
-    return [&schedule, jitter] { simulate_jitter(schedule, {}, jitter); };
-  };
-  EXPECT_THAT(with({.deviation = -0.1}), ThrowsMessage<InvalidArgument>(HasSubstr("got -0.1")));
-  EXPECT_THAT(with({.deviation = std::nan("")}), ThrowsMessage<InvalidArgument>(HasSubstr("got nan")));
-  EXPECT_THAT(with({.trials = 0}), ThrowsMessage<InvalidArgument>(HasSubstr("trials must be from 1 to")));
-  EXPECT_THAT(with({.deviation = 1e300}), ThrowsMessage<InvalidArgument>(HasSubstr("1e+300")));
-}
-
-TEST(Percentile, InterpolatesBetweenNeighbours) {
-  const std::vector<double> values{1, 2, 4, 8};
-  EXPECT_EQ(percentile(values, 0), 1);
-  EXPECT_EQ(percentile(values, 100), 8);
-  EXPECT_EQ(percentile(values, 50), 3);
-  EXPECT_DOUBLE_EQ(percentile(values, 90), 4 + 0.7 * 4);
-  EXPECT_EQ(percentile({7}, 95), 7);
-  EXPECT_THROW(percentile({}, 50), InvalidArgument);
-  EXPECT_THROW(percentile(values, 101), InvalidArgument);
-}
-
 TEST(Simulate, IsLinearInTheNumberOfOps) {
   const Schedule schedule = make_schedule({"dualpipe", 128, 2048});
-  const auto start = std::chrono::steady_clock::now();
-  EXPECT_NEAR(makespan(schedule, {}, Publish::early), 2048 * 3 + 63, 1e-6);
-  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
+  EXPECT_NEAR(makespan(schedule, {}, Publish::early), 2048 * 3 + 63,
+              1e-6);  // CTest's time limit ends what is not linear
 }
 
 }  // namespace

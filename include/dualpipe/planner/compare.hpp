@@ -11,7 +11,7 @@
 #include "dualpipe/schedule/schedule.hpp"
 #include "dualpipe/schedule/simulate.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 
 /// Which schedules to compare: every kind with every number of ranks and of micro-batches, and those given.
 struct ComparisonSpec {
@@ -54,4 +54,4 @@ struct Comparison {
 /// @throws InvalidArgument  nothing to compare, costs that do not belong to `described_stages`, a negative limit.
 Comparison compare(const ComparisonSpec& spec, const CostModel& model);
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

@@ -1,14 +1,13 @@
 #pragma once
 
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "dualpipe/planner/memory.hpp"
 #include "dualpipe/schedule/costs.hpp"
 #include "dualpipe/schedule/timeline.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 
 /// What a model costs, stage by stage: time and memory.
 struct CostModel {
@@ -16,25 +15,6 @@ struct CostModel {
   MemoryCosts memory;
   bool operator==(const CostModel&) const = default;
 };
-
-/// Reads a costs file. All keys may be absent: a backward then takes two forwards, the weight part half of that, a pair
-/// as long as both; a stage is like the model. No key "stages" means that all stages are alike.
-///
-///     {"forward": 1, "backward": 2, "weight": 1, "pair": 3, "send": 0.1,
-///      "pair_ready": {"activation": 0.7, "gradient": 0.5},
-///      "memory": {"activation": 1, "weight": 0.2, "state": 6},
-///      "stages": [{"forward": 1.3, "memory": {"state": 9}}, {}, {}, {"forward": 1.5, "backward": 3}],
-///      "pairs": [{"forward": 0, "backward": 3, "duration": 3.2}],
-///      "sends": [{"boundary": 1, "duration": 0.2}, {"ranks": [1, 2], "duration": 0.5}],
-///      "slowdown": [1, 1, 1.2, 1],
-///      "seconds_per_unit": 0.001}
-///
-/// @throws InvalidArgument  naming the place: no JSON, an unknown or repeated key, a value that is no number, negative,
-/// beyond a double, or zero where something that takes no time makes no sense (forward, backward, pair).
-CostModel read_costs(std::string_view json);
-
-/// What read_costs reads, exactly; everything is written out.
-std::string to_json(const CostModel& model);
 
 struct MeasuredCosts {
   Costs costs;                     ///< with `stages`, `pairs` and `sends`, and the trace's unit
@@ -58,4 +38,4 @@ MeasuredCosts measure_costs(const Timeline& trace);
 /// @throws InvalidArgument  lists of another length than `described`.
 CostModel spread(const CostModel& model, int described, int num_stages);
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

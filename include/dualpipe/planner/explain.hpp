@@ -7,7 +7,7 @@
 #include "dualpipe/schedule/schedule.hpp"
 #include "dualpipe/schedule/timeline.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 
 /// One of the eight steps of DualPipe or DualPipeV on one rank.
 struct Section {
@@ -30,4 +30,4 @@ std::vector<Mark> step_marks(const Schedule& schedule, const Timeline& timeline)
 /// @throws InvalidArgument  as eight_steps does.
 std::vector<std::string> step_notes(const Schedule& schedule);
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

@@ -4,7 +4,7 @@
 
 #include "dualpipe/schedule/schedule.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 
 /// What one stage keeps in memory, in one unit of the caller's choice.
 struct StageMemory {
@@ -41,4 +41,4 @@ std::vector<RankMemory> memory(const Schedule& schedule, const MemoryCosts& cost
 /// @throws InvalidArgument  naming the value.
 void check(const MemoryCosts& costs, int num_stages);
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

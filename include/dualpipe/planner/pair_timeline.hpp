@@ -7,7 +7,7 @@
 #include "dualpipe/schedule/pair_order.hpp"
 #include "dualpipe/schedule/timeline.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 
 /// A node of a chain, as a plan sees it.
 struct ChainNode {
@@ -37,4 +37,4 @@ std::vector<std::string> names(const Chain& chain);
 /// @throws InvalidArgument  as launch_order does; both chains empty.
 Timeline pair_timeline(const Chain& forward, const Chain& backward, const std::vector<PairOp>& order);
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

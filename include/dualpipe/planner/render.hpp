@@ -2,12 +2,11 @@
 
 #include <optional>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "dualpipe/planner/report.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 
 /// A remark on a stretch of a rank's time, short enough to be written into it.
 struct Mark {
@@ -43,13 +42,4 @@ std::string to_ascii(const Timeline& timeline, const PictureOptions& options = {
 /// @throws InvalidArgument  also: no timeline at all.
 std::string to_svg(const std::vector<Timeline>& timelines, const PictureOptions& options = {});
 
-/// Trace Event Format (JSON) for Chrome's tracing page and Perfetto: a process per rank, a thread per lane. An abstract
-/// unit is shown as 1 ms.
-std::string to_trace(const Timeline& timeline);
-
-/// Reads what to_trace wrote, exactly; events that others added are skipped.
-///
-/// @throws InvalidArgument  naming the byte (no JSON) or the event and what is wrong with it.
-Timeline from_trace(std::string_view json);
-
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

@@ -5,7 +5,7 @@
 
 #include "dualpipe/schedule/timeline.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 
 /// A part of a timeline.
 struct Window {
@@ -67,4 +67,4 @@ std::vector<Timeline> split_steps(const Timeline& timeline);
 /// not hold for it. @throws InvalidArgument  no report, or different numbers of ranks.
 Report median(const std::vector<Report>& reports);
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

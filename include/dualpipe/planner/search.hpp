@@ -11,7 +11,7 @@
 #include "dualpipe/schedule/schedule.hpp"
 #include "dualpipe/schedule/simulate.hpp"
 
-namespace dualpipe {
+namespace dualpipe::planner {
 
 /// What a rank may hold at once. A pair holds the activations of both of its halves.
 struct SearchLimits {
@@ -98,4 +98,4 @@ SearchResult search(const ScheduleSpec& spec, const CostModel& model, const Sear
 /// From this schedule, with its placement.
 SearchResult search(const Schedule& start, const CostModel& model, const SearchOptions& options = {});
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

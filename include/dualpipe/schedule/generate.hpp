@@ -5,22 +5,24 @@
 
 #include "dualpipe/detail/config.hpp"
 #include "dualpipe/schedule/schedule.hpp"
+#include "dualpipe/schedule/schedule_spec.hpp"
 
 namespace dualpipe {
 
-struct ScheduleSpec {
-  std::string kind = "dualpipe";  ///< one of schedule_kinds()
-  int num_ranks = 0;
-  int num_micro_batches = 0;
-  int chunks_per_rank = 2;  ///< interleaved only: stages on each rank
-};
-
 /// "dualpipe", "dualpipev", "1f1b", "zb1p", "gpipe", "interleaved", "zbv".
 DUALPIPE_DECL const std::vector<std::string>& schedule_kinds();
+DUALPIPE_DECL bool is_schedule_kind(const std::string& name);
 
 /// @throws InvalidArgument  a kind, number of ranks or of micro-batches that is not supported; the text names what
 /// would work.
 DUALPIPE_DECL Schedule make_schedule(const ScheduleSpec& spec);
+
+namespace detail {
+
+/// "dualpipe, dualpipev, …"
+DUALPIPE_DECL std::string joined_schedule_kinds();
+
+}  // namespace detail
 
 }  // namespace dualpipe
 

@@ -25,7 +25,7 @@ constexpr double rounding = 1e-9, report_every = 0.1;
 
 }  // namespace
 
-Annealing::Annealing(const SearchProblem& problem, const SearchOptions& options, double bound)
+Annealing::Annealing(const SearchProblem& problem, const planner::SearchOptions& options, double bound)
     : problem_(problem),
       options_(options),
       bound_(bound),
@@ -104,11 +104,11 @@ bool Annealing::shall_end() {
 }
 
 // Mostly one change; now and then some, since what two ranks do in turns can often be changed on both only.
-bool Annealing::change(Schedule& current, const std::vector<Spot>& spots) {
+bool Annealing::change(Schedule& current, const std::vector<CriticalStep>& critical) {
   undo_.clear();
   for (int changes = random_.below(8) == 0 ? 2 + random_.below(2) : 1; changes > 0; --changes) {
     std::vector<Step> steps;
-    const int rank = propose(current, spots, random_, steps);
+    const int rank = propose(current, critical, random_, steps);
     if (rank < 0 || !number_(steps, rank) || steps == current.ranks[rank]) continue;
     current.ranks[rank].swap(steps);
     undo_.emplace_back(rank, std::move(steps));
@@ -123,11 +123,11 @@ void Annealing::undo(Schedule& current) {
 // False: the whole search shall end.
 bool Annealing::improve(Schedule current, std::int64_t budget, double first) {
   double here = energy(current);
-  std::vector<Spot> spots = critical_spots(current, simulator_, problem_, random_);
+  std::vector<CriticalStep> critical = critical_steps(current, simulator_, problem_, random_);
   // Of changes that make no sense there may be many, but not without end.
   std::int64_t attempts = 20 * budget;
   for (std::int64_t done = 0; done < budget && attempts > 0; --attempts) {
-    if (!change(current, spots)) continue;
+    if (!change(current, critical)) continue;
     ++done;
     ++evaluations_;
     const double there = energy(current);
@@ -135,7 +135,7 @@ bool Annealing::improve(Schedule current, std::int64_t budget, double first) {
         step_duration_ * first * std::pow(end, static_cast<double>(done) / static_cast<double>(budget));
     if (there <= here || random_.fraction() < std::exp((here - there) / temperature)) {
       here = there;
-      spots = critical_spots(current, simulator_, problem_, random_);
+      critical = critical_steps(current, simulator_, problem_, random_);
       if (makespan_ < best_makespan_ * (1 - rounding)) {
         best_makespan_ = makespan_;
         best_ = current;

@@ -17,7 +17,7 @@ namespace dualpipe::detail {
 /// from the best starts have seen. Ends early where the bound is reached.
 class Annealing {
  public:
-  Annealing(const SearchProblem& problem, const SearchOptions& options, double bound);
+  Annealing(const SearchProblem& problem, const planner::SearchOptions& options, double bound);
 
   /// Takes a start in. @return  whether it is within the limits.
   bool add(Schedule schedule);
@@ -32,7 +32,7 @@ class Annealing {
  private:
   double energy(const Schedule& schedule);
   std::int64_t affordable();
-  bool change(Schedule& current, const std::vector<Spot>& spots);
+  bool change(Schedule& current, const std::vector<CriticalStep>& critical);
   void undo(Schedule& current);
   bool improve(Schedule current, std::int64_t budget, double warm);
   bool shall_end();
@@ -40,7 +40,7 @@ class Annealing {
   static constexpr double infinite = std::numeric_limits<double>::infinity();
 
   const SearchProblem& problem_;
-  const SearchOptions& options_;
+  const planner::SearchOptions& options_;
   const double bound_;
   std::int64_t budget_ = 0;
   Simulator simulator_;

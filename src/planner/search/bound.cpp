@@ -22,15 +22,15 @@ class Bounds {
  public:
   explicit Bounds(const SearchProblem& problem) : problem_(problem) {}
 
-  LowerBound largest() const {
-    LowerBound best;
-    for (const Way& way : problem_.ways) {
-      const double alone = arrival(way, problem_.num_stages - 1) + back_from_last(way, 0) + finish(way);
+  planner::LowerBound largest() const {
+    planner::LowerBound best;
+    for (const Route& route : problem_.routes) {
+      const double alone = arrival(route, problem_.num_stages - 1) + back_from_last(route, 0) + finish(route);
       if (alone > best.makespan) best = {.makespan = alone, .rank = -1, .head = 0, .busy = alone, .tail = 0};
     }
     for (int rank = 0; rank < problem_.num_ranks; ++rank) {
       if (problem_.stages_of[rank].empty()) continue;
-      for (const LowerBound& bound : {by_work(rank), by_memory(rank)})
+      for (const planner::LowerBound& bound : {by_work(rank), by_memory(rank)})
         if (bound.makespan > best.makespan) best = bound;
     }
     return best;
@@ -70,55 +70,57 @@ class Bounds {
     return result;
   }
 
-  /// From the begin of the way until F of `stage` may begin.
-  double arrival(const Way& way, int stage) const {
+  /// From the begin of the route until F of `stage` may begin.
+  double arrival(const Route& route, int stage) const {
     double time = 0;
     for (int s = 0; s < stage; ++s) {
-      const Shortest here = shortest(s, way.ranks[s]);
-      const bool same = way.ranks[s] == way.ranks[s + 1];
-      time += same ? here.forward_here : here.forward + problem_.table.send(s, way.ranks[s], way.ranks[s + 1]);
+      const Shortest here = shortest(s, route.ranks[s]);
+      const bool same = route.ranks[s] == route.ranks[s + 1];
+      time += same ? here.forward_here : here.forward + problem_.table.send(s, route.ranks[s], route.ranks[s + 1]);
     }
     return time;
   }
 
   /// From the begin of the backward of `from` until that of `to`, a stage below.
-  double descent(const Way& way, int from, int to) const {
+  double descent(const Route& route, int from, int to) const {
     double time = 0;
     for (int s = from; s > to; --s) {
-      const Shortest here = shortest(s, way.ranks[s]);
-      const bool same = way.ranks[s] == way.ranks[s - 1];
-      time += same ? here.gradient_here : here.gradient + problem_.table.send(s - 1, way.ranks[s], way.ranks[s - 1]);
+      const Shortest here = shortest(s, route.ranks[s]);
+      const bool same = route.ranks[s] == route.ranks[s - 1];
+      time +=
+          same ? here.gradient_here : here.gradient + problem_.table.send(s - 1, route.ranks[s], route.ranks[s - 1]);
     }
     return time;
   }
 
   /// From the begin of F of the last stage until the backward of `stage` may begin.
-  double back_from_last(const Way& way, int stage) const {
+  double back_from_last(const Route& route, int stage) const {
     const int last = problem_.num_stages - 1;
-    return shortest(last, way.ranks[last]).forward_here + descent(way, last, stage);
+    return shortest(last, route.ranks[last]).forward_here + descent(route, last, stage);
   }
 
   /// The backward of stage 0, weight part included.
-  double finish(const Way& way) const { return shortest(0, way.ranks[0]).backward; }
+  double finish(const Route& route) const { return shortest(0, route.ranks[0]).backward; }
 
   /// From when `stage` has published its gradient until the end of its micro-batch.
-  double after(const Way& way, int stage) const {
+  double after(const Route& route, int stage) const {
     if (stage == 0) return 0;
-    const bool same = way.ranks[stage] == way.ranks[stage - 1];
-    return (same ? 0 : problem_.table.send(stage - 1, way.ranks[stage], way.ranks[stage - 1])) +
-           descent(way, stage - 1, 0) + finish(way);
+    const bool same = route.ranks[stage] == route.ranks[stage - 1];
+    return (same ? 0 : problem_.table.send(stage - 1, route.ranks[stage], route.ranks[stage - 1])) +
+           descent(route, stage - 1, 0) + finish(route);
   }
 
   template <class Visit>
   void for_each_line(int rank, const Visit& visit) const {
-    for (const Way& way : problem_.ways)
+    for (const Route& route : problem_.routes)
       for (const int stage : problem_.stages_of[rank])
-        if (way.ranks[stage] == rank) visit(way, stage, static_cast<double>(way.micro_batches.size()));
+        if (route.ranks[stage] == rank) visit(route, stage, static_cast<double>(route.micro_batches.size()));
   }
 
   double head(int rank) const {
     double earliest = infinite;
-    for_each_line(rank, [&](const Way& way, int stage, double) { earliest = std::min(earliest, arrival(way, stage)); });
+    for_each_line(rank,
+                  [&](const Route& route, int stage, double) { earliest = std::min(earliest, arrival(route, stage)); });
     return earliest;
   }
 
@@ -130,7 +132,7 @@ class Bounds {
       return std::max(0.0, apart - pair(forward, Pass::Backward, backward, rank).duration);
     };
     double total = 0, by_forward = 0, by_backward = 0, least_forward = infinite, least_backward = infinite;
-    for_each_line(rank, [&](const Way&, int stage, double count) {
+    for_each_line(rank, [&](const Route&, int stage, double count) {
       total += count * (times(Pass::Forward, stage, rank).duration + times(Pass::Backward, stage, rank).duration);
       double as_forward = 0, as_backward = 0;
       for (const int other : problem_.stages_of[rank]) {
@@ -145,10 +147,10 @@ class Bounds {
     return total - std::min(by_forward - least_forward, by_backward - least_backward);
   }
 
-  LowerBound by_work(int rank) const {
+  planner::LowerBound by_work(int rank) const {
     double way_down = infinite, rest = 0, weight = 0;
-    for_each_line(rank, [&](const Way& way, int stage, double) {
-      way_down = std::min(way_down, after(way, stage));
+    for_each_line(rank, [&](const Route& route, int stage, double) {
+      way_down = std::min(way_down, after(route, stage));
       weight = std::max(weight, times(Pass::BackwardWeight, stage, rank).duration);
       const StepTimes alone = times(Pass::Backward, stage, rank);
       rest = std::max(rest, alone.duration - alone.ready[0]);
@@ -158,24 +160,24 @@ class Bounds {
           rest = std::max(rest, both.duration - both.ready[1]);
         }
     });
-    LowerBound bound{.makespan = 0, .rank = rank, .head = head(rank), .busy = busy(rank)};
+    planner::LowerBound bound{.makespan = 0, .rank = rank, .head = head(rank), .busy = busy(rank)};
     bound.tail = std::max(0.0, way_down - rest - weight * problem_.limits.weights);
     bound.makespan = bound.head + bound.busy + bound.tail;
     return bound;
   }
 
-  LowerBound by_memory(int rank) const {
+  planner::LowerBound by_memory(int rank) const {
     double counted = 0, sized = 0;
-    for_each_line(rank, [&](const Way& way, int stage, double count) {
-      const Shortest here = shortest(stage, way.ranks[stage]);
+    for_each_line(rank, [&](const Route& route, int stage, double count) {
+      const Shortest here = shortest(stage, route.ranks[stage]);
       const int last = problem_.num_stages - 1;
-      const double there =
-          stage == last ? here.forward_here : arrival(way, last) - arrival(way, stage) + back_from_last(way, stage);
+      const double there = stage == last ? here.forward_here
+                                         : arrival(route, last) - arrival(route, stage) + back_from_last(route, stage);
       const double time = count * (there + here.gradient_here);
       counted += time;
       sized += time * problem_.memory[stage].activation;
     });
-    LowerBound bound{.makespan = 0, .rank = rank, .head = head(rank), .by_memory = true};
+    planner::LowerBound bound{.makespan = 0, .rank = rank, .head = head(rank), .by_memory = true};
     bound.busy = counted / problem_.limits.activations;
     const double room = problem_.limits.memory - problem_.state_of(rank);
     if (std::isfinite(room) && room > 0) bound.busy = std::max(bound.busy, sized / room);
@@ -188,6 +190,6 @@ class Bounds {
 
 }  // namespace
 
-LowerBound lower_bound(const SearchProblem& problem) { return Bounds(problem).largest(); }
+planner::LowerBound lower_bound(const SearchProblem& problem) { return Bounds(problem).largest(); }
 
 }  // namespace dualpipe::detail

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "dualpipe/detail/schedule/dependencies.hpp"
 #include "planner/search/problem.hpp"
 
 namespace dualpipe::detail {
@@ -13,9 +14,9 @@ namespace {
 
 constexpr double never = std::numeric_limits<double>::infinity();
 
-/// The passes of one way and stage, in the order of the micro-batches.
+/// The passes of one route and stage, in the order of the micro-batches.
 struct Line {
-  int way = 0, stage = 0;
+  int route = 0, stage = 0;
   int forwards = 0, backwards = 0;                 // begun
   std::vector<double> activation_at, gradient_at;  // by turn: when the input is there
 };
@@ -24,15 +25,15 @@ class ListScheduler {
  public:
   ListScheduler(const SearchProblem& problem, const ListRule& rule)
       : problem_(problem), rule_(rule), lines_of_(problem.num_ranks), ranks_(problem.num_ranks) {
-    for (int way = 0; way < static_cast<int>(problem.ways.size()); ++way) {
-      const std::size_t count = problem.ways[way].micro_batches.size();
+    for (int route = 0; route < static_cast<int>(problem.routes.size()); ++route) {
+      const std::size_t count = problem.routes[route].micro_batches.size();
       for (int stage = 0; stage < problem.num_stages; ++stage) {
         const bool first = stage == 0, last = stage + 1 == problem.num_stages;
-        lines_.push_back({.way = way,
+        lines_.push_back({.route = route,
                           .stage = stage,
                           .activation_at = std::vector<double>(count, first ? 0 : never),
                           .gradient_at = std::vector<double>(count, last ? 0 : never)});
-        lines_of_[problem.ways[way].ranks[stage]].push_back(static_cast<int>(lines_.size()) - 1);
+        lines_of_[problem.routes[route].ranks[stage]].push_back(static_cast<int>(lines_.size()) - 1);
       }
     }
     for (int rank = 0; rank < problem.num_ranks; ++rank) ranks_[rank].held = problem.state_of(rank);
@@ -63,9 +64,9 @@ class ListScheduler {
     std::deque<Op> waiting;  // W
   };
 
-  Line& line_of(const Op& op) { return lines_[problem_.way_of[op.micro_batch] * problem_.num_stages + op.stage]; }
+  Line& line_of(const Op& op) { return lines_[problem_.route_of[op.micro_batch] * problem_.num_stages + op.stage]; }
   Op op_of(const Line& line, Pass pass, int turn) const {
-    return {pass, line.stage, problem_.ways[line.way].micro_batches[turn]};
+    return {pass, line.stage, problem_.routes[line.route].micro_batches[turn]};
   }
   double duration(const Step& step, int rank) const { return problem_.table.times(step, rank).duration; }
 
@@ -82,7 +83,7 @@ class ListScheduler {
   }
 
   bool may_wait(int rank, int stage) const {
-    const StageMemory& memory = problem_.memory[stage];
+    const planner::StageMemory& memory = problem_.memory[stage];
     return static_cast<int>(ranks_[rank].waiting.size()) < problem_.limits.weights &&
            ranks_[rank].held - memory.activation + memory.weight <= problem_.limits.memory;
   }
@@ -96,10 +97,10 @@ class ListScheduler {
     }
     const auto by = [](const auto& key) { return [key](const Line* a, const Line* b) { return key(*a) < key(*b); }; };
     std::sort(backwards.begin(), backwards.end(),
-              by([](const Line& line) { return std::tuple(line.backwards, line.stage, line.way); }));
+              by([](const Line& line) { return std::tuple(line.backwards, line.stage, line.route); }));
     std::sort(forwards.begin(), forwards.end(), by([this](const Line& line) {
-                return rule_.deepest ? std::tuple(-line.stage, line.forwards, line.way)
-                                     : std::tuple(line.forwards, line.stage, line.way);
+                return rule_.deepest ? std::tuple(-line.stage, line.forwards, line.route)
+                                     : std::tuple(line.forwards, line.stage, line.route);
               }));
     if (rule_.pairs)
       if (const auto pair = best_pair(forwards, backwards, rank)) return pair;
@@ -147,7 +148,7 @@ class ListScheduler {
 
   void account(int rank, const Op& op) {
     Rank& here = ranks_[rank];
-    const StageMemory& memory = problem_.memory[op.stage];
+    const planner::StageMemory& memory = problem_.memory[op.stage];
     if (op.pass == Pass::Forward) {
       ++line_of(op).forwards;
       ++here.activations;
@@ -170,18 +171,18 @@ class ListScheduler {
   }
 
   void publish(int rank, double now, const Op& op, const StepTimes& times, int which) {
-    if (op.pass == Pass::BackwardWeight) return;
     const bool forward = op.pass == Pass::Forward;
-    const int to_stage = forward ? op.stage + 1 : op.stage - 1;
     // Whoever was kept from beginning a micro-batch by the number of those on their way may go on when one has ended.
-    if (!forward && op.stage == 0)
-      for (const Way& way : problem_.ways) events_.emplace(now + times.duration, way.ranks[0]);
-    if (to_stage < 0 || to_stage == problem_.num_stages) return;
-    const Way& way = problem_.ways[problem_.way_of[op.micro_batch]];
-    const int to = way.ranks[to_stage];
+    if (is_backward(op.pass) && op.stage == 0)
+      for (const Route& route : problem_.routes) events_.emplace(now + times.duration, route.ranks[0]);
+    const auto output = output_of(op, problem_.num_stages);
+    if (!output) return;
+    const int to_stage = output->receiver();
+    const Route& route = problem_.routes[problem_.route_of[op.micro_batch]];
+    const int to = route.ranks[to_stage];
     const double at =
         now + (to == rank ? times.duration
-                          : times.ready[which] + problem_.table.send(std::min(op.stage, to_stage), rank, to));
+                          : times.ready[which] + problem_.table.send(boundary_of(output->payload, op.stage), rank, to));
     Line& next = line_of({op.pass, to_stage, op.micro_batch});
     const Line& here = line_of(op);
     (forward ? next.activation_at : next.gradient_at)[(forward ? here.forwards : here.backwards) - 1] = at;
@@ -192,7 +193,7 @@ class ListScheduler {
 
   const SearchProblem& problem_;
   const ListRule& rule_;
-  std::vector<Line> lines_;  // by way and stage
+  std::vector<Line> lines_;  // by route and stage
   std::vector<std::vector<int>> lines_of_;
   std::vector<Rank> ranks_;
   int in_flight_ = 0;

@@ -4,18 +4,19 @@
 #include <array>
 #include <cstddef>
 
+#include "dualpipe/detail/schedule/dependencies.hpp"
+
 namespace dualpipe::detail {
 namespace {
 
 using Steps = std::vector<Step>;
 
-bool is_backward(Pass pass) { return pass == Pass::Backward || pass == Pass::BackwardInput; }
 bool is_single(const Step& step, Pass pass) { return !step.overlapped && step.op.pass == pass; }
 
 /// Mostly to the next place, now and then far away.
 int distance(Random& random) {
-  static constexpr std::array<int, 8> kDistances = {1, 1, 1, 1, 2, 2, 3, 4};
-  return random.below(8) == 0 ? 1 + random.below(16) : kDistances[random.below(kDistances.size())];
+  static constexpr std::array<int, 8> distances = {1, 1, 1, 1, 2, 2, 3, 4};
+  return random.below(8) == 0 ? 1 + random.below(16) : distances[random.below(distances.size())];
 }
 
 /// The steps [at, at + length) to another place, `by` steps away.
@@ -96,8 +97,8 @@ bool join(Steps& steps, int at) {
 
 }  // namespace
 
-std::vector<Spot> critical_spots(const Schedule& schedule, const Simulator& simulator, const SearchProblem& problem,
-                                 Random& random) {
+std::vector<CriticalStep> critical_steps(const Schedule& schedule, const Simulator& simulator,
+                                         const SearchProblem& problem, Random& random) {
   const auto& nodes = simulator.nodes();
   const auto& begins = simulator.begins();
   std::vector<std::vector<int>> node_of(schedule.ranks.size());
@@ -109,7 +110,7 @@ std::vector<Spot> critical_spots(const Schedule& schedule, const Simulator& simu
   }
 
   constexpr double rounding = 1e-9;
-  std::vector<Spot> spots;
+  std::vector<CriticalStep> critical;
   for (int node = last; begins[node] > 0;) {
     const int rank = nodes[node].rank, at = nodes[node].at;
     const double begin = begins[node];
@@ -121,31 +122,32 @@ std::vector<Spot> critical_spots(const Schedule& schedule, const Simulator& simu
       const bool forward = op->pass == Pass::Forward;
       const int from_stage = forward ? op->stage - 1 : op->stage + 1;
       if (from_stage < 0 || from_stage == problem.num_stages) continue;
-      const int from = problem.ways[problem.way_of[op->micro_batch]].ranks[from_stage];
+      const int from = problem.routes[problem.route_of[op->micro_batch]].ranks[from_stage];
       const int candidate = node_of[from][simulator.step_of(!forward, from_stage, op->micro_batch)];
       const Simulator::Node& made = nodes[candidate];
       const int which = schedule.ranks[from][made.at].overlapped && !forward ? 1 : 0;
       if (begins[candidate] + made.ready[which] + made.send[which] >= begin * (1 - rounding)) producer = candidate;
     }
-    if (before >= 0) spots.push_back({rank, at});
+    if (before >= 0) critical.push_back({rank, at});
     if (before < 0 && producer < 0) break;  // cannot be, but for rounding
     node = producer < 0 || (before >= 0 && random.below(2) == 0) ? before : producer;
   }
-  return spots;
+  return critical;
 }
 
-int propose(const Schedule& schedule, const std::vector<Spot>& spots, Random& random, std::vector<Step>& steps) {
-  Spot spot;
-  if (!spots.empty() && random.below(8) != 0) {
-    spot = spots[random.below(spots.size())];
+int propose(const Schedule& schedule, const std::vector<CriticalStep>& critical, Random& random,
+            std::vector<Step>& steps) {
+  CriticalStep critical_step;
+  if (!critical.empty() && random.below(8) != 0) {
+    critical_step = critical[random.below(critical.size())];
   } else {
-    spot.rank = random.below(schedule.ranks.size());
-    if (schedule.ranks[spot.rank].size() < 2) return -1;
-    spot.at = 1 + random.below(schedule.ranks[spot.rank].size() - 1);
+    critical_step.rank = random.below(schedule.ranks.size());
+    if (schedule.ranks[critical_step.rank].size() < 2) return -1;
+    critical_step.at = 1 + random.below(schedule.ranks[critical_step.rank].size() - 1);
   }
-  steps = schedule.ranks[spot.rank];
-  if (spot.at >= static_cast<int>(steps.size())) return -1;  // of before another change
-  const int at = spot.at, before = at - 1;
+  steps = schedule.ranks[critical_step.rank];
+  if (critical_step.at >= static_cast<int>(steps.size())) return -1;  // of before another change
+  const int at = critical_step.at, before = at - 1;
   bool changed = false;
   switch (random.below(12)) {
     case 0:
@@ -173,7 +175,7 @@ int propose(const Schedule& schedule, const std::vector<Spot>& spots, Random& ra
     default:
       changed = join(steps, random.below(2) == 0 ? at : before);
   }
-  return changed ? spot.rank : -1;
+  return changed ? critical_step.rank : -1;
 }
 
 }  // namespace dualpipe::detail

@@ -23,20 +23,21 @@ class Random {
 };
 
 /// A step that would have begun earlier had the step before it on its rank ended earlier, on a longest chain of a run.
-struct Spot {
+struct CriticalStep {
   int rank = 0;
   int at = 0;
 };
 
 /// All such steps of one longest chain of the last evaluation. Where a step waited for two things at once, the chain
 /// goes on through either.
-std::vector<Spot> critical_spots(const Schedule& schedule, const Simulator& simulator, const SearchProblem& problem,
-                                 Random& random);
+std::vector<CriticalStep> critical_steps(const Schedule& schedule, const Simulator& simulator,
+                                         const SearchProblem& problem, Random& random);
 
-/// Changes the order of one rank in one place, mostly at one of `spots`.
+/// Changes the order of one rank in one place, mostly at one of `critical`.
 ///
 /// @param steps  receives the changed order of the rank, not yet renamed nor checked.
 /// @return  the rank, -1 where the attempt makes no sense.
-int propose(const Schedule& schedule, const std::vector<Spot>& spots, Random& random, std::vector<Step>& steps);
+int propose(const Schedule& schedule, const std::vector<CriticalStep>& critical, Random& random,
+            std::vector<Step>& steps);
 
 }  // namespace dualpipe::detail

@@ -8,12 +8,12 @@
 namespace dualpipe::detail {
 
 SearchProblem::SearchProblem(int ranks_count, int stages_count, int micro_batches_count, const std::vector<int>& ranks,
-                             const CostModel& model, const SearchOptions& options)
+                             const planner::CostModel& model, const planner::SearchOptions& options)
     : num_ranks(ranks_count),
       num_stages(stages_count),
       num_micro_batches(micro_batches_count),
       publish(options.publish),
-      way_of(micro_batches_count),
+      route_of(micro_batches_count),
       costs(model.time),
       table(model.time, options.publish, ranks_count, stages_count),
       memory(model.memory.stages),
@@ -23,18 +23,18 @@ SearchProblem::SearchProblem(int ranks_count, int stages_count, int micro_batche
   memory.resize(num_stages, {model.memory.activation, model.memory.weight, model.memory.state});
   std::map<std::vector<int>, std::size_t> known;
   for (int m = 0; m < num_micro_batches; ++m) {
-    std::vector<int> way(num_stages);
+    std::vector<int> route(num_stages);
     for (int s = 0; s < num_stages; ++s) {
-      way[s] = ranks[static_cast<std::size_t>(s) * num_micro_batches + m];
-      DUALPIPE_CHECK(way[s] >= 0, "no rank runs stage ", s, " of micro-batch ", m);
+      route[s] = ranks[static_cast<std::size_t>(s) * num_micro_batches + m];
+      DUALPIPE_CHECK(route[s] >= 0, "no rank runs stage ", s, " of micro-batch ", m);
     }
-    const auto [entry, is_new] = known.try_emplace(way, ways.size());
-    if (is_new) ways.push_back({way, {}});
-    way_of[m] = static_cast<int>(entry->second);
-    ways[entry->second].micro_batches.push_back(m);
+    const auto [entry, is_new] = known.try_emplace(route, routes.size());
+    if (is_new) routes.push_back({route, {}});
+    route_of[m] = static_cast<int>(entry->second);
+    routes[entry->second].micro_batches.push_back(m);
   }
-  for (const Way& way : ways)
-    for (int s = 0; s < num_stages; ++s) stages_of[way.ranks[s]].push_back(s);
+  for (const Route& route : routes)
+    for (int s = 0; s < num_stages; ++s) stages_of[route.ranks[s]].push_back(s);
   for (auto& stages : stages_of) {
     std::sort(stages.begin(), stages.end());
     stages.erase(std::unique(stages.begin(), stages.end()), stages.end());
@@ -48,16 +48,16 @@ double SearchProblem::state_of(int rank) const {
 }
 
 Numbering::Numbering(const SearchProblem& problem)
-    : problem_(problem), lines_(problem.ways.size() * static_cast<std::size_t>(problem.num_stages)) {}
+    : problem_(problem), lines_(problem.routes.size() * static_cast<std::size_t>(problem.num_stages)) {}
 
 std::size_t Numbering::line(const Op& op) const {
-  return static_cast<std::size_t>(problem_.way_of[op.micro_batch]) * problem_.num_stages + op.stage;
+  return static_cast<std::size_t>(problem_.route_of[op.micro_batch]) * problem_.num_stages + op.stage;
 }
 
 bool Numbering::operator()(std::vector<Step>& steps, int rank) {
-  for (std::size_t way = 0; way < problem_.ways.size(); ++way)
+  for (std::size_t route = 0; route < problem_.routes.size(); ++route)
     for (const int stage : problem_.stages_of[rank]) {
-      Line& here = lines_[way * problem_.num_stages + stage];
+      Line& here = lines_[route * problem_.num_stages + stage];
       here.forwards = here.backwards = here.weights = 0;
       here.waiting.clear();
     }
@@ -72,18 +72,18 @@ bool Numbering::operator()(std::vector<Step>& steps, int rank) {
     if (back != nullptr && back->pass != Pass::BackwardWeight) {
       Line& here = lines_[line(*back)];
       if (here.backwards == here.forwards) return false;
-      back->micro_batch = problem_.ways[problem_.way_of[back->micro_batch]].micro_batches[here.backwards++];
+      back->micro_batch = problem_.routes[problem_.route_of[back->micro_batch]].micro_batches[here.backwards++];
       if (back->pass == Pass::BackwardInput) here.waiting.push_back(back->micro_batch);
     }
     if (step.op.pass == Pass::Forward) {
       Line& here = lines_[line(step.op)];
-      step.op.micro_batch = problem_.ways[problem_.way_of[step.op.micro_batch]].micro_batches[here.forwards++];
+      step.op.micro_batch = problem_.routes[problem_.route_of[step.op.micro_batch]].micro_batches[here.forwards++];
       ++activations;
       held += problem_.memory[step.op.stage].activation;
       if (activations > problem_.limits.activations || held > most) return false;
     }
     if (back == nullptr) continue;
-    const StageMemory& memory = problem_.memory[back->stage];
+    const planner::StageMemory& memory = problem_.memory[back->stage];
     if (back->pass == Pass::BackwardWeight) {
       Line& here = lines_[line(*back)];
       if (static_cast<std::size_t>(here.weights) == here.waiting.size()) return false;

@@ -16,9 +16,14 @@
 #include "planner/search/annealing.hpp"
 #include "planner/search/problem.hpp"
 
-namespace dualpipe {
-namespace detail {
+namespace dualpipe::planner {
 namespace {
+
+using detail::Annealing;
+using detail::list_schedule;
+using detail::ListRule;
+using detail::Route;
+using detail::SearchProblem;
 
 /// Kinds that share a placement, by the first of them.
 const std::vector<std::vector<std::string>>& placements() {
@@ -75,11 +80,11 @@ int never_blocking(const SearchProblem& problem) {
   for (int rank = 0; rank < problem.num_ranks; ++rank) {
     int count = 0;
     double size = 0;
-    for (const Way& way : problem.ways) {
+    for (const Route& route : problem.routes) {
       int here = 0;
       double held = 0;
       for (const int stage : problem.stages_of[rank])
-        if (way.ranks[stage] == rank) {
+        if (route.ranks[stage] == rank) {
           ++here;
           held += problem.memory[stage].activation;
         }
@@ -98,9 +103,9 @@ int never_blocking(const SearchProblem& problem) {
   return static_cast<int>(std::min(most, static_cast<double>(problem.num_micro_batches)));
 }
 
-SearchResult run(const SearchProblem& problem, std::vector<Schedule> orders, const SearchOptions& options) {
+SearchResult search_from(const SearchProblem& problem, std::vector<Schedule> orders, const SearchOptions& options) {
   SearchResult result;
-  result.bound = lower_bound(problem);
+  result.bound = detail::lower_bound(problem);
   result.limits = problem.limits;
   Annealing search(problem, options, result.bound.makespan);
   for (Schedule& order : orders) {
@@ -131,10 +136,9 @@ SearchResult run(const SearchProblem& problem, std::vector<Schedule> orders, con
 }
 
 }  // namespace
-}  // namespace detail
 
 int num_stages(const ScheduleSpec& spec) {
-  const std::string& placement = detail::relatives(spec.kind).front();
+  const std::string& placement = relatives(spec.kind).front();
   return spec.num_ranks * (placement == "dualpipev" ? 2 : placement == "interleaved" ? spec.chunks_per_rank : 1);
 }
 
@@ -146,31 +150,30 @@ SearchResult search(const ScheduleSpec& spec, const CostModel& model, const Sear
   const double forwards = static_cast<double>(spec.num_ranks) * spec.chunks_per_rank * spec.num_micro_batches;
   DUALPIPE_CHECK(forwards <= most, "a search through ", forwards, " forwards would not end; at most ", most);
   std::vector<Schedule> orders;
-  std::vector<std::string> kinds = detail::relatives(spec.kind);
+  std::vector<std::string> kinds = relatives(spec.kind);
   std::stable_partition(kinds.begin(), kinds.end(), [&](const std::string& kind) { return kind == spec.kind; });
   for (const std::string& kind : kinds)
-    if (auto order = detail::published(spec, kind)) orders.push_back(*std::move(order));
+    if (auto order = published(spec, kind)) orders.push_back(*std::move(order));
 
   SearchOptions all = options;
   // Where the kind has no order for these numbers, the next larger one that it has says what it would hold.
-  auto like = detail::published(spec, spec.kind);
+  auto like = published(spec, spec.kind);
   for (ScheduleSpec larger = spec; !like; ++larger.num_ranks) {
     larger.num_micro_batches = 4 * larger.num_ranks;
-    like = detail::published(larger, spec.kind);
+    like = published(larger, spec.kind);
   }
-  all.limits = detail::filled_in(options.limits, *like);
-  const detail::SearchProblem problem(spec.num_ranks, num_stages(spec), spec.num_micro_batches,
-                                      detail::placement_of(spec), model, all);
-  return detail::run(problem, std::move(orders), all);
+  all.limits = filled_in(options.limits, *like);
+  const SearchProblem problem(spec.num_ranks, num_stages(spec), spec.num_micro_batches, placement_of(spec), model, all);
+  return search_from(problem, std::move(orders), all);
 }
 
 SearchResult search(const Schedule& start, const CostModel& model, const SearchOptions& options) {
   check(start);
   SearchOptions all = options;
-  all.limits = detail::filled_in(options.limits, start);
-  const detail::SearchProblem problem(static_cast<int>(start.ranks.size()), start.num_stages, start.num_micro_batches,
-                                      placement(start), model, all);
-  return detail::run(problem, {start}, all);
+  all.limits = filled_in(options.limits, start);
+  const SearchProblem problem(static_cast<int>(start.ranks.size()), start.num_stages, start.num_micro_batches,
+                              placement(start), model, all);
+  return search_from(problem, {start}, all);
 }
 
-}  // namespace dualpipe
+}  // namespace dualpipe::planner

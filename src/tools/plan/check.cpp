@@ -11,7 +11,7 @@
 #include "tools/plan/options.hpp"
 #include "tools/plan/print.hpp"
 
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 namespace {
 
 struct Options {
@@ -58,4 +58,4 @@ void add_check(CLI::App& app) {
   command.callback([options] { write_output(check_and_describe(*options), options->output.path); });
 }
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

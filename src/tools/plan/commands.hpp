@@ -4,7 +4,7 @@
 
 // The subcommands of dualpipe-plan, a file each. Every function adds one to `app`, with its options; CLI11 runs the
 // chosen one at the end of parsing. What it throws passes through to main, which prints it.
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 
 void add_show(CLI::App& app);
 void add_check(CLI::App& app);
@@ -15,4 +15,4 @@ void add_search(CLI::App& app);
 void add_cost_file(CLI::App& app);
 void add_report(CLI::App& app);
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

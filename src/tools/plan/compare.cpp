@@ -20,7 +20,7 @@
 #include "tools/plan/options.hpp"
 #include "tools/plan/print.hpp"
 
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 namespace {
 
 using nlohmann::ordered_json;
@@ -145,7 +145,7 @@ std::string compare_and_print(const Options& options) {
   ComparisonSpec spec = options.spec;
   spec.kinds.clear();
   for (const std::string& name : options.schedules) {
-    if (is_kind(name))
+    if (is_schedule_kind(name))
       spec.kinds.push_back(name);
     else
       spec.given.push_back(schedule({.kind = name}));
@@ -211,4 +211,4 @@ void add_compare(CLI::App& app) {
   command.callback([options] { write_output(compare_and_print(*options), options->output.path); });
 }
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

@@ -11,14 +11,16 @@
 #include <string_view>
 #include <utility>
 
+#include "dualpipe/detail/files.hpp"
 #include "dualpipe/error.hpp"
-#include "dualpipe/planner/render.hpp"
+#include "dualpipe/planner/cost_file.hpp"
+#include "dualpipe/planner/trace.hpp"
 #include "tools/plan/commands.hpp"
 #include "tools/plan/files.hpp"
 #include "tools/plan/options.hpp"
 #include "tools/plan/print.hpp"
 
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 namespace {
 
 double parse_number(const std::string& option, const std::string& text) {
@@ -132,7 +134,7 @@ std::string send_range(const Costs& costs) {
 }  // namespace
 
 CostModel read_cost_file(const std::string& path) {
-  const std::string text = read_file(path);
+  const std::string text = detail::read_file(path);
   try {
     if (text.find("\"traceEvents\"") == std::string::npos) return read_costs(text);
     MeasuredCosts measured = measure_costs(from_trace(text));
@@ -281,4 +283,4 @@ std::string describe(const Costs& costs, Publish publish) {
   return text + ", results published " + (publish == Publish::early ? "early" : "when a step ends (atomic)");
 }
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

@@ -9,7 +9,7 @@
 #include "dualpipe/schedule/simulate.hpp"
 
 // What schedules cost, on the command line.
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 
 struct CostOptions {
   std::string costs = "1,2,1,3";  ///< durations, or the path of a costs file or of a trace
@@ -45,4 +45,4 @@ CostModel read_cost_file(const std::string& path);
 /// "F=1 B=2 W=1 pair=3 send=0, results published early"; where costs are uneven, from the least to the most.
 std::string describe(const Costs& costs, Publish publish);
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

@@ -8,7 +8,7 @@
 #include "tools/plan/options.hpp"
 #include "tools/plan/print.hpp"
 
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 namespace {
 
 struct Options {
@@ -35,4 +35,4 @@ void add_lower(CLI::App& app) {
   command.callback([options] { write_output(lower_and_print(*options), options->output.path); });
 }
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

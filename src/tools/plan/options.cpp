@@ -1,46 +1,28 @@
 #include "tools/plan/options.hpp"
 
-#include <unistd.h>
-
-#include <algorithm>
+#include <cstddef>
+#include <iterator>
 
 #include "dualpipe/error.hpp"
 #include "dualpipe/schedule/check.hpp"
-#include "tools/plan/files.hpp"
+#include "dualpipe/schedule/load.hpp"
 
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 
-std::string kinds() {
-  std::string out;
-  for (const std::string& kind : schedule_kinds()) out += (out.empty() ? "" : ", ") + kind;
-  return out;
-}
-
-bool is_kind(const std::string& name) {
-  return std::find(schedule_kinds().begin(), schedule_kinds().end(), name) != schedule_kinds().end();
-}
+std::string kinds() { return detail::joined_schedule_kinds(); }
 
 Schedule unchecked_schedule(const ScheduleSpec& spec) {
-  if (is_kind(spec.kind)) {
+  if (is_schedule_kind(spec.kind)) {
     if (spec.num_ranks == 0 || spec.num_micro_batches == 0)
       throw CLI::ValidationError("--schedule " + spec.kind, "needs --ranks and --microbatches");
     return make_schedule(spec);
   }
-  DUALPIPE_CHECK(::access(spec.kind.c_str(), F_OK) == 0, "no schedule '", spec.kind, "': neither a kind (", kinds(),
-                 ") nor a file");
-  const std::string text = read_file(spec.kind);
-  Schedule schedule;
-  try {
-    schedule = from_csv(text, spec.kind);
-  } catch (const InvalidArgument& error) {
-    throw InvalidArgument(spec.kind + ": " + error.what());
-  }
-  const auto matches = [&](int asked, std::size_t found, const char* what) {
-    DUALPIPE_CHECK(asked == 0 || static_cast<std::size_t>(asked) == found, spec.kind, " has ", found, " ", what,
-                   ", not ", asked);
+  Schedule schedule = load_schedule({.kind = spec.kind});
+  const auto matches = [&](int asked, std::ptrdiff_t found, const char* what) {
+    DUALPIPE_CHECK(asked == 0 || asked == found, spec.kind, " has ", found, " ", what, ", not ", asked);
   };
-  matches(spec.num_ranks, schedule.ranks.size(), "ranks");
-  matches(spec.num_micro_batches, static_cast<std::size_t>(schedule.num_micro_batches), "micro-batches");
+  matches(spec.num_ranks, std::ssize(schedule.ranks), "ranks");
+  matches(spec.num_micro_batches, schedule.num_micro_batches, "micro-batches");
   return schedule;
 }
 
@@ -81,4 +63,4 @@ void add_output(CLI::App& command, OutputOptions& output, const std::vector<std:
   command.add_option("--output", output.path, "write to this file instead of standard output")->option_text("FILE");
 }
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

@@ -10,11 +10,10 @@
 
 // Options that several subcommands share. The `add` functions bind to their argument, which must live as long as the
 // command does.
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 
 /// "dualpipe, dualpipev, …"
 std::string kinds();
-bool is_kind(const std::string& name);
 
 /// --schedule (a kind or the path of a CSV file), --ranks, --microbatches, --chunks.
 void add_schedule(CLI::App& command, ScheduleSpec& spec);
@@ -37,4 +36,4 @@ struct OutputOptions {
 /// --output, and --format where there is a choice.
 void add_output(CLI::App& command, OutputOptions& output, const std::vector<std::string>& formats);
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

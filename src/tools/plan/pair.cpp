@@ -9,7 +9,7 @@
 #include "dualpipe/planner/report.hpp"
 #include "tools/plan/print.hpp"
 
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 namespace {
 
 std::string listed(const Chain& chain) {
@@ -35,7 +35,7 @@ std::string show_pair(const PairOptions& pair, const ViewOptions& view, const Ou
   Timeline timeline = pair_timeline(forward, backward, launched);
   timeline.name = listed(forward) + " with " + (backward == forward ? "the same" : listed(backward));
   const double apart = sequential(timeline);
-  const RankReport report = dualpipe::report(timeline).ranks.front();
+  const RankReport report = planner::report(timeline).ranks.front();
   const double makespan = extent(timeline).length();
 
   if (output.format == "svg") return to_svg({timeline}, picture_options(view, output, timeline));
@@ -69,4 +69,4 @@ std::string show_pair(const PairOptions& pair, const ViewOptions& view, const Ou
                      report.collectives.exposed, ".\n");
 }
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

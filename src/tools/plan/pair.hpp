@@ -6,7 +6,7 @@
 #include "tools/plan/view.hpp"
 
 // `show --pair`: in which order the nodes of a forward and of a backward run.
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 
 struct PairOptions {
   std::string forward;   ///< as parse_chain takes it
@@ -17,4 +17,4 @@ struct PairOptions {
 /// The order, the order in which a host launches it, and a picture with two lanes; or its SVG, trace or JSON.
 std::string show_pair(const PairOptions& pair, const ViewOptions& view, const OutputOptions& output);
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

@@ -12,7 +12,7 @@
 #include "dualpipe/error.hpp"
 #include "dualpipe/planner/report.hpp"
 
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 namespace {
 
 using nlohmann::ordered_json;
@@ -188,4 +188,4 @@ std::string text(const Report& report, double seconds_per_unit) {
   return table(rows) + summary(report, seconds_per_unit);
 }
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

@@ -10,7 +10,7 @@
 #include "dualpipe/schedule/simulate.hpp"
 
 // What dualpipe-plan prints. Texts and JSON end in a newline.
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 
 /// On one line, without the newline; what is no UTF-8 is replaced.
 std::string dumped(const nlohmann::ordered_json& value);
@@ -44,4 +44,4 @@ nlohmann::ordered_json json_of(const Report& report);
 /// where there is any.
 std::string text(const Report& report, double seconds_per_unit);
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

@@ -9,16 +9,18 @@
 #include <utility>
 #include <vector>
 
+#include "dualpipe/detail/files.hpp"
 #include "dualpipe/error.hpp"
 #include "dualpipe/planner/render.hpp"
 #include "dualpipe/planner/report.hpp"
+#include "dualpipe/planner/trace.hpp"
 #include "tools/plan/commands.hpp"
 #include "tools/plan/files.hpp"
 #include "tools/plan/options.hpp"
 #include "tools/plan/print.hpp"
 #include "tools/plan/view.hpp"
 
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 namespace {
 
 using nlohmann::ordered_json;
@@ -30,7 +32,7 @@ struct Options {
 };
 
 Timeline read_trace(const std::string& path) {
-  const std::string text = read_file(path);
+  const std::string text = detail::read_file(path);
   try {
     return from_trace(text);
   } catch (const InvalidArgument& error) {
@@ -176,4 +178,4 @@ void add_report(CLI::App& app) {
   command.callback([options] { write_output(report_traces(*options), options->output.path); });
 }
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

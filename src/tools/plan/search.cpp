@@ -23,7 +23,7 @@
 #include "tools/plan/options.hpp"
 #include "tools/plan/print.hpp"
 
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 namespace {
 
 using nlohmann::ordered_json;
@@ -155,7 +155,7 @@ void search_and_print(const Options& options) {
     };
   SearchResult result;
   CostModel model;
-  if (is_kind(options.schedule.kind)) {
+  if (is_schedule_kind(options.schedule.kind)) {
     if (options.schedule.num_ranks == 0 || options.schedule.num_micro_batches == 0)
       throw CLI::ValidationError("--schedule " + options.schedule.kind, "needs --ranks and --microbatches");
     model = model_for(options, options.schedule.num_ranks, num_stages(options.schedule));
@@ -231,4 +231,4 @@ void add_search(CLI::App& app) {
   command.callback([options] { search_and_print(*options); });
 }
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

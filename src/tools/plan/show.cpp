@@ -14,7 +14,7 @@
 #include "tools/plan/print.hpp"
 #include "tools/plan/view.hpp"
 
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 namespace {
 
 struct Options {
@@ -87,4 +87,4 @@ void add_show(CLI::App& app) {
   });
 }
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

@@ -8,9 +8,11 @@
 #include <vector>
 
 #include "dualpipe/error.hpp"
+#include "dualpipe/planner/jitter.hpp"
 #include "dualpipe/planner/memory.hpp"
 #include "dualpipe/planner/render.hpp"
 #include "dualpipe/planner/report.hpp"
+#include "dualpipe/planner/trace.hpp"
 #include "dualpipe/schedule/simulate.hpp"
 #include "tools/plan/commands.hpp"
 #include "tools/plan/costs.hpp"
@@ -18,7 +20,7 @@
 #include "tools/plan/options.hpp"
 #include "tools/plan/print.hpp"
 
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 namespace {
 
 using nlohmann::ordered_json;
@@ -115,4 +117,4 @@ void add_simulate(CLI::App& app) {
   command.callback([options] { write_output(simulate_and_print(*options), options->output.path); });
 }
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

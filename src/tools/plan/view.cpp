@@ -4,7 +4,7 @@
 
 #include <cstdlib>
 
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 
 void add_color(CLI::App& command, ViewOptions& view) {
   command
@@ -41,4 +41,4 @@ PictureOptions picture_options(const ViewOptions& view, const OutputOptions& out
   return options;
 }
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

@@ -8,7 +8,7 @@
 #include "tools/plan/options.hpp"
 
 // How pictures are shown, on the command line.
-namespace dualpipe::plan {
+namespace dualpipe::planner::tool {
 
 struct ViewOptions {
   std::string color = "auto";
@@ -28,4 +28,4 @@ bool colored(const ViewOptions& view, const OutputOptions& output);
 /// @param timeline  whose time the window counts.
 PictureOptions picture_options(const ViewOptions& view, const OutputOptions& output, const Timeline& timeline);
 
-}  // namespace dualpipe::plan
+}  // namespace dualpipe::planner::tool

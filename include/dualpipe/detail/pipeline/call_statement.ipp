@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "dualpipe/detail/pipeline/agree.hpp"
+#include "dualpipe/detail/comm/agree.hpp"
 
 namespace dualpipe::detail {
 

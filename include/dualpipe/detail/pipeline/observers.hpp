@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
-#include "dualpipe/detail/pipeline/agree.hpp"
+#include "dualpipe/detail/comm/agree.hpp"
 #include "dualpipe/detail/pipeline/executor.hpp"
 #include "dualpipe/detail/pipeline/recorder.hpp"
 #include "dualpipe/pipeline/observer.hpp"

@@ -9,7 +9,7 @@
 #include <set>
 #include <utility>
 
-#include "dualpipe/detail/pipeline/agree.hpp"
+#include "dualpipe/detail/comm/agree.hpp"
 #include "dualpipe/detail/pipeline/buffers.hpp"
 #include "dualpipe/detail/pipeline/call_batch.hpp"
 #include "dualpipe/detail/pipeline/gradients.hpp"

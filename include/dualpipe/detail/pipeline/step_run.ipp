@@ -7,23 +7,10 @@
 #include <exception>
 #include <utility>
 
-#include "dualpipe/detail/pipeline/agree.hpp"
+#include "dualpipe/detail/error_text.hpp"
+#include "dualpipe/detail/schedule/pass_name.hpp"
 
 namespace dualpipe::detail {
-
-inline const char* pass_name(Pass pass) {
-  switch (pass) {
-    case Pass::Forward:
-      return "forward";
-    case Pass::BackwardInput:
-      return "input backward";
-    case Pass::BackwardWeight:
-      return "weight backward";
-    case Pass::Backward:
-      return "backward";
-  }
-  return "?";
-}
 
 StepRun::StepRun(RunContext& context, const Step& step, int cell) : context_(&context), cell_(cell) {
   if (step.op.pass == Pass::Forward) forward_op_ = step.op;

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "dualpipe/detail/host.hpp"
-#include "dualpipe/detail/pipeline/agree.hpp"
+#include "dualpipe/detail/comm/agree.hpp"
 
 namespace dualpipe {
 namespace detail {

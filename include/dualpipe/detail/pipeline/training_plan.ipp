@@ -3,39 +3,15 @@
 #include "dualpipe/detail/pipeline/training_plan.hpp"
 
 #include <algorithm>
-#include <fstream>
-#include <iterator>
 #include <sstream>
 #include <utility>
 
-#include "dualpipe/detail/pipeline/agree.hpp"
+#include "dualpipe/detail/comm/agree.hpp"
 #include "dualpipe/detail/pipeline/digest.hpp"
 #include "dualpipe/schedule/check.hpp"
-#include "dualpipe/schedule/generate.hpp"
+#include "dualpipe/schedule/load.hpp"
 
 namespace dualpipe::detail {
-
-/// The schedule that the options name: a kind, else a file.
-inline Schedule load_schedule(const DualPipeOptions& options, int num_ranks) {
-  const std::vector<std::string>& kinds = schedule_kinds();
-  if (std::find(kinds.begin(), kinds.end(), options.schedule) != kinds.end())
-    return make_schedule({options.schedule, num_ranks, options.num_micro_batches, options.chunks_per_rank});
-  std::ifstream file(options.schedule, std::ios::binary);
-  if (!file) {
-    std::string names;
-    for (const std::string& kind : kinds) names += (names.empty() ? "" : ", ") + kind;
-    throw InvalidArgument(
-        str("schedule \"", options.schedule, "\" is neither a kind (", names, ") nor a readable CSV file"));
-  }
-  const std::string text{std::istreambuf_iterator<char>(file), {}};
-  Schedule schedule = from_csv(text, options.schedule);
-  check(schedule);
-  const int ranks = static_cast<int>(schedule.ranks.size());
-  DUALPIPE_CHECK(ranks == num_ranks, "schedule ", options.schedule, " is for ", ranks, " ranks, there are ", num_ranks);
-  DUALPIPE_CHECK(schedule.num_micro_batches == options.num_micro_batches, "schedule ", options.schedule, " has ",
-                 schedule.num_micro_batches, " micro-batches, num_micro_batches is ", options.num_micro_batches);
-  return schedule;
-}
 
 Plan training_plan(const DualPipeOptions& options, int num_ranks) {
   DUALPIPE_CHECK(options.num_micro_batches >= 1, "num_micro_batches must be at least 1, got ",
@@ -44,7 +20,9 @@ Plan training_plan(const DualPipeOptions& options, int num_ranks) {
                  " but the communicator has ", num_ranks, " ranks; start ", options.num_ranks,
                  " of them or correct num_ranks");
   DUALPIPE_CHECK(options.batch_dim >= 0, "batch_dim must not be negative, got ", options.batch_dim);
-  return make_plan(load_schedule(options, num_ranks), options.publish);
+  Schedule schedule = load_schedule({options.schedule, num_ranks, options.num_micro_batches, options.chunks_per_rank});
+  check(schedule);
+  return make_plan(std::move(schedule), options.publish);
 }
 
 std::string describe(const DualPipeOptions& options, const Schedule& schedule) {

@@ -4,131 +4,30 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <deque>
+#include <optional>
+#include <string>
 #include <utility>
+#include <vector>
 
+#include "dualpipe/detail/schedule/eight_steps.hpp"
 #include "dualpipe/error.hpp"
 
 namespace dualpipe::detail {
-
-// One of the two streams of micro-batches that a rank works on: a direction of DualPipe, a chunk of a V. Forwards and
-// backwards each take the stream's micro-batches in order.
-class MicroBatchStream {
- public:
-  MicroBatchStream(int stage, int first_micro_batch)
-      : stage_(stage), forward_(first_micro_batch), input_(first_micro_batch), weight_(first_micro_batch) {}
-
-  Op forward() { return {Pass::Forward, stage_, forward_++}; }
-  Op backward() { return {Pass::Backward, stage_, input_++}; }
-  Op backward_input() { return {Pass::BackwardInput, stage_, input_++}; }
-  Op backward_weight() { return {Pass::BackwardWeight, stage_, weight_++}; }
-
- private:
-  int stage_;
-  int forward_;
-  int input_;
-  int weight_;
-};
 
 inline Schedule empty_schedule(const ScheduleSpec& spec, int num_stages) {
   Schedule schedule;
   schedule.name = spec.kind;
   schedule.num_stages = num_stages;
   schedule.num_micro_batches = spec.num_micro_batches;
-  schedule.ranks.resize(static_cast<std::size_t>(spec.num_ranks));
+  schedule.ranks.resize(spec.num_ranks);
   return schedule;
 }
 
-// The eight steps of DualPipe for one rank of a half of `half` ranks, at `place` in it (0 at the end of the pipeline),
-// with `count` micro-batches in each of the two streams. `near` is the stream whose first stage is nearer.
-inline std::vector<Step> dualpipe_steps(int half, int place, int count, MicroBatchStream near, MicroBatchStream far) {
-  std::vector<Step> steps;
-  std::deque<Op> queued;
-  const auto single = [&](const Op& op) { steps.push_back({op, std::nullopt}); };
-  const auto pair = [&](MicroBatchStream& f, MicroBatchStream& b) {
-    const Op forward = f.forward();
-    steps.push_back({forward, b.backward()});
-  };
-  const auto split = [&](MicroBatchStream& b) {
-    const Op input = b.backward_input();
-    single(input);
-    queued.push_back({Pass::BackwardWeight, input.stage, input.micro_batch});
-  };
-  const auto weight = [&] {
-    single(queued.front());
-    queued.pop_front();
-  };
-  const int inner = half - place - 1;  // ranks between this one and the middle
-
-  for (int i = 0; i < 2 * inner; ++i) single(near.forward());  // 1
-  for (int i = 0; i <= place; ++i) {                           // 2
-    single(near.forward());
-    single(far.forward());
-  }
-  for (int i = 0; i < inner; ++i) {  // 3: the weight part at once, the activation is free for the next forward
-    split(far);
-    weight();
-    single(far.forward());
-  }
-  for (int i = 0; i < count - 2 * half + place + 1; ++i) {  // 4: the main part
-    if (i == 0 && inner == 0) {
-      // The middle rank's backward is that of the forward before it, its neighbour needs it as early as possible.
-      single(near.forward());
-      single(far.backward());
-    } else {
-      pair(near, far);
-    }
-    pair(far, near);
-  }
-  for (int i = 0; i < inner; ++i) {  // 5
-    single(far.backward());
-    pair(far, near);
-  }
-  for (int i = 0; i < 2 * (place + 1);
-       ++i) {  // 6: from the middle on, weight parts are kept to fill the gaps of 7 and 8
-    MicroBatchStream& stream = i % 2 == 0 ? far : near;
-    if (i <= place) {
-      single(stream.backward());
-    } else {
-      split(stream);
-    }
-  }
-  for (int i = 0; i < inner; ++i) {  // 7
-    weight();
-    split(near);
-  }
-  for (int i = 0; i <= place; ++i) weight();  // 8
-  return steps;
-}
-
-inline Schedule dualpipe_schedule(const ScheduleSpec& spec) {
-  const int P = spec.num_ranks;
-  const int N = spec.num_micro_batches;
-  DUALPIPE_CHECK(P % 2 == 0, "DualPipe needs an even number of ranks, got ", P, "; dualpipev takes odd numbers");
-  DUALPIPE_CHECK(N % 2 == 0, "DualPipe needs an even number of micro-batches, half of them for each direction, got ", N,
-                 "; dualpipev takes odd numbers");
-  DUALPIPE_CHECK(N >= 2 * P - 2, "DualPipe on ", P, " ranks needs at least ", 2 * P - 2, " micro-batches, got ", N,
-                 "; 1f1b and zb1p take any number");
-  Schedule schedule = empty_schedule(spec, P);
-  for (int r = 0; r < P; ++r) {
-    const MicroBatchStream down(r, 0);            // enters at rank 0
-    const MicroBatchStream up(P - 1 - r, N / 2);  // enters at rank P-1
-    const bool upper = r < P / 2;
-    schedule.ranks[static_cast<std::size_t>(r)] =
-        dualpipe_steps(P / 2, std::min(r, P - 1 - r), N / 2, upper ? down : up, upper ? up : down);
-  }
-  return schedule;
-}
-
-inline Schedule dualpipev_schedule(const ScheduleSpec& spec) {
-  const int P = spec.num_ranks;
-  const int N = spec.num_micro_batches;
-  DUALPIPE_CHECK(N >= 2 * P - 1, "dualpipev on ", P, " ranks needs at least ", 2 * P - 1, " micro-batches, got ", N,
-                 "; zbv, 1f1b and zb1p take any number");
-  Schedule schedule = empty_schedule(spec, 2 * P);
-  for (int r = 0; r < P; ++r)
-    schedule.ranks[static_cast<std::size_t>(r)] =
-        dualpipe_steps(P, r, N, MicroBatchStream(r, 0), MicroBatchStream(2 * P - 1 - r, 0));
+inline Schedule eight_step_schedule(const ScheduleSpec& spec) {
+  const auto numbered = eight_steps(spec);
+  Schedule schedule = empty_schedule(spec, spec.kind == "dualpipev" ? 2 * spec.num_ranks : spec.num_ranks);
+  for (std::size_t rank = 0; rank < numbered.size(); ++rank)
+    for (const NumberedStep& step : numbered[rank]) schedule.ranks[rank].push_back(step.step);
   return schedule;
 }
 
@@ -136,7 +35,7 @@ inline Schedule gpipe_schedule(const ScheduleSpec& spec) {
   Schedule schedule = empty_schedule(spec, spec.num_ranks);
   for (int r = 0; r < spec.num_ranks; ++r) {
     MicroBatchStream stream(r, 0);
-    auto& steps = schedule.ranks[static_cast<std::size_t>(r)];
+    auto& steps = schedule.ranks[r];
     for (int m = 0; m < spec.num_micro_batches; ++m) steps.push_back({stream.forward(), std::nullopt});
     for (int m = 0; m < spec.num_micro_batches; ++m) steps.push_back({stream.backward(), std::nullopt});
   }
@@ -147,7 +46,7 @@ inline Schedule one_f_one_b_schedule(const ScheduleSpec& spec) {
   Schedule schedule = empty_schedule(spec, spec.num_ranks);
   for (int r = 0; r < spec.num_ranks; ++r) {
     MicroBatchStream stream(r, 0);
-    auto& steps = schedule.ranks[static_cast<std::size_t>(r)];
+    auto& steps = schedule.ranks[r];
     const int warm_up = std::min(spec.num_micro_batches, spec.num_ranks - 1 - r);
     for (int m = 0; m < warm_up; ++m) steps.push_back({stream.forward(), std::nullopt});
     for (int m = warm_up; m < spec.num_micro_batches; ++m) {
@@ -166,7 +65,7 @@ inline Schedule zb1p_schedule(const ScheduleSpec& spec) {
   Schedule schedule = empty_schedule(spec, spec.num_ranks);
   for (int r = 0; r < spec.num_ranks; ++r) {
     MicroBatchStream stream(r, 0);
-    auto& steps = schedule.ranks[static_cast<std::size_t>(r)];
+    auto& steps = schedule.ranks[r];
     const int warm_up = std::min(N, spec.num_ranks - 1 - r);
     for (int m = 0; m < warm_up; ++m) steps.push_back({stream.forward(), std::nullopt});
     for (int m = 0; m < N; ++m) {
@@ -208,7 +107,7 @@ inline Schedule interleaved_schedule(const ScheduleSpec& spec) {
   }
   Schedule schedule = empty_schedule(spec, chunks * P);
   for (int r = 0; r < P; ++r) {
-    auto& steps = schedule.ranks[static_cast<std::size_t>(r)];
+    auto& steps = schedule.ranks[r];
     const auto add = [&](Pass pass, const ChunkPass& turn) {
       steps.push_back({{pass, turn.chunk * P + r, turn.micro_batch}, std::nullopt});
     };
@@ -232,7 +131,7 @@ inline Schedule zbv_schedule(const ScheduleSpec& spec) {
   Schedule schedule = empty_schedule(spec, 2 * P);
   for (int r = 0; r < P; ++r) {
     MicroBatchStream down(r, 0), up(2 * P - 1 - r, 0);
-    auto& steps = schedule.ranks[static_cast<std::size_t>(r)];
+    auto& steps = schedule.ranks[r];
     const auto add = [&](const Op& op) {
       if (op.micro_batch < spec.num_micro_batches) steps.push_back({op, std::nullopt});
     };
@@ -271,14 +170,20 @@ inline Schedule zbv_schedule(const ScheduleSpec& spec) {
 
 using ScheduleGenerator = Schedule (*)(const ScheduleSpec&);
 inline const std::vector<std::pair<std::string, ScheduleGenerator>>& schedule_generators() {
-  static const std::vector<std::pair<std::string, ScheduleGenerator>> all = {{"dualpipe", dualpipe_schedule},
-                                                                             {"dualpipev", dualpipev_schedule},
+  static const std::vector<std::pair<std::string, ScheduleGenerator>> all = {{"dualpipe", eight_step_schedule},
+                                                                             {"dualpipev", eight_step_schedule},
                                                                              {"1f1b", one_f_one_b_schedule},
                                                                              {"zb1p", zb1p_schedule},
                                                                              {"gpipe", gpipe_schedule},
                                                                              {"interleaved", interleaved_schedule},
                                                                              {"zbv", zbv_schedule}};
   return all;
+}
+
+std::string joined_schedule_kinds() {
+  std::string text;
+  for (const std::string& kind : schedule_kinds()) text += (text.empty() ? "" : ", ") + kind;
+  return text;
 }
 
 }  // namespace dualpipe::detail
@@ -294,14 +199,16 @@ const std::vector<std::string>& schedule_kinds() {
   return kinds;
 }
 
+bool is_schedule_kind(const std::string& name) {
+  const auto& kinds = schedule_kinds();
+  return std::find(kinds.begin(), kinds.end(), name) != kinds.end();
+}
+
 Schedule make_schedule(const ScheduleSpec& spec) {
   const auto& all = detail::schedule_generators();
   const auto found = std::find_if(all.begin(), all.end(), [&](const auto& entry) { return entry.first == spec.kind; });
-  if (found == all.end()) {
-    std::string known;
-    for (const std::string& kind : schedule_kinds()) known += (known.empty() ? "" : ", ") + kind;
-    throw InvalidArgument(detail::str("unknown schedule kind \"", spec.kind, "\"; known are ", known));
-  }
+  DUALPIPE_CHECK(found != all.end(), "unknown schedule kind \"", spec.kind, "\"; known are ",
+                 detail::joined_schedule_kinds());
   DUALPIPE_CHECK(spec.num_ranks >= 1, spec.kind, ": the number of ranks must be at least 1, got ", spec.num_ranks);
   DUALPIPE_CHECK(spec.num_micro_batches >= 1, spec.kind, ": the number of micro-batches must be at least 1, got ",
                  spec.num_micro_batches);

@@ -231,22 +231,23 @@ Schedule forward_only(const Schedule& training, int num_micro_batches) {
   schedule.num_micro_batches = num_micro_batches;
   schedule.ranks.resize(training.ranks.size());
 
-  // A forward's slot is its stage plus its turn among the micro-batches that take the same way through the ranks. It is
-  // larger than that of the stage before, so running each rank's forwards by slot cannot deadlock, and ways that meet
-  // on a rank take turns there.
+  // A forward's slot is its stage plus its turn among the micro-batches that take the same route through the ranks. It
+  // is larger than that of the stage before, so running each rank's forwards by slot cannot deadlock, and ways that
+  // meet on a rank take turns there.
   std::map<std::vector<int>, int> turns;
   std::vector<std::vector<std::pair<int, Op>>> slots(training.ranks.size());
   for (int m = 0; m < num_micro_batches; ++m) {
     const auto like = static_cast<int>(std::int64_t{m} * training.num_micro_batches / num_micro_batches);
-    std::vector<int> way(static_cast<std::size_t>(training.num_stages));
-    for (std::size_t s = 0; s < way.size(); ++s) {
-      way[s] = ranks[s * static_cast<std::size_t>(training.num_micro_batches) + static_cast<std::size_t>(like)];
-      DUALPIPE_CHECK(way[s] >= 0, "no rank of schedule \"", training.name, "\" runs stage ", s, " of micro-batch ",
+    std::vector<int> route(static_cast<std::size_t>(training.num_stages));
+    for (std::size_t s = 0; s < route.size(); ++s) {
+      route[s] = ranks[s * static_cast<std::size_t>(training.num_micro_batches) + static_cast<std::size_t>(like)];
+      DUALPIPE_CHECK(route[s] >= 0, "no rank of schedule \"", training.name, "\" runs stage ", s, " of micro-batch ",
                      like);
     }
-    const int turn = turns[way]++;
+    const int turn = turns[route]++;
     for (int s = 0; s < training.num_stages; ++s)
-      slots[static_cast<std::size_t>(way[static_cast<std::size_t>(s)])].emplace_back(turn + s, Op{Pass::Forward, s, m});
+      slots[static_cast<std::size_t>(route[static_cast<std::size_t>(s)])].emplace_back(turn + s,
+                                                                                       Op{Pass::Forward, s, m});
   }
   for (std::size_t rank = 0; rank < slots.size(); ++rank) {
     // The later stage first within a slot: it is the one nearer to the end.

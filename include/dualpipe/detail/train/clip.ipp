@@ -7,7 +7,7 @@
 
 #include <string>
 
-#include "dualpipe/detail/pipeline/agree.hpp"
+#include "dualpipe/detail/comm/agree.hpp"
 
 namespace dualpipe {
 namespace detail {
