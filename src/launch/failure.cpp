@@ -1,11 +1,17 @@
 #include "dualpipe/launch/failure.hpp"
 
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
 #include <chrono>
+#include <cstdio>
+#include <cstdlib>
 #include <filesystem>
-#include <fstream>
 #include <iostream>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <string_view>
 #include <system_error>
 
 #include "dualpipe/error.hpp"
@@ -13,7 +19,7 @@
 namespace dualpipe {
 namespace {
 
-/// The layout that torchrun reads; it shows the message of the rank with the smallest timestamp.
+/// In the format of torchrun, which shows the message of the rank with the smallest timestamp.
 std::string error_file_text(const std::string& message) {
   const auto now =
       std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch());
@@ -22,17 +28,29 @@ std::string error_file_text(const std::string& message) {
   return report.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
-/// Renamed into place, so that a reader sees a whole file or none.
-void write_whole(const std::filesystem::path& path, const std::string& text) {
-  std::filesystem::path draft = path;
-  draft += ".tmp";
-  {
-    std::ofstream out(draft, std::ios::binary | std::ios::trunc);
-    out << text;
-    out.flush();
-    if (!out) throw Error("cannot write '" + draft.string() + "'");
+[[noreturn]] void throw_errno(const std::string& what) {
+  throw std::system_error(errno, std::generic_category(), what);
+}
+
+/// Readers see the whole file or none. The draft has a new, unpredictable name, so that no link placed there beforehand
+/// is followed.
+void write_whole(const std::filesystem::path& path, std::string_view text) {
+  std::string draft = path.string() + ".XXXXXX";
+  const int file = ::mkostemp(draft.data(), O_CLOEXEC);
+  if (file < 0) throw_errno("cannot create '" + draft + "'");
+  try {
+    while (!text.empty()) {
+      const ssize_t written = ::write(file, text.data(), text.size());
+      if (written < 0 && errno != EINTR) throw_errno("cannot write '" + draft + "'");
+      if (written > 0) text.remove_prefix(static_cast<std::size_t>(written));
+    }
+    if (::rename(draft.c_str(), path.c_str()) != 0) throw_errno("cannot rename '" + draft + "'");
+  } catch (...) {
+    ::unlink(draft.c_str());
+    ::close(file);
+    throw;
   }
-  std::filesystem::rename(draft, path);
+  ::close(file);
 }
 
 }  // namespace
@@ -40,7 +58,7 @@ void write_whole(const std::filesystem::path& path, const std::string& text) {
 void report_failure(const World& world, const std::exception& error) noexcept {
   try {
     std::string message = error.what();
-    // Errors of the communicator begin so by themselves.
+    // Errors of a communicator already begin with the rank.
     if (const std::string name = detail::str("rank ", world.rank, ": "); !message.starts_with(name))
       message = name + message;
     std::cout.flush();
@@ -53,7 +71,7 @@ void report_failure(const World& world, const std::exception& error) noexcept {
                                "\n");
     }
   } catch (...) {
-    // Out of memory while reporting: the exit code still tells.
+    // Out of memory while reporting: the exit code remains.
   }
 }
 

@@ -11,8 +11,8 @@
 namespace dualpipe {
 namespace {
 
-constexpr long long kMaxRanks = 1'000'000;
-constexpr long long kMaxPort = 65535;
+constexpr long long max_ranks = 1'000'000;
+constexpr long long max_port = 65535;
 
 std::optional<long long> parse_integer(std::string_view text) {
   long long value = 0;
@@ -45,28 +45,28 @@ void check_rank(const std::string& rank_name, int rank, const std::string& size_
                  size_name, " - 1, here 0 to ", size - 1);
 }
 
-/// Names and values of the master as the user gave them, if so.
+/// MASTER_ADDR and MASTER_PORT, where set.
 void read_master(const World::Lookup& lookup, World& world) {
   if (const std::optional<std::string> address = lookup("MASTER_ADDR")) {
     DUALPIPE_CHECK(!address->empty(), "MASTER_ADDR='': it must name the host of rank 0, or be unset for this host");
     world.master_address = *address;
   }
-  world.master_port = integer(lookup, "MASTER_PORT", 1, kMaxPort, "the port at which the ranks meet").value_or(0);
+  world.master_port = integer(lookup, "MASTER_PORT", 1, max_port, "the port at which the ranks meet").value_or(0);
 }
 
 bool is_true(const std::optional<std::string>& text) { return text == "True" || text == "true" || text == "1"; }
 
 World from_launcher(const World::Lookup& lookup) {
   World world;
-  world.size = required(lookup, "WORLD_SIZE", "RANK is", 1, kMaxRanks, "the number of ranks");
-  world.rank = required(lookup, "RANK", "WORLD_SIZE is", 0, kMaxRanks, "this process's rank");
+  world.size = required(lookup, "WORLD_SIZE", "RANK is", 1, max_ranks, "the number of ranks");
+  world.rank = required(lookup, "RANK", "WORLD_SIZE is", 0, max_ranks, "this process's rank");
   check_rank("RANK", world.rank, "WORLD_SIZE", world.size);
 
   world.local_size =
-      integer(lookup, "LOCAL_WORLD_SIZE", 1, kMaxRanks, "the number of ranks on this host").value_or(world.size);
+      integer(lookup, "LOCAL_WORLD_SIZE", 1, max_ranks, "the number of ranks on this host").value_or(world.size);
   DUALPIPE_CHECK(world.local_size <= world.size, "LOCAL_WORLD_SIZE='", world.local_size, "' with WORLD_SIZE='",
                  world.size, "': a host cannot hold more ranks than there are");
-  world.local_rank = integer(lookup, "LOCAL_RANK", 0, kMaxRanks, "this process's rank on its host")
+  world.local_rank = integer(lookup, "LOCAL_RANK", 0, max_ranks, "this process's rank on its host")
                          .value_or(world.rank % world.local_size);
   check_rank("LOCAL_RANK", world.local_rank, lookup("LOCAL_WORLD_SIZE") ? "LOCAL_WORLD_SIZE" : "WORLD_SIZE",
              world.local_size);
@@ -127,7 +127,7 @@ int tasks_on_node(const std::string& text, int node) {
       item = item.substr(0, open);
     }
     const std::optional<long long> count = parse_integer(item);
-    DUALPIPE_CHECK(count && repeat && *count >= 1 && *count <= kMaxRanks && *repeat >= 1 && *repeat <= kMaxRanks,
+    DUALPIPE_CHECK(count && repeat && *count >= 1 && *count <= max_ranks && *repeat >= 1 && *repeat <= max_ranks,
                    malformed());
     nodes += *repeat;
     if (node < nodes) return static_cast<int>(*count);
@@ -137,15 +137,15 @@ int tasks_on_node(const std::string& text, int node) {
 
 int slurm_local_size(const World::Lookup& lookup, int size) {
   if (const std::optional<int> fixed =
-          integer(lookup, "SLURM_NTASKS_PER_NODE", 1, kMaxRanks, "the number of ranks on each host"))
+          integer(lookup, "SLURM_NTASKS_PER_NODE", 1, max_ranks, "the number of ranks on each host"))
     return std::min(*fixed, size);
   const std::optional<std::string> counts = lookup("SLURM_TASKS_PER_NODE");
   if (!counts) return size;
   return std::min(
-      tasks_on_node(*counts, integer(lookup, "SLURM_NODEID", 0, kMaxRanks, "this host's number").value_or(0)), size);
+      tasks_on_node(*counts, integer(lookup, "SLURM_NODEID", 0, max_ranks, "this host's number").value_or(0)), size);
 }
 
-/// Free on most clusters: below the range from which Linux hands out ports by itself.
+/// Free on most clusters: below the range of ephemeral ports.
 int port_of_job(std::string_view job, std::string_view step) {
   constexpr long long first = 15000;
   constexpr long long count = 15000;
@@ -155,11 +155,11 @@ int port_of_job(std::string_view job, std::string_view step) {
 
 World from_slurm(const World::Lookup& lookup) {
   World world;
-  world.rank = required(lookup, "SLURM_PROCID", "SLURM_NTASKS is", 0, kMaxRanks, "this process's rank");
-  world.size = required(lookup, "SLURM_NTASKS", "SLURM_PROCID is", 1, kMaxRanks, "the number of ranks");
+  world.rank = required(lookup, "SLURM_PROCID", "SLURM_NTASKS is", 0, max_ranks, "this process's rank");
+  world.size = required(lookup, "SLURM_NTASKS", "SLURM_PROCID is", 1, max_ranks, "the number of ranks");
   check_rank("SLURM_PROCID", world.rank, "SLURM_NTASKS", world.size);
   world.local_size = slurm_local_size(lookup, world.size);
-  world.local_rank = integer(lookup, "SLURM_LOCALID", 0, kMaxRanks, "this process's rank on its host")
+  world.local_rank = integer(lookup, "SLURM_LOCALID", 0, max_ranks, "this process's rank on its host")
                          .value_or(world.rank % world.local_size);
   check_rank("SLURM_LOCALID", world.local_rank, "ranks on this host", world.local_size);
 

@@ -24,28 +24,28 @@ using Endpoint = asio::generic::stream_protocol::endpoint;
 using asio::ip::tcp;
 using Unix = asio::local::stream_protocol;
 
-/// One try to reach a peer, and the time a stranger may stay silent.
-constexpr auto kAttempt = 5s;
-constexpr auto kBetweenAttempts = 20ms;
+/// Longest time of one try to reach a peer, and longest silence of a stranger.
+constexpr auto attempt_limit = 5s;
+constexpr auto attempt_pause = 20ms;
 
-/// The first bytes on a connection, in both directions.
+/// The first bytes on a connection, in either direction.
 struct Hello {
-  std::uint64_t magic = wire::kMagic;
-  std::uint32_t version = wire::kVersion;
+  std::uint64_t magic = wire::protocol_magic;
+  std::uint32_t version = wire::protocol_version;
   std::int32_t rank = 0;
   std::int32_t size = 0;
   std::int32_t epoch = 0;
-  std::array<char, Announcements::kTokenLength> token{};  ///< of the listening side
+  std::array<char, Announcements::token_length> token{};  ///< of the listening side
   std::int64_t clock_ns = 0;
 };
 
-/// What has been done to call a rank.
+/// The calls to one rank so far.
 struct Calls {
   std::size_t count = 0;
-  std::map<std::string, std::string> outcomes;  ///< by place, the last of each
+  std::map<std::string, std::string> outcomes;  ///< of the last call to each place
 };
 
-/// A connection that is being made.
+/// A connection before both ends have identified each other.
 struct Attempt {
   Attempt(asio::io_context& io, Socket connection) : socket(std::move(connection)), timer(io) {}
   Socket socket;
@@ -54,14 +54,14 @@ struct Attempt {
   Hello sent, got;
 };
 
-class MeshBuilder {
+class ConnectionBuilder {
  public:
-  MeshBuilder(const World& world, Rendezvous& rendezvous, int epoch, Rendezvous::Clock::time_point deadline,
-              Route route)
+  ConnectionBuilder(const World& world, Rendezvous& rendezvous, int epoch, Rendezvous::Clock::time_point deadline,
+                    Route route)
       : world_(world),
         epoch_(epoch),
         deadline_(deadline),
-        cards_(world, rendezvous, route),
+        announcements_(world, rendezvous, route),
         calls_(static_cast<std::size_t>(world.size)),
         sockets_(static_cast<std::size_t>(world.size)),
         offsets_(static_cast<std::size_t>(world.size), 0) {}
@@ -79,14 +79,14 @@ class MeshBuilder {
 
  private:
   void listen() {
-    // Open before anybody learns of them.
-    if (!cards_.own().unix_name.empty()) unix_ = Unix::acceptor(io_, unix_endpoint(world_.rank));
-    cards_.exchange();
-    if (cards_.has_far_callers()) {
+    // Opened before anybody learns their addresses.
+    if (!announcements_.own().unix_name.empty()) unix_ = Unix::acceptor(io_, unix_endpoint(world_.rank));
+    announcements_.exchange();
+    if (announcements_.has_far_callers()) {
       tcp_ = tcp_acceptor();
-      cards_.announce(tcp_.local_endpoint().port());
+      announcements_.announce(tcp_.local_endpoint().port());
     }
-    cards_.read_far_endpoints();
+    announcements_.read_far_endpoints();
     if (unix_.is_open()) accept(unix_);
     if (tcp_.is_open()) accept(tcp_);
   }
@@ -99,12 +99,13 @@ class MeshBuilder {
     }
   }
 
-  Unix::endpoint unix_endpoint(int rank) const { return {std::string(1, '\0') + cards_[rank].unix_name}; }
+  Unix::endpoint unix_endpoint(int rank) const { return {std::string(1, '\0') + announcements_[rank].unix_name}; }
 
-  /// What only a rank of this run knows. Anybody else is dropped without an answer.
+  /// Whether it comes from a rank of this run: only these know the token. Others are dropped without an answer.
   bool is_valid(const Hello& hello, const std::string& token) const {
-    return hello.magic == wire::kMagic && hello.version == wire::kVersion && hello.size == world_.size &&
-           hello.epoch == epoch_ && std::equal(token.begin(), token.end(), hello.token.begin(), hello.token.end());
+    return hello.magic == wire::protocol_magic && hello.version == wire::protocol_version &&
+           hello.size == world_.size && hello.epoch == epoch_ &&
+           std::equal(token.begin(), token.end(), hello.token.begin(), hello.token.end());
   }
 
   Hello hello(const std::string& token) const {
@@ -119,7 +120,7 @@ class MeshBuilder {
 
   std::shared_ptr<Attempt> attempt(Socket socket) {
     auto result = std::make_shared<Attempt>(io_, std::move(socket));
-    result->timer.expires_after(kAttempt);
+    result->timer.expires_after(attempt_limit);
     result->timer.async_wait([weak = std::weak_ptr(result)](const asio::error_code& error) {
       const auto late = weak.lock();
       if (!error && late) late->socket.close();
@@ -138,14 +139,15 @@ class MeshBuilder {
     });
   }
 
-  /// Somebody has connected.
+  /// Reads the hello of a caller, and answers.
   void greet(const std::shared_ptr<Attempt>& attempt) {
     asio::async_read(
         attempt->socket, asio::buffer(&attempt->got, sizeof(Hello)),
         [this, attempt](const asio::error_code& error, std::size_t) {
           const Hello& got = attempt->got;
-          if (error || !is_valid(got, cards_.own().token) || got.rank <= world_.rank || got.rank >= world_.size) return;
-          attempt->sent = hello(cards_.own().token);
+          if (error || !is_valid(got, announcements_.own().token) || got.rank <= world_.rank || got.rank >= world_.size)
+            return;
+          attempt->sent = hello(announcements_.own().token);
           asio::async_write(attempt->socket, asio::buffer(&attempt->sent, sizeof(Hello)),
                             [this, attempt](const asio::error_code& failed, std::size_t) {
                               if (!failed) keep(attempt->got.rank, *attempt, now_ns() - attempt->got.clock_ns);
@@ -153,7 +155,7 @@ class MeshBuilder {
         });
   }
 
-  /// What follows an operation of a call: `step`, or another call.
+  /// A completion handler: runs `step`, or calls again after an error.
   template <class Step>
   auto then(int rank, const std::shared_ptr<Attempt>& attempt, const Step& step) {
     return [this, rank, attempt, step](const asio::error_code& error, std::size_t = 0) {
@@ -164,15 +166,15 @@ class MeshBuilder {
     };
   }
 
-  /// Connects to a lower rank, again and again.
+  /// Connects to a lower rank; tries again until it answers.
   void call(int rank) {
     Calls& calls = this->calls(rank);
     auto attempt = this->attempt(Socket(io_));
     Endpoint endpoint;
-    if (cards_.is_near(rank)) {
+    if (announcements_.is_near(rank)) {
       endpoint = unix_endpoint(rank);
       attempt->place = "its Unix domain socket";
-    } else if (const auto& endpoints = cards_[rank].endpoints; !endpoints.empty()) {
+    } else if (const auto& endpoints = announcements_[rank].endpoints; !endpoints.empty()) {
       const tcp::endpoint& next = endpoints[calls.count++ % endpoints.size()];
       endpoint = next;
       attempt->place = str(next);
@@ -183,14 +185,14 @@ class MeshBuilder {
     calls.outcomes.emplace(attempt->place, "no answer");
 
     const auto finish = then(rank, attempt, [=, this] {
-      if (!is_valid(attempt->got, cards_[rank].token) || attempt->got.rank != rank)
+      if (!is_valid(attempt->got, announcements_[rank].token) || attempt->got.rank != rank)
         return call_again(rank, attempt, "somebody else answers");
       keep(rank, *attempt, (attempt->sent.clock_ns + now_ns()) / 2 - attempt->got.clock_ns);
     });
     const auto read_answer = then(
         rank, attempt, [=] { asio::async_read(attempt->socket, asio::buffer(&attempt->got, sizeof(Hello)), finish); });
     const auto write_hello = then(rank, attempt, [=, this] {
-      attempt->sent = hello(cards_[rank].token);
+      attempt->sent = hello(announcements_[rank].token);
       asio::async_write(attempt->socket, asio::buffer(&attempt->sent, sizeof(Hello)), read_answer);
     });
     attempt->socket.async_connect(endpoint, write_hello);
@@ -199,10 +201,10 @@ class MeshBuilder {
   void call_again(int rank, const std::shared_ptr<Attempt>& failed, const std::string& problem) {
     calls(rank).outcomes[failed->place] = problem;
     failed->socket = Socket(io_);  // closes it
-    failed->timer.expires_after(kBetweenAttempts);
+    failed->timer.expires_after(attempt_pause);
     failed->timer.async_wait([this, rank, failed](const asio::error_code& error) {
       if (error) return;
-      cards_.read_again(rank);
+      announcements_.read_again(rank);
       call(rank);
     });
   }
@@ -212,8 +214,8 @@ class MeshBuilder {
     Socket& socket = attempt.socket;
     if (socket.local_endpoint().protocol().family() != AF_UNIX) {
       socket.set_option(tcp::no_delay(true));
-      // An idle connection notices within half a minute that a host has lost its power or its network. Where bytes are
-      // under way the deadlines of the operations do.
+      // An idle connection notices within half a minute that a host has lost its power or its network. While operations
+      // are pending, their deadlines do.
       const int fd = socket.native_handle();
       const auto set = [fd](int level, int option, int value) {
         ::setsockopt(fd, level, option, &value, sizeof value);
@@ -224,26 +226,27 @@ class MeshBuilder {
       set(IPPROTO_TCP, TCP_KEEPCNT, 3);
     }
     sockets_[static_cast<std::size_t>(rank)] = std::move(socket);
-    offsets_[static_cast<std::size_t>(rank)] = cards_.is_near(rank) ? 0 : clock_offset_ns;
+    offsets_[static_cast<std::size_t>(rank)] = announcements_.is_near(rank) ? 0 : clock_offset_ns;
   }
 
-  /// A byte to and from everybody, sent by those that have all their connections.
+  /// A barrier: each rank that has all its connections sends one byte to every other.
   void agree_to_begin() {
     std::vector<bool> ready(sockets_.size(), false);
     ready[static_cast<std::size_t>(world_.rank)] = true;
     std::vector<std::uint8_t> bytes(sockets_.size(), 0);
     std::optional<int> gone;
     int unsent = world_.size - 1;
-    static constexpr std::uint8_t kReady = 'R';
+    static constexpr std::uint8_t ready_byte = 'R';
     for (std::size_t i = 0; i < sockets_.size(); ++i) {
       if (ready[i]) continue;
       const auto note = [&, i](const asio::error_code& error) {
         if (error) gone = static_cast<int>(i);
       };
-      asio::async_write(*sockets_[i], asio::buffer(&kReady, 1), [&, note](const asio::error_code& error, std::size_t) {
-        note(error);
-        --unsent;
-      });
+      asio::async_write(*sockets_[i], asio::buffer(&ready_byte, 1),
+                        [&, note](const asio::error_code& error, std::size_t) {
+                          note(error);
+                          --unsent;
+                        });
       asio::async_read(*sockets_[i], asio::buffer(&bytes[i], 1),
                        [&, note, i](const asio::error_code& error, std::size_t) {
                          note(error);
@@ -292,15 +295,15 @@ class MeshBuilder {
   }
   std::string why_missing(int rank) {
     const std::string advice =
-        cards_.is_near(rank) ? "" : "; is there a firewall between the hosts? All TCP ports must be open";
+        announcements_.is_near(rank) ? "" : "; is there a firewall between the hosts? All TCP ports must be open";
     std::string places;
     const auto add = [&](const auto&... place) { places += str(places.empty() ? "" : ", ", place...); };
     if (rank < world_.rank) {
       for (const auto& [place, outcome] : calls(rank).outcomes) add(place, " (", outcome, ")");
       return "has started but cannot be reached at " + places + advice;
     }
-    if (cards_.is_near(rank)) return "has started but does not connect";
-    for (const tcp::endpoint& place : cards_.own().endpoints) add(place);
+    if (announcements_.is_near(rank)) return "has started but does not connect";
+    for (const tcp::endpoint& place : announcements_.own().endpoints) add(place);
     return "has started but does not connect to this one at " + places + advice;
   }
   CommError failure(int rank, const std::string& what) const {
@@ -311,9 +314,9 @@ class MeshBuilder {
   const World& world_;
   const int epoch_;
   const Rendezvous::Clock::time_point deadline_;
-  Announcements cards_;
+  Announcements announcements_;
   std::vector<Calls> calls_;
-  asio::io_context io_{1};  // its own: what is left to do on it ends with this object
+  asio::io_context io_{1};  // its own: pending handlers end with this object
   Unix::acceptor unix_{io_};
   tcp::acceptor tcp_{io_};
   std::vector<std::optional<Socket>> sockets_;
@@ -322,9 +325,9 @@ class MeshBuilder {
 
 }  // namespace
 
-std::vector<Connection> connect_mesh(asio::io_context& io, const World& world, Rendezvous& rendezvous, int epoch,
-                                     Rendezvous::Clock::time_point deadline, Route route) {
-  return MeshBuilder(world, rendezvous, epoch, deadline, route).build(io);
+std::vector<Connection> connect_all(asio::io_context& io, const World& world, Rendezvous& rendezvous, int epoch,
+                                    Rendezvous::Clock::time_point deadline, Route route) {
+  return ConnectionBuilder(world, rendezvous, epoch, deadline, route).build(io);
 }
 
 }  // namespace dualpipe::detail

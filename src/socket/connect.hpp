@@ -15,21 +15,20 @@ enum class Route {
   tcp    ///< TCP everywhere
 };
 
-/// A connection to one peer, both sides of which know each other.
+/// A connection whose two ends have identified each other.
 struct Connection {
   int peer = 0;
   asio::generic::stream_protocol::socket socket;
-  std::int64_t clock_offset_ns = 0;  ///< what to add to the peer's clock to get this one's; zero on one host
+  std::int64_t clock_offset_ns = 0;  ///< added to the peer's clock it gives this rank's; zero on one host
 };
 
-/// Connects this rank to all others. Returns when every rank has all its connections, so that nobody needs the store
-/// any more.
-/// @param io  where the sockets shall work from then on.
+/// Connects this rank to all others. Returns when every rank has all its connections; nobody needs the store any more.
+/// @param io  runs the sockets afterwards.
 /// @throws CommError  a rank did not answer in time; the text names it.
-std::vector<Connection> connect_mesh(asio::io_context& io, const World& world, Rendezvous& rendezvous, int epoch,
-                                     Rendezvous::Clock::time_point deadline, Route route);
+std::vector<Connection> connect_all(asio::io_context& io, const World& world, Rendezvous& rendezvous, int epoch,
+                                    Rendezvous::Clock::time_point deadline, Route route);
 
-/// connect_sockets() that lets tests on one host use what travels between hosts.
+/// connect_sockets() with a choice of route: tests on one host use TCP too.
 std::shared_ptr<Communicator> connect_sockets(const World& world, const ConnectOptions& options, Route route);
 
 }  // namespace dualpipe::detail

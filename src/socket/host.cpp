@@ -9,13 +9,14 @@
 #include <asio/io_context.hpp>
 #include <asio/ip/udp.hpp>
 #include <cstring>
-#include <fstream>
 #include <memory>
+
+#include "dualpipe/detail/host.hpp"
 
 namespace dualpipe::detail {
 namespace {
 
-/// Of all interfaces that are up, without the addresses that mean something on one link only.
+/// Of all interfaces that are up, without link-local addresses.
 std::vector<asio::ip::address> interface_addresses() {
   std::vector<asio::ip::address> result;
   ifaddrs* list = nullptr;
@@ -36,7 +37,7 @@ std::vector<asio::ip::address> interface_addresses() {
   return result;
 }
 
-/// What this host is called on the ways to the master.
+/// This host's addresses on the routes to the master.
 std::vector<asio::ip::address> addresses_towards(const World& world) {
   std::vector<asio::ip::address> result;
   asio::io_context io;
@@ -54,11 +55,9 @@ std::vector<asio::ip::address> addresses_towards(const World& world) {
 }  // namespace
 
 std::string host_identity() {
-  std::string boot;
-  std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
   std::array<char, 64> network{};
   const ssize_t length = ::readlink("/proc/self/ns/net", network.data(), network.size());
-  return boot + " " + std::string(network.data(), static_cast<std::size_t>(std::max<ssize_t>(length, 0)));
+  return boot_id() + " " + std::string(network.data(), static_cast<std::size_t>(std::max<ssize_t>(length, 0)));
 }
 
 std::vector<std::string> own_addresses(const World& world) {

@@ -7,11 +7,11 @@
 
 namespace dualpipe::detail {
 
-/// Which kernel and which network: between processes that agree on it, abstract Unix domain sockets reach.
+/// Identifies kernel and network namespace: processes with equal ones can use abstract Unix domain sockets.
 std::string host_identity();
 
-/// Addresses at which other hosts may reach this one: the one that leads to the master first, those of the loopback
-/// interface, which only a test on one host can use, last. The name of a host often stands for 127.0.1.1 on itself.
+/// Addresses at which other hosts may reach this one. The address used towards the master comes first, loopback
+/// addresses last: only tests on one host use them, but a host's own name often resolves to 127.0.1.1.
 std::vector<std::string> own_addresses(const World& world);
 
 }  // namespace dualpipe::detail

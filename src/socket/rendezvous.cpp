@@ -12,29 +12,25 @@
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
+#include "dualpipe/detail/error_text.hpp"
+
 namespace dualpipe::detail {
 namespace {
 
 using namespace std::chrono_literals;
-constexpr auto kPollFirst = 1ms;
-constexpr auto kPollLast = 50ms;
-/// One try to reach the store.
-constexpr auto kAttempt = 5s;
-/// Somebody who watches the program wants to know by then why nothing happens.
-constexpr std::chrono::milliseconds kSilence = 10s;
-
-/// c10's errors carry a stack trace that helps nobody here.
-std::string text_of(const std::exception& error) {
-  const auto* known = dynamic_cast<const c10::Error*>(&error);
-  return known ? known->what_without_backtrace() : error.what();
-}
+constexpr auto first_poll_pause = 1ms;
+constexpr auto last_poll_pause = 50ms;
+/// Longest time of one try to reach the store.
+constexpr auto attempt_limit = 5s;
+/// After this time a warning says why nothing happens.
+constexpr std::chrono::milliseconds silence_limit = 10s;
 
 std::chrono::milliseconds remaining(Rendezvous::Clock::time_point deadline) {
   const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Rendezvous::Clock::now());
   return std::max<std::chrono::milliseconds>(left, 1ms);
 }
 
-std::string name_of(const std::string& key, int rank) { return str(key, "/", rank); }
+std::string store_key(const std::string& key, int rank) { return str(key, "/", rank); }
 
 /// "1, 2, 5"
 std::string list(const std::vector<int>& ranks) {
@@ -43,8 +39,8 @@ std::string list(const std::vector<int>& ranks) {
   return text;
 }
 
-/// Until the process ends, as a port belongs to the process and not to a communicator: ranks meet there again under
-/// other names and for later epochs, and those who come early must not find a server that is about to close.
+/// Serves until the process ends: ranks meet at the port again under other names and for later epochs, and a rank that
+/// comes early must not find a server that is about to close.
 void keep_serving(int port, c10::intrusive_ptr<c10d::Store> store) {
   static std::mutex mutex;
   static auto* const stores =
@@ -59,15 +55,15 @@ Rendezvous::Rendezvous(const World& world, const ConnectOptions& options, Clock:
     : world_(world),
       options_(options),
       deadline_(deadline),
-      tell_at_(Clock::now() + std::min(kSilence, options.timeout / 4)),
+      warn_at_(Clock::now() + std::min(silence_limit, options.timeout / 4)),
       store_(c10::make_intrusive<c10d::PrefixStore>(
           str("dualpipe/", world.run_id, "/", options.name, "/", options.epoch), open())) {}
 
-bool Rendezvous::is_time_to_tell() const { return !told_ && Clock::now() >= tell_at_; }
+bool Rendezvous::is_time_to_warn() const { return !warned_ && Clock::now() >= warn_at_; }
 
-void Rendezvous::tell_once(const std::string& what) {
-  if (!is_time_to_tell()) return;
-  told_ = true;
+void Rendezvous::warn_once(const std::string& what) {
+  if (!is_time_to_warn()) return;
+  warned_ = true;
   const auto left = std::chrono::duration_cast<std::chrono::seconds>(remaining(deadline_));
   TORCH_WARN("rank ", world_.rank, " waits for ", what, ", and gives up in ", left.count(), " s");
 }
@@ -89,9 +85,9 @@ c10::intrusive_ptr<c10d::Store> Rendezvous::open() {
       if (settings.isServer) keep_serving(world_.master_port, store);
       return store;
     } catch (const std::exception& error) {
-      problem = text_of(error);
+      problem = message_of(error);
     }
-    std::this_thread::sleep_for(kPollLast);
+    std::this_thread::sleep_for(last_poll_pause);
   } while (!settings.isServer && Clock::now() < deadline_);
   throw CommError(
       0, "rendezvous",
@@ -99,7 +95,7 @@ c10::intrusive_ptr<c10d::Store> Rendezvous::open() {
           place, ": ", problem, "; MASTER_ADDR must name the host of rank 0 and MASTER_PORT a free port there"));
 }
 
-/// Looks by itself for a server that is not there yet: a TCPStore would look once a second and complain each time.
+/// Waits for the server without a TCPStore, which would try once a second and log each failure.
 void Rendezvous::await_server() {
   const std::string place = str(world_.master_address, ":", world_.master_port);
   std::string problem;
@@ -112,12 +108,12 @@ void Rendezvous::await_server() {
     if (!error) {
       error = asio::error::timed_out;
       asio::async_connect(socket, endpoints, [&](const asio::error_code& result, const auto&) { error = result; });
-      io.run_for(std::min<std::chrono::milliseconds>(kAttempt, remaining(deadline_)));
+      io.run_for(std::min<std::chrono::milliseconds>(attempt_limit, remaining(deadline_)));
       if (!error) return;
     }
     problem = error.message();
-    tell_once(str("rank 0 to serve the store at ", place, " (", problem, ")"));
-    std::this_thread::sleep_for(std::min<std::chrono::milliseconds>(kPollLast, remaining(deadline_)));
+    warn_once(str("rank 0 to serve the store at ", place, " (", problem, ")"));
+    std::this_thread::sleep_for(std::min<std::chrono::milliseconds>(last_poll_pause, remaining(deadline_)));
   } while (Clock::now() < deadline_);
   throw CommError(0, "rendezvous",
                   str("rank ", world_.rank, ": rank 0 does not serve the store at ", place, " within ",
@@ -131,29 +127,29 @@ auto Rendezvous::with_store(const Action& action) const {
   try {
     return action(*store_);
   } catch (const std::exception& error) {
-    throw CommError(0, "rendezvous", str("rank ", world_.rank, ": the store failed: ", text_of(error)));
+    throw CommError(0, "rendezvous", str("rank ", world_.rank, ": the store failed: ", message_of(error)));
   }
 }
 
 void Rendezvous::publish(const std::string& key, const std::string& value) {
-  with_store([&](c10d::Store& store) { store.set(name_of(key, world_.rank), value); });
+  with_store([&](c10d::Store& store) { store.set(store_key(key, world_.rank), value); });
 }
 
 std::vector<int> Rendezvous::missing(const std::string& key, const std::vector<int>& ranks) {
   std::vector<int> result;
   for (const int rank : ranks)
-    if (!with_store([&](c10d::Store& store) { return store.check({name_of(key, rank)}); })) result.push_back(rank);
+    if (!with_store([&](c10d::Store& store) { return store.check({store_key(key, rank)}); })) result.push_back(rank);
   return result;
 }
 
 std::vector<std::string> Rendezvous::collect(const std::string& key, const std::vector<int>& ranks) {
   std::vector<std::string> keys;
-  for (const int rank : ranks) keys.push_back(name_of(key, rank));
-  // Not Store::wait(), which cannot say who is missing and blocks everybody else who uses the client.
-  auto pause = std::chrono::milliseconds(kPollFirst);
+  for (const int rank : ranks) keys.push_back(store_key(key, rank));
+  // Not Store::wait(): it cannot say who is missing, and blocks all other users of the client.
+  auto pause = std::chrono::milliseconds(first_poll_pause);
   while (!with_store([&](c10d::Store& store) { return store.check(keys); })) {
     const bool late = Clock::now() >= deadline_;
-    if (late || is_time_to_tell()) {
+    if (late || is_time_to_warn()) {
       const std::vector<int> who = missing(key, ranks);
       if (who.empty()) break;
       const std::string place = str("communicator '", options_.name, "', epoch ", options_.epoch);
@@ -162,10 +158,10 @@ std::vector<std::string> Rendezvous::collect(const std::string& key, const std::
             who.front(), "rendezvous",
             str("rank ", world_.rank, ": no sign of rank ", list(who), " within ", options_.timeout.count(), " ms (",
                 place, ", ", world_.size, " ranks): have all started, with the same WORLD_SIZE, name and epoch?"));
-      tell_once(str("rank ", list(who), " to start (", place, ")"));
+      warn_once(str("rank ", list(who), " to start (", place, ")"));
     }
     std::this_thread::sleep_for(pause);
-    pause = std::min<std::chrono::milliseconds>(pause * 2, kPollLast);
+    pause = std::min<std::chrono::milliseconds>(pause * 2, last_poll_pause);
   }
   std::vector<std::string> values;
   for (const std::string& name : keys)

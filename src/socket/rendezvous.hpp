@@ -9,18 +9,18 @@
 
 namespace dualpipe::detail {
 
-/// What the ranks tell each other before they are connected, kept in a c10d store. Refers to the arguments of its
-/// constructor. Where others keep it waiting for long it says so once, as one of LibTorch's warnings.
+/// What the ranks tell each other before they are connected, kept in a c10d store. Keeps references to the arguments of
+/// its constructor. After a long wait for others it says so once, as a LibTorch warning.
 class Rendezvous {
  public:
   using Clock = std::chrono::steady_clock;
 
   Rendezvous(const World& world, const ConnectOptions& options, Clock::time_point deadline);
 
-  /// Makes `value` known as this rank's `key`.
+  /// Publishes `value` as this rank's `key`.
   void publish(const std::string& key, const std::string& value);
-  /// What `ranks` have published as `key`, in the order of `ranks`. @throws CommError  some did not in time; the text
-  /// names them.
+  /// What `ranks` have published as `key`, in the order of `ranks`.
+  /// @throws CommError  some did not in time; the text names them.
   std::vector<std::string> collect(const std::string& key, const std::vector<int>& ranks);
 
  private:
@@ -28,18 +28,18 @@ class Rendezvous {
   void await_server();
   /// Those of `ranks` that have not published `key`.
   std::vector<int> missing(const std::string& key, const std::vector<int>& ranks);
-  bool is_time_to_tell() const;
+  bool is_time_to_warn() const;
   /// `what` completes "rank 3 waits for …".
-  void tell_once(const std::string& what);
-  /// Runs `action` on the store; what it throws becomes a CommError.
+  void warn_once(const std::string& what);
+  /// Runs `action` on the store; its exceptions become CommErrors.
   template <class Action>
   auto with_store(const Action& action) const;
 
   const World& world_;
   const ConnectOptions& options_;
   const Clock::time_point deadline_;
-  const Clock::time_point tell_at_;
-  bool told_ = false;
+  const Clock::time_point warn_at_;
+  bool warned_ = false;
   const c10::intrusive_ptr<c10d::Store> store_;
 };
 

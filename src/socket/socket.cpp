@@ -6,12 +6,17 @@
 #include <asio/io_context.hpp>
 #include <atomic>
 #include <csignal>
+#include <functional>
+#include <optional>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 
 #include "dualpipe/detail/comm/message_communicator.hpp"
+#include "dualpipe/detail/error_text.hpp"
 #include "socket/connect.hpp"
-#include "socket/link.hpp"
+#include "socket/peer.hpp"
 
 namespace dualpipe {
 namespace detail {
@@ -19,46 +24,97 @@ namespace {
 
 using namespace std::chrono_literals;
 
-/// What is left to say when a communicator is destroyed may take this long.
-constexpr auto kFarewell = 1500ms;
+/// A destroyed communicator may take this long to send what is queued.
+constexpr auto farewell_limit = 1500ms;
+
+/// Blocks all signals of this thread, and so of the threads that it starts: signals are for the program's own threads.
+class BlockedSignals {
+ public:
+  BlockedSignals() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~BlockedSignals() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+  BlockedSignals(const BlockedSignals&) = delete;
+  BlockedSignals& operator=(const BlockedSignals&) = delete;
+
+ private:
+  sigset_t before_{};
+};
+
+/// The thread that runs `io`; stopped and joined by the destructor.
+class IoThread {
+ public:
+  /// @param failed  called on the thread, with the reason, if `io` ends by an exception.
+  IoThread(asio::io_context& io, std::function<void(const std::string&)> failed) : io_(io) {
+    const BlockedSignals blocked;
+    thread_ = std::thread([&io, failed = std::move(failed)] {
+      pthread_setname_np(pthread_self(), "dualpipe-io");
+      const auto work = asio::make_work_guard(io);
+      try {
+        io.run();
+      } catch (const std::exception& error) {
+        failed(str("the I/O thread ended: ", error.what()));
+      }
+    });
+  }
+  ~IoThread() {
+    io_.stop();
+    thread_.join();
+  }
+  IoThread(const IoThread&) = delete;
+  IoThread& operator=(const IoThread&) = delete;
+
+ private:
+  asio::io_context& io_;
+  std::thread thread_;
+};
 
 /// Ranks that are processes, each connected to each other.
-class SocketTransport final : public Transport, public LinkOwner {
+class SocketTransport final : public Transport, public PeerOwner {
  public:
   SocketTransport(const World& world, const ConnectOptions& options, Rendezvous::Clock::time_point deadline,
                   Route route)
       : Transport(world.rank, world.size, options.timeout, options.epoch),
-        links_(static_cast<std::size_t>(world.size)) {
+        peers_(static_cast<std::size_t>(world.size)) {
     if (world.size == 1) return;
     Rendezvous rendezvous(world, options, deadline);
-    for (Connection& connection : connect_mesh(io_, world, rendezvous, options.epoch, deadline, route)) {
+    for (Connection& connection : connect_all(io_, world, rendezvous, options.epoch, deadline, route)) {
       if (connection.peer == world.rank) continue;
-      auto& link = links_[static_cast<std::size_t>(connection.peer)];
-      link = std::make_shared<Link>(std::move(connection), *this);
-      link->start_reading();
+      auto& peer = peers_[static_cast<std::size_t>(connection.peer)];
+      peer = std::make_shared<Peer>(std::move(connection), *this);
+      peer->start_reading();
     }
-    start_thread();
+    try {
+      thread_.emplace(io_, [this](const std::string& reason) {
+        Transport::abort(this->rank(), str("rank ", this->rank(), ": ", reason));
+      });
+    } catch (const std::system_error& error) {
+      const std::string message = str("rank ", world.rank, ": cannot start the I/O thread: ", error.what());
+      tell_of_failure(world.rank, message, nullptr);  // the others are connected already
+      throw CommError(world.rank, "connect", message);
+    }
   }
 
   ~SocketTransport() override {
-    if (!thread_.joinable()) return;
+    if (!thread_) return;
     try {
-      const auto deadline = std::chrono::steady_clock::now() + kFarewell;
+      const auto deadline = std::chrono::steady_clock::now() + farewell_limit;
       leaving_ = true;
-      waiting(true);  // reads on, so that peers get rid of what they still send, and drops it
-      if (!has_failed()) for_links([](Link& link) { link.say_goodbye(); });
-      // Usually the kernel has already taken all.
+      waiting(true);  // reads and drops what peers still send, so that they can finish sending
+      if (!has_failed()) for_peers([](Peer& peer) { peer.say_goodbye(); });
+      // The kernel has usually taken everything already.
       while (!flushed() && std::chrono::steady_clock::now() < deadline) std::this_thread::sleep_for(1ms);
     } catch (...) {
-      // Peers will see a connection that ends without a goodbye.
+      // Peers see the connection end without a goodbye.
     }
-    io_.stop();
-    thread_.join();
+    thread_.reset();  // while everything that it calls still exists
   }
 
  private:
-  void start(int to, Message message, std::shared_ptr<Request> transfer) override {
-    links_[static_cast<std::size_t>(to)]->send(message, std::move(transfer));
+  void start(int to, Message message, std::shared_ptr<Request> request) override {
+    peers_[static_cast<std::size_t>(to)]->send(message, std::move(request));
   }
 
   void spread(int origin, const std::string& reason) noexcept override { tell_of_failure(origin, reason, nullptr); }
@@ -69,83 +125,65 @@ class SocketTransport final : public Transport, public LinkOwner {
       return;
     }
     ++waiting_;
-    for_links([](Link& link) { link.resume(); });
+    for_peers([](Peer& peer) { peer.resume(); });
   }
 
-  void arrived(Link& link, Message message) override {
-    if (!failed_ && !leaving_) deliver(link.peer(), std::move(message));
+  void arrived(Peer& peer, Message message) override {
+    if (!failed_ && !leaving_) deliver(peer.rank(), std::move(message));
   }
 
-  /// Passed on before anybody here reacts to it: a rank that learns of the failure by our reaction would take us for
-  /// the culprit.
-  void aborted(Link& link, int origin, const std::string& reason) override {
-    tell_of_failure(origin, reason, &link);
+  /// Passed on before this rank reacts: a rank that learned of the failure by the reaction would blame this rank.
+  void aborted(Peer& peer, int origin, const std::string& reason) override {
+    tell_of_failure(origin, reason, &peer);
     failed(origin, reason);
   }
 
-  void said_goodbye(Link& link) override { departed(link.peer()); }
+  void said_goodbye(Peer& peer) override { departed(peer.rank()); }
 
-  void lost(Link& link, const std::string& why) override {
-    if (!failed_) Transport::abort(link.peer(), str("rank ", link.peer(), " ", why));
+  void lost(Peer& peer, const std::string& why) override {
+    if (!failed_) Transport::abort(peer.rank(), str("rank ", peer.rank(), " ", why));
   }
 
   void failed_here(const std::string& why) override { Transport::abort(rank(), str("rank ", rank(), " ", why)); }
 
-  void sent(const std::shared_ptr<Request>& transfer) override {
-    transfer->message.tensors->release();
-    complete(transfer);
+  void sent(const std::shared_ptr<Request>& request) override {
+    request->message.tensors->release();
+    complete(request);
   }
 
   bool may_hold_back() const override { return waiting_ == 0 && !failed_; }
 
-  void tell_of_failure(int origin, const std::string& reason, const Link* source) noexcept {
+  void tell_of_failure(int origin, const std::string& reason, const Peer* source) noexcept {
     if (failed_.exchange(true)) return;
-    for_links([&](Link& link) {
+    for_peers([&](Peer& peer) {
       try {
-        if (&link != source) link.abort(origin, reason);
-        link.resume();
+        if (&peer != source) peer.abort(origin, reason);
+        peer.resume();
       } catch (...) {
-        // No memory: this peer will see the connection end.
+        // No memory: this peer sees the connection end.
       }
     });
   }
 
   bool flushed() const {
     bool all = true;
-    for_links([&](const Link& link) { all = all && link.flushed(); });
+    for_peers([&](const Peer& peer) { all = all && peer.flushed(); });
     return all;
   }
 
   template <class Action>
-  void for_links(const Action& action) const {
-    for (const auto& link : links_) {
-      if (link) action(*link);
+  void for_peers(const Action& action) const {
+    for (const auto& peer : peers_) {
+      if (peer) action(*peer);
     }
   }
 
-  void start_thread() {
-    // Signals are for the program's own threads.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    thread_ = std::thread([this] {
-      pthread_setname_np(pthread_self(), "dualpipe-io");
-      const auto work = asio::make_work_guard(io_);
-      try {
-        io_.run();
-      } catch (const std::exception& error) {
-        Transport::abort(rank(), str("rank ", rank(), ": the I/O thread ended: ", error.what()));
-      }
-    });
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  }
-
   asio::io_context io_{1};
-  std::vector<std::shared_ptr<Link>> links_;
+  std::vector<std::shared_ptr<Peer>> peers_;
   std::atomic<bool> failed_{false};
   std::atomic<bool> leaving_{false};
   mutable std::atomic<int> waiting_{0};
-  std::thread thread_;
+  std::optional<IoThread> thread_;
 };
 
 }  // namespace
@@ -158,10 +196,16 @@ std::shared_ptr<Communicator> connect_sockets(const World& world, const ConnectO
   DUALPIPE_CHECK(world.size == 1 || options.store || (world.master_port > 0 && world.master_port <= 65535), "the ",
                  world.size, " ranks have no port to meet at (master_port is ", world.master_port,
                  "): set MASTER_ADDR and MASTER_PORT, or start the program with dualpipe-run or torchrun");
-  // Further away than this it would leave the range of the clock.
+  // A later deadline would leave the range of the clock.
   const auto patience = std::min<std::chrono::milliseconds>(options.timeout, std::chrono::hours(24 * 365));
   const auto deadline = Rendezvous::Clock::now() + patience;
-  return MessageCommunicator::world(std::make_shared<SocketTransport>(world, options, deadline, route));
+  try {
+    return MessageCommunicator::world(std::make_shared<SocketTransport>(world, options, deadline, route));
+  } catch (const Error&) {
+    throw;
+  } catch (const std::exception& error) {  // no descriptors, no memory, …
+    throw CommError(world.rank, "connect", str("rank ", world.rank, ": cannot connect: ", message_of(error)));
+  }
 }
 
 }  // namespace detail

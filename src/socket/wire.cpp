@@ -11,8 +11,8 @@
 namespace dualpipe::detail::wire {
 namespace {
 
-constexpr std::uint64_t kLongestHead = 16 << 20;
-constexpr std::size_t kLongestReason = 64 << 10;
+constexpr std::uint64_t longest_head = 16 << 20;
+constexpr std::size_t longest_reason = 64 << 10;
 
 class Writer {
  public:
@@ -25,7 +25,7 @@ class Writer {
     put(static_cast<std::uint32_t>(text.size()));
     bytes_ += text;
   }
-  /// The frame, its prefix in the place that the constructor has left for it.
+  /// The frame, with the prefix in its reserved place.
   std::string finish(Kind kind, std::uint64_t payload_bytes) {
     Prefix prefix;
     prefix.kind = kind;
@@ -49,7 +49,7 @@ class Reader {
     return value;
   }
   std::string get_text() { return std::string(take(get<std::uint32_t>())); }
-  /// A number of things of at least `size` bytes each, which must be there.
+  /// The count of the items that follow, each of at least `size` bytes.
   std::size_t get_count(std::size_t size) {
     const auto count = get<std::uint32_t>();
     if (count > bytes_.size() / size)
@@ -102,7 +102,7 @@ std::string message_frame(const Header& header, std::uint64_t payload_bytes) {
 std::string abort_frame(int origin, std::string_view reason) {
   Writer out;
   out.put(static_cast<std::int32_t>(origin));
-  out.put_text(reason.substr(0, kLongestReason));
+  out.put_text(reason.substr(0, longest_reason));
   return out.finish(Kind::abort, 0);
 }
 
@@ -112,7 +112,7 @@ Prefix read_prefix(std::string_view bytes) {
   Reader in(bytes);
   const auto prefix = in.get<Prefix>();
   const bool known = prefix.kind == Kind::message || prefix.kind == Kind::abort || prefix.kind == Kind::goodbye;
-  if (prefix.magic != Prefix().magic || !known || prefix.head_bytes > kLongestHead)
+  if (prefix.magic != Prefix().magic || !known || prefix.head_bytes > longest_head)
     throw Malformed(str("a frame begins with ", prefix.magic, " ", static_cast<std::uint32_t>(prefix.kind), " ",
                         prefix.head_bytes));
   return prefix;
@@ -152,7 +152,7 @@ Abort read_abort(std::string_view head) {
 }
 
 Tensors allocate(const Header& header, std::uint64_t payload_bytes) {
-  // Everything is checked before anything is allocated: a broken head must not ask for all memory.
+  // All checks come before any allocation: a malformed head must not exhaust memory.
   std::uint64_t total = 0;
   for (const TensorSignature& tensor : header.signature) {
     if (!tensor.defined) continue;

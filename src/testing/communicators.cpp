@@ -18,7 +18,7 @@ using Clock = std::chrono::steady_clock;
 
 double seconds(Clock::time_point time) { return std::chrono::duration<double>(time.time_since_epoch()).count(); }
 
-/// What all wrappers leave to the communicator inside.
+/// Forwards to `inner` what no wrapper changes.
 class Wrapper : public Communicator {
  public:
   explicit Wrapper(std::shared_ptr<Communicator> inner)
@@ -38,13 +38,12 @@ class Wrapper : public Communicator {
   std::shared_ptr<Communicator> inner_;
 };
 
-// -------------------------------------------------------------------------------------------------------------------------
-// serial
+// ---- serial
 
-/// The receiver's answer: a tensor of a shape that nobody sends.
+/// The receiver's answer, with a shape that nobody else sends.
 Tensors acknowledgement() { return {at::empty({0, 'a', 'c', 'k'}, at::kChar)}; }
 
-/// A transfer that was over before its caller saw it. Waiting again still notices an abort.
+/// A transfer that is already complete. Waiting again still notices an abort.
 class Finished final : public Pending::State {
  public:
   Finished(Pending inner, Tensors tensors) : inner_(std::move(inner)), tensors_(std::move(tensors)) {}
@@ -119,7 +118,7 @@ class Serial final : public Wrapper {
   }
 
  private:
-  /// One operation at a time, also where a second thread uses the communicator against its contract.
+  /// One operation at a time: refuses a second thread, which the contract forbids.
   class Turn {
    public:
     Turn(std::atomic<bool>& busy, const char* operation) : busy_(busy) {
@@ -142,8 +141,7 @@ class Serial final : public Wrapper {
   std::atomic<bool> busy_{false};
 };
 
-// ------------------------------------------------------------------------------------------------------------------
-// delayed links
+// ---- delayed links
 
 std::int64_t bytes(const Tensors& tensors) {
   std::int64_t sum = 0;
@@ -151,23 +149,23 @@ std::int64_t bytes(const Tensors& tensors) {
   return sum;
 }
 
-/// Bytes that cross the busiest edge into this rank; -1: none does, so that nothing is delayed.
+/// Bytes that cross the busiest edge into this rank; -1: none, no delay.
 using BusiestEdge = std::function<std::int64_t(const Tensors& result)>;
 
-/// What has arrived inside but is still on its way here.
+/// A message that may have arrived in `inner`, but not here.
 struct Arrival {
   Pending inner;
-  bool carries_time = false;  ///< the last tensor is the time at which the sender issued it
+  bool carries_time = false;  ///< the last tensor is the time of the send
   BusiestEdge busiest;
   bool timed = false;
   Clock::time_point due{};
   Tensors tensors;
 };
 
-/// Messages of one direction of one edge; they occupy it one after the other, in the order in which they were sent.
-class Lane {
+/// The messages of one edge, which they occupy one after the other, in the order of the sends.
+class EdgeQueue {
  public:
-  explicit Lane(const Link& link) : link_(link) {}
+  explicit EdgeQueue(const Link& link) : link_(link) {}
 
   std::shared_ptr<Arrival> add(Pending inner, bool carries_time, BusiestEdge busiest) {
     auto arrival = std::make_shared<Arrival>();
@@ -178,8 +176,8 @@ class Lane {
     return arrival;
   }
 
-  /// Computes when `arrival` is due, and before it when all earlier ones are. Without `block` only as far as messages
-  /// have arrived inside.
+  /// Computes when `arrival` and all earlier ones are due. Without `block` stops at the first that has not arrived in
+  /// `inner`.
   void time(const Arrival& arrival, bool block) {
     while (!arrival.timed) {
       const auto next = waiting_.front();
@@ -216,12 +214,12 @@ class Lane {
 
 class Delayed final : public Pending::State {
  public:
-  Delayed(std::shared_ptr<Lane> lane, std::shared_ptr<Arrival> arrival)
-      : lane_(std::move(lane)), arrival_(std::move(arrival)) {}
+  Delayed(std::shared_ptr<EdgeQueue> queue, std::shared_ptr<Arrival> arrival)
+      : queue_(std::move(queue)), arrival_(std::move(arrival)) {}
 
   void wait() override {
-    lane_->time(*arrival_, /*block=*/true);
-    // Asleep in slices, so that an abort ends the wait.
+    queue_->time(*arrival_, /*block=*/true);
+    // Sleeps in slices: an abort ends the wait.
     constexpr auto slice = std::chrono::milliseconds(10);
     arrival_->inner.wait();
     for (auto now = Clock::now(); now < arrival_->due; now = Clock::now()) {
@@ -231,8 +229,8 @@ class Delayed final : public Pending::State {
   }
   bool done() const override {
     try {
-      lane_->time(*arrival_, /*block=*/false);
-      if (arrival_->timed) arrival_->inner.wait();  // over inside; notices an abort
+      queue_->time(*arrival_, /*block=*/false);
+      if (arrival_->timed) arrival_->inner.wait();  // complete in `inner`; notices an abort
     } catch (const CommError&) {
       return true;  // wait() throws it again
     }
@@ -250,7 +248,7 @@ class Delayed final : public Pending::State {
   }
 
  private:
-  std::shared_ptr<Lane> lane_;
+  std::shared_ptr<EdgeQueue> queue_;
   std::shared_ptr<Arrival> arrival_;
   bool taken_ = false;
 };
@@ -258,11 +256,11 @@ class Delayed final : public Pending::State {
 class DelayedLinks final : public Wrapper {
  public:
   DelayedLinks(std::shared_ptr<Communicator> inner, const Link& link)
-      : Wrapper(std::move(inner)), link_(link), collectives_(std::make_shared<Lane>(link)) {
+      : Wrapper(std::move(inner)), link_(link), collectives_(std::make_shared<EdgeQueue>(link)) {
     DUALPIPE_CHECK(link.latency.count() >= 0 && std::isfinite(link.bytes_per_second) && link.bytes_per_second >= 0,
                    "a link needs a latency and a bandwidth of zero or more, got ", link.latency.count(), " ns and ",
                    link.bytes_per_second, " bytes per second");
-    for (int r = 0; r < size(); ++r) edges_.push_back(std::make_shared<Lane>(link));
+    for (int r = 0; r < size(); ++r) edges_.push_back(std::make_shared<EdgeQueue>(link));
   }
 
   Pending send(int peer, Tensors tensors) override {
@@ -298,8 +296,9 @@ class DelayedLinks final : public Wrapper {
   static std::int64_t issue_time() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
   }
-  static Pending delayed(const std::shared_ptr<Lane>& lane, Pending inner, bool carries_time, BusiestEdge busiest) {
-    return Pending(std::make_shared<Delayed>(lane, lane->add(std::move(inner), carries_time, std::move(busiest))));
+  static Pending delayed(const std::shared_ptr<EdgeQueue>& queue, Pending inner, bool carries_time,
+                         BusiestEdge busiest) {
+    return Pending(std::make_shared<Delayed>(queue, queue->add(std::move(inner), carries_time, std::move(busiest))));
   }
   Pending collective(Pending inner, BusiestEdge busiest) {
     if (size() == 1) return inner;
@@ -316,8 +315,8 @@ class DelayedLinks final : public Wrapper {
   }
 
   Link link_;
-  std::vector<std::shared_ptr<Lane>> edges_;  // from each rank
-  std::shared_ptr<Lane> collectives_;
+  std::vector<std::shared_ptr<EdgeQueue>> edges_;  // from each rank
+  std::shared_ptr<EdgeQueue> collectives_;
 };
 
 }  // namespace

@@ -6,9 +6,9 @@
 
 namespace dualpipe {
 
-/// What a rank's main() does with the exception that ends it: prints "rank 3: message" to stderr, and writes the
-/// message to `world.error_file` where the launcher gave one, so that torchrun shows it in its own report. A file that
-/// cannot be written is mentioned on stderr and otherwise ignored.
+/// For the exception that ends a rank's main(): prints "rank 3: message" to stderr. Also writes the message to
+/// `world.error_file` if the launcher named one; torchrun then shows it in its own report. A file that cannot be
+/// written is mentioned on stderr and otherwise ignored.
 ///
 ///   int main() {
 ///     const World world = World::from_env();

@@ -1,4 +1,4 @@
-#include "socket/link.hpp"
+#include "socket/peer.hpp"
 
 #include <linux/sockios.h>
 #include <sys/ioctl.h>
@@ -18,19 +18,18 @@
 namespace dualpipe::detail {
 namespace {
 
-/// Messages that have arrived before anybody wants them may take this much memory per peer; then reading pauses.
-constexpr std::int64_t kHeldBack = 64 << 20;
-/// A message up to this size is written by the thread that sends it; copying more would cost it more than waking the
-/// I/O thread.
-constexpr std::uint64_t kDirectWrite = 64 << 10;
-/// Heads and small payloads are read through a buffer, several messages at a time.
-constexpr std::size_t kBuffer = 64 << 10;
+/// Unmatched messages may take this much memory per peer before reading pauses.
+constexpr std::int64_t held_back_limit = 64 << 20;
+/// The sending thread writes messages up to this size itself; waking the I/O thread costs more than copying them.
+constexpr std::uint64_t direct_write_limit = 64 << 10;
+/// Of the buffer through which heads and small payloads are read, several messages at a time.
+constexpr std::size_t buffer_size = 64 << 10;
 /// Pieces of memory per system call.
-constexpr std::size_t kPieces = 64;
+constexpr std::size_t max_pieces = 64;
 
-/// The pieces of `head` and `parcel` from byte `skip` on.
-std::size_t gather(const std::string& head, const MessageTensors* parcel, std::uint64_t skip,
-                   std::array<iovec, kPieces>& pieces) {
+/// Lists the memory of `head` and `tensors` from byte `skip` on. @return the number of pieces
+std::size_t list_pieces(const std::string& head, const MessageTensors* tensors, std::uint64_t skip,
+                        std::array<iovec, max_pieces>& pieces) {
   std::size_t count = 0;
   const auto add = [&](const void* data, std::size_t size) {
     if (skip >= size) {
@@ -41,8 +40,8 @@ std::size_t gather(const std::string& head, const MessageTensors* parcel, std::u
     skip = 0;
   };
   add(head.data(), head.size());
-  if (parcel == nullptr) return count;
-  for (const at::Tensor& tensor : parcel->tensors()) {
+  if (tensors == nullptr) return count;
+  for (const at::Tensor& tensor : tensors->tensors()) {
     if (count == pieces.size()) break;
     if (tensor.defined()) add(tensor.data_ptr(), tensor.nbytes());
   }
@@ -51,25 +50,25 @@ std::size_t gather(const std::string& head, const MessageTensors* parcel, std::u
 
 }  // namespace
 
-Link::Link(Connection connection, LinkOwner& owner)
-    : peer_(connection.peer),
+Peer::Peer(Connection connection, PeerOwner& owner)
+    : rank_(connection.peer),
       owner_(owner),
       socket_(std::move(connection.socket)),
       handle_(socket_.native_handle()),
       local_(socket_.local_endpoint().protocol().family() == AF_UNIX),
       clock_offset_ns_(connection.clock_offset_ns),
-      buffer_(kBuffer) {}
+      buffer_(buffer_size) {}
 
 // ---- writing
 
-void Link::send(const Message& message, std::shared_ptr<Request> transfer) {
+void Peer::send(const Message& message, std::shared_ptr<Request> request) {
   const std::uint64_t payload = wire::payload_bytes(message.tensors->tensors());
-  enqueue({wire::message_frame(message.header, payload), payload, message.tensors, std::move(transfer)});
+  enqueue({wire::message_frame(message.header, payload), payload, message.tensors, std::move(request)});
 }
 
-void Link::say_goodbye() { enqueue({wire::goodbye_frame()}); }
+void Peer::say_goodbye() { enqueue({wire::goodbye_frame()}); }
 
-void Link::abort(int origin, const std::string& reason) {
+void Peer::abort(int origin, const std::string& reason) {
   {
     const std::lock_guard lock(mutex_);
     while (!queue_.empty() && queue_.back().sent == 0) queue_.pop_back();
@@ -77,12 +76,12 @@ void Link::abort(int origin, const std::string& reason) {
   enqueue({wire::abort_frame(origin, reason)});
 }
 
-void Link::enqueue(Outgoing outgoing) {
-  Finished finished;
+void Peer::enqueue(Outgoing outgoing) {
+  Requests finished;
   {
     const std::lock_guard lock(mutex_);
     if (broken_) return;
-    const bool directly = queue_.empty() && !writer_scheduled_ && outgoing.payload <= kDirectWrite;
+    const bool directly = queue_.empty() && !writer_scheduled_ && outgoing.payload <= direct_write_limit;
     queue_.push_back(std::move(outgoing));
     if (directly) write(finished);
     if (!queue_.empty() && !writer_scheduled_) {
@@ -93,31 +92,31 @@ void Link::enqueue(Outgoing outgoing) {
   report(finished);
 }
 
-void Link::write(Finished& finished) {
-  std::array<iovec, kPieces> pieces;
+void Peer::write(Requests& finished) {
+  std::array<iovec, max_pieces> pieces;
   while (!queue_.empty()) {
     Outgoing& front = queue_.front();
     msghdr message{};
     message.msg_iov = pieces.data();
-    message.msg_iovlen = gather(front.head, front.parcel.get(), front.sent, pieces);
+    message.msg_iovlen = list_pieces(front.head, front.tensors.get(), front.sent, pieces);
     const ssize_t written = ::sendmsg(handle_, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
     if (written < 0) {
       if (errno == EINTR) continue;
       if (errno == EAGAIN || errno == EWOULDBLOCK) return;
-      // The reader learns why: a goodbye or an abort may still be on its way here.
+      // The reader finds out why: the peer's goodbye or abort may still arrive.
       broken_ = true;
       queue_.clear();
       return;
     }
     front.sent += static_cast<std::uint64_t>(written);
     if (front.sent < front.head.size() + front.payload) continue;
-    if (front.transfer) finished.push_back(std::move(front.transfer));
+    if (front.request) finished.push_back(std::move(front.request));
     queue_.pop_front();
   }
 }
 
-void Link::continue_writing() {
-  Finished finished;
+void Peer::continue_writing() {
+  Requests finished;
   {
     const std::lock_guard lock(mutex_);
     write(finished);
@@ -130,17 +129,17 @@ void Link::continue_writing() {
   report(finished);
 }
 
-void Link::report(const Finished& finished) {
-  for (const auto& transfer : finished) owner_.sent(transfer);
+void Peer::report(const Requests& finished) {
+  for (const auto& request : finished) owner_.sent(request);
 }
 
-bool Link::flushed() const {
-  if (over_) return true;  // the peer is gone, or knows more than this rank could tell it
+bool Peer::flushed() const {
+  if (over_) return true;  // the peer does not listen any more
   const std::lock_guard lock(mutex_);
   if (broken_) return true;
   if (!queue_.empty()) return false;
-  // What TCP has not delivered when a socket with unread input is closed would be lost. A Unix domain socket has
-  // delivered all.
+  // Closing a TCP socket that has unread input discards what the peer has not acknowledged. A Unix domain socket has
+  // delivered everything.
   int unacknowledged = 0;
   return local_ || ::ioctl(handle_, SIOCOUTQ, &unacknowledged) != 0 || unacknowledged == 0;
 }
@@ -148,7 +147,7 @@ bool Link::flushed() const {
 // ---- reading
 
 template <class Action>
-void Link::guarded(const Action& action) noexcept {
+void Peer::guarded(const Action& action) noexcept {
   try {
     try {
       action();
@@ -157,19 +156,19 @@ void Link::guarded(const Action& action) noexcept {
       owner_.lost(*this, str("sent something that is no message: ", error.what()));
     } catch (const std::exception& error) {  // above all: no memory
       over_ = true;
-      owner_.failed_here(str("cannot receive ", incoming_bytes_, " bytes from rank ", peer_, ": ", error.what()));
+      owner_.failed_here(str("cannot receive ", incoming_bytes_, " bytes from rank ", rank_, ": ", error.what()));
     }
   } catch (...) {
-    over_ = true;  // not even an error message can be had; the deadlines remain
+    over_ = true;  // no memory even for an error message: the deadlines remain
   }
 }
 
-void Link::start_reading() {
+void Peer::start_reading() {
   asio::post(socket_.get_executor(), [self = shared_from_this()] { self->read_more(); });
 }
 
-void Link::read_more() {
-  // Room for the rest of a head, at least.
+void Peer::read_more() {
+  // Makes room for the rest of a head.
   if (begin_ > 0) {
     std::memmove(buffer_.data(), buffer_.data() + begin_, end_ - begin_);
     end_ -= begin_;
@@ -183,7 +182,7 @@ void Link::read_more() {
                           });
 }
 
-void Link::parse() {
+void Peer::parse() {
   while (!over_ && parse_frame()) {
     if (!missing_.empty()) {
       asio::async_read(socket_, missing_, [self = shared_from_this()](const asio::error_code& error, std::size_t) {
@@ -201,7 +200,7 @@ void Link::parse() {
   if (!over_) read_more();
 }
 
-bool Link::parse_frame() {
+bool Peer::parse_frame() {
   const std::string_view available(buffer_.data() + begin_, end_ - begin_);
   if (available.size() < sizeof(wire::Prefix)) return false;
   const wire::Prefix prefix = wire::read_prefix(available.substr(0, sizeof(wire::Prefix)));
@@ -226,7 +225,7 @@ bool Link::parse_frame() {
 
   incoming_bytes_ = prefix.payload_bytes;
   incoming_.header = wire::read_header(head);
-  // The offset is an estimate, but nothing arrives before it was sent.
+  // The offset is an estimate; a message is never issued after it has arrived.
   incoming_.header.issued_ns = std::min(incoming_.header.issued_ns + clock_offset_ns_, now_ns());
   Tensors tensors = wire::allocate(incoming_.header, prefix.payload_bytes);
   for (const at::Tensor& tensor : tensors) {
@@ -242,37 +241,37 @@ bool Link::parse_frame() {
   return true;
 }
 
-void Link::finish_message() {
+void Peer::finish_message() {
   const auto bytes = static_cast<std::int64_t>(incoming_bytes_);
   held_ += bytes;
-  incoming_.accepted = [link = weak_from_this(), bytes] {
-    if (const auto self = link.lock()) self->taken(bytes);
+  incoming_.accepted = [weak = weak_from_this(), bytes] {
+    if (const auto self = weak.lock()) self->taken(bytes);
   };
   owner_.arrived(*this, std::exchange(incoming_, {}));
 }
 
-bool Link::hold_back() {
-  const auto enough = [this] { return held_ > kHeldBack && owner_.may_hold_back(); };
+bool Peer::hold_back() {
+  const auto enough = [this] { return held_ > held_back_limit && owner_.may_hold_back(); };
   if (!enough()) return false;
   paused_ = true;
-  // Whoever changes what enough() says looks at paused_ afterwards.
+  // Checked again: whoever changes the result of enough() looks at paused_ afterwards.
   if (enough()) return true;
   return !paused_.exchange(false);
 }
 
-void Link::taken(std::int64_t bytes) {
+void Peer::taken(std::int64_t bytes) {
   held_ -= bytes;
-  if (held_ <= kHeldBack) resume();
+  if (held_ <= held_back_limit) resume();
 }
 
-void Link::resume() {
+void Peer::resume() {
   if (!paused_) return;
   asio::post(socket_.get_executor(), [self = shared_from_this()] {
     if (self->paused_.exchange(false)) self->guarded([&] { self->parse(); });
   });
 }
 
-void Link::ended(const asio::error_code& error) {
+void Peer::ended(const asio::error_code& error) {
   if (over_ || error == asio::error::operation_aborted) return;
   over_ = true;
   const bool closed = error == asio::error::eof || error == asio::error::connection_reset;
