@@ -2,50 +2,51 @@
 
 #include <map>
 #include <memory>
-#include <mutex>
+#include <optional>
 #include <string>
 #include <unordered_set>
 #include <vector>
 
-#include "nccl/family.hpp"
-#include "nccl/trace.hpp"
+#include "nccl/context.hpp"
+#include "nccl/nccl_trace.hpp"
 
 namespace dualpipe::detail {
 
-/// How an NcclCommunicator uses NCCL.
-struct NcclUse {
+struct NcclCommunicatorOptions {
   std::chrono::milliseconds timeout = std::chrono::minutes(5);
   bool communicator_per_edge = false;
   NcclConfig config = {};
+  /// Largest tensor of the warm-up: NCCL chooses its algorithm by size, and connects each at its first use.
+  std::size_t largest_warm_up_bytes = std::size_t{256} << 10;
 };
 
-/// Signatures that all ends have been seen to agree about: an operation with one of them is launched without waiting
-/// for what the peers say of it. They still say it, and a disagreement ends the family.
-class Agreed {
+/// Operations on whose signature all ranks have agreed before: they are launched without waiting for the peers'
+/// headers. Headers are still compared, and a mismatch is an error on all ranks.
+class KnownSignatures {
  public:
-  bool contains(const std::string& text) const { return texts_.contains(text); }
-  void insert(std::string text) {
-    if (texts_.size() < kMost) texts_.insert(std::move(text));
+  bool contains(const std::string& key) const { return keys_.contains(key); }
+  void insert(std::string key) {
+    if (keys_.size() < capacity) keys_.insert(std::move(key));
   }
 
  private:
-  static constexpr std::size_t kMost = 4096;  // shapes that never repeat must not fill the memory
-  std::unordered_set<std::string> texts_;
+  static constexpr std::size_t capacity = 4096;  // bounds the memory where shapes never repeat
+  std::unordered_set<std::string> keys_;
 };
 
-/// Moves tensors of one device by NCCL. Each operation is announced over the control plane with all that both ends must
-/// agree on; what the device does is in nccl_family.hpp.
+/// A communicator for the tensors of one device. Each operation is announced to its peers over the control plane, with
+/// everything that both ends must agree on; NcclContext launches it.
 class NcclCommunicator final : public Communicator {
  public:
-  /// Collective. @param control  of the world: local or sockets, used by nobody else.
+  /// Collective. @param control  a local or socket communicator of the world that nobody else uses.
   static std::shared_ptr<NcclCommunicator> world(const std::shared_ptr<Communicator>& control,
                                                  std::shared_ptr<DeviceApi> device, std::shared_ptr<NcclApi> nccl,
-                                                 const NcclUse& use);
-  /// Collective over the ranks of group `group`; see world() and split().
-  NcclCommunicator(std::shared_ptr<NcclFamily> family, std::int64_t group, const std::vector<int>& members, int rank,
-                   bool communicator_per_edge);
+                                                 const NcclCommunicatorOptions& options);
+  /// Collective over the members of `group`; see world() and split().
+  NcclCommunicator(std::shared_ptr<NcclContext> context, std::int64_t group, const std::vector<int>& members, int rank,
+                   NcclCommunicatorOptions options);
 
-  at::Device device() const override { return family_->device().device(); }
+  at::Device device() const override { return context_->device().device(); }
   Communicator& control() override { return control_; }
   bool gains_from_expected() const noexcept override { return true; }
   DeviceTrace* device_trace() noexcept override { return &trace_; }
@@ -66,33 +67,41 @@ class NcclCommunicator final : public Communicator {
   Header header(Channel channel, std::string operation, std::uint64_t sequence, Signature signature) const;
   Header next_collective(std::string operation, Signature signature);
   void announce(int peer, Header header);
-  /// Announces a collective to all others; gives what they will say of it, which must be what is expected of each.
+  /// Announces a collective to the other ranks. Returns their announcements, which must equal `expected`, by rank.
   std::vector<std::shared_ptr<Request>> announce_to_all(const Header& own, const std::vector<Header>& expected);
   std::vector<std::shared_ptr<Request>> announce_to_all(const Header& head);
-  /// An operation that the caller's stream has just made ready.
-  std::shared_ptr<Flight> flight(Request whole, std::vector<std::shared_ptr<Request>> headers, NcclLine line) const;
-  const NcclLine& transfer_line(Edge edge) const;
+  /// A new operation, called from the current stream.
+  std::shared_ptr<NcclOperation> make_operation(Request request, std::vector<std::shared_ptr<Request>> headers,
+                                                CommStream on) const;
+  struct Route {
+    CommStream on;
+    NcclContext::QueueId queue;
+    int peer;  ///< the other rank in that communicator
+  };
+  /// The way of a transfer between this rank and `peer`, another rank of this communicator.
+  Route route(Edge edge, int peer) const;
   Pending exchange(const char* operation, Tensors outgoing, const std::optional<Signature>& expected);
-  /// Returns when the device is through with it.
-  void first_use(NcclLine line, NcclFamily::QueueId queue,
-                 std::function<void(const Flight&, NcclApi&, NcclLine)> issue);
-  void warm_up(const std::vector<Edge>& edges);
+  /// Runs `issue` with `count` buffers of `bytes` bytes, and returns when the device has finished.
+  void warm_up(CommStream on, NcclContext::QueueId queue, std::size_t count, std::size_t bytes,
+               std::function<void(const NcclOperation&, NcclApi&, CommStream)> issue);
+  void warm_up_transfers(const std::vector<Edge>& edges);
   void warm_up_collectives();
+  void open_edge(Edge edge);
 
-  std::shared_ptr<NcclFamily> family_;
+  std::shared_ptr<NcclContext> context_;
   NcclTrace trace_;
   std::int64_t group_;
-  bool communicator_per_edge_;
-  MessageCommunicator control_;  // of the same ranks, in a group of its own
+  NcclCommunicatorOptions options_;
+  MessageCommunicator control_;  // the same ranks; its own group, so that its messages are no announcements
   std::vector<std::uint64_t> sends_;
   std::vector<std::uint64_t> receives_;
   std::uint64_t collectives_count_ = 0;
-  NcclFamily::QueueId transfer_queue_;
-  NcclFamily::QueueId collective_queue_;
-  NcclLine transfers_;
-  NcclLine collectives_;
-  std::map<Edge, NcclLine> edges_;  // of two ranks: 0 sends, 1 receives
-  std::shared_ptr<Agreed> agreed_ = std::make_shared<Agreed>();
+  NcclContext::QueueId transfer_queue_;
+  NcclContext::QueueId collective_queue_;
+  CommStream collectives_;
+  std::optional<CommStream> transfers_;  // opened by connect()
+  std::map<Edge, CommStream> edges_;     // communicators of two ranks: 0 sends, 1 receives
+  std::shared_ptr<KnownSignatures> known_ = std::make_shared<KnownSignatures>();
 };
 
 }  // namespace dualpipe::detail

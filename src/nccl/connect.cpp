@@ -7,12 +7,12 @@
 #include "dualpipe/comm/nccl.hpp"
 #include "nccl/communicator.hpp"
 #include "nccl/cuda.hpp"
-#include "nccl/devices.hpp"
+#include "nccl/rank_device.hpp"
 
 namespace dualpipe {
 namespace {
 
-/// Every rank's text, by rank.
+/// The text of each rank, by rank.
 std::vector<std::string> gather(Communicator& control, const std::string& text) {
   const detail::PlainTensors plain;
   at::Tensor bytes = at::empty({static_cast<std::int64_t>(text.size())}, at::kByte);
@@ -32,7 +32,7 @@ std::shared_ptr<Communicator> connect_nccl(const World& world, const NcclOptions
       options.min_ctas, " and ", options.max_ctas);
   const std::shared_ptr<Communicator> control = connect_sockets(world, options.connect);
 
-  // What is wrong on one rank is the same error on all.
+  // All ranks throw the error of any rank.
   detail::RankDevice mine{.rank = world.rank, .local_rank = world.local_rank, .local_size = world.local_size};
   mine.wanted = options.device;
   std::shared_ptr<detail::NcclApi> nccl;
@@ -60,7 +60,8 @@ std::shared_ptr<Communicator> connect_nccl(const World& world, const NcclOptions
       control, detail::cuda_device(mine.index()), std::move(nccl),
       {.timeout = options.connect.timeout,
        .communicator_per_edge = options.communicator_per_edge,
-       .config = {.min_ctas = options.min_ctas, .max_ctas = options.max_ctas, .name = options.connect.name}});
+       .config = {.min_ctas = options.min_ctas, .max_ctas = options.max_ctas, .name = options.connect.name},
+       .largest_warm_up_bytes = std::size_t{64} << 20});
 }
 
 }  // namespace dualpipe

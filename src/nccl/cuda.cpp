@@ -14,7 +14,7 @@
 #include <deque>
 #include <mutex>
 
-// Throws DeviceFailure with what the library says, unless the call succeeds.
+// Throws DeviceFailure with the library's text if the call fails.
 #define DUALPIPE_CUDA_CHECK(call)                                                                       \
   do {                                                                                                  \
     const cudaError_t result_ = (call);                                                                 \
@@ -42,20 +42,20 @@ ncclComm_t real(NcclComm comm) { return reinterpret_cast<ncclComm_t>(comm); }
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-/// Sets the device where nothing may be thrown. After an error that stays, as those of kernels do, it cannot be set:
-/// then what is freed is freed without it, or not at all.
+/// Sets the device without throwing. After a sticky error, such as a kernel's, it cannot be set; then frees happen
+/// without it, or fail.
 class QuietGuard {
  public:
   explicit QuietGuard(at::Device device) noexcept {
     try {
-      guard_.set_device(device);
+      watchdog_.set_device(device);
     } catch (...) {
-      // Who uses the device learns of it.
+      // The next call that may throw reports it.
     }
   }
 
  private:
-  c10::cuda::OptionalCUDAGuard guard_;
+  c10::cuda::OptionalCUDAGuard watchdog_;
 };
 
 class CudaDevice final : public DeviceApi {
@@ -106,8 +106,8 @@ class CudaDevice final : public DeviceApi {
     return true;
   }
 
-  /// By its distance from an event whose time on the host is known. Distances are milliseconds in single precision, so
-  /// that one must not be long ago.
+  /// Measured from an anchor event whose host time is known. CUDA gives the difference as float milliseconds, so the
+  /// anchor is renewed every few seconds.
   double time_of(DeviceEvent event) override {
     constexpr double longest = 5;
     const std::lock_guard lock(clock_mutex_);
@@ -212,8 +212,8 @@ class NcclLibrary final : public NcclApi {
     config.blocking = 1;
     if (wanted.min_ctas > 0) config.minCTAs = wanted.min_ctas;
     if (wanted.max_ctas > 0) config.maxCTAs = wanted.max_ctas;
-    // Beside a minimum NCCL refuses a maximum that is not set.
-    if (wanted.min_ctas > 0 && wanted.max_ctas == 0) config.maxCTAs = std::max(wanted.min_ctas, kMostCtas);
+    // NCCL refuses a minimum without a maximum.
+    if (wanted.min_ctas > 0 && wanted.max_ctas == 0) config.maxCTAs = std::max(wanted.min_ctas, largest_cta_count);
     config.commName = keep(wanted.name);
     ncclComm_t comm = nullptr;
     DUALPIPE_NCCL_CHECK(nullptr, ncclCommInitRankConfig(&comm, num_ranks, id, rank, &config));
@@ -223,7 +223,7 @@ class NcclLibrary final : public NcclApi {
     const c10::cuda::CUDAGuard guard(device_);
     DUALPIPE_NCCL_CHECK(nullptr, ncclCommDestroy(real(comm)));
   }
-  // In a group all of them are told to end before the first is waited for; NCCL 2.22 and later.
+  // In a group NCCL 2.22 and later stops all communicators before it waits for the first.
   void abort(std::span<const NcclComm> comms) noexcept override {
     const QuietGuard guard(device_);
     (void)ncclGroupStart();
@@ -258,9 +258,9 @@ class NcclLibrary final : public NcclApi {
   }
 
  private:
-  static constexpr int kMostCtas = 64;  // NCCL's own limit
+  static constexpr int largest_cta_count = 64;  // NCCL's own limit
 
-  /// NCCL reads a communicator's name for as long as that lives.
+  /// NCCL keeps the pointer to a communicator's name.
   const char* keep(const std::string& name) {
     const std::lock_guard lock(names_mutex_);
     return names_.emplace_back(name).c_str();

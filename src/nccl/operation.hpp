@@ -1,43 +1,46 @@
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
-#include <optional>
-#include <utility>
+#include <type_traits>
+#include <vector>
 
-#include "nccl/communicator.hpp"
+#include "dualpipe/detail/comm/message.hpp"
+#include "nccl/api.hpp"
 
 namespace dualpipe::detail {
 
-/// The Pending of one flight: what remains to be done on the caller's thread.
-class NcclOperation final : public Pending::State {
- public:
-  using Finish = std::function<Tensors(Flight&)>;
-  struct Parts {
-    std::optional<NcclFamily::QueueId> queue = std::nullopt;  ///< none: nothing is launched
-    std::shared_ptr<Flight> flight = nullptr;
-    Watch watched = {};       ///< what the caller must not write to before wait()
-    Finish finish = nullptr;  ///< on the stream that waited; makes what take() gives
-  };
+/// A pooled event; it returns to its pool when the last reference goes.
+using EventPtr = std::shared_ptr<std::remove_pointer_t<DeviceEvent>>;
 
-  NcclOperation(std::shared_ptr<NcclFamily> family, Parts parts);
+/// A communicator of NCCL, and the stream on which its operations run.
+struct CommStream {
+  NcclComm comm = nullptr;
+  DeviceStream stream = nullptr;
+};
 
-  void wait() override;
-  void synchronize() override;
-  bool done() const override;
-  Tensors take() override;
-  Span span() const override;
+/// One transfer or collective: first queued on the host, then launched on a stream.
+struct NcclOperation {
+  // Set before submit(), constant afterwards.
+  Request request;                                ///< names the operation in errors
+  std::vector<std::shared_ptr<Request>> headers;  ///< the peers' announcements
+  bool waits_for_headers = true;                  ///< not launched before the announcements have come
+  /// submit() polls briefly for announcements: an operation launched later allocates its result behind all work that
+  /// the caller queues meanwhile.
+  bool polls_for_headers = false;
+  int blamed_rank = -1;  ///< origin of the error if the device does not finish in time; -1: none
+  CommStream comm_stream;
+  DeviceStream caller = nullptr;                ///< the current stream at the time of the call
+  EventPtr ready;                               ///< the launch waits for it; null: recorded on `caller` after prepare()
+  std::function<void(NcclOperation&)> prepare;  ///< allocates, right before the launch; may be null
+  std::function<void(const NcclOperation&, NcclApi&, CommStream)> issue;  ///< calls NCCL; null: nothing to launch
 
- private:
-  bool launched() const;
-  void finish();
-  void order(DeviceStream stream, const EventPtr& event);
-
-  std::shared_ptr<NcclFamily> family_;
-  Parts parts_;
-  Tensors result_;
-  bool finished_ = false;
-  bool taken_ = false;
+  // Set by the launch.
+  Tensors sources;  ///< the device reads these
+  Tensors targets;  ///< the device writes these
+  EventPtr begin, end;
+  std::atomic<bool> launched{false};
 };
 
 }  // namespace dualpipe::detail

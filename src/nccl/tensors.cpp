@@ -13,10 +13,12 @@ void check_dense(const char* operation, const at::Tensor& tensor, std::size_t in
                  "; only dense tensors travel: use to_dense() or dequantize()");
 }
 
-bool as_it_is(const at::Tensor& tensor) { return !tensor.is_conj() && !tensor.is_neg() && tensor.is_contiguous(); }
+bool usable_directly(const at::Tensor& tensor) {
+  return !tensor.is_conj() && !tensor.is_neg() && tensor.is_contiguous();
+}
 
-/// What NCCL adds up in place of `dtype`, which it does not know.
-at::ScalarType added_up_as(at::ScalarType dtype) {
+/// The dtype in which NCCL reduces tensors of `dtype`.
+at::ScalarType reduction_dtype(at::ScalarType dtype) {
   switch (dtype) {
     case at::kByte:
     case at::kChar:
@@ -34,7 +36,7 @@ at::ScalarType added_up_as(at::ScalarType dtype) {
 
 }  // namespace
 
-Tensors travelling(const char* operation, const Tensors& tensors, at::Device device) {
+Tensors send_buffers(const char* operation, const Tensors& tensors, at::Device device) {
   for (std::size_t i = 0; i < tensors.size(); ++i)
     if (tensors[i].defined()) check_dense(operation, tensors[i], i, device);
   const PlainTensors plain;
@@ -45,7 +47,7 @@ Tensors travelling(const char* operation, const Tensors& tensors, at::Device dev
       result.emplace_back();
     } else if (tensor.is_inference()) {
       result.push_back(tensor.resolve_conj().resolve_neg().clone(at::MemoryFormat::Contiguous));
-    } else if (as_it_is(tensor)) {
+    } else if (usable_directly(tensor)) {
       result.push_back(tensor.variable_data());
     } else {
       result.push_back(tensor.resolve_conj().resolve_neg().contiguous().variable_data());
@@ -54,19 +56,19 @@ Tensors travelling(const char* operation, const Tensors& tensors, at::Device dev
   return result;
 }
 
-Place::Place(at::Tensor tensor, bool as_bytes) : tensor_(std::move(tensor)) {
+InPlaceBuffer::InPlaceBuffer(at::Tensor tensor, bool as_bytes) : tensor_(std::move(tensor)) {
   if (!tensor_.defined()) return;
   const at::Tensor plain = tensor_.detach();
-  const bool direct =
-      as_it_is(plain) && (as_bytes || plain.is_complex() || added_up_as(plain.scalar_type()) == plain.scalar_type());
+  const bool direct = usable_directly(plain) &&
+                      (as_bytes || plain.is_complex() || reduction_dtype(plain.scalar_type()) == plain.scalar_type());
   copied_ = !direct;
   memory_ = direct                           ? plain
             : as_bytes || plain.is_complex() ? plain.resolve_conj().resolve_neg().contiguous()
-                                             : plain.to(added_up_as(plain.scalar_type())).contiguous();
+                                             : plain.to(reduction_dtype(plain.scalar_type())).contiguous();
   if (!as_bytes && memory_.is_complex()) memory_ = at::view_as_real(memory_);
 }
 
-void Place::finish() {
+void InPlaceBuffer::finish() {
   if (!tensor_.defined()) return;
   if (!copied_) {
     if (!tensor_.is_inference()) tensor_.unsafeGetTensorImpl()->bump_version();
@@ -75,18 +77,19 @@ void Place::finish() {
   }
 }
 
-std::vector<Place> places(const char* operation, const Tensors& tensors, at::Device device, bool as_bytes) {
+std::vector<InPlaceBuffer> in_place_buffers(const char* operation, const Tensors& tensors, at::Device device,
+                                            bool as_bytes) {
   for (std::size_t i = 0; i < tensors.size(); ++i)
     if (tensors[i].defined()) check_dense(operation, tensors[i], i, device);
   const PlainTensors plain;
-  std::vector<Place> result;
+  std::vector<InPlaceBuffer> result;
   for (const at::Tensor& tensor : tensors) result.emplace_back(tensor, as_bytes);
   return result;
 }
 
-Tensors memory_of(const std::vector<Place>& places) {
+Tensors memory_of(const std::vector<InPlaceBuffer>& places) {
   Tensors memory;
-  for (const Place& place : places) memory.push_back(place.memory());
+  for (const InPlaceBuffer& buffer : places) memory.push_back(buffer.memory());
   return memory;
 }
 
@@ -98,7 +101,7 @@ Tensors allocate(DeviceApi& device, const Signature& signature, DeviceStream str
   return tensors;
 }
 
-Tensors described(Tensors tensors, const Signature& signature) {
+Tensors with_requires_grad(Tensors tensors, const Signature& signature) {
   for (std::size_t i = 0; i < tensors.size(); ++i)
     if (tensors[i].defined()) tensors[i].set_requires_grad(signature[i].requires_grad);
   return tensors;

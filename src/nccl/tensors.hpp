@@ -8,23 +8,23 @@
 #include "dualpipe/detail/comm/message_communicator.hpp"
 #include "nccl/api.hpp"
 
-// What becomes of a caller's tensors before the device works on them, and afterwards.
+// Prepares a caller's tensors for NCCL, and restores them afterwards.
 namespace dualpipe::detail {
 
-inline bool empty(const at::Tensor& tensor) { return !tensor.defined() || tensor.numel() == 0; }
+inline bool has_elements(const at::Tensor& tensor) { return tensor.defined() && tensor.numel() > 0; }
 
-/// Aliases of the tensors where possible, else copies made on the current stream; contiguous and outside autograd.
+/// Contiguous tensors outside autograd: aliases where possible, else copies made on the current stream.
 ///
-/// @throws InvalidArgument  not a dense tensor of `device`; `operation` names the call.
-Tensors travelling(const char* operation, const Tensors& tensors, at::Device device);
+/// @throws InvalidArgument  a tensor is not dense or not on `device`; `operation` names the call.
+Tensors send_buffers(const char* operation, const Tensors& tensors, at::Device device);
 
-/// Where an in-place collective works: the tensor's own memory where it can be used as it is, else a copy.
-class Place {
+/// The buffer of an in-place collective: the tensor's own memory if NCCL can use it, else a copy.
+class InPlaceBuffer {
  public:
-  /// @param as_bytes  its dtype does not matter; otherwise NCCL must be able to add it up.
-  Place(at::Tensor tensor, bool as_bytes);
+  /// @param as_bytes  any dtype is allowed; otherwise the buffer gets a dtype that NCCL reduces.
+  InPlaceBuffer(at::Tensor tensor, bool as_bytes);
   const at::Tensor& memory() const { return memory_; }
-  /// On the stream that has waited.
+  /// Writes a copied result back, on the current stream, which must have waited.
   void finish();
 
  private:
@@ -32,13 +32,14 @@ class Place {
   bool copied_ = false;
 };
 
-/// @throws InvalidArgument  as travelling().
-std::vector<Place> places(const char* operation, const Tensors& tensors, at::Device device, bool as_bytes);
-Tensors memory_of(const std::vector<Place>& places);
+/// @throws InvalidArgument  as send_buffers().
+std::vector<InPlaceBuffer> in_place_buffers(const char* operation, const Tensors& tensors, at::Device device,
+                                            bool as_bytes);
+Tensors memory_of(const std::vector<InPlaceBuffer>& places);
 
-/// Memory for what `signature` announces, for work on `stream`.
+/// Tensors of the given signature, for use on `stream`.
 Tensors allocate(DeviceApi& device, const Signature& signature, DeviceStream stream);
-/// Gives tensors as their sender described them.
-Tensors described(Tensors tensors, const Signature& signature);
+/// Sets requires_grad as the sender's tensors had it.
+Tensors with_requires_grad(Tensors tensors, const Signature& signature);
 
 }  // namespace dualpipe::detail

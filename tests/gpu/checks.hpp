@@ -4,7 +4,6 @@
 #include <gmock/gmock.h>
 #include <torch/torch.h>
 
-#include <chrono>
 #include <cmath>
 #include <functional>
 #include <memory>
@@ -163,10 +162,8 @@ inline void an_abort_leaves_parameters_and_gradients(const Ptr& comm) {
     if (comm->rank() == 0) throw std::domain_error("the loss is not a number");
     return squared_error()(outputs, targets);
   };
-  const auto begin = std::chrono::steady_clock::now();
   EXPECT_THAT(message_of([&] { pipe->step(batch, fails); }), ::testing::HasSubstr("the loss is not a number"));
   torch::cuda::synchronize(comm->device().index());
-  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(10));
   std::size_t i = 0;
   for (const at::Tensor& parameter : pipe->parameters()) {
     EXPECT_TRUE(torch::equal(parameter, before[i++]));

@@ -11,7 +11,7 @@
 
 #include "launch/process.hpp"
 #include "nccl/cuda.hpp"
-#include "nccl/devices.hpp"
+#include "nccl/rank_device.hpp"
 
 namespace dualpipe {
 namespace {
@@ -63,14 +63,14 @@ TEST_P(GpuLaunch, EveryRankTestUnderTorchrun) {
 INSTANTIATE_TEST_SUITE_P(Devices, GpuLaunch, ::testing::Values(2, 4, 8),
                          [](const auto& tested) { return std::to_string(tested.param); });
 
-const std::vector<std::pair<std::string, std::string>> kSharing = {{"DUALPIPE_TEST_SHARE_DEVICE", "1"},
+const std::vector<std::pair<std::string, std::string>> sharing = {{"DUALPIPE_TEST_SHARE_DEVICE", "1"},
                                                                    {"NCCL_MULTI_RANK_GPU_ENABLE", "1"}};
 
 TEST(GpuLaunchShared, TwoRanksOnOneDevice) {
   if (const std::string why = missing(1); !why.empty()) GTEST_SKIP() << why;
-  if (detail::nccl_version() < detail::kSharesDevices)
+  if (detail::nccl_version() < detail::first_version_to_share_devices)
     GTEST_SKIP() << "needs NCCL 2.30, this is " << detail::nccl_version_text(detail::nccl_version());
-  expect_success(on_ranks(2, {GPU_RANK_TEST}), kSharing);
+  expect_success(on_ranks(2, {GPU_RANK_TEST}), sharing);
 }
 
 TEST(GpuLaunchShared, MoreRanksThanDevicesIsOneClearError) {

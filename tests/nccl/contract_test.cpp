@@ -2,7 +2,7 @@
 
 #include <latch>
 
-#include "emulated.hpp"
+#include "emulated_rank.hpp"
 
 namespace dualpipe {
 namespace {
@@ -16,7 +16,7 @@ contract::BackEnd nccl(std::string name, bool communicator_per_edge) {
   const auto run = [communicator_per_edge](int num_ranks, std::chrono::milliseconds timeout,
                                            const contract::Body& body) {
     const testing::NcclEmulation emulation(num_ranks);
-    std::latch connected(num_ranks);  // what fails in the body must not end what is still connecting
+    std::latch connected(num_ranks);  // a failure in a body must not end a connect() elsewhere
     test::run_emulated(emulation, num_ranks, {.timeout = timeout, .communicator_per_edge = communicator_per_edge},
                        [&](test::EmulatedRank rank) {
                          if (communicator_per_edge) rank.communicator->connect(test::all_edges(num_ranks));

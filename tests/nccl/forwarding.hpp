@@ -1,12 +1,15 @@
 #pragma once
 
+#include <chrono>
+#include <condition_variable>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 
 #include "nccl/api.hpp"
 
-// Tables that pass everything on, for those that do one thing differently.
+// DeviceApi and NcclApi that pass every call on, as bases of those that change one.
 namespace dualpipe::test {
 
 class ForwardingDevice : public detail::DeviceApi {
@@ -66,6 +69,65 @@ class ForwardingNccl : public detail::NcclApi {
 
  protected:
   const std::shared_ptr<detail::NcclApi> inner_;
+};
+
+/// A point that all ranks must reach at the same time.
+class Meeting {
+ public:
+  explicit Meeting(int num_ranks) : missing_(num_ranks) {}
+  /// Returns when all ranks have arrived; gives up and counts as failed after a generous time.
+  void arrive() {
+    std::unique_lock lock(mutex_);
+    --missing_;
+    changed_.notify_all();
+    changed_.wait_for(lock, std::chrono::seconds(40), [this] { return missing_ <= 0 || failed_; });
+    failed_ = failed_ || missing_ > 0;
+    changed_.notify_all();
+  }
+  bool failed() const {
+    const std::lock_guard lock(mutex_);
+    return failed_;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  int missing_;
+  bool failed_ = false;
+};
+
+/// Each rank's first init() of a two-rank communicator waits until every rank has called one.
+class MeetingNccl final : public ForwardingNccl {
+ public:
+  MeetingNccl(std::shared_ptr<detail::NcclApi> inner, std::shared_ptr<Meeting> meeting)
+      : ForwardingNccl(std::move(inner)), meeting_(std::move(meeting)) {}
+  detail::NcclComm init(int ranks, const detail::NcclId& id, int rank, const detail::NcclConfig& config) override {
+    if (ranks == 2 && !std::exchange(met_, true)) meeting_->arrive();
+    return inner_->init(ranks, id, rank, config);
+  }
+
+ private:
+  const std::shared_ptr<Meeting> meeting_;
+  bool met_ = false;
+};
+
+/// A device whose streams ignore some waits.
+class ForgetfulDevice final : public ForwardingDevice {
+ public:
+  enum class Forgets {
+    to_wait_for_the_caller,   ///< a transfer does not wait for its producer or for earlier uses of its buffer
+    to_wait_for_the_transfer  ///< the consumer does not wait for its data
+  };
+  ForgetfulDevice(std::shared_ptr<detail::DeviceApi> inner, Forgets forgets)
+      : ForwardingDevice(std::move(inner)), forgets_(forgets) {}
+
+  void wait(detail::DeviceStream stream, detail::DeviceEvent event) override {
+    const bool by_caller = stream == inner_->current_stream();
+    if (by_caller != (forgets_ == Forgets::to_wait_for_the_transfer)) inner_->wait(stream, event);
+  }
+
+ private:
+  const Forgets forgets_;
 };
 
 }  // namespace dualpipe::test

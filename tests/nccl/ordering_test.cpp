@@ -2,12 +2,17 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <map>
+#include <mutex>
+#include <set>
 
-#include "async_rank.hpp"
+#include "emulated_rank.hpp"
+#include "forwarding.hpp"
 
-// Streams that lag behind the host: what is right only because an event is waited for, because a tensor is kept, or
-// because all ranks keep to one order is wrong here as soon as one of these is missing. The mutations prove it.
+// Streams that lag behind the host: a missing wait, a tensor freed early or a different order of transfers gives wrong
+// values or a deadlock. Mutants prove it.
 namespace dualpipe::test {
 namespace {
 
@@ -15,19 +20,19 @@ using ::testing::HasSubstr;
 using namespace std::chrono_literals;
 using Forgets = ForgetfulDevice::Forgets;
 
-constexpr int kRounds = 8;
-constexpr std::int64_t kElements = 3000;
+constexpr int num_rounds = 8;
+constexpr std::int64_t num_elements = 3000;
 
-/// What a mutant of the program does differently.
+/// How a mutant differs.
 struct Mutation {
-  bool frees_early = false;  ///< rank 1 gives the memory of what it sends back at once
+  bool frees_early = false;  ///< rank 1 frees the memory of its sends at once
   bool reorders = false;     ///< rank 1 receives the next value from rank 0 before it sends the last one back
 };
 
 float value_of(int round, std::int64_t i) { return static_cast<float>(1000 * round + i % 100); }
 
-/// Three ranks hand values through in both directions, each adding one: 0 -> 1 -> 2 and 2 -> 1 -> 0. Each value is
-/// made, changed and looked at by kernels, and its memory given back as soon as the kernel is launched.
+/// Three ranks pass values on in both directions, rank 1 adding one: 0 -> 1 -> 2 and 2 -> 1 -> 0. Kernels make, change
+/// and check each value; its memory is freed as soon as the kernel is launched.
 class Relay {
  public:
   explicit Relay(Mutation mutation = {}) : mutation_(mutation) {}
@@ -38,10 +43,10 @@ class Relay {
     std::vector<Pending> sends;
     at::Tensor forward, backward;
     const auto receive = [&](int from) { return rank->receive(from); };
-    for (int round = 0; round < kRounds; ++round) {
+    for (int round = 0; round < num_rounds; ++round) {
       // The global order of a round: 0 -> 1, 2 -> 1, 1 -> 2, 1 -> 0.
       if (rank.rank() != 1) {
-        at::Tensor made = rank.empty({kElements});
+        at::Tensor made = rank.empty({num_elements});
         rank.run(slow_fill(made, [round](std::int64_t i) { return value_of(round, i); }, 300us));
         sends.push_back(rank->send(1, {std::move(made)}));
         keep(rank, rank->receive(1).take().at(0), round);
@@ -50,7 +55,7 @@ class Relay {
         Pending from_last = receive(2);
         send_changed(rank, 2, from_first.take().at(0), sends);
         at::Tensor back = from_last.take().at(0);
-        if (mutation_.reorders && round + 1 < kRounds) ahead_ = receive(0);
+        if (mutation_.reorders && round + 1 < num_rounds) ahead_ = receive(0);
         send_changed(rank, 0, std::move(back), sends);
       }
       while (sends.size() > 2) {
@@ -63,20 +68,20 @@ class Relay {
     rank->barrier().wait();
   }
 
-  /// How many of the values that arrived at the ends are not what they must be.
+  /// Number of wrong values at the ends.
   int wrong_values() const { return wrong_; }
 
  private:
   void send_changed(const AsyncRank& rank, int to, at::Tensor got, std::vector<Pending>& sends) {
-    at::Tensor changed = rank.empty({kElements});
+    at::Tensor changed = rank.empty({num_elements});
     float* const memory = changed.mutable_data_ptr<float>();
     rank.run([got = std::move(got), into = memory] {
       std::this_thread::sleep_for(300us);
       const float* from = got.const_data_ptr<float>();
-      for (std::int64_t i = 0; i < kElements; ++i) into[i] = from[i] + 1;
+      for (std::int64_t i = 0; i < num_elements; ++i) into[i] = from[i] + 1;
     });
     if (mutation_.frees_early) {
-      sends.push_back(rank->send(to, {at::from_blob(memory, {kElements})}));
+      sends.push_back(rank->send(to, {at::from_blob(memory, {num_elements})}));
     } else {
       sends.push_back(rank->send(to, {std::move(changed)}));
     }
@@ -85,7 +90,7 @@ class Relay {
     rank.run([this, got = std::move(got), round] {
       std::this_thread::sleep_for(100us);
       const float* data = got.const_data_ptr<float>();
-      for (std::int64_t i = 0; i < kElements; ++i)
+      for (std::int64_t i = 0; i < num_elements; ++i)
         if (data[i] != value_of(round, i) + 1) ++wrong_;
     });
   }
@@ -96,16 +101,16 @@ class Relay {
 };
 
 int wrong_values(std::uint64_t seed, Mutation mutation = {}, const Decorate& decorate = nullptr,
-                 detail::NcclUse use = {.timeout = 20s}) {
+                 detail::NcclCommunicatorOptions options = {.timeout = 20s}) {
   const bool mutant = mutation.frees_early || decorate;
   const testing::NcclEmulation emulation(3, {.seed = seed, .longest_delay = mutant ? 2000us : 100us});
   Relay relay(mutation);
-  run_emulated(emulation, 3, use, std::ref(relay), decorate);
+  run_emulated(emulation, 3, options, std::ref(relay), decorate);
   expect_clean(emulation);
   return relay.wrong_values();
 }
 
-/// Mutants read and write memory at the same time, which is what they are for.
+/// Mutants race on purpose, which ThreadSanitizer reports.
 bool races_are_errors() {
 #ifdef __SANITIZE_THREAD__
   return true;
@@ -157,7 +162,7 @@ TEST_F(Mutants, TwoTransfersReorderedOnOneRankAreCaught) {
   }
 }
 
-/// The receive's buffer was used by a kernel that is still to run when the transfer could begin.
+/// A kernel that uses the receive's memory has not run yet when the transfer could begin.
 int spoiled_by_a_receive(const Decorate& decorate) {
   const testing::NcclEmulation emulation(2);
   std::atomic<int> spoiled{0};
@@ -167,18 +172,18 @@ int spoiled_by_a_receive(const Decorate& decorate) {
         const AsyncRank rank(emulated);
         rank->connect({{0, 1}});
         if (rank.rank() == 0) {
-          at::Tensor made = rank.empty({kElements});
+          at::Tensor made = rank.empty({num_elements});
           rank.run(slow_fill(made, [](std::int64_t) { return 2.0f; }, 0us));
           rank->send(1, {std::move(made)}).wait();
         } else {
-          at::Tensor used = rank.empty({kElements});
+          at::Tensor used = rank.empty({num_elements});
           const float* memory = used.const_data_ptr<float>();
           rank.run(
               [&spoiled, into = used.mutable_data_ptr<float>()] {  // in the stream's order, before it is given back
-                std::fill(into, into + kElements, 1.0f);
+                std::fill(into, into + num_elements, 1.0f);
                 for (int look = 0; look < 20; ++look) {
                   std::this_thread::sleep_for(1ms);
-                  for (std::int64_t i = 0; i < kElements; ++i)
+                  for (std::int64_t i = 0; i < num_elements; ++i)
                     if (into[i] != 1.0f) ++spoiled;
                 }
               });
@@ -187,7 +192,7 @@ int spoiled_by_a_receive(const Decorate& decorate) {
           const at::Tensor got = received.take().at(0);
           EXPECT_EQ(got.const_data_ptr<float>(), memory) << "the test needs the allocator to give the memory out again";
           rank.run([got, &spoiled] {
-            for (std::int64_t i = 0; i < kElements; ++i)
+            for (std::int64_t i = 0; i < num_elements; ++i)
               if (got.const_data_ptr<float>()[i] != 2.0f) ++spoiled;
           });
         }
@@ -205,7 +210,7 @@ TEST_F(Mutants, AReceiveThatDoesNotWaitForItsMemoryIsCaught) {
 }
 
 TEST(Ordering, AnySizesGoThroughInTheGlobalOrderOneTransferAtATime) {
-  // Above NCCL's internal buffers and below them.
+  // Sizes above and below those that NCCL buffers.
   const testing::NcclEmulation emulation(2, {.seed = 3, .one_transfer_at_a_time = true});
   run_emulated(emulation, 2, {.timeout = 20s}, [&](const EmulatedRank& emulated) {
     const AsyncRank rank(emulated);
@@ -231,6 +236,142 @@ TEST(Ordering, AnySizesGoThroughInTheGlobalOrderOneTransferAtATime) {
     rank.synchronize();
     rank->barrier().wait();
   });
+  expect_clean(emulation);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// operations that are waited for on another stream than they were called on
+
+float value_between(int from, int to) { return static_cast<float>(10 * from + to + 1); }
+
+/// A second stream of a rank.
+class SideStream {
+ public:
+  explicit SideStream(const EmulatedRank& rank) : rank_(rank), stream_(rank.device->create_stream()) {}
+  ~SideStream() {
+    rank_.emulation.synchronize(stream_);
+    rank_.device->destroy(stream_);
+  }
+  SideStream(const SideStream&) = delete;
+  SideStream& operator=(const SideStream&) = delete;
+
+  detail::DeviceStream get() const { return stream_; }
+  void run(std::function<void()> kernel) const { rank_.emulation.run(stream_, std::move(kernel)); }
+  void synchronize() const { rank_.emulation.synchronize(stream_); }
+  template <class Call>
+  auto while_current(const AsyncRank& rank, const Call& call) const {
+    rank_.emulation.set_current(rank.rank(), stream_);
+    auto result = call();
+    rank_.emulation.set_current(rank.rank(), rank.stream());
+    return result;
+  }
+
+ private:
+  EmulatedRank rank_;
+  detail::DeviceStream stream_;
+};
+
+/// The sent values are still being computed when the other stream waits, and freed memory is written to at once.
+int wrong_values_of_all_to_all(Communicator& group, const AsyncRank& rank, const SideStream& side) {
+  std::atomic<int> wrong{0};
+  const int me = group.rank();
+  for (int round = 0; round < 5; ++round) {
+    Tensors outgoing;
+    for (int to = 0; to < group.size(); ++to) {
+      outgoing.push_back(rank.empty({num_elements}));
+      rank.run(slow_fill(outgoing.back(), [=](std::int64_t) { return value_between(me, to); }, 500us));
+    }
+    Pending mixed = group.all_to_all(std::move(outgoing));
+    const Tensors got = side.while_current(rank, [&] { return mixed.take(); });
+    for (int i = 0; i < 3 * group.size(); ++i) {
+      const at::Tensor again = rank.empty({num_elements});
+      rank.run(slow_fill(again, [](std::int64_t) { return -1.0F; }, 0us));
+    }
+    side.run([&wrong, got, me] {
+      std::this_thread::sleep_for(300us);
+      for (std::size_t from = 0; from < got.size(); ++from)
+        for (std::int64_t i = 0; i < num_elements; ++i)
+          if (got[from].const_data_ptr<float>()[i] != value_between(static_cast<int>(from), me)) ++wrong;
+    });
+    side.synchronize();
+  }
+  return wrong;
+}
+
+TEST(TwoStreams, AllToAllIsInOrderWithBoth) {
+  for (std::uint64_t seed = 1; seed <= 3; ++seed) {
+    const testing::NcclEmulation emulation(2, {.seed = seed});
+    run_emulated(emulation, 2, {.timeout = 20s}, [&](const EmulatedRank& emulated) {
+      const AsyncRank rank(emulated);
+      const SideStream side(emulated);
+      EXPECT_EQ(wrong_values_of_all_to_all(*rank, rank, side), 0) << "seed " << seed;
+      rank->barrier().wait();
+    });
+    expect_clean(emulation);
+  }
+}
+
+TEST(TwoStreams, SoItIsInAGroupOfOne) {
+  for (std::uint64_t seed = 1; seed <= 3; ++seed) {
+    const testing::NcclEmulation emulation(2, {.seed = seed});
+    run_emulated(emulation, 2, {.timeout = 20s}, [&](const EmulatedRank& emulated) {
+      const AsyncRank rank(emulated);
+      const SideStream side(emulated);
+      const auto alone = rank->split(rank.rank(), 0);
+      EXPECT_EQ(wrong_values_of_all_to_all(*alone, rank, side), 0) << "seed " << seed;
+      rank->barrier().wait();
+    });
+    expect_clean(emulation);
+  }
+}
+
+/// Records which stream has waited for which.
+class OrderedDevice final : public ForwardingDevice {
+ public:
+  using ForwardingDevice::ForwardingDevice;
+  void record(detail::DeviceEvent event, detail::DeviceStream stream) override {
+    inner_->record(event, stream);
+    const std::lock_guard lock(mutex_);
+    recorded_[event] = stream;
+  }
+  void wait(detail::DeviceStream stream, detail::DeviceEvent event) override {
+    inner_->wait(stream, event);
+    const std::lock_guard lock(mutex_);
+    waited_.insert({stream, recorded_.at(event)});
+  }
+  bool has_waited(detail::DeviceStream stream, detail::DeviceStream for_stream) const {
+    const std::lock_guard lock(mutex_);
+    return waited_.contains({stream, for_stream});
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::map<detail::DeviceEvent, detail::DeviceStream> recorded_;
+  std::set<std::pair<detail::DeviceStream, detail::DeviceStream>> waited_;
+};
+
+// The host copies strided tensors at once, so that only the order of streams can be checked.
+TEST(TwoStreams, TheCopyBackOfAStridedTensorIsInOrderWithBoth) {
+  const testing::NcclEmulation emulation(2);
+  std::array<std::shared_ptr<OrderedDevice>, 2> devices;
+  run_emulated(
+      emulation, 2, {.timeout = 20s},
+      [&](const EmulatedRank& emulated) {
+        const AsyncRank rank(emulated);
+        const SideStream side(emulated);
+        const at::Tensor strided = torch::ones({30, 20}).t();
+        Pending sum = rank->all_reduce({strided});
+        while (!sum.done()) std::this_thread::sleep_for(100us);
+        side.while_current(rank, [&] { return sum.take(); });
+        EXPECT_TRUE((strided == 2).all().item<bool>());
+        const OrderedDevice& device = *devices.at(static_cast<std::size_t>(rank.rank()));
+        EXPECT_TRUE(device.has_waited(side.get(), rank.stream())) << "for what the tensor was";
+        EXPECT_TRUE(device.has_waited(rank.stream(), side.get())) << "for the copy";
+        rank->barrier().wait();
+      },
+      [&](int rank, std::shared_ptr<detail::DeviceApi>& device, std::shared_ptr<detail::NcclApi>&) {
+        device = devices.at(static_cast<std::size_t>(rank)) = std::make_shared<OrderedDevice>(device);
+      });
   expect_clean(emulation);
 }
 

@@ -4,8 +4,8 @@
 #include <memory>
 #include <new>
 
-#include "nccl/emulation/emulation.hpp"
-#include "nccl/emulation/parts.hpp"
+#include "nccl/emulation/cluster.hpp"
+#include "nccl/emulation/nccl_emulation.hpp"
 
 namespace dualpipe::testing {
 namespace emulation {
@@ -14,13 +14,13 @@ Memory::~Memory() {
   for (const auto& [data, size] : sizes_) ::operator delete(data, std::align_val_t(64));
 }
 
-void* Memory::take(std::uint64_t stream, std::size_t bytes) {
+void* Memory::allocate(std::uint64_t stream, std::size_t bytes) {
   const std::size_t size = rounded(bytes);
   const std::lock_guard lock(mutex_);
-  auto& free = free_[{stream, size}];
-  if (!free.empty()) {
-    void* data = free.back();
-    free.pop_back();
+  auto& reusable = free_[{stream, size}];
+  if (!reusable.empty()) {
+    void* data = reusable.back();
+    reusable.pop_back();
     return data;
   }
   void* data = ::operator new(size, std::align_val_t(64));
@@ -29,7 +29,7 @@ void* Memory::take(std::uint64_t stream, std::size_t bytes) {
   return data;
 }
 
-void Memory::give_back(std::uint64_t stream, void* data) {
+void Memory::free(std::uint64_t stream, void* data) {
   const std::lock_guard lock(mutex_);
   free_[{stream, sizes_.at(data)}].push_back(data);
 }
@@ -38,13 +38,13 @@ void Memory::give_back(std::uint64_t stream, void* data) {
 
 namespace {
 
-/// Memory of all tensors of the CPU, for work that is over when a call returns.
+/// Allocates all CPU tensors. CPU work is complete when a call returns, so freed memory is poisoned at once.
 class PoisoningAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(std::size_t bytes) override {
     if (bytes == 0) return {nullptr, nullptr, &ignore, at::kCPU};
-    auto* block = new Block{memory_.take(0, bytes), bytes};
-    return {block->data, block, &give_back, at::kCPU};
+    auto* block = new Block{memory_.allocate(0, bytes), bytes};
+    return {block->data, block, &release, at::kCPU};
   }
   void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
 
@@ -59,10 +59,10 @@ class PoisoningAllocator final : public c10::Allocator {
     std::size_t bytes;
   };
   static void ignore(void*) {}
-  static void give_back(void* context) {
+  static void release(void* context) {
     const std::unique_ptr<Block> block(static_cast<Block*>(context));
     std::memset(block->data, 0xFF, block->bytes);
-    instance().memory_.give_back(0, block->data);
+    instance().memory_.free(0, block->data);
   }
 
   emulation::Memory memory_;

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <optional>
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
@@ -19,6 +20,34 @@ inline void append_new(const Tensors& tensors, std::unordered_set<at::TensorImpl
     if (tensor.defined() && seen.insert(tensor.unsafeGetTensorImpl()).second) into.push_back(tensor);
 }
 
+using HolderSet = std::pair<std::vector<int>, std::vector<int>>;  // ranks, the stages they hold
+
+/// The calling rank's communicator of each set of several ranks that it belongs to. `split` is collective, so every
+/// rank goes through all sets in one order; disjoint ones are made by one call, so that their communicators open side
+/// by side.
+inline std::vector<std::shared_ptr<Communicator>> make_holder_groups(Communicator& communicator,
+                                                                     const std::vector<HolderSet>& sets) {
+  std::vector<std::shared_ptr<Communicator>> groups(sets.size());
+  std::vector<bool> made(sets.size(), false);
+  for (std::size_t first = 0; first < sets.size(); ++first) {
+    if (made[first] || sets[first].first.size() < 2) continue;
+    std::unordered_set<int> taken;
+    std::optional<std::size_t> own;
+    for (std::size_t i = first; i < sets.size(); ++i) {
+      const std::vector<int>& ranks = sets[i].first;
+      if (made[i] || ranks.size() < 2 ||
+          std::any_of(ranks.begin(), ranks.end(), [&](int r) { return taken.contains(r); }))
+        continue;
+      made[i] = true;
+      taken.insert(ranks.begin(), ranks.end());
+      if (std::find(ranks.begin(), ranks.end(), communicator.rank()) != ranks.end()) own = i;
+    }
+    const auto group = communicator.split(own ? static_cast<int>(*own) : -1, communicator.rank());
+    if (own) groups[*own] = group;
+  }
+  return groups;
+}
+
 Tensors unique_parameters(const std::map<int, Stage>& stages) {
   std::unordered_set<at::TensorImpl*> seen;
   Tensors parameters;
@@ -28,8 +57,7 @@ Tensors unique_parameters(const std::map<int, Stage>& stages) {
 }
 
 Replicas::Replicas(Communicator& communicator, const Schedule& schedule, const std::map<int, Stage>& stages) {
-  // Every rank walks all distinct sets in one order, since `split` is collective.
-  std::vector<std::pair<std::vector<int>, std::vector<int>>> sets;  // ranks, the stages they hold
+  std::vector<HolderSet> sets;
   for (int stage = 0; stage < schedule.num_stages; ++stage) {
     const std::vector<int> ranks = holders(schedule, stage);
     auto same = std::find_if(sets.begin(), sets.end(), [&](const auto& set) { return set.first == ranks; });
@@ -37,15 +65,14 @@ Replicas::Replicas(Communicator& communicator, const Schedule& schedule, const s
     same->second.push_back(stage);
   }
 
+  std::vector<std::shared_ptr<Communicator>> groups = make_holder_groups(communicator, sets);
+
   std::unordered_map<at::TensorImpl*, std::size_t> set_of;
   std::unordered_set<at::TensorImpl*> seen_parameters, seen_buffers;
   for (std::size_t i = 0; i < sets.size(); ++i) {
     const auto& [ranks, numbers] = sets[i];
-    const bool member = std::find(ranks.begin(), ranks.end(), communicator.rank()) != ranks.end();
-    std::shared_ptr<Communicator> group;
-    if (ranks.size() > 1) group = communicator.split(member ? 0 : -1, communicator.rank());
-    if (!member) continue;
-    Group mine{static_cast<int>(i), std::move(group), {}, {}};
+    if (std::find(ranks.begin(), ranks.end(), communicator.rank()) == ranks.end()) continue;
+    Group mine{static_cast<int>(i), std::move(groups[i]), {}, {}};
     for (const int number : numbers) {
       const auto& module = stages.at(number).module();
       if (!module) continue;

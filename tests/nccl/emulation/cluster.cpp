@@ -1,4 +1,4 @@
-#include "nccl/emulation/parts.hpp"
+#include "nccl/emulation/cluster.hpp"
 
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
@@ -11,19 +11,19 @@
 namespace dualpipe::testing::emulation {
 namespace {
 
-/// A disagreement: the operation never ends by itself.
-void violate(World& world, std::string what) { world.violations.push_back(std::move(what)); }
+/// Records a mismatch; the operation hangs until it is aborted.
+void violate(Cluster& cluster, std::string what) { cluster.violations.push_back(std::move(what)); }
 
-/// Lets the first send and the first receive between two ranks meet, as long as there are both.
-void meet(World& world, Clique& clique, std::pair<int, int> edge) {
+/// Completes pairs of the first send and the first receive between two ranks.
+void meet(Cluster& cluster, Clique& clique, std::pair<int, int> edge) {
   auto& sends = clique.sends[edge];
   auto& receives = clique.receives[edge];
   while (!sends.empty() && !receives.empty()) {
     Part& send = *sends.front();
     Part& receive = *receives.front();
     if (send.bytes != receive.bytes) {
-      violate(world, detail::str("rank ", edge.first, " sends ", send.bytes, " bytes to rank ", edge.second,
-                                 ", which receives ", receive.bytes));
+      violate(cluster, detail::str("rank ", edge.first, " sends ", send.bytes, " bytes to rank ", edge.second,
+                                   ", which receives ", receive.bytes));
       return;
     }
     std::memcpy(receive.data, send.data, send.bytes);
@@ -38,7 +38,7 @@ at::Tensor view(const Part& part) {
   return at::from_blob(part.data, {count}, part.dtype);
 }
 
-/// As a ring does it: each stretch begins at another rank, so that nothing can rely on the order of the sum.
+/// Reduces as a ring does: each part of the tensor starts at another rank, so that no test relies on the order.
 void reduce(const std::vector<Part*>& parts) {
   const c10::NoGradGuard no_grad;
   const auto size = static_cast<std::int64_t>(parts.size());
@@ -64,8 +64,8 @@ void reduce(const std::vector<Part*>& parts) {
   for (Part* part : parts) std::memcpy(part->data, sum.const_data_ptr(), part->bytes);
 }
 
-/// Performs a collective once the last rank has come to it.
-void complete(World& world, Clique& clique, std::uint64_t index) {
+/// Performs a collective once its last rank has begun it.
+void complete(Cluster& cluster, Clique& clique, std::uint64_t index) {
   std::vector<Part*>& parts = clique.collectives[index];
   if (parts.size() < clique.members.size()) return;
   std::sort(parts.begin(), parts.end(), [](const Part* a, const Part* b) { return a->owner < b->owner; });
@@ -74,8 +74,8 @@ void complete(World& world, Clique& clique, std::uint64_t index) {
     if (part->kind == first.kind && part->bytes == first.bytes && part->dtype == first.dtype &&
         part->reduce == first.reduce && part->peer == first.peer)
       continue;
-    violate(world, detail::str("collective ", index, ": ranks ", first.owner, " and ", part->owner,
-                               " do not match: ", first.bytes, " and ", part->bytes, " bytes"));
+    violate(cluster, detail::str("collective ", index, ": ranks ", first.owner, " and ", part->owner,
+                                 " do not match: ", first.bytes, " and ", part->bytes, " bytes"));
     return;
   }
   if (first.kind == Part::Kind::all_reduce) {
@@ -89,21 +89,21 @@ void complete(World& world, Clique& clique, std::uint64_t index) {
   clique.collectives.erase(index);
 }
 
-void begin(World& world, Member& member, Part& part) {
+void begin(Cluster& cluster, Member& member, Part& part) {
   Clique& clique = *member.clique;
   if (part.kind == Part::Kind::send) {
     clique.sends[{part.owner, part.peer}].push_back(&part);
-    meet(world, clique, {part.owner, part.peer});
+    meet(cluster, clique, {part.owner, part.peer});
   } else if (part.kind == Part::Kind::receive) {
     clique.receives[{part.peer, part.owner}].push_back(&part);
-    meet(world, clique, {part.peer, part.owner});
+    meet(cluster, clique, {part.peer, part.owner});
   } else {
     clique.collectives[part.index].push_back(&part);
-    complete(world, clique, part.index);
+    complete(cluster, clique, part.index);
   }
 }
 
-/// Takes back what has begun.
+/// Removes a part that has begun and is aborted.
 void withdraw(Member& member, Part& part) {
   Clique& clique = *member.clique;
   if (part.kind == Part::Kind::send) std::erase(clique.sends[{part.owner, part.peer}], &part);
@@ -113,38 +113,39 @@ void withdraw(Member& member, Part& part) {
 
 }  // namespace
 
-void perform(World& world, Member& member, Operation& operation) {
-  std::unique_lock lock(world.mutex);
-  const auto gone = [&] { return member.aborted || world.over; };
-  world.changed.wait(lock, [&] { return gone() || member.running == operation.turn; });
-  const bool alone = world.one_transfer_at_a_time && std::any_of(operation.parts.begin(), operation.parts.end(),
-                                                                 [](const Part& part) { return part.between_two(); });
+void perform(Cluster& cluster, Member& member, Operation& operation) {
+  std::unique_lock lock(cluster.mutex);
+  const auto gone = [&] { return member.aborted || cluster.stopped; };
+  cluster.changed.wait(lock, [&] { return gone() || member.running == operation.turn; });
+  const bool alone =
+      cluster.options.one_transfer_at_a_time &&
+      std::any_of(operation.parts.begin(), operation.parts.end(), [](const Part& part) { return part.between_two(); });
   const auto device = static_cast<std::size_t>(member.device);
   if (alone) {
-    world.changed.wait(lock, [&] { return gone() || !world.occupied[device]; });
-    if (!gone()) world.occupied[device] = true;
+    cluster.changed.wait(lock, [&] { return gone() || !cluster.occupied[device]; });
+    if (!gone()) cluster.occupied[device] = true;
   }
   if (!gone()) {
-    for (Part& part : operation.parts) begin(world, member, part);
-    world.changed.notify_all();
-    world.changed.wait(lock, [&] {
+    for (Part& part : operation.parts) begin(cluster, member, part);
+    cluster.changed.notify_all();
+    cluster.changed.wait(lock, [&] {
       return gone() ||
              std::all_of(operation.parts.begin(), operation.parts.end(), [](const Part& part) { return part.done; });
     });
     for (Part& part : operation.parts)
       if (!part.done) withdraw(member, part);
-    if (alone) world.occupied[device] = false;
+    if (alone) cluster.occupied[device] = false;
   }
   member.running = std::max(member.running, operation.turn + 1);
-  ++member.over;
-  world.changed.notify_all();
+  ++member.finished;
+  cluster.changed.notify_all();
 }
 
-Stream::Stream(World& world, int rank, bool on_host) : world_(world), on_host_(on_host) {
+Stream::Stream(Cluster& cluster, int rank, bool on_host) : cluster_(cluster), on_host_(on_host) {
   {
-    const std::lock_guard lock(world.mutex);
-    id_ = ++world.streams;
-    random_.seed(world.seed * 1000003 + id_ * 1009 + static_cast<std::uint64_t>(rank));
+    const std::lock_guard lock(cluster.mutex);
+    id_ = ++cluster.streams;
+    random_.seed(cluster.options.seed * 1000003 + id_ * 1009 + static_cast<std::uint64_t>(rank));
   }
   if (on_host_) return;
   thread_ = std::thread([this] {
@@ -163,7 +164,7 @@ Stream::~Stream() {
   thread_.join();
 }
 
-void Stream::give(std::function<void()> task) {
+void Stream::enqueue(std::function<void()> task) {
   if (on_host_) return task();
   {
     const std::lock_guard lock(mutex_);
@@ -188,7 +189,7 @@ void Stream::work() {
     lock.unlock();
     delay();
     task();
-    task = nullptr;  // memory that it held goes back, which gives this stream something to do
+    task = nullptr;  // frees memory, which may enqueue a task here
     lock.lock();
     busy_ = false;
     changed_.notify_all();
@@ -196,7 +197,7 @@ void Stream::work() {
 }
 
 void Stream::delay() {
-  const auto most = world_.longest_delay.count();
+  const auto most = cluster_.options.longest_delay.count();
   if (most <= 0 || random_() % 4 != 0) return;
   std::this_thread::sleep_for(std::chrono::microseconds(random_() % static_cast<std::uint64_t>(most)));
 }

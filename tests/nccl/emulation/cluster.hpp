@@ -18,12 +18,13 @@
 #include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
+#include "nccl/emulation/nccl_emulation.hpp"
 
-// What NcclEmulation is made of. Everything is guarded by World::mutex, except where it says otherwise.
+// The state behind NcclEmulation. Cluster::mutex guards everything except where a comment names another mutex.
 namespace dualpipe::testing::emulation {
 
 struct Clique;
-struct World;
+struct Cluster;
 
 struct EventState {
   std::uint64_t recorded = 0;
@@ -47,59 +48,61 @@ struct Part {
   bool between_two() const { return kind == Kind::send || kind == Kind::receive; }
 };
 
-/// What one launch does: its parts progress independently of each other.
+/// One launch; its parts progress independently.
 struct Operation {
   std::vector<Part> parts;
   std::uint64_t turn = 0;
 };
 
-/// One rank of a communicator.
+/// One rank's handle of a communicator.
 struct Member : std::enable_shared_from_this<Member> {
   std::shared_ptr<Clique> clique;
   int rank = 0;
   int device = 0;
   std::uint64_t launched = 0;
-  std::uint64_t running = 0;  ///< the turn that may run
-  std::uint64_t over = 0;     ///< how many of those launched are over
+  std::uint64_t running = 0;  ///< turn of the operation that may run
+  std::uint64_t finished = 0;
   std::uint64_t collectives = 0;
   bool aborted = false;
   bool leaving = false;
+  std::string name;
+  std::set<std::string> connected;  ///< algorithms and peers
 };
 
+/// A communicator, with all its ranks.
 struct Clique {
   std::vector<std::shared_ptr<Member>> members;
-  /// What has begun and not met its other end, by sender and receiver.
+  /// Parts that have begun and wait for the other end, by sender and receiver.
   std::map<std::pair<int, int>, std::deque<Part*>> sends, receives;
   std::map<std::uint64_t, std::vector<Part*>> collectives;
 };
 
-/// Gives back first what came back last, by stream and size, as a caching allocator does. What comes back may be given
-/// out again at once, for work of the same stream; it is overwritten with 0xFF (NaN) when the stream comes to it.
-/// Nothing is returned to the system: who uses memory too late or too early reads poison, or somebody else's values.
+/// A caching allocator: memory is reused by stream and size, last in, first out. Fresh memory holds 0xFF (NaN), and the
+/// caller overwrites freed memory with it in stream order. Nothing is returned to the system, so that a use at the
+/// wrong time reads poison or another tensor's values, and never faults.
 class Memory {
  public:
   Memory() = default;
   ~Memory();
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
-  void* take(std::uint64_t stream, std::size_t bytes);
-  /// Without the poison.
-  void give_back(std::uint64_t stream, void* data);
+  void* allocate(std::uint64_t stream, std::size_t bytes);
+  void free(std::uint64_t stream, void* data);
   static std::size_t rounded(std::size_t bytes) { return bytes < 64 ? 64 : (bytes + 63) / 64 * 64; }
 
  private:
-  std::mutex mutex_;  // of its own
+  std::mutex mutex_;
   std::map<std::pair<std::uint64_t, std::size_t>, std::vector<void*>> free_;
   std::map<void*, std::size_t> sizes_;
 };
 
-/// A queue on a thread of its own, or the host: then what is given is done before give() returns.
+/// A queue of tasks with a thread; or the host, which runs each task within enqueue().
 class Stream {
  public:
-  Stream(World& world, int rank, bool on_host);
+  Stream(Cluster& cluster, int rank, bool on_host);
   ~Stream();
-  /// Any thread, without World::mutex.
-  void give(std::function<void()> task);
+  /// Any thread, without Cluster::mutex.
+  void enqueue(std::function<void()> task);
   void synchronize();
   std::uint64_t id() const { return id_; }
 
@@ -107,7 +110,7 @@ class Stream {
   void work();
   void delay();
 
-  World& world_;
+  Cluster& cluster_;
   const bool on_host_;
   std::uint64_t id_ = 0;
   std::mutex mutex_;
@@ -119,17 +122,20 @@ class Stream {
   std::thread thread_;
 };
 
-struct World {
-  World(int num_ranks, std::chrono::microseconds longest, std::uint64_t first_seed)
-      : longest_delay(longest), seed(first_seed), occupied(static_cast<std::size_t>(num_ranks), false) {}
+/// All ranks behind one mutex: the emulation is about order, not about speed.
+struct Cluster {
+  Cluster(int num_ranks, const NcclEmulation::Options& with)
+      : options(with),
+        occupied(static_cast<std::size_t>(num_ranks), false),
+        communicators(static_cast<std::size_t>(num_ranks)),
+        connections(static_cast<std::size_t>(num_ranks)) {}
 
-  const std::chrono::microseconds longest_delay;
-  const std::uint64_t seed;
+  const NcclEmulation::Options options;
   std::mutex mutex;
   std::condition_variable changed;
-  bool one_transfer_at_a_time = false;
-  std::chrono::milliseconds patience{};
-  std::vector<bool> occupied;  ///< by device: performs a transfer
+  std::vector<bool> occupied;                           ///< by device: performs a transfer
+  std::vector<std::vector<std::string>> communicators;  ///< by rank: names
+  std::vector<std::vector<std::string>> connections;    ///< by rank
   std::uint64_t ids = 0;
   std::uint64_t streams = 0;
   std::size_t open_streams = 0;
@@ -140,17 +146,17 @@ struct World {
   std::vector<std::unique_ptr<Stream>> retired;
   std::map<std::uint64_t, Stream*> alive;  ///< by id
   Memory memory;
-  bool over = false;
+  bool stopped = false;
 };
 
 struct Event {
-  Event(std::shared_ptr<World> of, bool with_time) : world(std::move(of)), timed(with_time) {}
-  const std::shared_ptr<World> world;
+  Event(std::shared_ptr<Cluster> of, bool with_time) : cluster(std::move(of)), timed(with_time) {}
+  const std::shared_ptr<Cluster> cluster;
   const bool timed;
   const std::shared_ptr<EventState> state = std::make_shared<EventState>();
 };
 
-/// Runs an operation on the thread of its stream; returns when it is over or aborted.
-void perform(World& world, Member& member, Operation& operation);
+/// Runs an operation on the thread of its stream; returns when it has finished or is aborted.
+void perform(Cluster& cluster, Member& member, Operation& operation);
 
 }  // namespace dualpipe::testing::emulation

@@ -1,29 +1,29 @@
-// What ends a family in which something fails or takes too long.
+// The watchdog of NcclContext: deadlines, asynchronous errors, abort.
 #include <algorithm>
 
-#include "nccl/family.hpp"
+#include "nccl/context.hpp"
 
 namespace dualpipe::detail {
 namespace {
 
 using namespace std::chrono_literals;
 
-constexpr auto kGuardPeriod = 10ms;  // how soon a failure elsewhere ends what the device does here
-constexpr auto kInsideNccl = 500ms;  // for somebody to come out of a call of NCCL before it is aborted
+constexpr auto watchdog_period = 10ms;     // a failure elsewhere aborts this device's operations within this time
+constexpr auto nccl_return_limit = 500ms;  // a call of NCCL may take so long to return before it is aborted
 
 }  // namespace
 
-// The guard sees how long it takes. Once the family has failed, the communicator may be gone.
-void NcclFamily::call_nccl(Flight& flight) {
+// Notes the call for the watchdog's deadline. The check comes after that: a failed context has no communicators.
+void NcclContext::call_nccl(NcclOperation& operation) {
   const auto note = [this](const Request* calling) {
     const std::lock_guard lock(watch_mutex_);
     calling_ = calling;
     called_ = Clock::now();
   };
-  note(&flight.whole);
+  note(&operation.request);
   try {
-    check(flight.whole);
-    flight.issue(flight, *nccl_, flight.line);
+    check(operation.request);
+    operation.issue(operation, *nccl_, operation.comm_stream);
   } catch (...) {
     note(nullptr);
     throw;
@@ -31,21 +31,21 @@ void NcclFamily::call_nccl(Flight& flight) {
   note(nullptr);
 }
 
-void NcclFamily::watch(std::shared_ptr<Flight> flight) {
+void NcclContext::watch(std::shared_ptr<NcclOperation> operation) {
   const std::lock_guard lock(watch_mutex_);
-  watched_.push_back({std::move(flight), Clock::now() + timeout_});
+  watched_.push_back({std::move(operation), Clock::now() + timeout_});
 }
 
-void NcclFamily::guard() {
+void NcclContext::run_watchdog() {
   std::unique_lock lock(stop_mutex_);
-  while (!stop_changed_.wait_for(lock, kGuardPeriod, [this] { return stop_; })) {
+  while (!stop_changed_.wait_for(lock, watchdog_period, [this] { return stop_; })) {
     lock.unlock();
     try {
       if (failed()) {
         abort_all();
         return;
       }
-      blame_what_is_late();
+      check_deadlines();
       const std::lock_guard comms_lock(comms_mutex_);
       for (const NcclComm comm : comms_) {
         const auto error = nccl_->async_error(comm);
@@ -60,7 +60,7 @@ void NcclFamily::guard() {
   }
 }
 
-void NcclFamily::blame_what_is_late() {
+void NcclContext::check_deadlines() {
   const auto now = Clock::now();
   const std::lock_guard lock(watch_mutex_);
   if (calling_ != nullptr && now - called_ >= timeout_) {
@@ -72,22 +72,23 @@ void NcclFamily::blame_what_is_late() {
             "others; NCCL_DEBUG=INFO says which way it tries"));
     return;
   }
-  std::erase_if(watched_, [this](const Watched& each) { return device_->done(each.flight->end.get()); });
-  for (const auto& [flight, deadline] : watched_) {
+  std::erase_if(watched_, [this](const Watched& each) { return device_->done(each.operation->end.get()); });
+  for (const auto& [operation, deadline] : watched_) {
     if (now < deadline) continue;
-    transport().abort(flight->origin,
-                      str("rank ", transport().rank(), ": ", flight->whole.describe(), ": waited for ",
-                          flight->origin >= 0 ? str("rank ", flight->origin) : std::string("the device"),
-                          " longer than the timeout of ", timeout_.count(),
-                          " ms: the operation is launched, but the device does not come to its end"));
+    transport().abort(
+        operation->blamed_rank,
+        str("rank ", transport().rank(), ": ", operation->request.describe(), ": waited for ",
+            operation->blamed_rank >= 0 ? str("rank ", operation->blamed_rank) : std::string("the device"),
+            " longer than the timeout of ", timeout_.count(),
+            " ms: the operation is launched, but the device does not come to its end"));
     return;
   }
 }
 
-void NcclFamily::abort_all() noexcept {
+void NcclContext::abort_all() noexcept {
   std::unique_lock launching(launch_mutex_, std::try_to_lock);
-  for (const auto deadline = Clock::now() + kInsideNccl; !launching && Clock::now() < deadline;) {
-    std::this_thread::sleep_for(kPollPeriod);
+  for (const auto deadline = Clock::now() + nccl_return_limit; !launching && Clock::now() < deadline;) {
+    std::this_thread::sleep_for(poll_period);
     (void)launching.try_lock();
   }
   const std::lock_guard lock(comms_mutex_);

@@ -1,4 +1,4 @@
-#include "nccl/devices.hpp"
+#include "nccl/rank_device.hpp"
 
 #include <map>
 #include <string_view>
@@ -45,7 +45,7 @@ std::string sharing_problem(const std::vector<std::string>& identity_by_rank) {
 
 std::string sharing_obstacle(const std::vector<std::string>& identity_by_rank, int version, const char* enabled) {
   if (sharing_problem(identity_by_rank).empty()) return "";
-  if (version < kSharesDevices)
+  if (version < first_version_to_share_devices)
     return str("ranks share a CUDA device, which needs NCCL 2.30 or later, and this is ", nccl_version_text(version),
                ": use a LibTorch that brings a newer one, or give each rank a device of its own");
   if (enabled == nullptr || std::string_view(enabled) != "1")

@@ -1,4 +1,4 @@
-#include "nccl/emulation/emulation.hpp"
+#include "nccl/emulation/nccl_emulation.hpp"
 
 #include <ATen/ATen.h>
 
@@ -14,7 +14,7 @@
 #include <thread>
 #include <utility>
 
-#include "nccl/emulation/parts.hpp"
+#include "nccl/emulation/cluster.hpp"
 
 namespace dualpipe::testing {
 namespace {
@@ -24,6 +24,7 @@ using detail::DeviceFailure;
 using detail::DeviceStream;
 using detail::NcclComm;
 using emulation::Clique;
+using emulation::Cluster;
 using emulation::Event;
 using emulation::Member;
 using emulation::Operation;
@@ -35,15 +36,6 @@ Event* real(DeviceEvent event) { return reinterpret_cast<Event*>(event); }
 Member* real(NcclComm comm) { return reinterpret_cast<Member*>(comm); }
 
 }  // namespace
-
-/// What all ranks share, behind one mutex: the emulation is about order, not about speed.
-class NcclEmulation::Cluster : public emulation::World {
- public:
-  Cluster(int num_ranks, const Options& options) : World(num_ranks, options.longest_delay, options.seed) {
-    one_transfer_at_a_time = options.one_transfer_at_a_time;
-    patience = options.patience;
-  }
-};
 
 class NcclEmulation::Device final : public detail::DeviceApi {
  public:
@@ -75,7 +67,7 @@ class NcclEmulation::Device final : public detail::DeviceApi {
       cluster_->violations.push_back("a stream was destroyed that does not exist");
       return;
     }
-    // As CUDA does: it ends when its work has.
+    // As in CUDA, the stream ends when its tasks have.
     cluster_->alive.erase((*found)->id());
     cluster_->retired.push_back(std::move(*found));
     streams_.erase(found);
@@ -92,7 +84,7 @@ class NcclEmulation::Device final : public detail::DeviceApi {
       const std::lock_guard lock(cluster_->mutex);
       generation = ++state->recorded;
     }
-    real(stream)->give([cluster = cluster_.get(), state, generation] {
+    real(stream)->enqueue([cluster = cluster_.get(), state, generation] {
       {
         const std::lock_guard lock(cluster->mutex);
         state->completed = std::max(state->completed, generation);
@@ -109,9 +101,9 @@ class NcclEmulation::Device final : public detail::DeviceApi {
       const std::lock_guard lock(cluster_->mutex);
       generation = state->recorded;
     }
-    real(stream)->give([cluster = cluster_.get(), state, generation] {
+    real(stream)->enqueue([cluster = cluster_.get(), state, generation] {
       std::unique_lock lock(cluster->mutex);
-      cluster->changed.wait(lock, [&] { return state->completed >= generation || cluster->over; });
+      cluster->changed.wait(lock, [&] { return state->completed >= generation || cluster->stopped; });
     });
   }
 
@@ -132,21 +124,22 @@ class NcclEmulation::Device final : public detail::DeviceApi {
     const std::size_t bytes = static_cast<std::size_t>(c10::multiply_integers(sizes)) * c10::elementSize(dtype);
     if (bytes == 0) return at::empty(sizes, dtype);
     return at::from_blob(
-        cluster_->memory.take(id, bytes), sizes,
+        cluster_->memory.allocate(id, bytes), sizes,
         [cluster = cluster_, id, bytes](void* data) {
           {
             const std::lock_guard lock(cluster->mutex);
             const auto owner = cluster->alive.find(id);
-            if (owner != cluster->alive.end()) owner->second->give([data, bytes] { std::memset(data, 0xFF, bytes); });
+            if (owner != cluster->alive.end())
+              owner->second->enqueue([data, bytes] { std::memset(data, 0xFF, bytes); });
           }
-          cluster->memory.give_back(id, data);
+          cluster->memory.free(id, data);
         },
         at::dtype(dtype));
   }
 
   void copy(const at::Tensor& to, const at::Tensor& from, DeviceStream stream) override {
-    // Keeps neither alive, as the device does not.
-    real(stream)->give([into = to.mutable_data_ptr(), data = from.const_data_ptr(), bytes = to.nbytes()] {
+    // Keeps neither tensor alive, as a device does not.
+    real(stream)->enqueue([into = to.mutable_data_ptr(), data = from.const_data_ptr(), bytes = to.nbytes()] {
       std::memcpy(into, data, bytes);
     });
   }
@@ -188,7 +181,7 @@ class NcclEmulation::Nccl final : public detail::NcclApi {
     return id;
   }
 
-  NcclComm init(int num_ranks, const detail::NcclId& id, int rank, const detail::NcclConfig&) override {
+  NcclComm init(int num_ranks, const detail::NcclId& id, int rank, const detail::NcclConfig& config) override {
     std::unique_lock lock(cluster_->mutex);
     std::uint64_t number = 0;
     std::memcpy(&number, id.data(), sizeof number);
@@ -205,8 +198,10 @@ class NcclEmulation::Nccl final : public detail::NcclApi {
     member->clique = clique;
     member->rank = rank;
     member->device = rank_;
+    member->name = config.name;
+    cluster_->communicators[static_cast<std::size_t>(rank_)].push_back(config.name);
     cluster_->changed.notify_all();
-    const bool complete = cluster_->changed.wait_for(lock, cluster_->patience, [&] {
+    const bool complete = cluster_->changed.wait_for(lock, cluster_->options.patience, [&] {
       return std::all_of(clique->members.begin(), clique->members.end(), [](const auto& each) { return each; });
     });
     if (!complete) throw DeviceFailure("init: some ranks never came");
@@ -226,7 +221,7 @@ class NcclEmulation::Nccl final : public detail::NcclApi {
              std::all_of(member->clique->members.begin(), member->clique->members.end(),
                          [](const auto& each) { return each->leaving || each->aborted; });
     };
-    if (!cluster_->changed.wait_for(lock, cluster_->patience, over))
+    if (!cluster_->changed.wait_for(lock, cluster_->options.patience, over))
       cluster_->violations.push_back("destroy hangs: other ranks do not destroy theirs");
   }
 
@@ -241,9 +236,9 @@ class NcclEmulation::Nccl final : public detail::NcclApi {
       members.push_back(member->shared_from_this());
     }
     cluster_->changed.notify_all();
-    const bool ended = cluster_->changed.wait_for(lock, cluster_->patience, [&] {
+    const bool ended = cluster_->changed.wait_for(lock, cluster_->options.patience, [&] {
       return std::all_of(members.begin(), members.end(),
-                         [](const auto& member) { return member->over == member->launched; });
+                         [](const auto& member) { return member->finished == member->launched; });
     });
     if (!ended) cluster_->violations.push_back("abort hangs: what was launched waits for what is not aborted");
   }
@@ -300,7 +295,7 @@ class NcclEmulation::Nccl final : public detail::NcclApi {
     Stream* stream = nullptr;
   };
 
-  /// The member behind a handle; null, and a violation, if it is no more.
+  /// The member behind a handle; null, and a violation, if it has ended.
   Member* use(NcclComm comm, const char* call) {
     if (cluster_->valid.contains(real(comm))) return real(comm);
     cluster_->violations.push_back(detail::str(call, ": rank ", rank_, " uses a communicator after its end"));
@@ -331,11 +326,26 @@ class NcclEmulation::Nccl final : public detail::NcclApi {
     for (Part& part : operation->parts) {
       part.owner = member->rank;
       if (!part.between_two()) part.index = member->collectives++;
+      connect(*member, part);
     }
     lock.unlock();
-    stream->give([cluster = cluster_.get(), operation, owner = member->shared_from_this()] {
+    stream->enqueue([cluster = cluster_.get(), operation, owner = member->shared_from_this()] {
       emulation::perform(*cluster, *owner, *operation);
     });
+  }
+
+  /// Notes what NCCL would have to connect for this part.
+  void connect(Member& member, const Part& part) const {
+    constexpr std::size_t largest_small = 64 << 10;
+    const char* size = part.bytes <= largest_small ? "small" : "large";
+    std::string what;
+    if (part.between_two()) {
+      what = detail::str(part.kind == Part::Kind::send ? "send to " : "receive from ", part.peer);
+    } else {
+      what = detail::str(size, part.kind == Part::Kind::all_reduce ? " all_reduce" : " broadcast");
+    }
+    if (member.connected.insert(what).second)
+      cluster_->connections[static_cast<std::size_t>(rank_)].push_back(detail::str(member.name, ": ", what));
   }
 
   std::shared_ptr<Cluster> cluster_;
@@ -354,7 +364,7 @@ NcclEmulation::NcclEmulation(int num_ranks, const Options& options)
 NcclEmulation::~NcclEmulation() {
   {
     const std::lock_guard lock(cluster_->mutex);
-    cluster_->over = true;
+    cluster_->stopped = true;
   }
   cluster_->changed.notify_all();
   cluster_->retired.clear();
@@ -370,7 +380,7 @@ void NcclEmulation::set_current(int rank, DeviceStream stream) const {
   devices_.at(static_cast<std::size_t>(rank))->set_current(real(stream));
 }
 void NcclEmulation::run(DeviceStream stream, std::function<void()> kernel) const {
-  real(stream)->give(std::move(kernel));
+  real(stream)->enqueue(std::move(kernel));
 }
 void NcclEmulation::synchronize(DeviceStream stream) const { real(stream)->synchronize(); }
 
@@ -388,6 +398,15 @@ std::vector<std::string> NcclEmulation::ranges(int rank) const {
 std::size_t NcclEmulation::open_streams() const {
   const std::lock_guard lock(cluster_->mutex);
   return cluster_->open_streams;
+}
+
+std::vector<std::string> NcclEmulation::communicators(int rank) const {
+  const std::lock_guard lock(cluster_->mutex);
+  return cluster_->communicators.at(static_cast<std::size_t>(rank));
+}
+std::vector<std::string> NcclEmulation::connections(int rank) const {
+  const std::lock_guard lock(cluster_->mutex);
+  return cluster_->connections.at(static_cast<std::size_t>(rank));
 }
 
 }  // namespace dualpipe::testing

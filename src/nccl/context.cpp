@@ -1,4 +1,4 @@
-#include "nccl/family.hpp"
+#include "nccl/context.hpp"
 
 #include <ATen/ATen.h>
 #include <pthread.h>
@@ -14,10 +14,10 @@ namespace {
 
 using namespace std::chrono_literals;
 
-constexpr auto kFarewell = 1500ms;  // for what is under way when the last communicator goes
-constexpr auto kBrief = 200us;      // for headers that peers send at about the same time
+constexpr auto drain_limit = 1500ms;       // for running operations when the last communicator is destroyed
+constexpr auto header_poll_limit = 200us;  // for headers that peers send at about the same time
 
-/// Signals are for the program's own threads.
+/// Starts a thread that handles none of the program's signals.
 template <class Body>
 std::thread start_thread(const char* name, Body body) {
   sigset_t all, before;
@@ -31,7 +31,7 @@ std::thread start_thread(const char* name, Body body) {
   return thread;
 }
 
-/// A range in a profiler's view, until the end of the block.
+/// A profiler range that ends with the block.
 class Range {
  public:
   Range(DeviceApi& device, const std::string& name) : device_(device) { device_.push_range(name); }
@@ -50,16 +50,16 @@ bool moves_bytes(const Tensors& tensors) {
 
 }  // namespace
 
-/// Wakes the launching thread when a header may have come. Apart from the family, since the transport's threads hold it
-/// for a moment and must never be the ones that destroy a family.
-class NcclFamily::Waker final : public TransportListener {
+/// Wakes the launch thread when a header may have come. Separate from NcclContext: threads of the transport hold a
+/// reference at times, and must not hold the last one to a context.
+class NcclContext::LaunchSignal final : public TransportListener {
  public:
   void transport_changed() noexcept override {
     if (queued_ > 0) wake(false);
   }
   void queued(int change) { queued_ += change; }
   void stop() { wake(true); }
-  /// False: time to end.
+  /// False: the launch thread shall end.
   bool wait() {
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [this] { return woken_ || stopped_; });
@@ -84,7 +84,7 @@ class NcclFamily::Waker final : public TransportListener {
   bool stopped_ = false;
 };
 
-struct NcclFamily::EventPool {
+struct NcclContext::EventPool {
   explicit EventPool(std::shared_ptr<DeviceApi> api) : device(std::move(api)) {}
   ~EventPool() {
     for (const auto* events : {&ordering, &timed})
@@ -95,38 +95,38 @@ struct NcclFamily::EventPool {
   std::vector<DeviceEvent> ordering, timed;
 };
 
-NcclFamily::NcclFamily(std::shared_ptr<Transport> transport, std::shared_ptr<DeviceApi> device,
-                       std::shared_ptr<NcclApi> nccl, std::chrono::milliseconds timeout, NcclConfig config)
+NcclContext::NcclContext(std::shared_ptr<Transport> transport, std::shared_ptr<DeviceApi> device,
+                         std::shared_ptr<NcclApi> nccl, std::chrono::milliseconds timeout, NcclConfig config)
     : transport_(std::move(transport)),
       device_(std::move(device)),
       nccl_(std::move(nccl)),
-      // A deadline further away would leave the range of the clock.
+      // A later deadline would overflow the clock.
       timeout_(std::min<std::chrono::milliseconds>(timeout, 24h * 365)),
       config_(std::move(config)),
       events_(std::make_shared<EventPool>(device_)),
-      waker_(std::make_shared<Waker>()) {
-  transport_->listen(waker_);
-  launcher_ = start_thread("dualpipe-launch", [this] { launch_when_possible(); });
-  guard_ = start_thread("dualpipe-guard", [this] { guard(); });
+      launch_signal_(std::make_shared<LaunchSignal>()) {
+  transport_->listen(launch_signal_);
+  launcher_ = start_thread("dualpipe-launch", [this] { run_launcher(); });
+  watchdog_ = start_thread("dualpipe-watch", [this] { run_watchdog(); });
 }
 
-NcclFamily::~NcclFamily() {
-  bool together = false;
+NcclContext::~NcclContext() {
+  bool all_drained = false;
   try {
-    together = all_quiet(Clock::now() + kFarewell);
+    all_drained = drained(Clock::now() + drain_limit);
   } catch (...) {
-    // Then without the others.
+    // Counts as not drained.
   }
   {
     const std::lock_guard lock(stop_mutex_);
     stop_ = true;
   }
   stop_changed_.notify_all();
-  waker_->stop();
+  launch_signal_->stop();
   launcher_.join();
-  guard_.join();
-  // Memory of a communicator may be read by a peer until that is quiet too.
-  if (together && !aborted_) {
+  watchdog_.join();
+  // Peers may read a communicator's memory until they are idle too.
+  if (all_drained && !aborted_) {
     for (const NcclComm comm : comms_) {
       try {
         nccl_->destroy(comm);
@@ -143,7 +143,7 @@ NcclFamily::~NcclFamily() {
   for (const DeviceStream stream : streams_) device_->destroy(stream);
 }
 
-NcclLine NcclFamily::open(MessageCommunicator& control, const std::string& name) {
+CommStream NcclContext::open(MessageCommunicator& control, const std::string& name) {
   const PlainTensors plain;
   NcclId id{};
   at::Tensor bytes = at::zeros({static_cast<std::int64_t>(id.size())}, at::kChar);
@@ -155,25 +155,25 @@ NcclLine NcclFamily::open(MessageCommunicator& control, const std::string& name)
   std::memcpy(id.data(), bytes.const_data_ptr(), id.size());
   NcclConfig config = config_;
   config.name += name;
-  control.barrier().wait();  // what comes now cannot be aborted: all are here, and as well as can be seen
+  control.barrier().wait();  // init() cannot be aborted: call it only when all ranks are here
   const NcclComm comm = nccl_->init(control.size(), id, control.rank(), config);
   const std::lock_guard lock(comms_mutex_);
   if (aborted_) {
     nccl_->abort({&comm, 1});
-    throw DeviceFailure("the family failed while NCCL connected");
+    throw DeviceFailure("a rank failed while NCCL connected");
   }
   comms_.push_back(comm);
   streams_.push_back(device_->create_stream());
   return {comm, streams_.back()};
 }
 
-NcclFamily::QueueId NcclFamily::add_queue() {
+NcclContext::QueueId NcclContext::add_queue() {
   const std::lock_guard lock(launch_mutex_);
   queues_.emplace_back();
   return queues_.size() - 1;
 }
 
-EventPtr NcclFamily::record(DeviceStream stream, const Request& whole, bool timed) {
+EventPtr NcclContext::record(DeviceStream stream, const Request& request, bool timed) {
   std::vector<DeviceEvent>& free = timed ? events_->timed : events_->ordering;
   DeviceEvent event = nullptr;
   {
@@ -183,103 +183,101 @@ EventPtr NcclFamily::record(DeviceStream stream, const Request& whole, bool time
       free.pop_back();
     }
   }
-  if (event == nullptr) event = on_device(whole, [&](DeviceApi& device) { return device.create_event(timed); });
+  if (event == nullptr) event = on_device(request, [&](DeviceApi& device) { return device.create_event(timed); });
   EventPtr pooled(event, [pool = events_, &free](DeviceEvent returned) {
     const std::lock_guard lock(pool->mutex);
     free.push_back(returned);
   });
-  on_device(whole, [&](DeviceApi& device) { device.record(event, stream); });
+  on_device(request, [&](DeviceApi& device) { device.record(event, stream); });
   return pooled;
 }
 
-void NcclFamily::submit(QueueId queue, std::shared_ptr<Flight> flight) {
-  check(flight->whole);
-  if (flight->waits_briefly) {
-    const auto deadline = Clock::now() + kBrief;
-    while (!transport().done(flight->headers) && Clock::now() < deadline) std::this_thread::sleep_for(kPollPeriod / 10);
-  }
+void NcclContext::submit(QueueId queue, std::shared_ptr<NcclOperation> operation) {
+  check(operation->request);
+  if (operation->polls_for_headers)
+    (void)poll_briefly(header_poll_limit, [&] { return transport().done(operation->headers); });
   const std::lock_guard lock(launch_mutex_);
-  on_device(flight->whole, [this](DeviceApi& device) {
+  on_device(operation->request, [this](DeviceApi& device) {
     while (!in_flight_.empty() && device.done(in_flight_.front()->end.get())) in_flight_.pop_front();
   });
-  queues_[queue].push_back(std::move(flight));
-  waker_->queued(1);
+  queues_[queue].push_back(std::move(operation));
+  launch_signal_->queued(1);
   progress(queues_[queue]);
 }
 
-void NcclFamily::progress(Queue& queue) {
+void NcclContext::progress(Queue& queue) {
   while (!queue.empty()) {
-    const std::shared_ptr<Flight> flight = queue.front();
-    if (flight->waits_for_headers && !transport().succeeded(flight->headers)) {
-      // Where they never will come, whoever waits for this learns it. Asking lets the sockets read on.
-      (void)transport().done(flight->headers);
+    const std::shared_ptr<NcclOperation> operation = queue.front();
+    if (operation->waits_for_headers && !transport().succeeded(operation->headers)) {
+      // done() lets the sockets read on; if the headers cannot come any more, wait() reports it.
+      (void)transport().done(operation->headers);
       return;
     }
-    if (!launch(*flight)) return;
+    if (!launch(*operation)) return;
     queue.pop_front();
-    waker_->queued(-1);
-    if (flight->end) in_flight_.push_back(flight);
-    flight->launched.store(true, std::memory_order_release);
+    launch_signal_->queued(-1);
+    if (operation->end) in_flight_.push_back(operation);
+    operation->launched.store(true, std::memory_order_release);
   }
 }
 
-bool NcclFamily::launch(Flight& flight) {
+bool NcclContext::launch(NcclOperation& operation) {
   try {
-    if (flight.waits_for_headers) transport().wait(flight.headers, flight.whole);
-    check(flight.whole);
+    if (operation.waits_for_headers) transport().wait(operation.headers, operation.request);
+    check(operation.request);
     const PlainTensors plain;
-    if (flight.prepare) flight.prepare(flight);
-    if (!flight.ready) flight.ready = record(flight.caller, flight.whole);
-    if (flight.issue && (moves_bytes(flight.sources) || moves_bytes(flight.targets))) issue(flight);
+    if (operation.prepare) operation.prepare(operation);
+    if (!operation.ready) operation.ready = record(operation.caller, operation.request);
+    if (operation.issue && (moves_bytes(operation.sources) || moves_bytes(operation.targets))) issue(operation);
     return true;
   } catch (const CommError&) {
-    return false;  // the family has failed, and whoever waits for this learns it
+    return false;  // reported by wait()
   } catch (const std::exception& error) {
     transport().abort(transport().rank(),
-                      str("rank ", transport().rank(), ": ", flight.whole.describe(), ": ", error.what()));
+                      str("rank ", transport().rank(), ": ", operation.request.describe(), ": ", error.what()));
     return false;
   }
 }
 
-void NcclFamily::issue(Flight& flight) {
-  const DeviceStream stream = flight.line.stream;
-  device_->wait(stream, flight.ready.get());
-  const Range range(*device_, flight.whole.operation());
-  flight.begin = record(stream, flight.whole, /*timed=*/true);
-  call_nccl(flight);
-  flight.end = record(stream, flight.whole, /*timed=*/true);
+void NcclContext::issue(NcclOperation& operation) {
+  const DeviceStream stream = operation.comm_stream.stream;
+  device_->wait(stream, operation.ready.get());
+  const Range range(*device_, operation.request.operation());
+  operation.begin = record(stream, operation.request, /*timed=*/true);
+  call_nccl(operation);
+  operation.end = record(stream, operation.request, /*timed=*/true);
 }
 
-void NcclFamily::await_launch(QueueId queue, const Flight& flight) {
+void NcclContext::await_launch(QueueId queue, const NcclOperation& operation) {
   for (;;) {
-    std::shared_ptr<Flight> front;
+    std::shared_ptr<NcclOperation> front;
     {
       const std::lock_guard lock(launch_mutex_);
       for (Queue& each : queues_) progress(each);
-      if (flight.launched.load(std::memory_order_acquire)) return;
+      if (operation.launched.load(std::memory_order_acquire)) return;
       front = queues_[queue].front();
     }
-    transport().wait(front->headers, front->whole);
+    transport().wait(front->headers, front->request);
   }
 }
 
-bool NcclFamily::launched(QueueId queue, const Flight& flight) {
-  if (flight.launched.load(std::memory_order_acquire)) return true;
+bool NcclContext::launched(QueueId queue, const NcclOperation& operation) {
+  if (operation.launched.load(std::memory_order_acquire)) return true;
   const std::lock_guard lock(launch_mutex_);
   progress(queues_[queue]);
-  return flight.launched.load(std::memory_order_acquire);
+  return operation.launched.load(std::memory_order_acquire);
 }
 
-void NcclFamily::synchronize(const Flight& flight) {
-  const auto done = [&](DeviceApi& device) { return device.done(flight.end.get()); };
-  while (flight.end && !on_device(flight.whole, done)) {
-    check(flight.whole);
-    std::this_thread::sleep_for(kPollPeriod / 10);
+void NcclContext::synchronize(const NcclOperation& operation) {
+  const auto done = [&](DeviceApi& device) { return device.done(operation.end.get()); };
+  while (operation.end && !on_device(operation.request, done)) {
+    check(operation.request);
+    std::this_thread::sleep_for(poll_period / 10);
   }
-  check(flight.whole);
+  check(operation.request);
 }
 
-bool NcclFamily::failed() const {
+bool NcclContext::failed() const {
   try {
     check(Request{});
     return false;
@@ -288,40 +286,40 @@ bool NcclFamily::failed() const {
   }
 }
 
-void NcclFamily::launch_when_possible() {
-  while (waker_->wait()) {
+void NcclContext::run_launcher() {
+  while (launch_signal_->wait()) {
     const std::lock_guard lock(launch_mutex_);
     for (Queue& queue : queues_) progress(queue);
   }
 }
 
-bool NcclFamily::quiet() {
+bool NcclContext::idle() {
   const std::lock_guard lock(launch_mutex_);
   for (Queue& queue : queues_) progress(queue);
   while (!in_flight_.empty() && device_->done(in_flight_.front()->end.get())) in_flight_.pop_front();
   return in_flight_.empty() && std::all_of(queues_.begin(), queues_.end(), [](const Queue& q) { return q.empty(); });
 }
 
-bool NcclFamily::all_quiet(Clock::time_point deadline) {
-  while (!quiet()) {
+bool NcclContext::drained(Clock::time_point deadline) {
+  while (!idle()) {
     if (failed() || Clock::now() >= deadline) return false;
-    std::this_thread::sleep_for(kPollPeriod);
+    std::this_thread::sleep_for(poll_period);
   }
-  const Header farewell{.group = std::numeric_limits<std::int64_t>::min(),
-                        .channel = Channel::collective,
-                        .epoch = transport().epoch(),
-                        .issued_ns = now_ns(),
-                        .operation = "farewell",
-                        .signature = {}};
+  const Header goodbye{.group = std::numeric_limits<std::int64_t>::min(),
+                       .channel = Channel::collective,
+                       .epoch = transport().epoch(),
+                       .issued_ns = now_ns(),
+                       .operation = "goodbye",
+                       .signature = {}};
   std::vector<std::shared_ptr<Request>> others;
   for (int r = 0; r < transport().size(); ++r) {
     if (r == transport().rank()) continue;
-    others.push_back(transport().receive(r, farewell, /*any_signature=*/false));
-    transport().send(r, {farewell, MessageTensors::of({}), {}});
+    others.push_back(transport().receive(r, goodbye, /*any_signature=*/false));
+    transport().send(r, {goodbye, MessageTensors::of({}), {}});
   }
   while (!transport().succeeded(others)) {
     if (transport().done(others) || Clock::now() >= deadline) return false;
-    std::this_thread::sleep_for(kPollPeriod);
+    std::this_thread::sleep_for(poll_period);
   }
   return true;
 }

@@ -2,33 +2,34 @@
 
 #include <torch/torch.h>
 
+#include <cstring>
 #include <memory>
 #include <utility>
 
-#include "async_rank.hpp"
+#include "emulated_rank.hpp"
 
 namespace dualpipe::test {
 
 /// What a rank has asked of its device.
-struct Asked {
+struct CallCounts {
   bool late = false;
-  int host_waits = 0;  ///< of the host for the device: each time that values are read
+  int host_waits = 0;  ///< waits of the host for the device, one per read of values
   int sends = 0, receives = 0, collectives = 0;
-  int expected = 0;                       ///< receives that knew what would come
-  std::vector<Signature> collected = {};  ///< what the collectives moved
+  int expected = 0;                       ///< receives with an expected signature
+  std::vector<Signature> collected = {};  ///< signatures of the collectives
 };
 
-/// Lets host code use a device that lags behind. What it sends or reduces is written by a kernel into memory of the
-/// rank's stream when the stream comes to it, what it gets is read by one; so everything between depends on events.
-class Lagging final : public Communicator {
+/// Lets host code use a device that lags behind. Kernels copy the tensors of each call to memory of the rank's stream,
+/// and results back, so that all values depend on events.
+class LaggingCommunicator final : public Communicator {
  public:
-  Lagging(std::shared_ptr<Communicator> inner, std::shared_ptr<AsyncRank> rank)
-      : Lagging(std::move(inner), std::move(rank), std::make_shared<Asked>()) {}
-  /// From now on results of collectives in place are written to the host's tensors by a kernel, as on a real device,
-  /// and the host does not wait for it: nobody may read them before the rank's stream has come there.
-  void write_results_late() { asked_->late = true; }
-  /// Since it was called last; groups that were split off included.
-  Asked asked() { return std::exchange(*asked_, {.late = asked_->late}); }
+  LaggingCommunicator(std::shared_ptr<Communicator> inner, std::shared_ptr<AsyncRank> rank)
+      : LaggingCommunicator(std::move(inner), std::move(rank), std::make_shared<CallCounts>()) {}
+  /// From now on a kernel writes results of in-place collectives to the host's tensors and the host does not wait, as
+  /// on a real device: nobody may read them before the stream has run it.
+  void write_results_late() { counts_->late = true; }
+  /// The counts since the last call, of this communicator and all its splits.
+  CallCounts take_counts() { return std::exchange(*counts_, {.late = counts_->late}); }
 
   at::Device device() const override { return at::kCPU; }
   Communicator& control() override { return inner_->control(); }
@@ -36,12 +37,12 @@ class Lagging final : public Communicator {
   DeviceTrace* device_trace() noexcept override { return inner_->device_trace(); }
   void connect(const std::vector<Edge>& edges) override { inner_->connect(edges); }
   Pending send(int peer, Tensors tensors) override {
-    ++asked_->sends;
+    ++counts_->sends;
     return lag(inner_->send(peer, on_device(tensors)), {});
   }
   Pending receive(int peer, const std::optional<Expected>& expected) override {
-    ++asked_->receives;
-    if (expected) ++asked_->expected;
+    ++counts_->receives;
+    if (expected) ++counts_->expected;
     return lag(inner_->receive(peer, expected), {});
   }
   Pending all_reduce(Tensors tensors, Reduce reduce) override {
@@ -64,33 +65,39 @@ class Lagging final : public Communicator {
   Pending fence() override { return inner_->fence(); }
   std::shared_ptr<Communicator> split(int color, int key) override {
     auto part = inner_->split(color, key);
-    return part == nullptr ? nullptr : std::shared_ptr<Lagging>(new Lagging(std::move(part), rank_, asked_));
+    return part == nullptr
+               ? nullptr
+               : std::shared_ptr<LaggingCommunicator>(new LaggingCommunicator(std::move(part), rank_, counts_));
   }
   void abort(const std::string& reason) noexcept override { inner_->abort(reason); }
 
  private:
-  Lagging(std::shared_ptr<Communicator> inner, std::shared_ptr<AsyncRank> rank, std::shared_ptr<Asked> asked)
+  LaggingCommunicator(std::shared_ptr<Communicator> inner, std::shared_ptr<AsyncRank> rank,
+                      std::shared_ptr<CallCounts> counts)
       : Communicator(inner->rank(), inner->size()),
         inner_(std::move(inner)),
         rank_(std::move(rank)),
-        asked_(std::move(asked)) {}
+        counts_(std::move(counts)) {}
   void note_collective(const Tensors& tensors) {
-    ++asked_->collectives;
-    asked_->collected.push_back(signature_of(tensors));
+    ++counts_->collectives;
+    counts_->collected.push_back(signature_of(tensors));
   }
 
-  /// Copies made by kernels, and the tensors of the host that results go into.
+  /// Copies made by kernels; `in_place` are the host's tensors that receive results.
   class State final : public Pending::State {
    public:
-    State(Pending inner, std::shared_ptr<AsyncRank> rank, std::shared_ptr<Asked> asked, Tensors in_place)
-        : inner_(std::move(inner)), rank_(std::move(rank)), asked_(std::move(asked)), in_place_(std::move(in_place)) {}
+    State(Pending inner, std::shared_ptr<AsyncRank> rank, std::shared_ptr<CallCounts> counts, Tensors in_place)
+        : inner_(std::move(inner)),
+          rank_(std::move(rank)),
+          counts_(std::move(counts)),
+          in_place_(std::move(in_place)) {}
     void wait() override {
       if (over_) return inner_.wait();
       if (in_place_.empty()) {
         inner_.wait();
         return;
       }
-      results_ = asked_->late ? write_late() : fetch();
+      results_ = counts_->late ? write_late() : fetch();
       over_ = true;
     }
     bool done() const override { return inner_.done(); }
@@ -122,7 +129,7 @@ class Lagging final : public Communicator {
           if (got[i].defined() && got[i].numel() > 0)
             std::memcpy(on_host[i].mutable_data_ptr(), got[i].const_data_ptr(), got[i].nbytes());
       });
-      if (!got.empty()) ++asked_->host_waits;
+      if (!got.empty()) ++counts_->host_waits;
       rank_->synchronize();
       for (std::size_t i = 0; i < got.size(); ++i) {
         if (!got[i].defined()) continue;
@@ -132,19 +139,19 @@ class Lagging final : public Communicator {
           in_place_[i].copy_(on_host[i]);
         }
       }
-      inner_.wait();  // an abort meanwhile
+      inner_.wait();  // throws after an abort
       return in_place_.empty() ? on_host : in_place_;
     }
 
     Pending inner_;
     std::shared_ptr<AsyncRank> rank_;
-    std::shared_ptr<Asked> asked_;
+    std::shared_ptr<CallCounts> counts_;
     Tensors in_place_, results_;
     bool over_ = false;
   };
 
   Pending lag(Pending inner, Tensors in_place) {
-    return Pending(std::make_shared<State>(std::move(inner), rank_, asked_, std::move(in_place)));
+    return Pending(std::make_shared<State>(std::move(inner), rank_, counts_, std::move(in_place)));
   }
 
   Tensors on_device(const Tensors& tensors) {
@@ -169,7 +176,7 @@ class Lagging final : public Communicator {
 
   std::shared_ptr<Communicator> inner_;
   std::shared_ptr<AsyncRank> rank_;
-  std::shared_ptr<Asked> asked_;
+  std::shared_ptr<CallCounts> counts_;
 };
 
 }  // namespace dualpipe::test
