@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Checks that includes point in one direction only (docs and CONTRIBUTING name the layers), and what the public headers may show.
+"""Checks that includes point in one direction only (docs and CONTRIBUTING name the layers), what the public headers may show, and that no two
+files define types of one name.
 
 layers.py SOURCE_DIR; prints each finding as file:line: reason, and exits with 1 if there is one.
 """
@@ -109,11 +110,45 @@ def findings(root: Path):
             yield f"{file}:1: has an anonymous namespace, which would be another one in each file that includes it"
 
 
+TOKEN = re.compile(r"namespace\s+([\w:]*)\s*\{|(?:class|struct|enum class)\s+([\w:]+)[^;{}()]*\{|[{}]")
+COMMENT_OR_STRING = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:[^"\\\n]|\\.)*"|\'(?:[^\'\\\n]|\\.)*\'', re.DOTALL)
+
+
+def named_types(text: str):
+    """Names of the types that are defined outside of functions and anonymous namespaces, with their namespaces and classes."""
+    scopes = []  # a name, "" for an anonymous namespace, None for any other brace
+    for match in TOKEN.finditer(COMMENT_OR_STRING.sub("", text)):
+        if match[0] == "}":
+            if scopes:
+                scopes.pop()
+        elif match[0] == "{":
+            scopes.append(None)
+        elif match[2]:
+            if None not in scopes and "" not in scopes:
+                yield "::".join([*scopes, match[2]])
+            scopes.append(match[2])
+        else:
+            scopes.append(match[1])
+
+
+def doubles(root: Path):
+    """One name for two types is undefined behaviour as soon as both are in one program, and no linker says so."""
+    first = {}
+    for folder in ("include", "src", "examples", "benchmarks"):
+        for file in sorted((root / folder).rglob("*.[chi]pp")):
+            for name in named_types(file.read_text()):
+                # Programs of their own may both have a type of one name.
+                key = name if folder in ("include", "src") and "tools" not in file.parts else (file.parent, name)
+                other = first.setdefault(key, file)
+                if other != file:
+                    yield f"{file}:1: defines {name}, as {other} does"
+
+
 def main() -> int:
     if len(sys.argv) != 2:
         print(__doc__, file=sys.stderr)
         return 2
-    found = list(findings(Path(sys.argv[1])))
+    found = [*findings(Path(sys.argv[1])), *doubles(Path(sys.argv[1]))]
     print("\n".join(found) if found else "layers: no finding")
     return 1 if found else 0
 

@@ -583,6 +583,25 @@ TEST(Chain, RanksThatLaunchDifferentCollectivesAllFail) {
   for (const std::string& message : messages) EXPECT_THAT(message, HasSubstr("stage "));
 }
 
+TEST(Chain, WhatCannotTravelNamesTheStageThatReturnedIt) {
+  for (const Publish publish : {Publish::early, Publish::atomic}) {
+    std::atomic<int> named{0};
+    run_ranks(2, [&](std::shared_ptr<Communicator> comm) {
+      const std::string message = message_of([&] {
+        DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = 2, .schedule = "1f1b", .publish = publish}, [](int) {
+          return Stage().compute("sparse",
+                                 [](const Tensors& x, const StageContext&) { return Tensors{x[0].to_sparse()}; });
+        });
+        pipe->step(random_batch(4, 1), squared_error());
+      });
+      if (message.find("outputs of stage 0 for micro-batch 0: tensor 0 of the message has layout Sparse") !=
+          std::string::npos)
+        ++named;
+    });
+    EXPECT_EQ(named, 2);
+  }
+}
+
 TEST(Chain, StagesChangedAfterConstructionAreRefused) {
   const auto batches = batches_of(24);
   const MoeReference expected = moe_reference({moe(0), moe(1)}, batches, 6);

@@ -156,6 +156,24 @@ TEST(WeightParts, HideTheCollectiveOfAGradientThatComesWhileTheyRun) {
   std::filesystem::remove(file);
 }
 
+TEST(WeightParts, HideTheCollectiveOfAGradientThatIsMadeOnTheSameRank) {
+  const std::string file = testing::TempDir() + "two_stages_on_a_rank.csv";
+  std::ofstream(file) << "0F0,1F0,1B0,0B0\n";
+  Log log;
+  const Layers before(1, log), behind(2, log);
+  run_ranks(1, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = 1, .schedule = file}, [&](int number) {
+      if (number == 1) return Stage(behind.ptr()).compute("compute", behind->part(0, 2));
+      Stage stage(before.ptr());
+      stage.compute("compute", before->part(0, 1)).communicate("slow", std::make_shared<Slow>(log, 2), {0});
+      return stage;
+    });
+    pipe->step(random_batch(2, 7), squared_error());
+  });
+  EXPECT_THAT(log, ElementsAre("launch 0", "w1", "w0", "take 0", "w0"));
+  std::filesystem::remove(file);
+}
+
 TEST(WeightParts, AnErrorInOneThatFillsAWaitNamesIt) {
   Log log;
   const Layers layers(3, log);

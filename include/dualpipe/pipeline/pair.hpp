@@ -18,11 +18,11 @@ struct PairEvent {
     must_wait,  ///< `op` comes next and takes what `pending` brings, which is not there yet: do something else, or
                 ///< wait()
     received,   ///< what `pending` brought is in its place; op.node is the collective's
-    over,       ///< all nodes of op.side have ended: its StageRun can be finished
+    over,       ///< all nodes of op.side have ended: call finish_forward() or finish_backward() of its StageRun
   };
   Kind kind = Kind::computed;
   PairOp op;
-  Pending pending = {};
+  Pending pending = {};  ///< received only
 };
 
 /// The forward of one micro-batch and the backward of another, interleaved in a given order; or one of them alone.
@@ -39,10 +39,11 @@ class PairRun {
  public:
   /// @param order     of both chains, each in sequence, as launch_order gives it; outlives this.
   /// @param forward   on its way forward; null where the order has no forward.
-  /// @param backward  on its way back; null where the order has no backward.
-  /// @param position  ops that have run before, as when another PairRun began with one side alone.
-  PairRun(const std::vector<PairOp>& order, StageRun* forward, StageRun* backward, std::size_t position = 0)
-      : order_(&order), forward_{forward}, backward_{backward}, position_(position) {}
+  /// @param backward  after start_backward(), and alive until the last weight op of the order; null where it has none.
+  PairRun(const std::vector<PairOp>& order, StageRun* forward, StageRun* backward)
+      : order_(&order), forward_{forward}, backward_{backward} {}
+  /// Of a pair whose first ops, all of the backward, have run without it.
+  void add_forward(StageRun* forward) { forward_ = {forward}; }
 
   /// Does one thing, without waiting for a collective, and says what. Empty where there is nothing to do: the order is
   /// at its end, and no trailing collective has ended. Errors are those of StageRun; at() says whose they are.
@@ -51,10 +52,8 @@ class PairRun {
   /// current stream waits). There must be one.
   DUALPIPE_DECL PairEvent wait();
 
-  /// The op that next() runs; null where it does something else.
+  /// The op that next() runs; null where it does something else. A collective may end in between.
   DUALPIPE_DECL const PairOp* upcoming() const;
-  /// Number of ops that have run.
-  std::size_t position() const { return position_; }
   /// Collectives that end a chain are under way.
   bool trails() const { return forward_.trails() || backward_.trails(); }
   /// What runs or ran last; node -1: not a node, but the end of a collective or of the side.
@@ -63,10 +62,11 @@ class PairRun {
  private:
   struct Half {
     StageRun* run = nullptr;
-    bool over = false;  // and said so: the run may be gone
+    bool over = false;  // and said so; a forward may be gone
 
     bool ended() const { return run != nullptr && !over && run->advanced() && !run->under_way(); }
     bool trails() const { return run != nullptr && !over && run->advanced() && run->under_way(); }
+    bool has_news() const { return ended() || (trails() && run->under_way().done()); }
   };
   Half& half(PairSide side) { return side == PairSide::forward ? forward_ : backward_; }
   const PairOp* op() const { return position_ < order_->size() ? &(*order_)[position_] : nullptr; }

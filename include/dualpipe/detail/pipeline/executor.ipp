@@ -60,20 +60,20 @@ class ProgramRun {
     overlap_.trail(std::move(running));
   }
 
-  /// Runs a step to its end, but for a collective that ends a chain where results leave early.
+  /// The step runs until it is over or, where results leave early, until it only trails.
   StepRun::Event run(StepRun& step) {
     for (;;) {
       const StepRun::Event event = step.next();
       switch (event) {
         case StepRun::Event::ran:
           break;
-        case StepRun::Event::result:
-          issue_early();
+        case StepRun::Event::half_over:
+          issue_inside_step();
           break;
         case StepRun::Event::must_wait:
           if (step.run_weight_part()) break;
           finish_trailing();
-          issue_early();
+          issue_inside_step();  // also the receives behind this step, before the host blocks
           step.wait();
           break;
         case StepRun::Event::weights_left:
@@ -81,23 +81,26 @@ class ProgramRun {
           step.run_weight_part();
           break;
         case StepRun::Event::trails:
-          if (context_.early()) return event;
+          if (context_.publishes_early()) return event;
           step.wait();
           break;
         case StepRun::Event::over:
           return event;
       }
-      if (overlap_.poll()) issue_early();
+      poll_trailing();
     }
   }
 
-  void issue_early() {
-    if (context_.early()) transfers_.issue(next_);
+  void issue_inside_step() {
+    if (context_.publishes_early()) transfers_.issue(next_);
+  }
+  void poll_trailing() {
+    if (overlap_.poll()) issue_inside_step();
   }
   void finish_trailing() {
-    if (overlap_.finish()) issue_early();
+    for (poll_trailing(); overlap_.trails(); poll_trailing()) overlap_.wait();
   }
-  /// A transfer that is not even issued waits for the result of a trailing collective.
+  /// A transfer that is not issued waits for the result of a trailing collective; an empty one was delivered ahead.
   void before_waiting_for(const Pending* transfer) {
     if (overlap_.trails() && (transfer == nullptr || (*transfer && !transfer->done()))) finish_trailing();
   }

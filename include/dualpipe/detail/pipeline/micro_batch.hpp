@@ -2,13 +2,13 @@
 
 #include <torch/csrc/autograd/input_metadata.h>
 
-#include <map>
 #include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "dualpipe/detail/config.hpp"
+#include "dualpipe/detail/pipeline/store.hpp"
 #include "dualpipe/stage/stage_run.hpp"
 
 namespace dualpipe::detail {
@@ -37,21 +37,8 @@ class MicroBatch {
   std::vector<bool> differentiable_;                                   // by output
 };
 
-/// The micro-batches between the passes of a rank.
-class MicroBatches {
- public:
-  bool has(int stage, int micro_batch) const { return waiting_.contains({stage, micro_batch}); }
-  void put(int stage, int micro_batch, std::unique_ptr<MicroBatch> value) {
-    waiting_[{stage, micro_batch}] = std::move(value);
-  }
-  /// It is there.
-  std::unique_ptr<MicroBatch> take(int stage, int micro_batch) {
-    return std::move(waiting_.extract({stage, micro_batch}).mapped());
-  }
-
- private:
-  std::map<std::pair<int, int>, std::unique_ptr<MicroBatch>> waiting_;
-};
+/// The micro-batches of a rank between their passes, by stage and micro-batch.
+using MicroBatches = Store<std::pair<int, int>, std::unique_ptr<MicroBatch>>;
 
 }  // namespace dualpipe::detail
 

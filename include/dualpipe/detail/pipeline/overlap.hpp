@@ -22,13 +22,14 @@ class Overlap {
   Overlap(RunContext& context, Transfers& transfers) : context_(context), transfers_(transfers) {}
 
   bool trails() const { return trailing_ != nullptr; }
-  bool trailing_feeds(const Step& step) const { return trailing_ && trailing_->feeds(step); }
+  /// `step` may take what the trailing step brings.
+  bool trailing_feeds(const Step& step) const { return trailing_ && trailing_->shares_micro_batch(step); }
   /// Nothing trails before.
   void trail(std::unique_ptr<StepRun> step) { trailing_ = std::move(step); }
   /// Goes on with the trailing step, without waiting. @return whether results are in the mailbox.
   DUALPIPE_DECL bool poll();
-  /// Ends it. @return as poll().
-  DUALPIPE_DECL bool finish();
+  /// Waits for a collective of the trailing step; to be followed by poll().
+  void wait() { trailing_->wait(); }
 
   /// Between two weight parts.
   ///
@@ -47,7 +48,8 @@ class Overlap {
     int transfer = -1;                      // that brings it; -1: it is made on this rank
   };
   DUALPIPE_DECL Candidate next_backward(std::size_t next, int cell);
-  DUALPIPE_DECL bool input_is_here(const Candidate& candidate);
+  /// The input is in the mailbox afterwards. False: it has not come yet; nothing was waited for.
+  DUALPIPE_DECL bool bring_input(const Candidate& candidate);
 
   RunContext& context_;
   Transfers& transfers_;

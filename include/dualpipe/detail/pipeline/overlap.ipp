@@ -11,25 +11,16 @@ bool Overlap::poll() {
   while (trailing_ != nullptr) {
     const StepRun::Event event = trailing_->next();
     if (event == StepRun::Event::trails) break;
-    results = results || event == StepRun::Event::result;
+    results = results || event == StepRun::Event::half_over;
     if (event == StepRun::Event::over) trailing_.reset();
   }
   return results;
 }
 
-bool Overlap::finish() {
-  bool results = poll();
-  while (trailing_ != nullptr) {
-    trailing_->wait();
-    results = poll() || results;
-  }
-  return results;
-}
-
 void Overlap::launch_ahead(std::size_t next, int cell) {
-  if (!context_.fills_waits || !context_.early() || ahead_ != nullptr) return;
+  if (!context_.fills_waits || !context_.publishes_early() || ahead_ != nullptr) return;
   if (candidate_.at != next) candidate_ = next_backward(next, cell);
-  if (candidate_.step == nullptr || !input_is_here(candidate_)) return;
+  if (candidate_.step == nullptr || !bring_input(candidate_)) return;
   candidate_.step->launch_ahead();
   ahead_ = std::move(candidate_.step);
 }
@@ -40,7 +31,7 @@ Overlap::Candidate Overlap::next_backward(std::size_t next, int cell) {
   while (at < program.size() && program[at].what != Instruction::Do::compute) ++at;
   if (at == program.size()) return {next, nullptr};
   Candidate candidate{next, std::make_unique<StepRun>(context_, program[at].step, cell + 1)};
-  const Op* const backward = candidate.step->launches_first();
+  const Op* const backward = candidate.step->ahead_op();
   if (backward == nullptr) return {next, nullptr};
   candidate.input = input_of(*backward, context_.num_stages());
   for (std::size_t i = next; i < at; ++i)
@@ -50,9 +41,9 @@ Overlap::Candidate Overlap::next_backward(std::size_t next, int cell) {
   return candidate;
 }
 
-bool Overlap::input_is_here(const Candidate& candidate) {
-  const Op& backward = *candidate.step->launches_first();
-  if (!context_.micro_batches.has(backward.stage, backward.micro_batch)) return false;
+bool Overlap::bring_input(const Candidate& candidate) {
+  const Op& backward = *candidate.step->ahead_op();
+  if (!context_.micro_batches.has({backward.stage, backward.micro_batch})) return false;
   if (!candidate.input) return true;
   if (candidate.transfer < 0) return context_.mailbox.has(*candidate.input);
   const Pending* const receive = transfers_.receive(candidate.transfer);

@@ -23,7 +23,7 @@ std::optional<PairEvent> PairRun::next() {
     return PairEvent{PairEvent::Kind::computed, *next};
   }
   if (run.under_way()) {
-    if (!run.under_way().done()) return PairEvent{PairEvent::Kind::must_wait, *next, run.under_way()};
+    if (!run.under_way().done()) return PairEvent{PairEvent::Kind::must_wait, *next};
     return settle(next->side);
   }
   at_ = *next;
@@ -39,7 +39,7 @@ PairEvent PairRun::wait() {
 
 const PairOp* PairRun::upcoming() const {
   const PairOp* const next = op();
-  if (next == nullptr || forward_.ended() || backward_.ended()) return nullptr;
+  if (next == nullptr || forward_.has_news() || backward_.has_news()) return nullptr;
   if (next->side == PairSide::weight) return next;
   const Half& here = next->side == PairSide::forward ? forward_ : backward_;
   return here.run->under_way() ? nullptr : next;

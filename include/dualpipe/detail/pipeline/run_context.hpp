@@ -32,7 +32,7 @@ struct RunContext {
   const Stage& stage_of(const Op& op) const { return stages.at(op.stage); }
   int num_stages() const { return plan.schedule.num_stages; }
   bool last(const Op& op) const { return op.stage == num_stages() - 1; }
-  bool early() const { return plan.publish == Publish::early; }
+  bool publishes_early() const { return plan.publish == Publish::early; }
 };
 
 }  // namespace dualpipe::detail

@@ -18,7 +18,7 @@ class StepRun {
  public:
   enum class Event {
     ran,           ///< something was done
-    result,        ///< a result is in the mailbox
+    half_over,     ///< the forward or the backward has ended; what another stage takes of it is in the mailbox
     must_wait,     ///< for a collective: run_weight_part() if there is one, else wait()
     weights_left,  ///< only weight parts are left: run_weight_part()
     trails,        ///< all is done but a collective that ends a chain: wait(), now or later
@@ -34,12 +34,12 @@ class StepRun {
   /// The next piece of a weight part that has no place in the order. False: there is none.
   DUALPIPE_DECL bool run_weight_part();
 
-  /// The backward that begins by launching a collective, if there is one.
-  DUALPIPE_DECL const Op* launches_first() const;
+  /// The backward whose first collective may be launched ahead; null: none.
+  DUALPIPE_DECL const Op* ahead_op() const;
   /// Before the step's turn, when what its backward takes is there: goes as far as launching that collective.
   DUALPIPE_DECL void launch_ahead();
-  /// Whether `later` may take what this step brings.
-  DUALPIPE_DECL bool feeds(const Step& later) const;
+  /// So `later` may take its results.
+  DUALPIPE_DECL bool shares_micro_batch(const Step& later) const;
 
  private:
   DUALPIPE_DECL void start_forward();
@@ -59,18 +59,17 @@ class StepRun {
   [[noreturn]] DUALPIPE_DECL void rethrow_explained() const;
   DUALPIPE_DECL std::string explain(const std::string& what) const;
 
-  RunContext* context_;
+  RunContext& context_;
   int cell_;
   std::optional<Op> forward_op_, backward_op_;
-  bool communicates_;  // some stage of the step: its nodes are recorded one by one
+  bool communicates_;  // some stage of the step: its nodes are recorded one by one, and a B is split for its pauses
   const PairOrders::Entry* order_ = nullptr;
   std::unique_ptr<MicroBatch> forward_, backward_;  // while this step works on them
   std::optional<PairRun> pair_;
   bool started_ = false;
-  bool backward_over_ = false;
-  std::deque<int> weights_;  // nodes whose weight parts may run, where they have no places in the order
-  PairOp at_;                // what runs, for errors; while the pair runs, it knows
-  bool in_pair_ = false;
+  bool input_part_over_ = false;  // of the backward; a W begins so
+  std::deque<int> weights_;  // nodes whose weight parts are due: of a W, or of a B if they have no places in the order
+  std::optional<PairOp> own_;  // what runs outside of the pair, for errors
 };
 
 }  // namespace dualpipe::detail

@@ -12,12 +12,10 @@
 
 namespace dualpipe::detail {
 
-StepRun::StepRun(RunContext& context, const Step& step, int cell) : context_(&context), cell_(cell) {
+StepRun::StepRun(RunContext& context, const Step& step, int cell) : context_(context), cell_(cell) {
   if (step.op.pass == Pass::Forward) forward_op_ = step.op;
   if (step.overlapped) backward_op_ = step.overlapped;
   if (step.op.pass != Pass::Forward) backward_op_ = step.op;
-  at_.side = forward_op_ ? PairSide::forward : PairSide::backward;
-
   const auto half = [&](const std::optional<Op>& op) -> PairOrders::Half {
     if (!op) return {};
     return {&context.stage_of(*op), context.last(*op) && context.inputs.loss != nullptr};
@@ -33,12 +31,13 @@ StepRun::StepRun(RunContext& context, const Step& step, int cell) : context_(&co
 StepRun::Event StepRun::next() {
   return explained([&] {
     if (!std::exchange(started_, true)) {
-      const std::size_t position = pair_ ? pair_->position() : 0;  // behind what was launched ahead
       if (forward_op_) start_forward();
       if (backward_op_ && backward_ == nullptr) start_backward();
-      if (order_ != nullptr)
-        pair_.emplace(order_->order, forward_ ? &forward_->run() : nullptr, backward_ ? &backward_->run() : nullptr,
-                      position);
+      if (pair_)
+        pair_->add_forward(forward_ ? &forward_->run() : nullptr);
+      else if (order_ != nullptr)
+        pair_.emplace(order_->order, forward_ ? &forward_->run() : nullptr, backward_ ? &backward_->run() : nullptr);
+      own_.reset();
     }
     return advance();
   });
@@ -47,21 +46,17 @@ StepRun::Event StepRun::next() {
 StepRun::Event StepRun::advance() {
   if (pair_) {
     const PairOp* const upcoming = communicates_ ? pair_->upcoming() : nullptr;
-    const Mark begin = upcoming != nullptr ? context_->recorder.mark() : Mark();
+    const Mark begin = upcoming != nullptr ? context_.recorder.mark() : Mark();
     const Recorder::Range range =
         upcoming != nullptr
-            ? context_->recorder.range([&] { return to_string(recorded(*upcoming)) + ' ' + node_name(*upcoming); })
+            ? context_.recorder.range([&] { return to_string(recorded(*upcoming)) + ' ' + node_name(*upcoming); })
             : Recorder::Range();
-    in_pair_ = true;
-    const std::optional<PairEvent> event = pair_->next();
-    in_pair_ = false;
-    if (event) {
+    if (const std::optional<PairEvent> event = pair_->next()) {
       const PairOp& op = event->op;
-      at_ = op;
       switch (event->kind) {
         case PairEvent::Kind::computed:
           record(op, begin);
-          if (context_->fills_waits && op.side == PairSide::backward && backward_op_->pass == Pass::Backward &&
+          if (context_.fills_waits && op.side == PairSide::backward && backward_op_->pass == Pass::Backward &&
               backward_->run().has_weight_part(op.node))
             weights_.push_back(op.node);
           return Event::ran;
@@ -70,63 +65,61 @@ StepRun::Event StepRun::advance() {
         case PairEvent::Kind::must_wait:
           return Event::must_wait;
         case PairEvent::Kind::received:
-          if (context_->recorder.on())
-            context_->recorder.record(Lane::collective, {op_of(op.side), {}}, event->pending, node_name(op));
+          if (context_.recorder.on())
+            context_.recorder.record(Lane::collective, {op_of(op.side), {}}, event->pending, node_name(op));
           return Event::ran;
         case PairEvent::Kind::over:
           op.side == PairSide::forward ? end_forward() : end_backward();
-          return Event::result;
+          return Event::half_over;
       }
     }
   }
   if (!weights_.empty()) return Event::weights_left;
-  if (backward_over_ && backward_ != nullptr) release_backward();
+  if (input_part_over_ && backward_ != nullptr) release_backward();
   return pair_ && pair_->trails() ? Event::trails : Event::over;
 }
 
 void StepRun::wait() {
   explained([&] {
-    in_pair_ = true;
     const PairEvent event = pair_->wait();
-    in_pair_ = false;
-    if (context_->recorder.on())
-      context_->recorder.record(Lane::collective, {op_of(event.op.side), {}}, event.pending, node_name(event.op));
+    if (context_.recorder.on())
+      context_.recorder.record(Lane::collective, {op_of(event.op.side), {}}, event.pending, node_name(event.op));
   });
 }
 
 bool StepRun::run_weight_part() {
   if (weights_.empty()) return false;
   explained([&] {
-    at_ = {PairSide::weight, weights_.front()};
-    const Mark begin = context_->recorder.mark();
+    const PairOp op = own_.emplace(PairOp{PairSide::weight, weights_.front()});
+    const Mark begin = context_.recorder.mark();
     const Recorder::Range range =
-        communicates_ ? context_->recorder.range([&] { return to_string(recorded(at_)) + ' ' + node_name(at_); })
+        communicates_ ? context_.recorder.range([&] { return to_string(recorded(op)) + ' ' + node_name(op); })
                       : Recorder::Range();
     StageRun& run = backward_->run();
     bool more = false;
-    if (context_->fills_waits)
-      more = run.backward_weight_part(at_.node);
+    if (context_.fills_waits)
+      more = run.backward_weight_part(op.node);
     else
-      run.backward_weight(at_.node);
-    record(at_, begin);
+      run.backward_weight(op.node);
+    record(op, begin);
     if (!more) weights_.pop_front();
+    own_.reset();
   });
   return true;
 }
 
-const Op* StepRun::launches_first() const {
-  return order_ != nullptr && order_->launch_ahead > 0 ? &*backward_op_ : nullptr;
-}
+const Op* StepRun::ahead_op() const { return order_ != nullptr && order_->launch_ahead > 0 ? &*backward_op_ : nullptr; }
 
 void StepRun::launch_ahead() {
   explained([&] {
     start_backward();
     pair_.emplace(order_->order, nullptr, &backward_->run());
-    while (pair_->position() < order_->launch_ahead) advance();
+    own_.reset();
+    for (std::size_t n = order_->launch_ahead; n-- > 0;) advance();
   });
 }
 
-bool StepRun::feeds(const Step& later) const {
+bool StepRun::shares_micro_batch(const Step& later) const {
   for (const auto& op : {forward_op_, backward_op_}) {
     if (op && op->micro_batch == later.op.micro_batch) return true;
     if (op && later.overlapped && op->micro_batch == later.overlapped->micro_batch) return true;
@@ -136,84 +129,81 @@ bool StepRun::feeds(const Step& later) const {
 
 void StepRun::start_forward() {
   const Op op = *forward_op_;
-  at_ = {PairSide::forward, -1};
-  const RunInputs& run = context_->inputs;
+  own_ = {PairSide::forward, -1};
+  const RunInputs& run = context_.inputs;
   const Batch* const batch =
       run.micro_batches.empty() ? nullptr : &run.micro_batches[static_cast<std::size_t>(op.micro_batch)];
   Tensors inputs;
-  const std::optional<StageResult> received = input_of(op, context_->num_stages());
+  const std::optional<StageResult> received = input_of(op, context_.num_stages());
   if (received) {
-    inputs = context_->mailbox.take(*received);
+    inputs = context_.mailbox.take(*received);
   } else if (batch != nullptr) {
     // Copies: in-place code at the start of the first stage must not write into the caller's batch. The host does not
     // wait for a copy to a device, which reads the batch before the step is over.
     for (const at::Tensor& input : batch->inputs)
-      inputs.push_back(input.detach().to(context_->communicator.device(), input.scalar_type(), /*non_blocking=*/true,
+      inputs.push_back(input.detach().to(context_.communicator.device(), input.scalar_type(), /*non_blocking=*/true,
                                          /*copy=*/true));
   }
   StageLoss loss;
-  if (context_->last(op) && run.loss)
+  if (context_.last(op) && run.loss)
     loss = [&run, batch](const Tensors& outputs) { return run.loss(outputs, batch ? batch->targets : Tensors()); };
   StageContext context{op.stage, op.micro_batch, run.step, run.training, batch ? batch->extras : Tensors()};
-  forward_ = std::make_unique<MicroBatch>(context_->stage_of(op), std::move(inputs), std::move(context),
-                                          std::move(loss), received.has_value());
+  forward_ = std::make_unique<MicroBatch>(context_.stage_of(op), std::move(inputs), std::move(context), std::move(loss),
+                                          received.has_value());
 }
 
 void StepRun::start_backward() {
   const Op op = *backward_op_;
-  at_ = {PairSide::backward, -1};
-  backward_ = context_->micro_batches.take(op.stage, op.micro_batch);
+  own_ = {PairSide::backward, -1};
+  backward_ = context_.micro_batches.take({op.stage, op.micro_batch});
   if (op.pass == Pass::BackwardWeight) {
-    backward_over_ = true;
+    input_part_over_ = true;
     for (int node = backward_->run().num_nodes(); node-- > 0;)
       if (backward_->run().has_weight_part(node)) weights_.push_back(node);
     return;
   }
   std::optional<Tensors> gradients;
-  if (const auto received = input_of(op, context_->num_stages())) gradients = context_->mailbox.take(*received);
+  if (const auto received = input_of(op, context_.num_stages())) gradients = context_.mailbox.take(*received);
   // Splitting pays only where somebody waits for the input gradient, or a collective for a pause of the host.
-  const bool whole = op.pass == Pass::Backward && !communicates_ && (!context_->early() || op.stage == 0);
-  backward_->start_backward(std::move(gradients), context_->inputs.loss_scale, whole);
+  const bool whole = op.pass == Pass::Backward && !communicates_ && (!context_.publishes_early() || op.stage == 0);
+  backward_->start_backward(std::move(gradients), context_.inputs.loss_scale, whole);
 }
 
 void StepRun::end_forward() {
   const Op op = *forward_op_;
   Tensors outputs = forward_->finish_forward();
-  if (const auto result = output_of(op, context_->num_stages())) {
-    context_->mailbox.put(*result, std::move(outputs));
+  if (const auto result = output_of(op, context_.num_stages())) {
+    context_.mailbox.put(*result, std::move(outputs));
   } else {
-    if (const at::Tensor& loss = forward_->run().loss(); loss.defined())
-      context_->outputs.losses[op.micro_batch] = loss;
-    if (context_->inputs.keep_outputs)
+    if (const at::Tensor& loss = forward_->run().loss(); loss.defined()) context_.outputs.losses[op.micro_batch] = loss;
+    if (context_.inputs.keep_outputs)
       for (const at::Tensor& output : outputs)
-        context_->outputs.outputs[op.micro_batch].push_back(output.defined() ? output.detach() : output);
+        context_.outputs.outputs[op.micro_batch].push_back(output.defined() ? output.detach() : output);
   }
-  if (context_->inputs.training) context_->micro_batches.put(op.stage, op.micro_batch, std::move(forward_));
+  if (context_.inputs.training) context_.micro_batches.put({op.stage, op.micro_batch}, std::move(forward_));
   forward_.reset();
 }
 
 void StepRun::end_backward() {
   const Op op = *backward_op_;
   Tensors gradients = backward_->finish_backward();
-  if (const auto result = output_of(op, context_->num_stages())) context_->mailbox.put(*result, std::move(gradients));
-  backward_over_ = true;
+  if (const auto result = output_of(op, context_.num_stages())) context_.mailbox.put(*result, std::move(gradients));
+  input_part_over_ = true;
 }
 
 /// Both parts of its backward have run, or the weight part comes as a step of its own.
 void StepRun::release_backward() {
   if (backward_op_->pass == Pass::BackwardInput)
-    context_->micro_batches.put(backward_op_->stage, backward_op_->micro_batch, std::move(backward_));
+    context_.micro_batches.put({backward_op_->stage, backward_op_->micro_batch}, std::move(backward_));
   backward_.reset();
 }
 
 void StepRun::record(const PairOp& op, const Mark& begin) const {
-  if (!communicates_ || !context_->recorder.on()) return;  // else the step as a whole is recorded
-  context_->recorder.record(Lane::node, {recorded(op), {}}, begin, context_->recorder.mark(), node_name(op));
+  if (!communicates_ || !context_.recorder.on()) return;  // else the step as a whole is recorded
+  context_.recorder.record(Lane::node, {recorded(op), {}}, begin, context_.recorder.mark(), node_name(op));
 }
 
-std::string StepRun::node_name(const PairOp& op) const {
-  return context_->stage_of(op_of(op.side)).chain_name(op.node);
-}
+std::string StepRun::node_name(const PairOp& op) const { return context_.stage_of(op_of(op.side)).chain_name(op.node); }
 
 Op StepRun::recorded(const PairOp& op) const {
   Op result = op_of(op.side);
@@ -228,7 +218,6 @@ std::invoke_result_t<Body> StepRun::explained(const Body& body) {
   try {
     return body();
   } catch (...) {
-    if (in_pair_) at_ = pair_->at();
     rethrow_explained();
   }
 }
@@ -248,21 +237,22 @@ void StepRun::rethrow_explained() const {
 }
 
 std::string StepRun::explain(const std::string& what) const {
-  const Op& op = op_of(at_.side);
-  const Stage& stage = context_->stage_of(op);
+  const PairOp at = own_ ? *own_ : pair_->at();
+  const Op& op = op_of(at.side);
+  const Stage& stage = context_.stage_of(op);
   std::string node;
-  if (at_.side == PairSide::forward) {
+  if (at.side == PairSide::forward) {
     if (forward_) node = forward_->run().node_name();
-  } else if (at_.side == PairSide::weight) {
-    node = stage.chain_name(at_.node);
-  } else if (backward_) {
+  } else if (at.side == PairSide::weight) {
+    node = stage.chain_name(at.node);
+  } else if (!own_) {
     node = stage.chain_name(backward_->run().node());
   }
   node = !node.empty() && stage.node_names().size() > 1 ? ", node " + node : "";
-  const int rank = context_->rank();
-  const Pass pass = at_.side == PairSide::weight ? Pass::BackwardWeight : op.pass;
+  const int rank = context_.rank();
+  const Pass pass = at.side == PairSide::weight ? Pass::BackwardWeight : op.pass;
   return str("rank ", rank, ": ", pass_name(pass), " of stage ", op.stage, node, ", micro-batch ", op.micro_batch, ": ",
-             what, "\n  ", cells_around(context_->plan.schedule, rank, cell_, 2));
+             what, "\n  ", cells_around(context_.plan.schedule, rank, cell_, 2));
 }
 
 }  // namespace dualpipe::detail

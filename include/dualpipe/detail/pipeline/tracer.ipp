@@ -12,8 +12,8 @@
 #include <utility>
 #include <vector>
 
-#include "dualpipe/detail/host.hpp"
 #include "dualpipe/detail/comm/agree.hpp"
+#include "dualpipe/detail/host.hpp"
 
 namespace dualpipe {
 namespace detail {

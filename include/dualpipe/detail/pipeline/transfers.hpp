@@ -37,13 +37,14 @@ class Transfers {
     const auto found = pendings.find(index);
     return found == pendings.end() ? nullptr : &found->second;
   }
+  DUALPIPE_DECL Pending sent(const Transfer& transfer);
   /// What must come, if earlier runs have shown it.
   DUALPIPE_DECL std::optional<Expected> expected(int index);
   DUALPIPE_DECL void remember(int index, const Tensors& came);
   DUALPIPE_DECL void record(Lane lane, int index, const Pending& pending) const;
 
   RunContext& context_;
-  std::size_t issued_ = 0;  // sends and receives before it are; behind the rank while one waits for its tensors
+  std::size_t issued_ = 0;  // all before it are issued; it lags behind the rank's instruction while a send waits
   Pendings sends_, receives_;
   Arrivals* arrivals_ = nullptr;  // null before the first receive, and where they are not asked for
 };

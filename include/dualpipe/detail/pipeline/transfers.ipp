@@ -2,9 +2,16 @@
 
 #include "dualpipe/detail/pipeline/transfers.hpp"
 
+#include <exception>
+#include <string>
 #include <utility>
 
 namespace dualpipe::detail {
+
+inline std::string described(const Transfer& transfer) {
+  return str(transfer.payload == Payload::activation ? "outputs" : "input gradients", " of stage ", transfer.stage,
+             " for micro-batch ", transfer.micro_batch);
+}
 
 void Transfers::issue(std::size_t next) {
   const std::vector<Instruction>& program = context_.program();
@@ -14,12 +21,21 @@ void Transfers::issue(std::size_t next) {
       receives_[index] = context_.communicator.receive(context_.transfer(index).from, expected(index));
     } else if (what == Instruction::Do::send) {
       const Transfer& transfer = context_.transfer(index);
-      const StageResult result = result_of(transfer);
-      if (!context_.mailbox.has(result)) return;
-      sends_[index] = context_.communicator.send(transfer.to, context_.mailbox.take(result));
+      if (!context_.mailbox.has(result_of(transfer))) return;
+      sends_[index] = sent(transfer);
     } else if (issued_ >= next) {
       return;
     }
+  }
+}
+
+/// What user code returned may be nothing that travels.
+Pending Transfers::sent(const Transfer& transfer) {
+  try {
+    return context_.communicator.send(transfer.to, context_.mailbox.take(result_of(transfer)));
+  } catch (const InvalidArgument& error) {
+    std::throw_with_nested(
+        InvalidArgument(str("rank ", context_.rank(), ": ", described(transfer), ": ", error.what())));
   }
 }
 
@@ -34,10 +50,10 @@ void Transfers::deliver(int index) {
 }
 
 void Transfers::release(int index) {
-  const auto pending = sends_.find(index);
-  pending->second.wait();
-  record(Lane::send, index, pending->second);
-  sends_.erase(pending);
+  Pending& pending = sends_.at(index);
+  pending.wait();
+  record(Lane::send, index, pending);
+  sends_.erase(index);
 }
 
 std::optional<Expected> Transfers::expected(int index) {
@@ -46,8 +62,7 @@ std::optional<Expected> Transfers::expected(int index) {
   const std::optional<Signature>& known = arrivals_->signatures[static_cast<std::size_t>(index)];
   if (!known) return std::nullopt;
   const Transfer& transfer = context_.transfer(index);
-  return Expected(*known, str("the ", transfer.payload == Payload::activation ? "outputs" : "input gradients",
-                              " of stage ", transfer.stage, " for micro-batch ", transfer.micro_batch,
+  return Expected(*known, str("the ", described(transfer),
                               " were others before, with inputs of the same shapes; if shapes depend on what is in the "
                               "data, say so by data_dependent_shapes(true) of stage ",
                               Arrivals::shaped_by(transfer), " in the stage factory"));
