@@ -1,20 +1,28 @@
 #pragma once
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <torch/torch.h>
 
 #include <chrono>
+#include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <ostream>
 #include <string>
+#include <thread>
+#include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
 
 namespace dualpipe::contract {
 
-using Body = std::function<void(std::shared_ptr<Communicator>)>;
+using Ptr = std::shared_ptr<Communicator>;
+using Body = std::function<void(Ptr)>;
 
-/// A back end under test. The contract is the same for all; a new one is an instantiation:
+/// A back end under test. All pass the same suite; a new one needs an instantiation:
 ///
 ///   INSTANTIATE_TEST_SUITE_P(Mine, Contract, ::testing::Values(BackEnd{"mine", run_mine}), name_of);
 struct BackEnd {
@@ -22,16 +30,16 @@ struct BackEnd {
   /// Runs the body on `num_ranks` ranks, each a thread of this process (tests compare notes in shared variables), with
   /// `timeout` as the longest wait of one operation. A rank that throws is aborted; the first failure is rethrown.
   std::function<void(int num_ranks, std::chrono::milliseconds timeout, const Body& body)> run;
-  /// Whether send() and receive() return before the other end has come to them.
+  // What back ends may differ in; see Communicator.
+  /// Whether send() and receive() return before the other end has called.
   bool asynchronous = true;
-  /// Whether all ranks read one clock; across hosts the difference is only estimated.
+  /// Whether Span::begin is exact for a receive.
   bool exact_clock = true;
-  /// Whether the transfers of a rank may be issued in any order. Otherwise they run one after the other, and all ranks
-  /// must issue theirs in one global order.
+  /// Whether a rank may issue its transfers in any order; otherwise all ranks must keep one global order.
   bool any_order = true;
-  /// Whether a send can be over, or its sender gone, before the other end has come to it.
+  /// Whether a send can complete, or its sender leave, before the other end has called.
   bool buffered = true;
-  /// Whether sums are in rank order.
+  /// Whether all_reduce adds in rank order.
   bool rank_order = true;
 };
 inline std::ostream& operator<<(std::ostream& out, const BackEnd& back_end) { return out << back_end.name; }
@@ -47,7 +55,54 @@ class Contract : public ::testing::TestWithParam<BackEnd> {
 };
 
 /// For back ends whose ranks connect themselves: `connect(rank)` is called on the rank's thread.
-void run_connected(int num_ranks, const std::function<std::shared_ptr<Communicator>(int rank)>& connect,
-                   const Body& body);
+inline void run_connected(int num_ranks, const std::function<Ptr(int rank)>& connect, const Body& body) {
+  std::mutex mutex;
+  std::exception_ptr first;
+  {
+    std::vector<std::jthread> threads;
+    for (int r = 0; r < num_ranks; ++r) {
+      threads.emplace_back([&, r] {
+        Ptr communicator;
+        try {
+          communicator = connect(r);
+          body(communicator);
+        } catch (const std::exception& error) {
+          {
+            const std::lock_guard lock(mutex);
+            if (!first) first = std::current_exception();
+          }
+          if (communicator) communicator->abort(error.what());
+        }
+      });
+    }
+  }
+  if (first) std::rethrow_exception(first);
+}
+
+/// The CommError that `call` throws.
+template <class Call>
+CommError comm_error(Call&& call) {
+  try {
+    call();
+  } catch (const CommError& error) {
+    return error;
+  }
+  ADD_FAILURE() << "no CommError was thrown";
+  return CommError(-2, "none", "none");
+}
+
+/// Same dtype, sizes and bits; NaNs with the same bits are equal.
+inline bool same_bits(const at::Tensor& a, const at::Tensor& b) {
+  if (a.scalar_type() != b.scalar_type() || a.sizes() != b.sizes()) return false;
+  const auto x = a.detach().contiguous();
+  const auto y = b.detach().contiguous();
+  return x.numel() == 0 || std::memcmp(x.data_ptr(), y.data_ptr(), x.nbytes()) == 0;
+}
+
+/// Different at every position, for every `salt`, and exact in every dtype but bool.
+inline at::Tensor pattern(at::IntArrayRef sizes, int salt, at::ScalarType dtype = at::kFloat) {
+  const auto numel = c10::multiply_integers(sizes);
+  return torch::arange(numel, at::kLong).add(salt).remainder(97).reshape(sizes).to(dtype);
+}
 
 }  // namespace dualpipe::contract

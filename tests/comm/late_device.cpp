@@ -20,7 +20,7 @@
 namespace dualpipe::test {
 namespace {
 
-/// Of each time that it was recorded, whether that stream has come to it.
+/// For each time that it was recorded: whether the stream has reached it.
 using Event = std::vector<bool>;
 
 struct Task {
@@ -64,7 +64,7 @@ class Device {
     return event.back();
   }
 
-  /// Runs what it likes until `wanted` holds.
+  /// Runs queued work in any permitted order until `wanted` holds.
   void run_until(const std::function<bool()>& wanted) {
     const std::lock_guard lock(mutex_);
     while (!wanted()) {
@@ -111,21 +111,21 @@ class Device {
   c10::StreamId last_stream_ = 0;
   std::map<c10::StreamId, std::deque<Task>> streams_;
   std::map<std::pair<c10::StreamId, std::size_t>, std::vector<char*>> free_;
-  std::vector<std::unique_ptr<char[]>> memory_;  // never given to the system: late reads are wrong, not crashes
+  std::vector<std::unique_ptr<char[]>> memory_;  // never freed: late reads are wrong, not crashes
   std::vector<std::unique_ptr<Event>> events_;   // tasks refer to them
 };
 
 thread_local c10::StreamId current = 0;
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
-  c10::DeviceType type() const override { return kLateDevice.type(); }
-  c10::Device exchangeDevice(c10::Device) const override { return kLateDevice; }
-  c10::Device getDevice() const override { return kLateDevice; }
+  c10::DeviceType type() const override { return late_device.type(); }
+  c10::Device exchangeDevice(c10::Device) const override { return late_device; }
+  c10::Device getDevice() const override { return late_device; }
   void setDevice(c10::Device) const override {}
   void uncheckedSetDevice(c10::Device) const noexcept override {}
-  c10::Stream getStream(c10::Device) const override { return c10::Stream(c10::Stream::UNSAFE, kLateDevice, current); }
+  c10::Stream getStream(c10::Device) const override { return c10::Stream(c10::Stream::UNSAFE, late_device, current); }
   c10::Stream exchangeStream(c10::Stream stream) const override {
-    return c10::Stream(c10::Stream::UNSAFE, kLateDevice, std::exchange(current, stream.id()));
+    return c10::Stream(c10::Stream::UNSAFE, late_device, std::exchange(current, stream.id()));
   }
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
   void record(void** event, const c10::Stream& stream, const c10::DeviceIndex, const c10::EventFlag) const override {
@@ -156,7 +156,7 @@ struct LateAllocator final : c10::Allocator {
   c10::DataPtr allocate(std::size_t bytes) override {
     auto block = std::make_unique<Block>(Block{Device::get().allocate(bytes, current), bytes, current});
     char* const data = block->data;
-    return {data, block.release(), &Block::give_back, kLateDevice};
+    return {data, block.release(), &Block::give_back, late_device};
   }
   void copy_data(void* to, const void* from, std::size_t bytes) const override { std::memcpy(to, from, bytes); }
 };
@@ -175,7 +175,7 @@ at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::opti
                                            dtype.value_or(at::kFloat));
 }
 
-// What streams are given refers to memory and does not own it, as on a real device.
+// Queued work refers to memory without owning it, as on a real device.
 
 at::Tensor& copy(at::Tensor& to, const at::Tensor& from, bool) {
   TORCH_CHECK(to.is_contiguous() && from.is_contiguous() && to.scalar_type() == from.scalar_type() &&
@@ -214,7 +214,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
 }  // namespace
 
 void restart_late_device(std::uint64_t seed) { Device::get().restart(seed); }
-c10::Stream new_late_stream() { return c10::Stream(c10::Stream::UNSAFE, kLateDevice, Device::get().new_stream()); }
+c10::Stream new_late_stream() { return c10::Stream(c10::Stream::UNSAFE, late_device, Device::get().new_stream()); }
 void finish_late_device() { Device::get().run_all(); }
 
 }  // namespace dualpipe::test

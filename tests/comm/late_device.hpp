@@ -5,21 +5,21 @@
 
 #include <cstdint>
 
-// A device for tests, PrivateUse1 to LibTorch: it does what streams allow it to do, at the worst moment. What its
-// streams are given runs when somebody wants to see a result, in an order that a seed chooses among those that events
-// permit. Its allocator gives memory back to the stream that it was allocated on, at once, and that stream then
-// overwrites it. So whatever is read before it is there, or after it was given back, has other values than it should.
+// A device for tests (PrivateUse1 in LibTorch) that does what streams and events permit, at the worst moment. Queued
+// work runs only when somebody reads a result, in an order that a seed chooses among the permitted ones. Freed memory
+// returns at once to the stream that it was allocated on, and that stream overwrites it. So anything that is read
+// before it is written, or after it is freed, has wrong values.
 //
 // Knows `empty`, copies between contiguous tensors of one dtype, and `add_` of floats.
 namespace dualpipe::test {
 
-inline const c10::Device kLateDevice{c10::DeviceType::PrivateUse1, 0};
+inline const c10::Device late_device{c10::DeviceType::PrivateUse1, 0};
 
-/// Forgets what streams were given, and chooses orders by `seed` from now on.
+/// Drops all queued work; `seed` chooses the orders from now on.
 void restart_late_device(std::uint64_t seed);
-/// A stream that nobody else has.
+/// A new stream.
 c10::Stream new_late_stream();
-/// Runs everything.
+/// Runs all queued work.
 void finish_late_device();
 
 }  // namespace dualpipe::test

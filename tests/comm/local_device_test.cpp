@@ -1,5 +1,5 @@
-// Local ranks that share a device, over one that does everything as late and in as strange an order as streams and
-// events let it: what is read too early or too late has wrong values.
+// Local ranks that share a device, over one that runs everything as late and in as strange an order as streams and
+// events permit: anything read too early or too late has wrong values.
 #include <c10/core/StreamGuard.h>
 #include <gmock/gmock.h>
 #include <torch/torch.h>
@@ -19,12 +19,12 @@ using ::testing::HasSubstr;
 using namespace std::chrono_literals;
 using Ptr = std::shared_ptr<Communicator>;
 
-constexpr std::uint64_t kFirstSeed = 20261125;
-constexpr int kSeeds = 40;
+constexpr std::uint64_t first_seed = 20261125;
+constexpr int num_seeds = 40;
 
-at::Tensor on_device(std::int64_t size, float value) { return torch::full({size}, value).to(kLateDevice); }
+at::Tensor on_device(std::int64_t size, float value) { return torch::full({size}, value).to(late_device); }
 
-/// A rank's own two streams, one of them current.
+/// Two streams of a rank, one of them current.
 class Streams {
  public:
   explicit Streams(std::uint64_t seed) : random_(seed) {}
@@ -45,8 +45,8 @@ class Streams {
 
 /// Runs the body with every seed, on ranks with streams of their own.
 void run(int num_ranks, const std::function<void(const Ptr&, Streams&)>& body) {
-  for (int i = 0; i < kSeeds && !::testing::Test::HasFailure(); ++i) {
-    const std::uint64_t seed = kFirstSeed + static_cast<std::uint64_t>(i);
+  for (int i = 0; i < num_seeds && !::testing::Test::HasFailure(); ++i) {
+    const std::uint64_t seed = first_seed + static_cast<std::uint64_t>(i);
     SCOPED_TRACE(::testing::Message() << "seed " << seed);
     restart_late_device(seed);
     run_ranks(num_ranks,
@@ -55,12 +55,12 @@ void run(int num_ranks, const std::function<void(const Ptr&, Streams&)>& body) {
                 body(comm, streams);
                 comm->barrier().wait();
               },
-              {.timeout = 20s, .device = kLateDevice});
+              {.timeout = 20s, .device = late_device});
     finish_late_device();
   }
 }
 
-/// What was made on a stream, to be looked at when all has been given to the device.
+/// A tensor made on a stream, checked when all work is queued.
 struct Result {
   c10::Stream stream;
   at::Tensor tensor;
@@ -75,7 +75,7 @@ void check(const std::vector<Result>& results, Streams& streams) {
 }
 
 TEST(LateDevice, RunsWhatItIsGivenOnlyWhenSomebodyLooks) {
-  restart_late_device(kFirstSeed);
+  restart_late_device(first_seed);
   const c10::StreamGuard guard(new_late_stream());
   const at::Tensor tensor = on_device(4, 7);
   EXPECT_NE(*static_cast<const float*>(tensor.const_data_ptr()), 7);
@@ -84,14 +84,14 @@ TEST(LateDevice, RunsWhatItIsGivenOnlyWhenSomebodyLooks) {
 
 TEST(LateDevice, AReaderOnAnotherStreamThatDoesNotWaitSeesSomethingElse) {
   int wrong = 0;
-  for (int i = 0; i < kSeeds; ++i) {
-    restart_late_device(kFirstSeed + static_cast<std::uint64_t>(i));
+  for (int i = 0; i < num_seeds; ++i) {
+    restart_late_device(first_seed + static_cast<std::uint64_t>(i));
     const c10::StreamGuard first(new_late_stream());
     const at::Tensor tensor = on_device(4, 7);
     const c10::StreamGuard second(new_late_stream());
     wrong += torch::equal(tensor.clone().cpu(), torch::full({4}, 7.0F)) ? 0 : 1;
   }
-  EXPECT_GT(wrong, kSeeds / 4);
+  EXPECT_GT(wrong, num_seeds / 4);
 }
 
 TEST(LocalOnADevice, TransfersBringWhatWasSentWhateverStreamsAreCurrent) {
@@ -170,7 +170,7 @@ TEST(LocalOnADevice, CollectivesMatchTheClosedFormWhateverStreamsAreCurrent) {
 
 TEST(LocalOnADevice, MemoryChangesHandsOnlyBetweenThreadsWithOneStream) {
   for (const bool same : {true, false}) {
-    restart_late_device(kFirstSeed);
+    restart_late_device(first_seed);
     const std::array<c10::Stream, 2> streams{new_late_stream(), new_late_stream()};
     std::array<const void*, 2> address{};
     run_ranks(2,
@@ -189,15 +189,15 @@ TEST(LocalOnADevice, MemoryChangesHandsOnlyBetweenThreadsWithOneStream) {
                 }
                 comm->barrier().wait();
               },
-              {.timeout = 20s, .device = kLateDevice});
+              {.timeout = 20s, .device = late_device});
     EXPECT_EQ(address[0] == address[1], same);
   }
 }
 
 TEST(LocalOnADevice, TellsWhereItIsAndRefusesTensorsOfAnotherDevice) {
-  restart_late_device(kFirstSeed);
-  const auto ranks = local_communicators(2, {.device = at::Device(kLateDevice.type())});
-  EXPECT_EQ(ranks[0]->device(), kLateDevice);
+  restart_late_device(first_seed);
+  const auto ranks = local_communicators(2, {.device = at::Device(late_device.type())});
+  EXPECT_EQ(ranks[0]->device(), late_device);
   try {
     ranks[0]->send(1, {torch::ones({2})});
     ADD_FAILURE() << "nothing was thrown";
@@ -207,7 +207,7 @@ TEST(LocalOnADevice, TellsWhereItIsAndRefusesTensorsOfAnotherDevice) {
 }
 
 TEST(LocalOnADevice, DevicesThatAreNotThereAreRefused) {
-  EXPECT_THROW(local_communicators(2, {.device = at::Device(kLateDevice.type(), 1)}), InvalidArgument);
+  EXPECT_THROW(local_communicators(2, {.device = at::Device(late_device.type(), 1)}), InvalidArgument);
   try {
     local_communicators(2, {.device = at::kCUDA});
     ADD_FAILURE() << "nothing was thrown";

@@ -93,9 +93,9 @@ TEST(SocketWire, RefusesEveryTruncation) {
 }
 
 TEST(SocketWire, SurvivesDamage) {
-  constexpr unsigned kSeed = 4711;
-  SCOPED_TRACE(kSeed);
-  std::mt19937 random(kSeed);
+  constexpr unsigned seed = 4711;
+  SCOPED_TRACE(seed);
+  std::mt19937 random(seed);
   const std::string frame = message_frame(example(), 8);
   int refused = 0;
   for (int round = 0; round < 20'000; ++round) {

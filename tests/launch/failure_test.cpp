@@ -2,7 +2,6 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
@@ -10,24 +9,25 @@
 #include <stdexcept>
 #include <string>
 
+#include "process.hpp"
+
 namespace dualpipe {
 namespace {
 
 class ReportFailure : public ::testing::Test {
  protected:
-  ReportFailure()
-      : folder_(std::filesystem::path(::testing::TempDir()) / ("dualpipe_failure_" + std::to_string(::getpid()))) {
-    std::filesystem::create_directories(folder_);
-  }
-  ~ReportFailure() override { std::filesystem::remove_all(folder_); }
-
   std::string report(const World& world, const std::string& message) {
     ::testing::internal::CaptureStderr();
     report_failure(world, std::runtime_error(message));
     return ::testing::internal::GetCapturedStderr();
   }
 
-  std::filesystem::path folder_;
+  static std::string text_of(const std::filesystem::path& path) {
+    std::ifstream in(path);
+    return {std::istreambuf_iterator<char>(in), {}};
+  }
+
+  testing::TemporaryFolder folder_;
 };
 
 TEST_F(ReportFailure, NamesTheRank) {
@@ -48,12 +48,26 @@ TEST_F(ReportFailure, WritesWhatTorchrunReads) {
   EXPECT_EQ(file.at("message").at("message").get<std::string>(), "rank 1: quotes \" and\nlines and bytes \xEF\xBF\xBD");
   // torchrun turns this text into a whole number of seconds.
   EXPECT_GT(std::stoll(file.at("message").at("extraInfo").at("timestamp").get<std::string>()), 1'500'000'000);
-  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder_), {}), 1) << "the draft must be gone";
+  EXPECT_EQ(
+      std::distance(std::filesystem::directory_iterator(std::filesystem::path(world.error_file).parent_path()), {}), 1)
+      << "the draft must be gone";
+}
+
+TEST_F(ReportFailure, WritesThroughNoLinkThatWasPlacedBeforehand) {
+  std::ofstream(folder_ / "precious") << "unchanged";
+  World world;
+  world.error_file = (folder_ / "error.json").string();
+  for (const char* link : {"error.json", "error.json.tmp"})
+    std::filesystem::create_symlink(folder_ / "precious", folder_ / link);
+  EXPECT_EQ(report(world, "the loss is gone"), "rank 0: the loss is gone\n");
+  EXPECT_EQ(text_of(folder_ / "precious"), "unchanged");
+  EXPECT_FALSE(std::filesystem::is_symlink(folder_ / "error.json"));
+  EXPECT_THAT(text_of(folder_ / "error.json"), ::testing::HasSubstr("the loss is gone"));
 }
 
 TEST_F(ReportFailure, SaysWhenTheFileCannotBeWritten) {
   World world;
-  world.error_file = (folder_ / "missing" / "error.json").string();
+  world.error_file = (folder_ / "missing/error.json").string();
   EXPECT_THAT(
       report(world, "first things first"),
       ::testing::AllOf(::testing::StartsWith("rank 0: first things first\n"), ::testing::HasSubstr(world.error_file)));

@@ -9,29 +9,29 @@ namespace dualpipe::run {
 namespace {
 
 using namespace std::chrono_literals;
-const LineLabeller::Clock::time_point kStart{1000s};
+const LineLabeller::Clock::time_point start{1000s};
 
 TEST(LineLabeller, LabelsWholeLinesOnly) {
   LineLabeller lines("[3] ");
-  EXPECT_EQ(lines.feed("one\ntw", kStart), "[3] one\n");
-  EXPECT_EQ(lines.feed("o\n\nthree", kStart), "[3] two\n[3] \n");
+  EXPECT_EQ(lines.feed("one\ntw", start), "[3] one\n");
+  EXPECT_EQ(lines.feed("o\n\nthree", start), "[3] two\n[3] \n");
   EXPECT_EQ(lines.finish(), "[3] three\n");
   EXPECT_EQ(lines.finish(), "");
 }
 
 TEST(LineLabeller, ShowsWhatATerminalWouldStillShow) {
   LineLabeller lines("");
-  EXPECT_EQ(lines.feed("10%\r50%\r100%\n", kStart), "100%\n");
-  EXPECT_EQ(lines.feed("from DOS\r\nagain\r\n", kStart), "from DOS\nagain\n");
+  EXPECT_EQ(lines.feed("10%\r50%\r100%\n", start), "100%\n");
+  EXPECT_EQ(lines.feed("from DOS\r\nagain\r\n", start), "from DOS\nagain\n");
 }
 
 TEST(LineLabeller, ShowsProgressOnceASecond) {
   LineLabeller lines("> ");
-  EXPECT_EQ(lines.feed("1%\r", kStart), "> 1%\n");
-  EXPECT_EQ(lines.feed("2%\r", kStart + 10ms), "");
-  EXPECT_EQ(lines.feed("3%\r4%", kStart + 20ms), "");
-  EXPECT_EQ(lines.feed("\r5", kStart + 1100ms), "> 4%\n");
-  EXPECT_EQ(lines.feed("%\r\n", kStart + 1200ms), "> 5%\n");
+  EXPECT_EQ(lines.feed("1%\r", start), "> 1%\n");
+  EXPECT_EQ(lines.feed("2%\r", start + 10ms), "");
+  EXPECT_EQ(lines.feed("3%\r4%", start + 20ms), "");
+  EXPECT_EQ(lines.feed("\r5", start + 1100ms), "> 4%\n");
+  EXPECT_EQ(lines.feed("%\r\n", start + 1200ms), "> 5%\n");
 }
 
 TEST(LineLabeller, OverwritesProgressOnATerminal) {
@@ -47,10 +47,10 @@ TEST(LineLabeller, OverwritesProgressOnATerminal) {
 
 TEST(LineLabeller, DoesNotShowALineTwiceWhenItsNewlineComesLate) {
   LineLabeller lines("");
-  EXPECT_EQ(lines.feed("100%\r", kStart), "100%\n");
-  EXPECT_EQ(lines.feed("\nnext\n", kStart), "next\n");
+  EXPECT_EQ(lines.feed("100%\r", start), "100%\n");
+  EXPECT_EQ(lines.feed("\nnext\n", start), "next\n");
   LineLabeller returns("");
-  EXPECT_EQ(returns.feed("100%\r", kStart), "100%\n");
+  EXPECT_EQ(returns.feed("100%\r", start), "100%\n");
   EXPECT_EQ(returns.finish(), "");
 }
 
@@ -58,24 +58,24 @@ TEST(LineLabeller, BoundsWhatItHoldsBack) {
   LineLabeller lines("");
   const std::string block(1 << 19, 'x');
   std::size_t shown = 0;
-  for (int i = 0; i < 8; ++i) shown += lines.feed(block, kStart).size();
+  for (int i = 0; i < 8; ++i) shown += lines.feed(block, start).size();
   EXPECT_GE(shown, std::size_t{1} << 20);
 }
 
 TEST(LineLabeller, DoesNotDependOnHowTheBytesAreCut) {
-  constexpr unsigned kSeed = 20240607;
-  SCOPED_TRACE(kSeed);
-  std::mt19937 random(kSeed);
+  constexpr unsigned seed = 20240607;
+  SCOPED_TRACE(seed);
+  std::mt19937 random(seed);
   std::string text;
   for (int i = 0; i < 500; ++i) text += std::string(random() % 20, static_cast<char>('a' + i % 26)) + "\n";
   LineLabeller whole("#");
-  const std::string expected = whole.feed(text, kStart) + whole.finish();
+  const std::string expected = whole.feed(text, start) + whole.finish();
   for (int round = 0; round < 50; ++round) {
     LineLabeller pieces("#");
     std::string got;
     for (std::size_t at = 0; at < text.size();) {
       const std::size_t size = 1 + random() % 40;
-      got += pieces.feed(std::string_view(text).substr(at, size), kStart);
+      got += pieces.feed(std::string_view(text).substr(at, size), start);
       at += size;
     }
     EXPECT_EQ(got + pieces.finish(), expected);

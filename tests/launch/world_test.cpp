@@ -37,15 +37,15 @@ Variables with(Variables variables, const Variables& changes) {
   return variables;
 }
 
-const Variables kLauncher = {{"RANK", "5"},         {"WORLD_SIZE", "8"},
-                             {"LOCAL_RANK", "1"},   {"LOCAL_WORLD_SIZE", "4"},
-                             {"MASTER_ADDR", "n7"}, {"MASTER_PORT", "29500"}};
-const Variables kSlurm = {{"SLURM_PROCID", "5"},
-                          {"SLURM_NTASKS", "8"},
-                          {"SLURM_LOCALID", "1"},
-                          {"SLURM_NTASKS_PER_NODE", "4"},
-                          {"SLURM_JOB_NODELIST", "node[03-07,9]"},
-                          {"SLURM_JOB_ID", "123456"}};
+const Variables launcher_variables = {{"RANK", "5"},         {"WORLD_SIZE", "8"},
+                                      {"LOCAL_RANK", "1"},   {"LOCAL_WORLD_SIZE", "4"},
+                                      {"MASTER_ADDR", "n7"}, {"MASTER_PORT", "29500"}};
+const Variables slurm_variables = {{"SLURM_PROCID", "5"},
+                                   {"SLURM_NTASKS", "8"},
+                                   {"SLURM_LOCALID", "1"},
+                                   {"SLURM_NTASKS_PER_NODE", "4"},
+                                   {"SLURM_JOB_NODELIST", "node[03-07,9]"},
+                                   {"SLURM_JOB_ID", "123456"}};
 
 TEST(World, IsOneRankWithoutALauncher) {
   const World world = world_of({});
@@ -59,7 +59,7 @@ TEST(World, IsOneRankWithoutALauncher) {
 }
 
 TEST(World, ReadsTheLaunchersVariables) {
-  const World world = world_of(with(kLauncher, {{"DUALPIPE_RUN_ID", "morning"}}));
+  const World world = world_of(with(launcher_variables, {{"DUALPIPE_RUN_ID", "morning"}}));
   EXPECT_EQ(world.rank, 5);
   EXPECT_EQ(world.size, 8);
   EXPECT_EQ(world.local_rank, 1);
@@ -71,10 +71,10 @@ TEST(World, ReadsTheLaunchersVariables) {
 }
 
 TEST(World, ReadsTorchrunsVariables) {
-  const Variables torchrun = with(kLauncher, {{"TORCHELASTIC_RUN_ID", "job"},
-                                              {"TORCHELASTIC_RESTART_COUNT", "2"},
-                                              {"TORCHELASTIC_USE_AGENT_STORE", "True"},
-                                              {"TORCHELASTIC_ERROR_FILE", "/tmp/error.json"}});
+  const Variables torchrun = with(launcher_variables, {{"TORCHELASTIC_RUN_ID", "job"},
+                                                       {"TORCHELASTIC_RESTART_COUNT", "2"},
+                                                       {"TORCHELASTIC_USE_AGENT_STORE", "True"},
+                                                       {"TORCHELASTIC_ERROR_FILE", "/tmp/error.json"}});
   const World world = world_of(torchrun);
   EXPECT_EQ(world.run_id, "job.2");
   EXPECT_TRUE(world.launcher_hosts_store);
@@ -97,28 +97,29 @@ TEST(World, OfOneNeedsNoPort) { EXPECT_EQ(world_of({{"RANK", "0"}, {"WORLD_SIZE"
 TEST(World, QuotesWhatIsWrong) {
   EXPECT_THAT(error_of({{"RANK", "0"}}), HasSubstr("WORLD_SIZE is not set although RANK is"));
   EXPECT_THAT(error_of({{"WORLD_SIZE", "2"}}), HasSubstr("RANK is not set although WORLD_SIZE is"));
-  EXPECT_THAT(error_of(with(kLauncher, {{"RANK", "8"}})),
+  EXPECT_THAT(error_of(with(launcher_variables, {{"RANK", "8"}})),
               AllOf(HasSubstr("RANK='8' with WORLD_SIZE='8'"), HasSubstr("0 to 7")));
   EXPECT_THAT(
       error_of({{"RANK", "0"}, {"WORLD_SIZE", "2"}}),
       AllOf(HasSubstr("MASTER_PORT is not set although WORLD_SIZE='2'"), HasSubstr("dualpipe-run or torchrun")));
-  EXPECT_THAT(error_of(with(kLauncher, {{"LOCAL_RANK", "4"}})), HasSubstr("LOCAL_RANK='4' with LOCAL_WORLD_SIZE='4'"));
-  EXPECT_THAT(error_of(with(kLauncher, {{"LOCAL_WORLD_SIZE", "9"}})),
+  EXPECT_THAT(error_of(with(launcher_variables, {{"LOCAL_RANK", "4"}})),
+              HasSubstr("LOCAL_RANK='4' with LOCAL_WORLD_SIZE='4'"));
+  EXPECT_THAT(error_of(with(launcher_variables, {{"LOCAL_WORLD_SIZE", "9"}})),
               HasSubstr("LOCAL_WORLD_SIZE='9' with WORLD_SIZE='8'"));
-  EXPECT_THAT(error_of(with(kLauncher, {{"MASTER_ADDR", ""}})), HasSubstr("MASTER_ADDR=''"));
+  EXPECT_THAT(error_of(with(launcher_variables, {{"MASTER_ADDR", ""}})), HasSubstr("MASTER_ADDR=''"));
   for (const std::string port : {"0", "65536", "-1", "29500 ", "0x10", "", "99999999999999999999"})
-    EXPECT_THAT(error_of(with(kLauncher, {{"MASTER_PORT", port}})), HasSubstr("MASTER_PORT='" + port + "'"));
+    EXPECT_THAT(error_of(with(launcher_variables, {{"MASTER_PORT", port}})), HasSubstr("MASTER_PORT='" + port + "'"));
 }
 
 TEST(World, RefusesWhatIsNotAWholeNumber) {
   for (const std::string name : {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"})
     for (const std::string value :
          {"", "two", "1.5", "-1", "+1", " 1", "1 ", "1e1", "4294967296", "18446744073709551617"})
-      EXPECT_THAT(error_of(with(kLauncher, {{name, value}})), HasSubstr(name + "='" + value + "'"));
+      EXPECT_THAT(error_of(with(launcher_variables, {{name, value}})), HasSubstr(name + "='" + value + "'"));
 }
 
 TEST(World, ReadsSlurmsVariables) {
-  const World world = world_of(kSlurm);
+  const World world = world_of(slurm_variables);
   EXPECT_EQ(world.rank, 5);
   EXPECT_EQ(world.size, 8);
   EXPECT_EQ(world.local_rank, 1);
@@ -129,36 +130,39 @@ TEST(World, ReadsSlurmsVariables) {
   EXPECT_THAT(world.run_id, HasSubstr("123456"));
 }
 
-TEST(World, PrefersALauncherInsideASlurmJob) { EXPECT_EQ(world_of(with(kSlurm, kLauncher)).master_address, "n7"); }
+TEST(World, PrefersALauncherInsideASlurmJob) {
+  EXPECT_EQ(world_of(with(slurm_variables, launcher_variables)).master_address, "n7");
+}
 
 TEST(World, GivesEverySlurmStepAPortOfItsOwn) {
-  const int first = world_of(with(kSlurm, {{"SLURM_STEP_ID", "0"}})).master_port;
-  EXPECT_NE(first, world_of(with(kSlurm, {{"SLURM_STEP_ID", "1"}})).master_port);
-  EXPECT_NE(first, world_of(with(kSlurm, {{"SLURM_JOB_ID", "123457"}})).master_port);
-  EXPECT_EQ(first, world_of(with(kSlurm, {{"SLURM_PROCID", "0"}})).master_port) << "all ranks must agree";
+  const int first = world_of(with(slurm_variables, {{"SLURM_STEP_ID", "0"}})).master_port;
+  EXPECT_NE(first, world_of(with(slurm_variables, {{"SLURM_STEP_ID", "1"}})).master_port);
+  EXPECT_NE(first, world_of(with(slurm_variables, {{"SLURM_JOB_ID", "123457"}})).master_port);
+  EXPECT_EQ(first, world_of(with(slurm_variables, {{"SLURM_PROCID", "0"}})).master_port) << "all ranks must agree";
 }
 
 TEST(World, UsesAMasterThatIsNamedUnderSlurm) {
-  const World world = world_of(with(kSlurm, {{"MASTER_ADDR", "head"}, {"MASTER_PORT", "1234"}}));
+  const World world = world_of(with(slurm_variables, {{"MASTER_ADDR", "head"}, {"MASTER_PORT", "1234"}}));
   EXPECT_EQ(world.master_address, "head");
   EXPECT_EQ(world.master_port, 1234);
 }
 
 TEST(World, FindsTheFirstHostOfSlurmsLists) {
   const auto host = [](const std::string& list) {
-    return world_of(with(kSlurm, {{"SLURM_JOB_NODELIST", list}})).master_address;
+    return world_of(with(slurm_variables, {{"SLURM_JOB_NODELIST", list}})).master_address;
   };
   EXPECT_EQ(host("login"), "login");
   EXPECT_EQ(host("a1,b2"), "a1");
   EXPECT_EQ(host("node[9,03-07]"), "node9");
   EXPECT_EQ(host("rack[2-3]-node[004-010].local,x"), "rack2-node004.local");
-  EXPECT_EQ(world_of(with(kSlurm, {{"SLURM_STEP_NODELIST", "step[1-2]"}})).master_address, "step1");
+  EXPECT_EQ(world_of(with(slurm_variables, {{"SLURM_STEP_NODELIST", "step[1-2]"}})).master_address, "step1");
   for (const std::string list : {"", ",a", "node[", "node[1-2", "node[]", "node[-2]"})
-    EXPECT_THAT(error_of(with(kSlurm, {{"SLURM_JOB_NODELIST", list}})), HasSubstr("SLURM_JOB_NODELIST='" + list + "'"));
+    EXPECT_THAT(error_of(with(slurm_variables, {{"SLURM_JOB_NODELIST", list}})),
+                HasSubstr("SLURM_JOB_NODELIST='" + list + "'"));
 }
 
 TEST(World, CountsTheTasksOfASlurmNode) {
-  Variables slurm = kSlurm;
+  Variables slurm = slurm_variables;
   slurm.erase("SLURM_NTASKS_PER_NODE");
   const auto local_size = [&](const std::string& counts, const std::string& node) {
     return world_of(with(slurm, {{"SLURM_TASKS_PER_NODE", counts}, {"SLURM_NODEID", node}})).local_size;
@@ -174,17 +178,18 @@ TEST(World, CountsTheTasksOfASlurmNode) {
 
 TEST(World, QuotesWhatIsWrongWithSlurm) {
   EXPECT_THAT(error_of({{"SLURM_PROCID", "0"}}), HasSubstr("SLURM_NTASKS is not set although SLURM_PROCID is"));
-  EXPECT_THAT(error_of(with(kSlurm, {{"SLURM_PROCID", "8"}})), HasSubstr("SLURM_PROCID='8' with SLURM_NTASKS='8'"));
-  EXPECT_THAT(error_of(with(kSlurm, {{"SLURM_LOCALID", "x"}})), HasSubstr("SLURM_LOCALID='x'"));
-  EXPECT_THAT(error_of(with(kSlurm, {{"SLURM_JOB_ID", "none"}})),
+  EXPECT_THAT(error_of(with(slurm_variables, {{"SLURM_PROCID", "8"}})),
+              HasSubstr("SLURM_PROCID='8' with SLURM_NTASKS='8'"));
+  EXPECT_THAT(error_of(with(slurm_variables, {{"SLURM_LOCALID", "x"}})), HasSubstr("SLURM_LOCALID='x'"));
+  EXPECT_THAT(error_of(with(slurm_variables, {{"SLURM_JOB_ID", "none"}})),
               AllOf(HasSubstr("SLURM_JOB_ID='none'"), HasSubstr("MASTER_PORT")));
 }
 
 TEST(World, ReadsTheEnvironment) {
-  for (const auto& [name, value] : kLauncher) setenv(name.c_str(), value.c_str(), 1);
+  for (const auto& [name, value] : launcher_variables) setenv(name.c_str(), value.c_str(), 1);
   EXPECT_EQ(World::from_env().rank, 5);
   EXPECT_EQ(World::from_env().size, 8);
-  for (const auto& [name, value] : kLauncher) unsetenv(name.c_str());
+  for (const auto& [name, value] : launcher_variables) unsetenv(name.c_str());
 }
 
 }  // namespace
