@@ -10,7 +10,7 @@ namespace {
 
 constexpr double infinite = std::numeric_limits<double>::infinity();
 
-/// The shortest times in which a stage can do its part on its rank.
+/// The shortest durations of a stage on its rank.
 struct Shortest {
   double forward = infinite;       ///< from the begin of F until another rank may be sent the result
   double forward_here = infinite;  ///< until the end of the step, when the same rank has it
