@@ -35,7 +35,7 @@ SearchProblem::SearchProblem(int ranks_count, int stages_count, int micro_batche
     route_of[m] = static_cast<int>(entry->second);
     routes[entry->second].micro_batches.push_back(m);
   }
-  for (const Route& route : routes)
+  for (const PipelineRoute& route : routes)
     for (int s = 0; s < num_stages; ++s) stages_of[route.ranks[s]].push_back(s);
   for (auto& stages : stages_of) {
     std::sort(stages.begin(), stages.end());

@@ -10,7 +10,7 @@
 namespace dualpipe::detail {
 
 /// Micro-batches that take the same route through the ranks, and therefore cost the same everywhere.
-struct Route {
+struct PipelineRoute {
   std::vector<int> ranks;          // by stage
   std::vector<int> micro_batches;  // ascending
 };
@@ -19,7 +19,7 @@ struct Route {
 struct SearchProblem {
   int num_ranks = 0, num_stages = 0, num_micro_batches = 0;
   Publish publish = Publish::early;
-  std::vector<Route> routes;
+  std::vector<PipelineRoute> routes;
   std::vector<int> route_of;  // by micro-batch
   Costs costs;
   CostTable table;
