@@ -61,7 +61,7 @@ Comparison compare(const ComparisonSpec& spec, const CostModel& model) {
   DUALPIPE_CHECK(spec.described_stages >= 0, "the costs are of at least one stage, got ", spec.described_stages);
 
   Comparison result{.described_stages = described_stages(spec, model), .rows = {}};
-  // What is wrong with the costs for all rows alike is no row's fault.
+  // Costs that are wrong for all rows are an error of the call, not of a row.
   Costs anywhere = model.time;
   anywhere.slowdown.clear();
   std::erase_if(anywhere.sends, [](const SendCost& send) { return send.rank_a != SendCost::any; });

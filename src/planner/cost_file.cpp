@@ -134,7 +134,7 @@ SendCost read_send(const json& object, const std::string& where) {
   return send;
 }
 
-/// A key per line, and an entry per line of lists of objects: what a person would write.
+/// One key per line, and one object per line in lists, as a person would write it.
 std::string text_of(const ordered_json& root) {
   std::string text;
   for (const auto& [key, value] : root.items()) {

@@ -27,7 +27,7 @@ std::vector<double> simulate_jitter(const Schedule& schedule, const Costs& costs
   std::normal_distribution<double> normal;
   std::mt19937_64 random(jitter.seed);
   const auto factor = [&, spread = std::sqrt(variance)] { return std::exp(spread * normal(random) - variance / 2); };
-  std::vector<double> makespans(static_cast<std::size_t>(jitter.trials));
+  std::vector<double> makespans(jitter.trials);
   for (double& makespan : makespans) {
     makespan = simulator.makespan(factor);
     DUALPIPE_CHECK(std::isfinite(makespan), "with a jitter of ", jitter.deviation, " the costs add up to ", makespan);

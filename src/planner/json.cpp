@@ -17,8 +17,8 @@ std::string cut(const std::string& text, std::size_t length) {
   return text.size() <= length ? text : text.substr(0, length) + "...";
 }
 
-/// Looks at a text before a tree is made of it. The library's own way to watch a tree grow, a callback, is quadratic in
-/// the number of objects in an array.
+/// Checks a text before it becomes a tree. The library's parser callback could do it too, but is quadratic in the
+/// number of objects in an array.
 class Survey final : public nlohmann::json_sax<json> {
  public:
   Survey(std::string_view text, Keys keys) : text_(text), keys_(keys) {}
@@ -42,8 +42,8 @@ class Survey final : public nlohmann::json_sax<json> {
   }
 
   bool parse_error(std::size_t position, const std::string&, const json::exception& error) override {
-    // The message begins with a code in brackets and ends with the token, however long that is. That of a number
-    // beyond all ranges has no place.
+    // The message begins with a code in brackets and ends with the token, which may be long. For a number out of range
+    // it lacks the place.
     constexpr std::size_t max_shown = 240;
     std::string message = error.what();
     message.erase(0, message.find("] ") + 2);

@@ -6,8 +6,7 @@
 
 namespace dualpipe::detail {
 
-/// Nothing that is read here is nested deeper than a handful of levels; a file of opening brackets would cost many
-/// times its size.
+/// Our files nest a few levels only. A file of opening brackets would take many times its size of memory.
 inline constexpr int max_json_depth = 32;
 
 enum class Keys { any, unique };  ///< unique: an object that names a key twice is refused; else the last counts

@@ -50,7 +50,7 @@ class Lanes {
     for (const Interval* interval : intervals) {
       const auto [begin, end] = picture_.shown(*interval);
       line.pad_to(column(begin), '.');
-      // Where two are under way at once, the later one gives way.
+      // If two overlap, the later one is shortened.
       const std::size_t last = column(end);
       if (last <= line.size()) continue;
       std::string text = fitted("[" + label(*interval), last - line.size());

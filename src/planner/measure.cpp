@@ -42,8 +42,8 @@ struct PipelineRank {
   int pipeline = 0;  ///< which of those that do the same
 };
 
-/// By rank of the trace. A forward runs on one rank of each pipeline, so the least of its forwards tells where in it a
-/// rank is. Ranks without any are left out.
+/// By rank of the trace. A forward runs on one rank of each pipeline, so ranks with the same first forward are the same
+/// rank of different pipelines. Ranks without forwards are left out.
 std::map<int, PipelineRank> pipeline_ranks(const Timeline& step) {
   using Forward = std::pair<int, int>;
   std::map<int, Forward> least;
@@ -167,7 +167,7 @@ class Measurement {
     all_transfers_.add(duration);
   }
 
-  /// The durations of each stage, from what was seen of it or of the others.
+  /// The durations of each stage, measured or taken from other stages.
   void complete() {
     DUALPIPE_CHECK(!stages_.empty(), "the trace has no steps");
     int expected = 0;
@@ -203,7 +203,7 @@ class Measurement {
                        " of the backward", backwards > 0 ? ", as in the other stages" : ""));
   }
 
-  /// Of each stage what `of` finds, or else the mean of the others.
+  /// What `of` finds for each stage, else the mean of the other stages.
   template <class Of>
   std::vector<double> filled(const char* what, const Of& of) {
     std::vector<std::optional<double>> found;
@@ -243,7 +243,7 @@ class Measurement {
     if (pairs_.empty()) note("pairs: none in the trace, taken as long as the forward and the backward together");
   }
 
-  /// Where results left their pairs, unless that was where the weight part begins.
+  /// When results left their pairs, if that was not where the weight part begins.
   void add_ready() {
     constexpr double as_expected = 0.02;  // of the pair
     Observed at[2], off[2];

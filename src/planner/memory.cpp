@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -84,8 +85,8 @@ class Holder {
 
 void check(const MemoryCosts& costs, int num_stages) {
   check_stage({costs.activation, costs.weight, costs.state}, "");
-  DUALPIPE_CHECK(costs.stages.empty() || costs.stages.size() == static_cast<std::size_t>(num_stages), "memory of ",
-                 costs.stages.size(), " stages, but the schedule has ", num_stages);
+  DUALPIPE_CHECK(costs.stages.empty() || std::ssize(costs.stages) == num_stages, "memory of ", costs.stages.size(),
+                 " stages, but the schedule has ", num_stages);
   for (std::size_t stage = 0; stage < costs.stages.size(); ++stage)
     check_stage(costs.stages[stage], detail::str(" of stage ", stage));
 }
@@ -93,8 +94,7 @@ void check(const MemoryCosts& costs, int num_stages) {
 std::vector<RankMemory> memory(const Schedule& schedule, const MemoryCosts& costs) {
   check(costs, schedule.num_stages);
   std::vector<StageMemory> stages = costs.stages;
-  stages.resize(static_cast<std::size_t>(std::max(0, schedule.num_stages)),
-                {costs.activation, costs.weight, costs.state});
+  stages.resize(std::max(0, schedule.num_stages), {costs.activation, costs.weight, costs.state});
   std::vector<RankMemory> result;
   result.reserve(schedule.ranks.size());
   for (const auto& steps : schedule.ranks) {

@@ -89,8 +89,7 @@ Timeline pair_timeline(const Chain& forward, const Chain& backward, const std::v
   double host = 0, network = 0;
   std::array<double, 2> input_at{};  // of the forward, of the backward: when its last collective ends
   for (const PairOp& piece : order) {
-    const ChainNode& node =
-        (piece.side == PairSide::forward ? forward : backward)[static_cast<std::size_t>(piece.node)];
+    const ChainNode& node = (piece.side == PairSide::forward ? forward : backward)[piece.node];
     const auto record = [&](Lane lane, Op op, double begin) {
       timeline.intervals.push_back({0, lane, {op, {}}, begin, begin + node.duration, node.name});
       return begin + node.duration;

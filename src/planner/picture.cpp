@@ -23,7 +23,7 @@ void sort_by_begin(std::vector<const Interval*>& intervals) {
 
 Picture::Picture(const Timeline& timeline, const planner::PictureOptions& options)
     : num_ranks(std::max(0, timeline.num_ranks)) {
-  std::vector<Row> all(static_cast<std::size_t>(num_ranks));
+  std::vector<Row> all(num_ranks);
   std::vector<Activity> active = activities(timeline);
   for (std::size_t rank = 0; rank < all.size(); ++rank) {
     all[rank].rank = static_cast<int>(rank);
@@ -44,13 +44,13 @@ Picture::Picture(const Timeline& timeline, const planner::PictureOptions& option
     DUALPIPE_CHECK(std::isfinite(interval.begin) && std::isfinite(interval.end) && interval.begin <= interval.end,
                    to_string(interval.step), " of rank ", interval.rank, " lasts from ", interval.begin, " to ",
                    interval.end);
-    Row& row = all[static_cast<std::size_t>(interval.rank)];
+    Row& row = all[interval.rank];
     const bool in_view = interval.begin < end && interval.end > begin && interval.begin < interval.end;
     if (interval.lane == Lane::compute) {
       const auto see = [&](const Op& op) {
         num_micro_batches = std::max(num_micro_batches, std::int64_t{op.micro_batch} + 1);
         num_stages = std::max(num_stages, std::int64_t{op.stage} + 1);
-        auto& earliest = first[static_cast<std::size_t>(interval.rank)];
+        auto& earliest = first[interval.rank];
         earliest = std::min(earliest, {op.micro_batch, op.stage});
       };
       see(interval.step.op);
@@ -78,7 +78,7 @@ Picture::Picture(const Timeline& timeline, const planner::PictureOptions& option
   for (int rank = 0; options.ranks.empty() && rank < num_ranks; ++rank) shown_ranks.push_back(rank);
   for (const int rank : shown_ranks) {
     DUALPIPE_CHECK(rank >= 0 && rank < num_ranks, "rank ", rank, " cannot be shown, there are ", num_ranks, " ranks");
-    Row& row = rows.emplace_back(all[static_cast<std::size_t>(rank)]);
+    Row& row = rows.emplace_back(all[rank]);
     std::erase_if(row.activity.steps, [this](const ActiveStep& step) {
       return step.interval->begin >= end || step.interval->end <= begin || step.interval->begin == step.interval->end;
     });

@@ -45,7 +45,7 @@ struct Picture {
   planner::Window shown(const Interval& interval) const;
 
   /// The rank's second stage: the way from the other end (DualPipe) or a later chunk (V, interleaved).
-  bool second_half(int rank, const Op& op) const { return op.stage != first_stages[static_cast<std::size_t>(rank)]; }
+  bool second_half(int rank, const Op& op) const { return op.stage != first_stages[rank]; }
 
   /// What the shades mean; empty if there is only one.
   std::string shades() const;

@@ -158,7 +158,7 @@ std::string to_ascii(const Timeline& timeline, const PictureOptions& options) {
     for (const auto& step : row.activity.steps) {
       const Window shown = picture.shown(*step.interval);
       line.pad_to(column(shown.begin), '.');
-      // Where measured steps seem to overlap by less than a column, the later one gives way.
+      // If measured steps overlap by less than a column, the later one is shortened.
       const std::size_t end = column(shown.end);
       if (end > line.size()) write_cell(line, step.interval->step, end - line.size(), symbol, is_light);
     }

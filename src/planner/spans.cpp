@@ -73,11 +73,11 @@ std::vector<Activity> activities(const Timeline& timeline) {
     Activity activity;
     std::unordered_set<Op> by_node;  // sides whose nodes the timeline shows
   };
-  std::vector<Rank> ranks(static_cast<std::size_t>(std::max(0, timeline.num_ranks)));
+  std::vector<Rank> ranks(std::max(0, timeline.num_ranks));
   for (const Interval& interval : timeline.intervals) {
     DUALPIPE_CHECK(interval.rank >= 0 && interval.rank < timeline.num_ranks, "an interval of rank ", interval.rank,
                    " in a timeline of ", timeline.num_ranks, " ranks");
-    auto& [activity, by_node] = ranks[static_cast<std::size_t>(interval.rank)];
+    auto& [activity, by_node] = ranks[interval.rank];
     switch (interval.lane) {
       case Lane::compute:
         activity.steps.push_back({&interval});

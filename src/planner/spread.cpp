@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <iterator>
 #include <map>
 #include <utility>
 #include <vector>
@@ -33,7 +34,7 @@ StageMemory operator*(double share, const StageMemory& stage) {
 /// New stage s is the stretch [s * from / to, (s + 1) * from / to) of the old ones.
 template <class Stage>
 std::vector<Stage> stretches(const std::vector<Stage>& old, int num_stages) {
-  std::vector<Stage> result(old.empty() ? 0 : static_cast<std::size_t>(num_stages), Stage{0, 0, 0});
+  std::vector<Stage> result(old.empty() ? 0 : num_stages, Stage{0, 0, 0});
   // Counted in parts of which an old stage has `num_stages` and a new one old.size(), so that nothing is rounded.
   const auto count = static_cast<long long>(old.size());
   for (long long stage = 0; stage < static_cast<long long>(result.size()); ++stage)
@@ -78,12 +79,11 @@ std::vector<SendCost> moved(const std::vector<SendCost>& sends, int described, i
 CostModel spread(const CostModel& model, int described, int num_stages) {
   DUALPIPE_CHECK(described >= 1 && num_stages >= 1, "costs of ", described, " stages cannot be spread over ",
                  num_stages);
-  const auto check_length = [&](std::size_t length) {
-    DUALPIPE_CHECK(length == 0 || length == static_cast<std::size_t>(described), "costs of ", length,
-                   " stages, expected ", described);
+  const auto check_length = [&](std::ptrdiff_t length) {
+    DUALPIPE_CHECK(length == 0 || length == described, "costs of ", length, " stages, expected ", described);
   };
-  check_length(model.time.stages.size());
-  check_length(model.memory.stages.size());
+  check_length(std::ssize(model.time.stages));
+  check_length(std::ssize(model.memory.stages));
   if (described == num_stages) return model;
   CostModel result = model;
   const double share = static_cast<double>(described) / num_stages;

@@ -215,7 +215,7 @@ double short_step(const Picture& picture) {
     count += row.activity.steps.size();
   }
   const double mean = count > 0 ? sum / static_cast<double>(count) : 0;
-  // The nodes of a step want to be seen, too.
+  // The nodes of a step must be visible too.
   return std::max(picture.unit, mean / 2) / (picture.lanes ? 3 : 1);
 }
 
@@ -228,9 +228,7 @@ class Legend {
     bool shades = false, pairs = false, lanes = false, transfers = false;
     std::array<bool, 4> seen{};
     constexpr std::array passes{Pass::Forward, Pass::Backward, Pass::BackwardInput, Pass::BackwardWeight};
-    const auto see = [&](Pass pass) {
-      seen[static_cast<std::size_t>(std::find(passes.begin(), passes.end(), pass) - passes.begin())] = true;
-    };
+    const auto see = [&](Pass pass) { seen[std::find(passes.begin(), passes.end(), pass) - passes.begin()] = true; };
     for (const Picture& picture : pictures) {
       shades = shades || picture.second_halves;
       lanes = lanes || picture.lanes;
@@ -293,7 +291,7 @@ std::string to_svg(const std::vector<Timeline>& timelines, const PictureOptions&
   std::vector<Picture> pictures;
   for (const Timeline& timeline : timelines) pictures.emplace_back(timeline, options);
 
-  // Wide enough for a micro-batch's digits in the short steps.
+  // Wide enough for the digits of a micro-batch in short steps.
   double width = min_width, longest = 0;
   bool one_unit = true, lanes = false;
   std::int64_t num_ranks = 0;

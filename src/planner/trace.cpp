@@ -88,13 +88,13 @@ std::string to_trace(const Timeline& timeline) {
     add(metadata("process_name", rank, 0, {{"name", "rank " + std::to_string(rank)}}));
     add(metadata("process_sort_index", rank, 0, {{"sort_index", rank}}));
   }
-  std::vector<std::array<bool, lane_names.size()>> named(static_cast<std::size_t>(timeline.num_ranks));
+  std::vector<std::array<bool, lane_names.size()>> named(timeline.num_ranks);
   for (const Interval& interval : timeline.intervals) {
     DUALPIPE_CHECK(interval.rank >= 0 && interval.rank < timeline.num_ranks, "an interval of rank ", interval.rank,
                    " in a timeline of ", timeline.num_ranks, " ranks");
-    const auto lane = static_cast<std::size_t>(interval.lane);
-    bool& is_named = named[static_cast<std::size_t>(interval.rank)][lane];
-    if (!is_named) add(metadata("thread_name", interval.rank, static_cast<int>(lane), {{"name", lane_names[lane]}}));
+    const auto lane = static_cast<int>(interval.lane);
+    bool& is_named = named[interval.rank][lane];
+    if (!is_named) add(metadata("thread_name", interval.rank, lane, {{"name", lane_names[lane]}}));
     is_named = true;
     const std::string text = to_string(interval.step);
     json args{{"op", text}, {"begin", interval.begin}, {"end", interval.end}};

@@ -59,7 +59,7 @@ TEST(Costs, CheckNamesTheValue) {
   refused({.slowdown = {1, 0}}, "the slowdown of rank 1 must be a positive factor, got 0");
   refused({.slowdown = {1, 1, 2}}, "a slowdown of rank 2, but there are 2 ranks");
   refused({.seconds_per_unit = infinity}, "seconds_per_unit");
-  EXPECT_NO_THROW(check({.send = -0.0, .stages = even, .slowdown = {2}}, 2, 4));
+  EXPECT_NO_THROW(dualpipe::check({.send = -0.0, .stages = even, .slowdown = {2}}, 2, 4));
 }
 
 TEST(Costs, SumsBeyondADoubleAreRefused) {

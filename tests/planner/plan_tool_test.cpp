@@ -8,6 +8,7 @@
 #include "dualpipe/planner/report.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/lower.hpp"
+#include "dualpipe/schedule/simulate.hpp"
 
 namespace dualpipe::planner {
 namespace {

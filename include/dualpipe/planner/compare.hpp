@@ -22,8 +22,8 @@ struct ComparisonSpec {
   std::vector<Schedule> given = {};
   Publish publish = Publish::early;
   double memory_limit = std::numeric_limits<double>::infinity();  ///< of a rank, in the unit of the memory costs
-  /// The costs are those of a model cut into this many stages, which in all rows is the same model, cut by the schedule
-  /// into as many as it has. 0: as many as the costs list, or else as the smallest number of ranks.
+  /// The number of stages that the costs describe. All rows are of one model: its costs are spread over as many stages
+  /// as the schedule has. 0: as many as the costs list, else the smallest number of ranks.
   int described_stages = 0;
   std::function<void(int done, int all)> progress = {};  ///< called after each row
 };
@@ -36,7 +36,7 @@ struct ComparedSchedule {
   std::string refused = {};  ///< why there is no such schedule; the rest is then 0
   double makespan = 0;
   double per_micro_batch = 0;  ///< makespan / num_micro_batches: what to compare across numbers of micro-batches
-  double efficiency = 0;       ///< the share of all ranks' time in which they compute
+  double efficiency = 0;       ///< share of the ranks' time that they compute
   double bubble = 0;           ///< of the rank that waits most
   double peak_memory = 0;      ///< of the rank that holds most, parameters and optimizer included
   int peak_activations = 0;    ///< of the rank that holds most, each of one stage and micro-batch

@@ -22,19 +22,19 @@ struct MeasuredCosts {
 };
 
 /// What a recorded training step cost: medians for each stage and pass, for each pair of stages, and for each boundary
-/// and link. A transfer takes the time from when both of its ends were there until it arrived: a receive that waits for
-/// its sender has not been slow. What a stage did not show is taken from the others, as its weight part, where no
-/// backward ran in two parts, is half of it. Of several steps the first, which warms up, does not count.
-/// A trace may be of several pipelines side by side: they are taken together, and ranks count within a pipeline.
+/// and link. A transfer lasts from when both of its ends had begun it until it arrived, so waiting for the sender does
+/// not count. A pass that a stage did not run by itself is taken from the other stages; a weight part that no stage ran
+/// by itself is half of the backward. The first of several steps is left out, as it warms up. A trace may hold several
+/// pipelines side by side: they are measured together, and ranks count within a pipeline.
 ///
 /// @throws InvalidArgument  no training step, or one where some stage does nothing.
 MeasuredCosts measure_costs(const Timeline& trace);
 
-/// The same model cut into another number of equally long stages: each gets its stretch of the old ones, so half a
-/// stage takes half the time and memory. Boundaries that fall together keep their transfers, links their times, new
-/// boundaries take `send`; pairs keep what overlapping saves on average.
+/// The same model cut into another number of equally long stages. Half a stage takes half the time and memory. Old
+/// boundaries that remain keep their transfer times, links keep theirs, new boundaries take `send`. Pairs keep the
+/// share that overlapping saves on average.
 ///
-/// @param described  how many stages the costs are of, where they do not list them.
+/// @param described  how many stages the costs describe, if they do not list them.
 /// @throws InvalidArgument  lists of another length than `described`.
 CostModel spread(const CostModel& model, int described, int num_stages);
 

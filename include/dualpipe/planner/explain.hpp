@@ -16,13 +16,13 @@ struct Section {
   bool operator==(const Section&) const = default;
 };
 
-/// For each rank the steps that it has, in order; outer ranks lack none, inner ones lack 1, 3, 5 and 7.
+/// For each rank its steps, in order. The innermost ranks have no steps 1, 3, 5 and 7.
 ///
 /// @throws InvalidArgument  the schedule is neither what make_schedule gives for dualpipe nor for dualpipev.
 std::vector<std::vector<Section>> eight_steps(const Schedule& schedule);
 
-/// Where they are in a timeline of the schedule, each from the begin of its first op to the end of its last, with its
-/// number as text; for PictureOptions. @throws InvalidArgument  as eight_steps, or the timeline lacks ops of it.
+/// The steps in a timeline of the schedule, from the begin of their first op to the end of their last, with their
+/// numbers as text; for PictureOptions. @throws InvalidArgument  as eight_steps, or the timeline lacks ops of it.
 std::vector<Mark> step_marks(const Schedule& schedule, const Timeline& timeline);
 
 /// One line on what each step does, "1  F0 x 6 …", with how often it is repeated on rank 0 and on the innermost rank.

@@ -9,9 +9,9 @@
 
 namespace dualpipe::planner {
 
-/// Durations that vary: each step, and each transfer, takes its cost times a factor of its own, drawn independently
-/// from a log-normal distribution of mean 1 and standard deviation `deviation`. (A machine that is slow all the time is
-/// `Costs::slowdown`.)
+/// Random durations: the cost of each step and each transfer is multiplied by a factor, drawn independently from a
+/// log-normal distribution of mean 1 and standard deviation `deviation`. For a rank that is always slow there is
+/// `Costs::slowdown`.
 struct Jitter {
   double deviation = 0.1;  ///< 0.1: 10 %
   int trials = 1000;

@@ -14,8 +14,8 @@ struct StageMemory {
   bool operator==(const StageMemory&) const = default;
 };
 
-/// The first three for a model of equal stages, as in `MemoryCosts{1, 0.2, 6}`. With the defaults, memory counts
-/// activations. All are finite and not negative.
+/// The first three members describe a model of equal stages, as in `MemoryCosts{1, 0.2, 6}`. With the defaults, memory
+/// counts activations. All values are finite and not negative.
 struct MemoryCosts {
   double activation = 1;
   double weight = 0;

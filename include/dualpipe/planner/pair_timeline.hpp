@@ -29,10 +29,10 @@ Chain parse_chain(std::string_view text);
 std::string structure(const Chain& chain);
 std::vector<std::string> names(const Chain& chain);
 
-/// What one rank does when its host runs the pieces in this order, each collective launched where it stands: compute
-/// pieces one after the other, collectives one after the other, and what follows a collective in its chain after that.
-/// One step of rank 0, with its nodes and collectives: forward 0F1 and backward 0B0, an I where the order has no weight
-/// parts. It lasts until the last collective has ended.
+/// What one rank does when its host runs the ops in this order and launches each collective in its place. Nodes that
+/// compute run one after the other, collectives too, and what follows a collective in its chain waits for it. One step
+/// of rank 0, with its nodes and collectives: forward 0F1 and backward 0B0, an I where the order has no weight parts.
+/// It lasts until the last collective has ended.
 ///
 /// @throws InvalidArgument  as launch_order does; both chains empty.
 Timeline pair_timeline(const Chain& forward, const Chain& backward, const std::vector<PairOp>& order);

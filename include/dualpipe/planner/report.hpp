@@ -25,7 +25,7 @@ struct Overlap {
 /// Where a rank's time goes: compute + collectives.exposed + bubble is all of it.
 struct Usage {
   double busy = 0;      ///< within its steps
-  double compute = 0;   ///< of the steps that communicate the nodes that compute, of the others the whole
+  double compute = 0;   ///< the nodes that compute, in steps that communicate; else the whole step
   double bubble = 0;    ///< the rest: waiting for other ranks, and for transfers from them
   Overlap collectives;  ///< communication inside stages
   Overlap transfers;    ///< sends and receives between stages; exposed ones lie in the bubble, or beside a collective
@@ -63,8 +63,8 @@ Report report(const Timeline& timeline, const Window& window);
 /// @throws InvalidArgument  an interval of a rank that the timeline does not have.
 std::vector<Timeline> split_steps(const Timeline& timeline);
 
-/// Number by number the median over several steps, the lower of two in the middle; sums that hold for each step need
-/// not hold for it. @throws InvalidArgument  no report, or different numbers of ranks.
+/// The median of each number over several steps, the lower of two in the middle. So parts need not add up to their
+/// sums. @throws InvalidArgument  no report, or different numbers of ranks.
 Report median(const std::vector<Report>& reports);
 
 }  // namespace dualpipe::planner

@@ -31,9 +31,10 @@ struct SearchProgress {
 struct SearchOptions {
   Publish publish = Publish::early;
   SearchLimits limits = {};
-  std::int64_t evaluations = 0;  ///< orders to simulate, which with the seed decides the result; 0: some seconds' worth
-  /// Not longer than this, 0: however long it takes. Without a number of evaluations this is the budget; what is found
-  /// then depends on how fast the machine is.
+  std::int64_t evaluations =
+      0;  ///< orders to simulate; with the seed it decides the result. 0: as many as some seconds allow
+  /// The longest duration; 0: unlimited. Without a number of evaluations this is the budget, and the result depends on
+  /// the speed of the machine.
   double seconds = 0;
   std::uint64_t seed = 1;
   /// Called ten times a second from the calling thread; false ends the search with what it has.

@@ -6,8 +6,8 @@
 
 namespace dualpipe {
 
-/// Where within a pair its results leave it when they are published early, as a fraction of its duration: above 0, up
-/// to 1; negative: before the weight part. Chains with collectives have their own.
+/// When the results of a pair leave it under Publish::early, as a fraction of the pair's duration, above 0 and up to 1.
+/// Negative: when its weight part begins. Stages with collectives have other fractions.
 struct PairReady {
   double activation = -1;
   double gradient = -1;
@@ -30,8 +30,8 @@ struct PairCost {
   bool operator==(const PairCost&) const = default;
 };
 
-/// The duration of some of the transfers, activations and gradients alike: of those over a boundary between stages, of
-/// those between two ranks (a slow link), or of those for which both hold.
+/// The duration of some transfers, activations and gradients alike: over one boundary between stages, between two ranks
+/// (a slow link), or both.
 struct SendCost {
   static constexpr int any = -1;
   int boundary = any;              ///< b: between the stages b and b + 1
@@ -40,9 +40,9 @@ struct SendCost {
   bool operator==(const SendCost&) const = default;
 };
 
-/// What a schedule takes, in one unit of the caller's choice. The first five say it for a model of equal stages, as in
-/// `Costs{1, 2, 1, 3, 0.1}`; what follows says where it is uneven. All durations are finite and not negative, a weight
-/// part costs at most as much as the backward, or the pair, that it is a part of.
+/// How long everything takes, in one unit of the caller's choice. The first five members describe a model of equal
+/// stages, as in `Costs{1, 2, 1, 3, 0.1}`; the others say where it is uneven. Durations are finite and not negative. A
+/// weight part costs at most as much as its backward, and as its pair.
 struct Costs {
   double forward = 1;
   double backward = 2;  ///< I costs backward - weight
@@ -51,12 +51,12 @@ struct Costs {
   double send = 0;  ///< from publication to arrival on another rank; nothing on the same rank
   PairReady ready = {};
 
-  /// Empty, or one for each stage instead of forward, backward and weight. A pair then costs what its two halves cost
-  /// together times pair / (forward + backward): what overlapping saves, it saves everywhere.
+  /// Empty, or one for each stage instead of forward, backward and weight. A pair then costs as much as its two ops
+  /// together, times pair / (forward + backward): overlapping saves the same share everywhere.
   std::vector<StageCosts> stages = {};
-  std::vector<PairCost> pairs = {};   ///< pairs that cost something else
-  std::vector<SendCost> sends = {};   ///< transfers that cost something else than `send`; the last that fits counts
-  std::vector<double> slowdown = {};  ///< factors for the computing of the ranks 0, 1, …; those not listed have 1
+  std::vector<PairCost> pairs = {};   ///< pairs with a duration of their own
+  std::vector<SendCost> sends = {};   ///< transfers with a duration of their own; the last entry that fits counts
+  std::vector<double> slowdown = {};  ///< factors on the compute time of ranks 0, 1, …; 1 for ranks not listed
 
   double seconds_per_unit = 0;  ///< 0: the unit is abstract; 1: seconds, as measured
   bool operator==(const Costs&) const = default;

@@ -8,14 +8,13 @@
 namespace dualpipe::detail {
 namespace {
 
-// Temperatures, in durations of a step: at the beginning of the runs from the best starts, of the last run from the
-// best order seen, and at the end of each run as a share of its first. Hot enough to leave a good order behind, then
-// not.
+// Temperatures, in durations of a step: at the beginning of the runs from the best starts; of the last run, from the
+// best order seen; and at the end of each run, as a share of its first.
 constexpr std::array<double, 2> warm = {1, 0.25};
 constexpr std::array<double, 2> share = {0.4, 0.2};  // of the budget
 constexpr double cool = 0.12, end = 0.02;
 
-// Weight of the mean finish of the ranks beside the makespan: leads across changes that do not show in it yet.
+// Weight of the ranks' mean end time beside the makespan: it rewards changes that do not shorten the makespan yet.
 constexpr double finish_weight = 0.02;
 
 // Budget in simulated steps where none is given: some seconds.
@@ -69,7 +68,7 @@ void Annealing::run() {
   improve(best_, budget_ - evaluations_, cool);
 }
 
-// As many as there is time for: the temperatures go by the budget.
+// As many evaluations as time allows: temperatures follow the budget.
 std::int64_t Annealing::affordable() {
   constexpr double sample = 0.02, overhead = 1.5;
   std::int64_t count = 0;
@@ -103,7 +102,7 @@ bool Annealing::shall_end() {
   return !options_.progress({evaluations_, budget_, now, best_makespan_, bound_});
 }
 
-// Mostly one change; now and then some, since what two ranks do in turns can often be changed on both only.
+// Mostly one change, sometimes several: some orders improve only if two ranks change together.
 bool Annealing::change(Schedule& current, const std::vector<CriticalStep>& critical) {
   undo_.clear();
   for (int changes = random_.below(8) == 0 ? 2 + random_.below(2) : 1; changes > 0; --changes) {
@@ -124,7 +123,7 @@ void Annealing::undo(Schedule& current) {
 bool Annealing::improve(Schedule current, std::int64_t budget, double first) {
   double here = energy(current);
   std::vector<CriticalStep> critical = critical_steps(current, simulator_, problem_, random_);
-  // Of changes that make no sense there may be many, but not without end.
+  // Limits the attempts that change nothing.
   std::int64_t attempts = 20 * budget;
   for (std::int64_t done = 0; done < budget && attempts > 0; --attempts) {
     if (!change(current, critical)) continue;

@@ -10,7 +10,7 @@ namespace {
 
 constexpr double infinite = std::numeric_limits<double>::infinity();
 
-/// The shortest times in which a stage can do its part on its rank.
+/// The shortest durations of a stage on its rank.
 struct Shortest {
   double forward = infinite;       ///< from the begin of F until another rank may be sent the result
   double forward_here = infinite;  ///< until the end of the step, when the same rank has it
@@ -24,7 +24,7 @@ class Bounds {
 
   planner::LowerBound largest() const {
     planner::LowerBound best;
-    for (const Route& route : problem_.routes) {
+    for (const PipelineRoute& route : problem_.routes) {
       const double alone = arrival(route, problem_.num_stages - 1) + back_from_last(route, 0) + finish(route);
       if (alone > best.makespan) best = {.makespan = alone, .rank = -1, .head = 0, .busy = alone, .tail = 0};
     }
@@ -71,7 +71,7 @@ class Bounds {
   }
 
   /// From the begin of the route until F of `stage` may begin.
-  double arrival(const Route& route, int stage) const {
+  double arrival(const PipelineRoute& route, int stage) const {
     double time = 0;
     for (int s = 0; s < stage; ++s) {
       const Shortest here = shortest(s, route.ranks[s]);
@@ -82,7 +82,7 @@ class Bounds {
   }
 
   /// From the begin of the backward of `from` until that of `to`, a stage below.
-  double descent(const Route& route, int from, int to) const {
+  double descent(const PipelineRoute& route, int from, int to) const {
     double time = 0;
     for (int s = from; s > to; --s) {
       const Shortest here = shortest(s, route.ranks[s]);
@@ -94,16 +94,16 @@ class Bounds {
   }
 
   /// From the begin of F of the last stage until the backward of `stage` may begin.
-  double back_from_last(const Route& route, int stage) const {
+  double back_from_last(const PipelineRoute& route, int stage) const {
     const int last = problem_.num_stages - 1;
     return shortest(last, route.ranks[last]).forward_here + descent(route, last, stage);
   }
 
   /// The backward of stage 0, weight part included.
-  double finish(const Route& route) const { return shortest(0, route.ranks[0]).backward; }
+  double finish(const PipelineRoute& route) const { return shortest(0, route.ranks[0]).backward; }
 
   /// From when `stage` has published its gradient until the end of its micro-batch.
-  double after(const Route& route, int stage) const {
+  double after(const PipelineRoute& route, int stage) const {
     if (stage == 0) return 0;
     const bool same = route.ranks[stage] == route.ranks[stage - 1];
     return (same ? 0 : problem_.table.send(stage - 1, route.ranks[stage], route.ranks[stage - 1])) +
@@ -112,15 +112,16 @@ class Bounds {
 
   template <class Visit>
   void for_each_line(int rank, const Visit& visit) const {
-    for (const Route& route : problem_.routes)
+    for (const PipelineRoute& route : problem_.routes)
       for (const int stage : problem_.stages_of[rank])
         if (route.ranks[stage] == rank) visit(route, stage, static_cast<double>(route.micro_batches.size()));
   }
 
   double head(int rank) const {
     double earliest = infinite;
-    for_each_line(rank,
-                  [&](const Route& route, int stage, double) { earliest = std::min(earliest, arrival(route, stage)); });
+    for_each_line(rank, [&](const PipelineRoute& route, int stage, double) {
+      earliest = std::min(earliest, arrival(route, stage));
+    });
     return earliest;
   }
 
@@ -132,7 +133,7 @@ class Bounds {
       return std::max(0.0, apart - pair(forward, Pass::Backward, backward, rank).duration);
     };
     double total = 0, by_forward = 0, by_backward = 0, least_forward = infinite, least_backward = infinite;
-    for_each_line(rank, [&](const Route&, int stage, double count) {
+    for_each_line(rank, [&](const PipelineRoute&, int stage, double count) {
       total += count * (times(Pass::Forward, stage, rank).duration + times(Pass::Backward, stage, rank).duration);
       double as_forward = 0, as_backward = 0;
       for (const int other : problem_.stages_of[rank]) {
@@ -149,7 +150,7 @@ class Bounds {
 
   planner::LowerBound by_work(int rank) const {
     double way_down = infinite, rest = 0, weight = 0;
-    for_each_line(rank, [&](const Route& route, int stage, double) {
+    for_each_line(rank, [&](const PipelineRoute& route, int stage, double) {
       way_down = std::min(way_down, after(route, stage));
       weight = std::max(weight, times(Pass::BackwardWeight, stage, rank).duration);
       const StepTimes alone = times(Pass::Backward, stage, rank);
@@ -168,7 +169,7 @@ class Bounds {
 
   planner::LowerBound by_memory(int rank) const {
     double counted = 0, sized = 0;
-    for_each_line(rank, [&](const Route& route, int stage, double count) {
+    for_each_line(rank, [&](const PipelineRoute& route, int stage, double count) {
       const Shortest here = shortest(stage, route.ranks[stage]);
       const int last = problem_.num_stages - 1;
       const double there = stage == last ? here.forward_here

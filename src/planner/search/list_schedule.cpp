@@ -172,13 +172,13 @@ class ListScheduler {
 
   void publish(int rank, double now, const Op& op, const StepTimes& times, int which) {
     const bool forward = op.pass == Pass::Forward;
-    // Whoever was kept from beginning a micro-batch by the number of those on their way may go on when one has ended.
+    // A rank that waits because too many micro-batches are in flight may go on when one has ended.
     if (is_backward(op.pass) && op.stage == 0)
-      for (const Route& route : problem_.routes) events_.emplace(now + times.duration, route.ranks[0]);
+      for (const PipelineRoute& route : problem_.routes) events_.emplace(now + times.duration, route.ranks[0]);
     const auto output = output_of(op, problem_.num_stages);
     if (!output) return;
     const int to_stage = output->receiver();
-    const Route& route = problem_.routes[problem_.route_of[op.micro_batch]];
+    const PipelineRoute& route = problem_.routes[problem_.route_of[op.micro_batch]];
     const int to = route.ranks[to_stage];
     const double at =
         now + (to == rank ? times.duration

@@ -13,7 +13,7 @@ using Steps = std::vector<Step>;
 
 bool is_single(const Step& step, Pass pass) { return !step.overlapped && step.op.pass == pass; }
 
-/// Mostly to the next place, now and then far away.
+/// Mostly one place, sometimes far.
 int distance(Random& random) {
   static constexpr std::array<int, 8> distances = {1, 1, 1, 1, 2, 2, 3, 4};
   return random.below(8) == 0 ? 1 + random.below(16) : distances[random.below(distances.size())];
@@ -32,14 +32,14 @@ bool shift(Steps& steps, int at, int length, int by) {
   return to != at;
 }
 
-/// Two steps in each other's place: what is held at once need not change.
+/// Swaps two steps: the number of activations held need not change.
 bool exchange(Steps& steps, int at, int with) {
   if (with < 0 || with >= static_cast<int>(steps.size())) return false;
   std::swap(steps[at], steps[with]);
   return true;
 }
 
-/// Mostly one step, now and then some that belong together, as a forward and its backward.
+/// Mostly one step, sometimes several that belong together, as a forward and its backward.
 int length(Random& random) { return random.below(4) == 0 ? 2 + random.below(3) : 1; }
 
 /// A pair into its halves, in either order; a B into I and a W that comes later.
@@ -129,7 +129,7 @@ std::vector<CriticalStep> critical_steps(const Schedule& schedule, const Simulat
       if (begins[candidate] + made.ready[which] + made.send[which] >= begin * (1 - rounding)) producer = candidate;
     }
     if (before >= 0) critical.push_back({rank, at});
-    if (before < 0 && producer < 0) break;  // cannot be, but for rounding
+    if (before < 0 && producer < 0) break;  // happens by rounding only
     node = producer < 0 || (before >= 0 && random.below(2) == 0) ? before : producer;
   }
   return critical;
@@ -146,7 +146,7 @@ int propose(const Schedule& schedule, const std::vector<CriticalStep>& critical,
     critical_step.at = 1 + random.below(schedule.ranks[critical_step.rank].size() - 1);
   }
   steps = schedule.ranks[critical_step.rank];
-  if (critical_step.at >= static_cast<int>(steps.size())) return -1;  // of before another change
+  if (critical_step.at >= static_cast<int>(steps.size())) return -1;  // an index from before another change
   const int at = critical_step.at, before = at - 1;
   bool changed = false;
   switch (random.below(12)) {

@@ -22,13 +22,13 @@ class Random {
   std::mt19937_64 engine_;
 };
 
-/// A step that would have begun earlier had the step before it on its rank ended earlier, on a longest chain of a run.
+/// A step on the critical path that waited for the step before it on its rank.
 struct CriticalStep {
   int rank = 0;
   int at = 0;
 };
 
-/// All such steps of one longest chain of the last evaluation. Where a step waited for two things at once, the chain
+/// All such steps of one critical path of the last evaluation. Where a step waited for two things at once, the path
 /// goes on through either.
 std::vector<CriticalStep> critical_steps(const Schedule& schedule, const Simulator& simulator,
                                          const SearchProblem& problem, Random& random);

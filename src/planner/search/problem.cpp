@@ -1,6 +1,8 @@
 #include "planner/search/problem.hpp"
 
 #include <algorithm>
+#include <cstdint>
+#include <iterator>
 #include <map>
 
 #include "dualpipe/error.hpp"
@@ -25,7 +27,7 @@ SearchProblem::SearchProblem(int ranks_count, int stages_count, int micro_batche
   for (int m = 0; m < num_micro_batches; ++m) {
     std::vector<int> route(num_stages);
     for (int s = 0; s < num_stages; ++s) {
-      route[s] = ranks[static_cast<std::size_t>(s) * num_micro_batches + m];
+      route[s] = ranks[std::int64_t{s} * num_micro_batches + m];
       DUALPIPE_CHECK(route[s] >= 0, "no rank runs stage ", s, " of micro-batch ", m);
     }
     const auto [entry, is_new] = known.try_emplace(route, routes.size());
@@ -33,7 +35,7 @@ SearchProblem::SearchProblem(int ranks_count, int stages_count, int micro_batche
     route_of[m] = static_cast<int>(entry->second);
     routes[entry->second].micro_batches.push_back(m);
   }
-  for (const Route& route : routes)
+  for (const PipelineRoute& route : routes)
     for (int s = 0; s < num_stages; ++s) stages_of[route.ranks[s]].push_back(s);
   for (auto& stages : stages_of) {
     std::sort(stages.begin(), stages.end());
@@ -48,10 +50,10 @@ double SearchProblem::state_of(int rank) const {
 }
 
 Numbering::Numbering(const SearchProblem& problem)
-    : problem_(problem), lines_(problem.routes.size() * static_cast<std::size_t>(problem.num_stages)) {}
+    : problem_(problem), lines_(problem.routes.size() * problem.num_stages) {}
 
-std::size_t Numbering::line(const Op& op) const {
-  return static_cast<std::size_t>(problem_.route_of[op.micro_batch]) * problem_.num_stages + op.stage;
+std::int64_t Numbering::line(const Op& op) const {
+  return std::int64_t{problem_.route_of[op.micro_batch]} * problem_.num_stages + op.stage;
 }
 
 bool Numbering::operator()(std::vector<Step>& steps, int rank) {
@@ -86,7 +88,7 @@ bool Numbering::operator()(std::vector<Step>& steps, int rank) {
     const planner::StageMemory& memory = problem_.memory[back->stage];
     if (back->pass == Pass::BackwardWeight) {
       Line& here = lines_[line(*back)];
-      if (static_cast<std::size_t>(here.weights) == here.waiting.size()) return false;
+      if (here.weights == std::ssize(here.waiting)) return false;
       back->micro_batch = here.waiting[here.weights++];
       --weights;
       held -= memory.weight;

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <cstddef>
+#include <cstdint>
 #include <optional>
 #include <vector>
 
@@ -10,16 +10,16 @@
 namespace dualpipe::detail {
 
 /// Micro-batches that take the same route through the ranks, and therefore cost the same everywhere.
-struct Route {
+struct PipelineRoute {
   std::vector<int> ranks;          // by stage
   std::vector<int> micro_batches;  // ascending
 };
 
-/// What is fixed while orders are searched for: who runs what, what it costs, what may be held.
+/// What the search does not change: placement, costs and limits.
 struct SearchProblem {
   int num_ranks = 0, num_stages = 0, num_micro_batches = 0;
   Publish publish = Publish::early;
-  std::vector<Route> routes;
+  std::vector<PipelineRoute> routes;
   std::vector<int> route_of;  // by micro-batch
   Costs costs;
   CostTable table;
@@ -46,7 +46,7 @@ class Numbering {
   bool operator()(std::vector<Step>& steps, int rank);
 
  private:
-  std::size_t line(const Op& op) const;
+  std::int64_t line(const Op& op) const;
 
   const SearchProblem& problem_;
   struct Line {

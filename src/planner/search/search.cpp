@@ -22,7 +22,7 @@ namespace {
 using detail::Annealing;
 using detail::list_schedule;
 using detail::ListRule;
-using detail::Route;
+using detail::PipelineRoute;
 using detail::SearchProblem;
 
 /// Kinds that share a placement, by the first of them.
@@ -80,7 +80,7 @@ int never_blocking(const SearchProblem& problem) {
   for (int rank = 0; rank < problem.num_ranks; ++rank) {
     int count = 0;
     double size = 0;
-    for (const Route& route : problem.routes) {
+    for (const PipelineRoute& route : problem.routes) {
       int here = 0;
       double held = 0;
       for (const int stage : problem.stages_of[rank])

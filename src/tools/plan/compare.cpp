@@ -84,7 +84,7 @@ std::string json(const Comparison& comparison, const Options& options) {
   return dumped(object) + "\n";
 }
 
-/// The fastest row within the limit for each number of micro-batches, on each number of ranks.
+/// The fastest row within the limit for each number of micro-batches and of ranks.
 std::string best(const Comparison& comparison, double unit) {
   std::map<int, std::map<int, const ComparedSchedule*>> by_ranks;
   for (const ComparedSchedule& row : comparison.rows)

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <string_view>
 #include <utility>
 
@@ -76,7 +77,7 @@ int parse_place(const std::string& option, const std::string& text, int count, c
   return place >= 0 ? place : place + count;
 }
 
-/// Where a duration of zero makes no sense; what is wrong otherwise is found by check.
+/// A duration that must not be zero; check finds all other errors.
 void check_takes_time(const char* what, double duration) {
   DUALPIPE_CHECK(duration != 0, "the cost of ", what, " must be positive, got ", duration);
 }
@@ -91,7 +92,7 @@ CostModel from_numbers(const std::string& text) {
   return model;
 }
 
-/// Also of a single number, or of numbers and something else: what is wrong with these is said as of numbers.
+/// True also of a single number, or of numbers and something else: errors then speak of numbers.
 bool looks_like_numbers(const std::string& text) {
   if (::access(text.c_str(), F_OK) == 0) return false;
   char* end = nullptr;
@@ -102,9 +103,8 @@ bool looks_like_numbers(const std::string& text) {
 void scale_stage(CostModel& model, int stage, double factor, int num_stages) {
   Costs& time = model.time;
   DUALPIPE_CHECK(std::isfinite(factor) && factor > 0, "--stage-scale: a stage's factor must be positive, got ", factor);
-  if (time.stages.empty())
-    time.stages.assign(static_cast<std::size_t>(num_stages), {time.forward, time.backward, time.weight});
-  StageCosts& costs = time.stages[static_cast<std::size_t>(stage)];
+  if (time.stages.empty()) time.stages.assign(num_stages, {time.forward, time.backward, time.weight});
+  StageCosts& costs = time.stages[stage];
   for (double* cost : {&costs.forward, &costs.backward, &costs.weight}) *cost *= factor;
   std::erase_if(time.pairs, [&](const PairCost& pair) { return pair.forward == stage || pair.backward == stage; });
 }
@@ -192,8 +192,8 @@ CostModel CostOptions::of(int num_ranks, int num_stages) const {
   }
   for (const std::string& entry : stragglers) {
     const auto [place, factor] = parse_entry("--straggler", entry, "RANK:FACTOR");
-    const auto rank = static_cast<std::size_t>(parse_place("--straggler", place, num_ranks, "rank"));
-    if (time.slowdown.size() <= rank) time.slowdown.resize(rank + 1, 1);
+    const int rank = parse_place("--straggler", place, num_ranks, "rank");
+    if (std::ssize(time.slowdown) <= rank) time.slowdown.resize(rank + 1, 1);
     time.slowdown[rank] *= factor;
   }
   check(time, num_ranks, num_stages);

@@ -143,7 +143,7 @@ std::string text(const Program& program) {
         out += detail::str("  compute ", to_string(instruction.step), "\n");
       else
         out += detail::str("  ", name_of(instruction.what), " ", instruction.transfer, "  (",
-                           to_string(program.order[static_cast<std::size_t>(instruction.transfer)]), ")\n");
+                           to_string(program.order[instruction.transfer]), ")\n");
     }
   }
   return out;

@@ -207,7 +207,7 @@ void add_search(CLI::App& app) {
           [&limits](double limit) {
             DUALPIPE_CHECK(std::isfinite(limit) && limit > 0, "--memory-limit must be positive, got ", limit);
             limits.memory = limit;
-            // The memory decides, unless the numbers are given too.
+            // A memory limit alone replaces the default limits on numbers.
             if (limits.activations == 0) limits.activations = unlimited;
             if (limits.weights < 0) limits.weights = unlimited;
           },

@@ -17,7 +17,7 @@
 
 namespace dualpipe::detail {
 
-// A schedule that is wrong in one way is often wrong in thousands of places; nobody reads more than a few of them.
+// One mistake often shows in thousands of places; nobody reads more than a few.
 inline constexpr int max_findings_per_rank = 8;
 inline constexpr std::size_t max_findings = 256;
 
@@ -64,10 +64,10 @@ inline std::string to_string(const CellPlace& place) { return str("cell ", place
 
 inline constexpr std::array all_passes = {Pass::Forward, Pass::BackwardInput, Pass::BackwardWeight, Pass::Backward};
 
-inline std::optional<std::size_t> pass_index(Pass pass) {
+inline std::optional<std::ptrdiff_t> pass_index(Pass pass) {
   const auto found = std::find(all_passes.begin(), all_passes.end(), pass);
   if (found == all_passes.end()) return std::nullopt;
-  return static_cast<std::size_t>(found - all_passes.begin());
+  return found - all_passes.begin();
 }
 
 // Where the passes of one stage and micro-batch stand.
@@ -86,7 +86,7 @@ class ScheduleChecker {
  public:
   explicit ScheduleChecker(const Schedule& schedule) : schedule_(schedule), findings_(schedule.ranks.size()) {}
 
-  // Order and deadlock take a complete schedule for granted.
+  // The checks of order and deadlock need a complete schedule.
   std::vector<Violation> run() {
     if (has_table()) {
       collect();
@@ -98,14 +98,14 @@ class ScheduleChecker {
   }
 
  private:
-  std::size_t index(int stage, int micro_batch) const {
-    return static_cast<std::size_t>(std::int64_t{stage} * schedule_.num_micro_batches + micro_batch);
+  std::int64_t index(int stage, int micro_batch) const {
+    return std::int64_t{stage} * schedule_.num_micro_batches + micro_batch;
   }
   const CellPasses& passes(int stage, int micro_batch) const { return table_[index(stage, micro_batch)]; }
   std::int64_t count_ops() const;
 
-  // Makes the table, unless most of it would be empty: then the schedule is incomplete, and the table could be as large
-  // as the product of two slips.
+  // Makes the table if the schedule has ops enough to fill it. If not, the schedule is incomplete, and two mistyped
+  // numbers could make the table huge.
   bool has_table();
   void collect();
   void collect(const Op& op, const CellPlace& place);
@@ -289,8 +289,8 @@ inline void ScheduleChecker::find_deadlock() {
   report_cycle(next_cell, waits_for);
 }
 
-// Every rank that waits does so for an op of a rank that waits too, else that op would have been done: following them
-// ends in a cycle.
+// A waiting rank waits for an op of another waiting rank, else that op would be done. Following these waits ends in a
+// cycle.
 inline void ScheduleChecker::report_cycle(const std::vector<int>& next_cell,
                                           const std::vector<std::optional<StageResult>>& waits_for) {
   const auto waits = [](const std::optional<StageResult>& result) { return result.has_value(); };

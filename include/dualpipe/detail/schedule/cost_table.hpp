@@ -10,14 +10,14 @@
 
 namespace dualpipe::detail {
 
-/// A step on its rank: how long it takes and, from its begin, when the results of its op and of its overlapped op are
-/// published to other ranks.
+/// The times of a step on its rank: its duration, and when the results of its op and of its overlapped op leave for
+/// other ranks, counted from its begin.
 struct StepTimes {
   double duration = 0;
   std::array<double, 2> ready{};
 };
 
-/// Costs by where they are asked for.
+/// Looks up durations by step, rank and boundary.
 class CostTable {
  public:
   /// @throws InvalidArgument  costs that do not fit this many ranks and stages.
@@ -36,7 +36,7 @@ class CostTable {
   PairReady ready_;
   bool uniform_;
   std::vector<StageCosts> stages_;
-  double overlap_;                            // what a pair costs, of what its halves cost
+  double overlap_;                            // duration of a pair / duration of its two ops
   std::vector<std::vector<PairCost>> pairs_;  // by stage of the forward
   std::vector<std::vector<SendCost>> sends_;  // by boundary
   std::vector<double> slowdown_;              // by rank

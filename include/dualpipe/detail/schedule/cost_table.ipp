@@ -32,7 +32,7 @@ CostTable::CostTable(const Costs& costs, Publish publish, int num_ranks, int num
 StepTimes CostTable::times(const Step& step, int rank) const {
   const StageCosts& costs = stages_[step.op.stage];
   double duration = 0;
-  double weight = 0;  // the part at the end that no other rank waits for
+  double weight = 0;  // the last part, for which no other rank waits
   if (step.overlapped) {
     const bool split = step.overlapped->pass == Pass::BackwardInput;
     const double whole = pair(step.op.stage, step.overlapped->stage);

@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 #include <cstddef>
+#include <iterator>
 #include <string>
 #include <utility>
 #include <vector>
@@ -24,7 +25,7 @@ inline void check_stage_costs(const StageCosts& costs, const std::string& of) {
   check_cost(costs.weight, "weight" + of);
   DUALPIPE_CHECK(costs.weight <= costs.backward, "the weight part is a part of the backward, but it costs ",
                  costs.weight, " and the backward only ", costs.backward, of);
-  // Sums of these are costs too.
+  // Their sum is used as a cost too and must be finite.
   check_cost(costs.forward + costs.backward, "forward and backward together" + of);
 }
 
@@ -48,8 +49,8 @@ void check(const Costs& costs, int num_ranks, int num_stages) {
                    "a pair's result is ready at a fraction of it above 0 and up to 1, or negative for before its weight"
                    " part; got ",
                    fraction);
-  DUALPIPE_CHECK(costs.stages.empty() || costs.stages.size() == static_cast<std::size_t>(num_stages), "costs of ",
-                 costs.stages.size(), " stages, but the schedule has ", num_stages);
+  DUALPIPE_CHECK(costs.stages.empty() || std::ssize(costs.stages) == num_stages, "costs of ", costs.stages.size(),
+                 " stages, but the schedule has ", num_stages);
   for (std::size_t stage = 0; stage < costs.stages.size(); ++stage)
     detail::check_stage_costs(costs.stages[stage], detail::str(" of stage ", stage));
   for (const PairCost& pair : costs.pairs) {
@@ -72,8 +73,8 @@ void check(const Costs& costs, int num_ranks, int num_stages) {
     }
     detail::check_cost(send.duration, what);
   }
-  DUALPIPE_CHECK(costs.slowdown.size() <= static_cast<std::size_t>(num_ranks), "costs: a slowdown of rank ",
-                 costs.slowdown.size() - 1, ", but there are ", num_ranks, " ranks");
+  DUALPIPE_CHECK(std::ssize(costs.slowdown) <= num_ranks, "costs: a slowdown of rank ", costs.slowdown.size() - 1,
+                 ", but there are ", num_ranks, " ranks");
   for (std::size_t rank = 0; rank < costs.slowdown.size(); ++rank)
     DUALPIPE_CHECK(std::isfinite(costs.slowdown[rank]) && costs.slowdown[rank] > 0, "the slowdown of rank ", rank,
                    " must be a positive factor, got ", costs.slowdown[rank]);

@@ -80,8 +80,7 @@ class DryRun {
     return at_[rank] < program_.ranks[rank].size() ? &program_.ranks[rank][at_[rank]] : nullptr;
   }
 
-  /// Finds how large the tables must be; as every stage and micro-batch has a forward, they are no larger than the
-  /// program.
+  /// Finds the size of the tables. Every stage and micro-batch has a forward, so they are no larger than the program.
   void measure() {
     std::int64_t forwards = 0;
     const auto see = [&](const Op& op) {
@@ -99,12 +98,10 @@ class DryRun {
     DUALPIPE_CHECK(num_stages_ * num_micro_batches_ == forwards, "the program has ", forwards, " forwards, but ",
                    num_stages_, " stages with ", num_micro_batches_, " micro-batches each need ",
                    num_stages_ * num_micro_batches_);
-    cells_ = static_cast<std::size_t>(forwards);
+    cells_ = forwards;
   }
 
-  std::size_t cell(int stage, int micro_batch) const {
-    return static_cast<std::size_t>(stage * num_micro_batches_ + micro_batch);
-  }
+  std::int64_t cell(int stage, int micro_batch) const { return stage * num_micro_batches_ + micro_batch; }
   static StageResult result_of(const Transfer& transfer) {
     return {transfer.payload, transfer.stage, transfer.micro_batch};
   }
@@ -148,8 +145,7 @@ class DryRun {
                    sender ? "sender" : "receiver");
   }
 
-  /// A rank has reached a send or receive. If the other end stands there too, both go on; returns the other rank, or
-  /// none.
+  /// A rank has reached a send or receive. If its peer has reached it too, both go on. Returns the peer, or none.
   int meet(int rank, const Instruction& mine) {
     const bool sender = mine.what == Do::send;
     check_transfer(rank, mine, sender);
@@ -161,7 +157,7 @@ class DryRun {
     const Instruction* theirs = current(peer);
     if (theirs == nullptr || theirs->transfer != mine.transfer || theirs->what != (sender ? Do::receive : Do::send))
       return none;
-    // The peer stopped here when it found this rank elsewhere, so its own checks are done.
+    // The peer reached this transfer first and has made its own checks.
     Done& done = done_[mine.transfer];
     DUALPIPE_CHECK(!done.sent, where(rank), ": for the second time");
     done.sent = true;
@@ -241,7 +237,7 @@ class DryRun {
   std::vector<Done> done_;          // per transfer
   std::string disorder_;            // the first departure from the global order
   std::int64_t num_stages_ = 0, num_micro_batches_ = 0;
-  std::size_t cells_ = 0;
+  std::int64_t cells_ = 0;
   // Both per (stage, micro-batch): [0] forward or activation, [1] backward or gradient.
   std::vector<int> computed_[2];  // by which rank, so far
   std::vector<int> incoming_[2];  // index of the transfer that carries the result

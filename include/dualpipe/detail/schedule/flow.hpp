@@ -18,7 +18,7 @@ struct TimedEdge {
   double send = 0;   ///< until it arrives
 };
 
-/// When everything happens: what simulate draws and lower turns into programs.
+/// When each step begins and each transfer is ready: simulate draws it, lower makes programs of it.
 struct Flow {
   std::vector<std::vector<double>> begin;     ///< begin[r][k]: step k of rank r
   std::vector<std::vector<double>> duration;  ///< of the same

@@ -38,8 +38,8 @@ Flow flow(const Schedule& schedule, const Costs& costs, Publish publish) {
                             .send = node.send[k]});
     }
   }
-  // Edges were entered in an order in which each comes after those that it depends on, and ready times never fall along
-  // such a chain. A stable sort therefore keeps that property even where costs of zero make times equal.
+  // Each edge was added after those that it depends on, and ready times never fall along such a chain. So a stable sort
+  // keeps this order of dependencies, also where costs of zero make times equal.
   std::stable_sort(flow.edges.begin(), flow.edges.end(),
                    [](const TimedEdge& a, const TimedEdge& b) { return a.ready < b.ready; });
   return flow;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <utility>
@@ -58,8 +59,8 @@ inline Schedule one_f_one_b_schedule(const ScheduleSpec& spec) {
   return schedule;
 }
 
-// ZB-H1: 1F1B with the backward split. Rank r keeps r weight parts back, so that inputs and weight parts together hold
-// as much on every rank as 1F1B holds on rank 0, and works them off where 1F1B would idle at the end.
+// ZB-H1: 1F1B with a split backward. Rank r delays r weight parts and runs them at the end, where 1F1B would idle. Each
+// rank then holds as much as rank 0 does in 1F1B.
 inline Schedule zb1p_schedule(const ScheduleSpec& spec) {
   const int N = spec.num_micro_batches;
   Schedule schedule = empty_schedule(spec, spec.num_ranks);
@@ -85,9 +86,9 @@ struct ChunkPass {
 };
 
 // 1F1B over chunks_per_rank chunks, stage c * P + r on rank r. Micro-batches go through in groups: all of a group
-// through chunk 0, then all through chunk 1, and so on. A group smaller than P would have to wait for itself at each
-// turn from rank P-1 to rank 0, and the backwards of earlier groups behind it; so there are N / P groups (at least
-// one), as equal as possible. Where P divides N this is the known order in groups of P.
+// through chunk 0, then all through chunk 1, and so on. A group smaller than P would wait for itself at each step from
+// rank P-1 to rank 0, and would delay the backwards of earlier groups. So there are N / P groups, at least one, of
+// nearly equal size. If P divides N, this is the known order in groups of P.
 inline Schedule interleaved_schedule(const ScheduleSpec& spec) {
   const int P = spec.num_ranks;
   const int N = spec.num_micro_batches;
@@ -111,20 +112,21 @@ inline Schedule interleaved_schedule(const ScheduleSpec& spec) {
     const auto add = [&](Pass pass, const ChunkPass& turn) {
       steps.push_back({{pass, turn.chunk * P + r, turn.micro_batch}, std::nullopt});
     };
-    const std::size_t warm_up = std::min(
-        forwards.size(), static_cast<std::size_t>(std::int64_t{2} * (P - 1 - r) + std::int64_t{chunks - 1} * largest));
-    for (std::size_t i = 0; i < warm_up; ++i) add(Pass::Forward, forwards[i]);
-    for (std::size_t i = 0; i < backwards.size(); ++i) {
-      if (warm_up + i < forwards.size()) add(Pass::Forward, forwards[warm_up + i]);
+    const auto count = std::ssize(forwards);
+    const std::int64_t warm_up =
+        std::min<std::int64_t>(count, std::int64_t{2} * (P - 1 - r) + std::int64_t{chunks - 1} * largest);
+    for (std::int64_t i = 0; i < warm_up; ++i) add(Pass::Forward, forwards[i]);
+    for (std::int64_t i = 0; i < count; ++i) {
+      if (warm_up + i < count) add(Pass::Forward, forwards[warm_up + i]);
       add(Pass::Backward, backwards[i]);
     }
   }
   return schedule;
 }
 
-// ZBV: stage s on rank s on the way down, on rank 2P-1-s on the way up; backward always split. The order is made for N
-// >= 2P-1; fewer micro-batches take it with the rest left out, which cannot deadlock, as micro-batches do not depend on
-// each other.
+// ZBV: stage s on rank s on the way down, on rank 2P-1-s on the way up; backward always split. The order exists for N
+// >= 2P-1. With fewer micro-batches the ops of the missing ones are left out, which cannot deadlock, since
+// micro-batches do not depend on each other.
 inline Schedule zbv_schedule(const ScheduleSpec& spec) {
   const int P = spec.num_ranks;
   const int N = std::max(spec.num_micro_batches, 2 * P - 1);
@@ -215,7 +217,7 @@ Schedule make_schedule(const ScheduleSpec& spec) {
   const bool chunked = spec.kind == "interleaved";
   DUALPIPE_CHECK(!chunked || spec.chunks_per_rank >= 2, "interleaved needs at least 2 chunks per rank, got ",
                  spec.chunks_per_rank, "; 1f1b has one");
-  // Keeps every product below within int and a slip of the keyboard from filling the memory.
+  // Keeps the products within int, and a mistyped number from filling the memory.
   constexpr double most_forwards = 1 << 26;
   const double chunks = chunked ? spec.chunks_per_rank : 2;
   const double forwards =

@@ -13,26 +13,24 @@ namespace dualpipe::detail {
 
 using Do = Instruction::Do;
 
-/// Stands for the place before a rank's first step where an index of a step is meant.
+/// The index of the step before a rank's first.
 inline constexpr int before_first = -1;
 
-/// The costs that define the global order. All of them are positive, which the order's freedom of deadlock rests on,
-/// and a transfer takes a little time, as it does in reality. They are binary fractions, so all times are exact and
-/// every machine finds the same order.
+/// The costs that define the global order. They are positive: the proof that no program deadlocks needs that. They are
+/// binary fractions, so times are exact and every machine finds the same order.
 inline constexpr Costs ordering_costs{.forward = 1, .backward = 2, .weight = 1, .pair = 3, .send = 0.125};
 
-/// One of a rank's own transfers, and the step behind which its send or receive stands.
+/// A transfer of a rank, and the step after which its send or receive is placed.
 struct PlacedTransfer {
   int transfer = 0;
   bool is_send = false;
   int behind = before_first;
 };
 
-/// Places the sends and receives of one rank, given in global order. Returns positions that never fall along that
-/// order.
+/// Places the sends and receives of one rank, given in global order. Positions never decrease along that order.
 inline std::vector<PlacedTransfer> place_transfers(const Flow& flow, int rank, const std::vector<int>& own) {
-  // A send stands behind the step that makes it. A receive stands before the step that needs it and not behind any
-  // later one in the order.
+  // A send is placed after the step that computes it; a receive before the step that needs it, and before all later
+  // transfers in the order.
   std::vector<PlacedTransfer> placed(own.size());
   int latest = 0;
   for (std::size_t i = own.size(); i-- > 0;) {
@@ -42,7 +40,7 @@ inline std::vector<PlacedTransfer> place_transfers(const Flow& flow, int rank, c
     latest = i + 1 == own.size() ? limit : std::min(latest, limit);
     placed[i] = {own[i], is_send, latest};
   }
-  // Receives then move forward, up to the transfer before them or the limit.
+  // Receives then move to an earlier place, as far as the transfer before them and the limit allow.
   int previous = before_first;
   for (PlacedTransfer& item : placed) {
     if (!item.is_send) {
@@ -54,8 +52,8 @@ inline std::vector<PlacedTransfer> place_transfers(const Flow& flow, int rank, c
   return placed;
 }
 
-/// Writes the programs step by step in the order of the simulation, one of the orders in which the steps may really
-/// run. On the way each rank carries what it knows of the others: a vector clock, handed on with every message.
+/// Writes the programs in the order in which the simulation runs the steps. Each rank carries a vector clock, how many
+/// steps of each rank are known to have begun, and sends it with every message.
 class ProgramWriter {
  public:
   ProgramWriter(const Schedule& schedule, const Flow& flow)
@@ -130,7 +128,7 @@ class ProgramWriter {
     write_transfers(rank, at);
   }
 
-  /// Takes over what the sender of `transfer` knew, and releases what is now known to have been taken.
+  /// Merges the vector clock of the sender, and releases the sends that are now known to have been received and used.
   void learn(State& state, int transfer) {
     const std::vector<int> news = std::move(carried_[transfer]);
     for (std::size_t rank = 0; rank < news.size(); ++rank) state.begun[rank] = std::max(state.begun[rank], news[rank]);
@@ -165,7 +163,7 @@ class ProgramWriter {
   const Schedule& schedule_;
   const Flow& flow_;
   std::vector<State> ranks_;
-  std::vector<std::vector<int>> carried_;  // per transfer in flight: what its sender knew
+  std::vector<std::vector<int>> carried_;  // per transfer in flight: the sender's vector clock
 };
 
 }  // namespace dualpipe::detail

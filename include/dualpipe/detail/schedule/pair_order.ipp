@@ -32,8 +32,8 @@ inline void check_chain_structure(std::string_view structure) {
                  structure, "\"");
 }
 
-/// What the rule supposes: a collective takes as long as one and a half compute pieces, so that a four-node pair
-/// communicates as long as it computes, and collectives run one after the other.
+/// The rule assumes that a collective takes one and a half times as long as a node that computes, so that a pair of
+/// four nodes communicates as long as it computes. Collectives run one after the other.
 inline constexpr int guessed_compute_time = 2;
 inline constexpr int guessed_collective_time = 3;
 
@@ -45,12 +45,11 @@ struct PairChain {
   int input_at = 0;  // when its input is there
 
   bool over() const { return next < 0 || next >= static_cast<int>(structure.size()); }
-  bool communicates() const { return structure[static_cast<std::size_t>(next)] == 'X'; }
+  bool communicates() const { return structure[next] == 'X'; }
   /// Whether a collective waits for the next node.
   bool feeds() const {
     const int after = side == PairSide::forward ? next + 1 : next - 1;
-    return after >= 0 && after < static_cast<int>(structure.size()) &&
-           structure[static_cast<std::size_t>(after)] == 'X';
+    return after >= 0 && after < static_cast<int>(structure.size()) && structure[after] == 'X';
   }
   PairOp advance(int until) {
     input_at = until;
@@ -82,8 +81,8 @@ inline std::vector<PairOp> pair_order_by_rule(std::string_view forward_nodes, st
       return !chain.over() && !chain.communicates() && chain.input_at <= now;
     };
     const bool can_forward = runnable(forward), can_backward = runnable(backward);
-    // Who lets a collective begin goes first. A chain's last node is often a light one, as a loss is, so of two equal
-    // ones the backward begins where collectives follow.
+    // The side whose next node feeds a collective goes first. If both do or neither does, they take turns; the backward
+    // begins if a collective follows, since the last node of a chain is often short, as a loss is.
     const bool prefer_forward = can_backward && can_forward && forward.feeds() != backward.feeds()
                                     ? forward.feeds()
                                     : forward_turn.value_or(can_forward && !forward.feeds());
@@ -133,7 +132,7 @@ std::vector<PairOp> launch_order(std::string_view forward, std::string_view back
     const std::string_view chain = piece.side == PairSide::forward ? forward : backward;
     DUALPIPE_CHECK(piece.node >= 0 && piece.node < static_cast<int>(chain.size()), "piece ", to_string(piece),
                    " is no node of a chain \"", chain, "\"");
-    return chain[static_cast<std::size_t>(piece.node)] == 'X';
+    return chain[piece.node] == 'X';
   };
   std::deque<PairOp> collectives;
   for (const PairOp& piece : order)
@@ -151,13 +150,12 @@ std::vector<PairOp> launch_order(std::string_view forward, std::string_view back
     }
     result.push_back(piece);
   };
-  // The input of a collective behind another one is there only after waiting for that: it stays where it is.
+  // A collective that follows another one directly stays in place: its input is there only after a wait.
   const auto launchable = [&](const PairOp& piece) {
     const bool ahead = piece.side == PairSide::forward;
     const int before = ahead ? piece.node - 1 : piece.node + 1;
     const std::string_view chain = ahead ? forward : backward;
-    if (before >= 0 && before < static_cast<int>(chain.size()) && chain[static_cast<std::size_t>(before)] == 'X')
-      return false;
+    if (before >= 0 && before < static_cast<int>(chain.size()) && chain[before] == 'X') return false;
     return piece.node == (ahead ? next_forward : next_backward);
   };
   for (const PairOp& piece : order) {
@@ -186,7 +184,7 @@ std::string to_string(const std::vector<PairOp>& order, const std::vector<std::s
     const auto& names = piece.side == PairSide::forward ? forward_names : backward_names;
     DUALPIPE_CHECK(piece.node >= 0 && piece.node < static_cast<int>(names.size()), "piece ", to_string(piece),
                    " is of a node without a name; there are ", names.size(), " names");
-    text += (text.empty() ? "" : ", ") + names[static_cast<std::size_t>(piece.node)] + '-';
+    text += (text.empty() ? "" : ", ") + names[piece.node] + '-';
     text += static_cast<char>(piece.side);
   }
   return text;

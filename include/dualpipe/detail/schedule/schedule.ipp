@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <iterator>
 #include <map>
 #include <optional>
 #include <set>
@@ -30,7 +31,8 @@ inline std::string_view take_until(std::string_view& rest, char separator) {
   return head;
 }
 
-// What torch's lowering adds between the ops, as in 0SEND_F3 or 1UNSHARD: it follows from the ops, here as there.
+// An action that torch's lowering adds between the ops, as in 0SEND_F3 or 1UNSHARD. It follows from the ops, so it is
+// skipped.
 inline bool is_torch_action(std::string_view cell) {
   constexpr std::string_view digits = "0123456789";
   constexpr std::array<std::string_view, 7> actions = {"SEND_F",  "RECV_F",  "SEND_B",     "RECV_B",
@@ -41,7 +43,7 @@ inline bool is_torch_action(std::string_view cell) {
   return std::find(actions.begin(), actions.end(), action) != actions.end();
 }
 
-// HighestNumber number of one sort (stages, micro-batches) in a file, and where it stands.
+// The highest stage or micro-batch in a file, and where it is.
 struct HighestNumber {
   int value = -1;
   std::size_t row = 0;
@@ -52,17 +54,17 @@ struct HighestNumber {
   }
 };
 
-// Every stage and every micro-batch has ops of its own, so a number beyond the count of ops is a slip. Refusing it here
-// keeps tables that are indexed by stage and micro-batch as small as the file.
-inline int count_of_highest(const HighestNumber& highest, std::size_t ops, const char* what) {
-  DUALPIPE_CHECK(static_cast<std::size_t>(highest.value) < ops, "row ", highest.row, " (rank ", highest.row - 1,
-                 "), cell ", highest.cell, ": ", what, " ", highest.value, " in a schedule of only ", ops,
-                 ops == 1 ? " op" : " ops", "; they are numbered from 0 without gaps");
+// Every stage and every micro-batch has ops of its own, so a number above the count of ops is a mistake. Refusing it
+// keeps tables over stages and micro-batches as small as the file.
+inline int count_of_highest(const HighestNumber& highest, std::int64_t ops, const char* what) {
+  DUALPIPE_CHECK(highest.value < ops, "row ", highest.row, " (rank ", highest.row - 1, "), cell ", highest.cell, ": ",
+                 what, " ", highest.value, " in a schedule of only ", ops, ops == 1 ? " op" : " ops",
+                 "; they are numbered from 0 without gaps");
   return highest.value + 1;
 }
 
-// Before a row is read: a file of line ends would make many times its size of empty rows. An op has one of these
-// letters at least.
+// Checked before any row is read: each empty row takes many times the memory of its line end. Every op has one of these
+// letters.
 inline void check_row_count(std::string_view text) {
   const auto rows = std::count(text.begin(), text.end(), '\n') + 1;
   const auto letters =
@@ -87,7 +89,7 @@ namespace dualpipe {
 std::string to_csv(const Schedule& schedule) {
   std::string text;
   for (const auto& steps : schedule.ranks) {
-    // A lone comma is two idle cells: an empty line at the end of a file would be taken for none.
+    // A comma stands for two idle cells; an empty line at the end of the file would be skipped.
     if (steps.empty()) text += ',';
     for (std::size_t i = 0; i < steps.size(); ++i) {
       if (i > 0) text += ',';
@@ -105,7 +107,7 @@ Schedule from_csv(std::string_view text, std::string name) {
   schedule.name = std::move(name);
   detail::check_row_count(text);
   detail::HighestNumber stage, micro_batch;
-  std::size_t ops = 0;
+  std::int64_t ops = 0;
   for (std::string_view rest = text; !rest.empty();) {
     std::string_view line = detail::take_until(rest, '\n');
     const std::size_t row = schedule.ranks.size() + 1;
@@ -141,15 +143,14 @@ std::vector<int> placement(const Schedule& schedule) {
   DUALPIPE_CHECK(schedule.num_stages >= 0 && schedule.num_micro_batches >= 0 && places <= ops, "schedule \"",
                  schedule.name, "\" is incomplete: ", schedule.num_stages, " stages and ", schedule.num_micro_batches,
                  " micro-batches, but only ", ops, " ops");
-  std::vector<int> ranks(static_cast<std::size_t>(places), -1);
+  std::vector<int> ranks(places, -1);
   for (std::size_t rank = 0; rank < schedule.ranks.size(); ++rank) {
     detail::for_each_op(schedule.ranks[rank], [&](const Op& op) {
       DUALPIPE_CHECK(op.stage >= 0 && op.stage < schedule.num_stages && op.micro_batch >= 0 &&
                          op.micro_batch < schedule.num_micro_batches,
                      to_string(op), " on rank ", rank, " is not among ", schedule.num_stages, " stages and ",
                      schedule.num_micro_batches, " micro-batches");
-      int& place =
-          ranks[static_cast<std::size_t>(std::int64_t{op.stage} * schedule.num_micro_batches + op.micro_batch)];
+      int& place = ranks[std::int64_t{op.stage} * schedule.num_micro_batches + op.micro_batch];
       if (place < 0) place = static_cast<int>(rank);
     });
   }
@@ -179,10 +180,10 @@ std::vector<int> holders(const Schedule& schedule, int stage) {
 }
 
 std::vector<int> stages_of(const Schedule& schedule, int rank) {
-  DUALPIPE_CHECK(rank >= 0 && static_cast<std::size_t>(rank) < schedule.ranks.size(), "rank ", rank,
-                 " is not among the ", schedule.ranks.size(), " ranks of schedule \"", schedule.name, "\"");
+  DUALPIPE_CHECK(rank >= 0 && rank < std::ssize(schedule.ranks), "rank ", rank, " is not among the ",
+                 schedule.ranks.size(), " ranks of schedule \"", schedule.name, "\"");
   std::set<int> stages;
-  detail::for_each_op(schedule.ranks[static_cast<std::size_t>(rank)], [&](const Op& op) { stages.insert(op.stage); });
+  detail::for_each_op(schedule.ranks[rank], [&](const Op& op) { stages.insert(op.stage); });
   return {stages.begin(), stages.end()};
 }
 
@@ -190,7 +191,7 @@ std::string cells_around(const Schedule& schedule, int rank, int cell, int radiu
   const auto num_ranks = static_cast<int>(schedule.ranks.size());
   if (rank < 0 || rank >= num_ranks) return {};
   radius = std::clamp(radius, 0, 100);
-  const auto row_of = [&](int r) -> const std::vector<Step>& { return schedule.ranks[static_cast<std::size_t>(r)]; };
+  const auto row_of = [&](int r) -> const std::vector<Step>& { return schedule.ranks[r]; };
   const int first_rank = std::max(0, rank - radius);
   const int last_rank = std::min(num_ranks - 1, rank + radius);
   const int middle = std::clamp(cell, 0, std::max(0, static_cast<int>(row_of(rank).size()) - 1));
@@ -203,7 +204,7 @@ std::string cells_around(const Schedule& schedule, int rank, int cell, int radiu
     auto& row = rows.emplace_back();
     row.push_back("rank " + std::to_string(r));
     for (int c = first_cell; c <= last_cell && c < static_cast<int>(row_of(r).size()); ++c) {
-      const Step& step = row_of(r)[static_cast<std::size_t>(c)];
+      const Step& step = row_of(r)[c];
       const std::string text =
           step.overlapped ? to_string(step.op) + "&" + to_string(*step.overlapped) : to_string(step.op);
       row.push_back(r == rank && c == cell ? "[" + text + "]" : " " + text);
@@ -231,26 +232,24 @@ Schedule forward_only(const Schedule& training, int num_micro_batches) {
   schedule.num_micro_batches = num_micro_batches;
   schedule.ranks.resize(training.ranks.size());
 
-  // A forward's slot is its stage plus its turn among the micro-batches that take the same route through the ranks. It
-  // is larger than that of the stage before, so running each rank's forwards by slot cannot deadlock, and ways that
-  // meet on a rank take turns there.
+  // The slot of a forward is its stage plus its number among the micro-batches with the same route through the ranks.
+  // It is larger than that of the stage before, so a rank that runs its forwards by slot cannot deadlock. Routes that
+  // meet on a rank take turns.
   std::map<std::vector<int>, int> turns;
   std::vector<std::vector<std::pair<int, Op>>> slots(training.ranks.size());
   for (int m = 0; m < num_micro_batches; ++m) {
     const auto like = static_cast<int>(std::int64_t{m} * training.num_micro_batches / num_micro_batches);
-    std::vector<int> route(static_cast<std::size_t>(training.num_stages));
-    for (std::size_t s = 0; s < route.size(); ++s) {
-      route[s] = ranks[s * static_cast<std::size_t>(training.num_micro_batches) + static_cast<std::size_t>(like)];
+    std::vector<int> route(training.num_stages);
+    for (int s = 0; s < training.num_stages; ++s) {
+      route[s] = ranks[std::int64_t{s} * training.num_micro_batches + like];
       DUALPIPE_CHECK(route[s] >= 0, "no rank of schedule \"", training.name, "\" runs stage ", s, " of micro-batch ",
                      like);
     }
     const int turn = turns[route]++;
-    for (int s = 0; s < training.num_stages; ++s)
-      slots[static_cast<std::size_t>(route[static_cast<std::size_t>(s)])].emplace_back(turn + s,
-                                                                                       Op{Pass::Forward, s, m});
+    for (int s = 0; s < training.num_stages; ++s) slots[route[s]].emplace_back(turn + s, Op{Pass::Forward, s, m});
   }
   for (std::size_t rank = 0; rank < slots.size(); ++rank) {
-    // The later stage first within a slot: it is the one nearer to the end.
+    // Within a slot the later stage runs first: it is nearer to the end.
     std::sort(slots[rank].begin(), slots[rank].end(), [](const auto& a, const auto& b) {
       return std::tuple(a.first, -a.second.stage, a.second.micro_batch) <
              std::tuple(b.first, -b.second.stage, b.second.micro_batch);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <cstdint>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <vector>
@@ -24,7 +26,7 @@ namespace dualpipe::detail {
 ///     if (simulator.load(schedule)) best = std::min(best, simulator.makespan());
 class Simulator {
  public:
-  static constexpr int nothing = 0, nowhere = 1;  ///< slots: of a step without input, of what nobody needs
+  static constexpr int nothing = 0, nowhere = 1;  ///< slots: of a step without input; of a result that nobody needs
   static constexpr int no_step = -1;
 
   /// A step and what it needs and makes. Results lie in slots.
@@ -40,7 +42,7 @@ class Simulator {
   };
   DUALPIPE_DECL Simulator(Costs costs, Publish publish);
 
-  /// Takes a schedule over; the next may have another shape.
+  /// Loads a schedule; the next may have another size.
   ///
   /// @return  false if ranks wait for each other in a circle; `stuck` then says where. Nothing may be evaluated.
   /// @throws InvalidArgument  a schedule that is no such order at all (an op twice, a backward before its forward, an
@@ -89,11 +91,9 @@ class Simulator {
   int step_of(bool backward, int stage, int micro_batch) const { return at_[backward][cell(stage, micro_batch)]; }
 
  private:
-  std::size_t cell(int stage, int micro_batch) const {
-    return static_cast<std::size_t>(stage) * num_micro_batches_ + micro_batch;
-  }
+  std::int64_t cell(int stage, int micro_batch) const { return std::int64_t{stage} * num_micro_batches_ + micro_batch; }
   int slot(const StageResult& result) const {
-    return static_cast<int>(2 + cell(result.stage, result.micro_batch) + (result.gradient() ? rank_.size() : 0));
+    return static_cast<int>(2 + cell(result.stage, result.micro_batch) + (result.gradient() ? std::ssize(rank_) : 0));
   }
   DUALPIPE_DECL void reshape(const Schedule& schedule);
   DUALPIPE_DECL void enter(int rank, int at, const Op& op);
@@ -112,7 +112,7 @@ class Simulator {
   // The run.
   std::vector<Node> nodes_;
   std::vector<char> made_;           // by slot: its producer is in nodes_
-  std::vector<int> next_, missing_;  // by rank: its next step; the slot that it stopped for, or nothing
+  std::vector<int> next_, missing_;  // by rank: its next step; the slot that it waits for, or nothing
   std::vector<int> runnable_;
   std::vector<double> time_;  // by slot: when it is there
   std::vector<double> begin_, free_at_;

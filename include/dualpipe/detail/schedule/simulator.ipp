@@ -21,7 +21,7 @@ bool Simulator::load(const Schedule& schedule) {
   DUALPIPE_CHECK(schedule.num_stages >= 1 && schedule.num_micro_batches >= 1,
                  "a schedule needs at least one stage and one micro-batch, got ", schedule.num_stages, " and ",
                  schedule.num_micro_batches);
-  // Compared before anything is allocated: a mistyped number of billions must be an error, not an exhausted memory.
+  // Checked before anything is allocated: a mistyped number must not exhaust the memory.
   const std::int64_t cells = std::int64_t{schedule.num_stages} * schedule.num_micro_batches;
   DUALPIPE_CHECK(forwards == cells, "the schedule has ", forwards, " forwards, but ", schedule.num_stages,
                  " stages with ", schedule.num_micro_batches, " micro-batches each need ", cells);
@@ -39,7 +39,7 @@ bool Simulator::load(const Schedule& schedule) {
       if (step.overlapped) enter(rank, at, *step.overlapped);
     }
 
-  // Every rank goes as far as it can; a result wakes the rank that stopped for it.
+  // Runs every rank as far as possible. A result wakes the rank that waits for it.
   for (int rank = static_cast<int>(num_ranks_); rank-- > 0;) runnable_.push_back(rank);
   while (!runnable_.empty()) {
     const int rank = runnable_.back();
@@ -66,7 +66,7 @@ double Simulator::load_or_throw(const Schedule& schedule) {
 }
 
 void Simulator::reshape(const Schedule& schedule) {
-  const auto cells = static_cast<std::size_t>(schedule.num_stages) * schedule.num_micro_batches;
+  const std::int64_t cells = std::int64_t{schedule.num_stages} * schedule.num_micro_batches;
   const bool fits = table_ && num_ranks_ == schedule.ranks.size() && num_stages_ == schedule.num_stages;
   num_ranks_ = schedule.ranks.size();
   num_stages_ = schedule.num_stages;
@@ -88,7 +88,7 @@ void Simulator::enter(int rank, int at, const Op& op) {
   const auto where = [&] { return str("rank ", rank, ", step ", at, " (", to_string(op), ")"); };
   DUALPIPE_CHECK(op.stage >= 0 && op.stage < num_stages_ && op.micro_batch >= 0 && op.micro_batch < num_micro_batches_,
                  where(), ": the schedule has ", num_stages_, " stages and ", num_micro_batches_, " micro-batches");
-  const std::size_t here = cell(op.stage, op.micro_batch);
+  const std::int64_t here = cell(op.stage, op.micro_batch);
   int& forward = at_[0][here];
   int& backward = at_[1][here];
   if (op.pass == Pass::Forward) {
