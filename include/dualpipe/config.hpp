@@ -17,7 +17,7 @@ struct DualPipeOptions {
   LossReduction loss_reduction =
       LossReduction::mean;    ///< each micro-batch loss is scaled by 1/N (mean) or 1 (sum) before its backward
   int batch_dim = 0;          ///< dimension that is split into micro-batches
-  bool keep_outputs = false;  ///< step() then returns this rank's last-stage outputs, detached
+  bool keep_outputs = false;  ///< step() and evaluate() return this rank's last-stage outputs, detached
   bool asynchronous = false;  ///< CUDA: do not wait at the end of a step; results hold after StepResult::wait(). See
                               ///< DualPipeImpl::step on failures
   int num_ranks = 0;          ///< when not 0, must equal the communicator's size

@@ -151,6 +151,26 @@ TEST(Boundaries, FrozenStagesAndParameters) {
   });
 }
 
+TEST(Boundaries, FrozenParametersOfTypesWithoutArithmetic) {
+  // Quantized weights of a fine-tuned model: holders have copies of them, and nothing to sum.
+  struct Quantized : torch::nn::Module {
+    explicit Quantized(int stage) : layer(register_module("layer", Layer(stage))) {
+      const auto values = (seeded({kWidth}, 50 + stage).abs() * 8).floor();
+      bytes = register_parameter("bytes", values.to(torch::kUInt16), /*requires_grad=*/false);
+      floats = register_parameter("floats", values.to(torch::kFloat8_e4m3fn), /*requires_grad=*/false);
+    }
+    torch::Tensor forward(const torch::Tensor& x) {
+      return layer->forward(x) + bytes.to(torch::kDouble) - floats.to(torch::kDouble);
+    }
+    Layer layer{nullptr};
+    torch::Tensor bytes, floats;
+  };
+  expect_as_in_one_process([](int stage) {
+    auto module = std::make_shared<Quantized>(stage);
+    return Piece{module, [module](const Tensors& x) { return Tensors{module->forward(x[0])}; }};
+  });
+}
+
 TEST(Boundaries, ATensorWithoutDimensionCrosses) {
   expect_as_in_one_process(
       [](int stage) {

@@ -238,6 +238,146 @@ TEST(Transaction, AnObserverThatThrowsEndsTheStepOnAllRanks) {
   });
 }
 
+TEST(Transaction, AnObserverThatThrowsAtTheBeginningEndsTheStepOnAllRanks) {
+  struct Angry final : Observer {
+    void begin(std::int64_t) override { throw std::runtime_error("no space for a trace"); }
+  };
+  const Batch batch = random_batch(16, 3);
+  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe = make_pipe(comm);
+    if (comm->rank() == 1) pipe->add_observer(std::make_shared<Angry>());
+    EXPECT_THAT(message_of([&] { pipe->step(batch, squared_error()); }), HasSubstr("no space for a trace"));
+    for (const auto& parameter : pipe->parameters()) EXPECT_FALSE(parameter.grad().defined());
+  });
+}
+
+TEST(Transaction, WhatAnObserverThrowsAfterTheCommitIsThrownByTheNextCall) {
+  struct Angry final : Observer {
+    void end(bool committed) override {
+      if (committed && ++ended == 2) throw std::runtime_error("the disk is full");
+    }
+    int ended = 0;
+  };
+  struct Counter final : Observer {
+    void end(bool committed) override { ended += committed ? 1 : 0; }
+    int ended = 0;
+  };
+  const Batch batch = random_batch(16, 3);
+  const Reference expected = expected_of(batch);
+  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe = make_pipe(comm);
+    const auto counter = std::make_shared<Counter>();
+    if (comm->rank() == 2) pipe->add_observer(std::make_shared<Angry>());
+    pipe->add_observer(counter);
+    for (int step = 1; step <= 2; ++step) {
+      EXPECT_EQ(pipe->step(batch, squared_error()).micro_batch_losses(), expected.losses);
+      expect_gradients(pipe, expected, 1e-12, step);
+    }
+    EXPECT_EQ(counter->ended, 2);
+    EXPECT_THAT(message_of([&] { pipe->step(batch, squared_error()); }),
+                ::testing::AllOf(HasSubstr("rank 2: "), HasSubstr("step 1"), HasSubstr("the disk is full")));
+    expect_gradients(pipe, expected, 1e-12, 2);
+    pipe->step(batch, squared_error());
+    expect_gradients(pipe, expected, 1e-12, 3);
+  });
+}
+
+TEST(Transaction, AddsToGradientsOfAnyLayout) {
+  const Batch batch = random_batch(16, 3);
+  const Reference expected = expected_of(batch);
+  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe = make_pipe(comm);
+    // A weight with a sparse gradient; one whose gradient is a slice of a buffer; an expanded one; one of another
+    // dtype.
+    auto parameters = pipe->parameters();
+    ASSERT_EQ(parameters.size(), 4u);
+    parameters[0].mutable_grad() = torch::ones_like(parameters[0]).to_sparse();
+    const auto buffer = torch::ones({2 * kWidth}, f64());
+    parameters[1].mutable_grad() = buffer.narrow(0, kWidth, kWidth);
+    parameters[2].mutable_grad() = torch::ones({}, f64()).expand_as(parameters[2]);
+    parameters[3].mutable_grad() = torch::ones_like(parameters[3]).to(torch::kFloat);
+    const auto single = parameters[3].grad();
+    pipe->step(batch, squared_error());
+    std::size_t i = 0;
+    for (const auto& child : pipe->named_children())
+      for (const auto& item : child.value()->named_parameters()) {
+        const auto truth = expected.gradients.at(std::stoi(child.key().substr(5))).at(item.key()) + 1;
+        EXPECT_LE(difference(item.value().grad(), truth), i == 3 ? 1e-6 : 1e-12) << i;
+        ++i;
+      }
+    EXPECT_TRUE(torch::equal(buffer.narrow(0, kWidth, kWidth), parameters[1].grad()));
+    EXPECT_TRUE(torch::equal(buffer.narrow(0, 0, kWidth), torch::ones({kWidth}, f64())));
+    EXPECT_TRUE(parameters[3].grad().is_same(single));
+  });
+}
+
+TEST(Transaction, AGradientThatCannotBeAddedToEndsTheStepOnAllRanks) {
+  const Batch batch = random_batch(16, 3);
+  std::atomic<int> named{0};
+  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe = make_pipe(comm);
+    pipe->step(batch, squared_error());
+    auto parameters = pipe->parameters();
+    if (comm->rank() == 1) parameters.back().mutable_grad() = torch::ones({2, 3}, f64());
+    Tensors before, values;
+    for (const auto& parameter : parameters) {
+      before.push_back(parameter.grad());
+      values.push_back(parameter.grad().clone());
+    }
+    const std::string message = message_of([&] { pipe->step(batch, squared_error()); });
+    if (message.find("has sizes [2, 3]") != std::string::npos) ++named;
+    for (std::size_t i = 0; i < parameters.size(); ++i) {
+      EXPECT_TRUE(parameters[i].grad().is_same(before[i]));
+      EXPECT_TRUE(torch::equal(parameters[i].grad(), values[i]));
+    }
+  });
+  EXPECT_EQ(named, kRanks);
+}
+
+TEST(Transaction, ALossWithoutAGraphIsAnError) {
+  std::atomic<int> named{0};
+  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe = make_pipe(comm);
+    const LossFn number = [](const Tensors& outputs, const Tensors& targets) {
+      return torch::mse_loss(outputs[0].detach(), targets[0]);
+    };
+    pipe->evaluate(random_batch(16, 3), number);
+    const std::string message = message_of([&] { pipe->step(random_batch(16, 3), number); });
+    if (message.find("the loss has no graph") != std::string::npos) ++named;
+    for (const auto& parameter : pipe->parameters()) EXPECT_FALSE(parameter.grad().defined());
+  });
+  EXPECT_EQ(named, kRanks);
+}
+
+TEST(Transaction, AFailedStepRestoresBuffers) {
+  std::atomic<int> changed{0};
+  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe = make_pipe(comm, [](int stage) {
+      torch::nn::BatchNorm1d norm(kWidth);
+      norm->to(torch::kDouble);
+      const Piece inner = layer(stage);
+      auto both = std::make_shared<torch::nn::Module>();
+      both->register_module("norm", norm.ptr());
+      both->register_module("layer", inner.module);
+      return Piece{both, [norm, inner](const Tensors& x) mutable { return inner.forward({norm->forward(x[0])}); }};
+    });
+    pipe->step(random_batch(32, 2), squared_error());
+    const auto buffers = pipe->buffers();
+    Tensors before;
+    for (const auto& buffer : buffers) before.push_back(buffer.clone());
+    EXPECT_EQ(buffers.size(), 6u);  // two stages with mean, variance and a counter
+    const LossFn loss = [&](const Tensors& outputs, const Tensors& targets) {
+      for (std::size_t i = 0; i < buffers.size(); ++i)
+        if (!torch::equal(buffers[i], before[i])) ++changed;
+      if (changed > 6) throw std::runtime_error("boom in loss");
+      return torch::mse_loss(outputs[0], targets[0]);
+    };
+    EXPECT_THAT(message_of([&] { pipe->step(random_batch(32, 3), loss); }), HasSubstr("boom in loss"));
+    for (std::size_t i = 0; i < buffers.size(); ++i) EXPECT_TRUE(torch::equal(buffers[i], before[i])) << i;
+  });
+  EXPECT_GT(changed, 6);
+}
+
 TEST(Transaction, AFactoryThatThrowsFailsAllRanksInTheConstructor) {
   std::atomic<int> failed{0};
   run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {

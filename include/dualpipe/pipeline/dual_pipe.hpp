@@ -48,10 +48,10 @@ struct StepResult {
 /// as `stage<k>`, so an optimizer made from `parameters()` trains what this rank holds, and `train()`, `eval()` and
 /// `to()` reach them.
 ///
-/// Every method marked collective is called by all ranks in the same order, from the communicator's thread. Each of
-/// them first compares notes between the ranks. What the caller can correct is InvalidArgument on every rank: nothing
-/// was computed, gradients, parameters and buffers are what they were, and the next call works. Any other error of
-/// step(), evaluate() or predict() ends the pipeline: make a new communicator and module.
+/// Every method marked collective is called by all ranks in the same order, from the communicator's thread. step(),
+/// evaluate() and predict() begin with a small message from each rank to all others. What one of them finds wrong is
+/// InvalidArgument on every rank: nothing was computed, gradients, parameters and buffers are what they were, and the
+/// next call works. Any other exception ends the pipeline: make a new communicator and module.
 class DualPipeImpl : public torch::nn::Module {
  public:
   using StageFactory = dualpipe::StageFactory;

@@ -28,7 +28,7 @@ class ArrivalMemory {
   /// runs with the same hashes, to be completed by this run. Valid until the next call.
   ///
   /// @param module  holds all stages of this rank.
-  DUALPIPE_DECL std::function<Arrivals&()> recall(std::shared_ptr<const Plan> plan, const RunInputs& inputs,
+  DUALPIPE_DECL std::function<Arrivals&()> known_arrivals(std::shared_ptr<const Plan> plan, const RunInputs& inputs,
                                                   const torch::nn::Module& module);
 
  private:

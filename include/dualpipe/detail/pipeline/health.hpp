@@ -17,10 +17,15 @@ class Health {
   explicit Health(std::shared_ptr<Communicator> communicator) : communicator_(std::move(communicator)) {}
 
   /// Runs `body`, which communicates. Whatever it throws ends all ranks, and this pipeline for good.
+  ///
+  /// @throws Error  in place of an InvalidArgument of `body`, which would say that the caller can correct it and go on.
   template <class Body>
   auto guarded(const Body& body) {
     try {
       return body();
+    } catch (const InvalidArgument& error) {
+      failed(error.what());
+      std::throw_with_nested(Error(error.what()));
     } catch (const std::exception& error) {
       failed(message_of(error));
       throw;

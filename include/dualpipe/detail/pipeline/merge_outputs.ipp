@@ -51,8 +51,8 @@ Tensors merge_outputs(const std::vector<Tensors>& outputs, const std::vector<std
       const at::Tensor& first = parts.empty() ? part : parts.front();
       bool same = part.dim() == first.dim() && part.scalar_type() == first.scalar_type();
       for (std::int64_t d = 0; same && d < part.dim(); ++d) same = d == dim || part.size(d) == first.size(d);
-      DUALPIPE_CHECK(same, which, " is ", part.scalar_type(), " ", part.sizes(), ", that of micro-batch 0 ",
-                     first.scalar_type(), " ", first.sizes(), way_out);
+      DUALPIPE_CHECK(same, which, " is ", to_string(signature_of({part})), ", that of micro-batch 0 ",
+                     to_string(signature_of({first})), way_out);
       parts.push_back(part);
     }
     merged.push_back(at::cat(parts, dim));

@@ -146,7 +146,7 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
   std::optional<BufferTransaction> buffers;
   return observed([&] {
     ++step_;
-    inputs.arrivals = arrivals_->recall(training_, inputs, module);
+    inputs.arrivals = arrivals_->known_arrivals(training_, inputs, module);
     gradients.emplace(parameters_);
     buffers.emplace(module);
     RunOutputs outputs = executor_->run(*training_, inputs, observers_.all());
@@ -166,7 +166,7 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
 
 RunOutputs PipelineState::run_forward(const std::shared_ptr<const Plan>& plan, RunInputs& inputs,
                                       const torch::nn::Module& module) {
-  inputs.arrivals = arrivals_->recall(plan, inputs, module);
+  inputs.arrivals = arrivals_->known_arrivals(plan, inputs, module);
   RunOutputs outputs = executor_->run(*plan, inputs, observers_.all());
   observers_.finish(*communicator_, outputs);
   return outputs;

@@ -23,7 +23,7 @@ class Replicas {
  public:
   /// Collective: one sub-communicator for each distinct set of ranks that hold the same stages.
   ///
-  /// @throws InvalidArgument  a parameter shared by stages that different sets of ranks hold.
+  /// @throws InvalidArgument  on every rank: a parameter shared by stages that different sets of ranks hold.
   DUALPIPE_DECL Replicas(Communicator& communicator, const Schedule& schedule, const std::map<int, Stage>& stages);
 
   /// Which parameters require grad, as a hash for each group of holders that this rank belongs to. All holders must

@@ -10,6 +10,7 @@
 #include <unordered_set>
 #include <utility>
 
+#include "dualpipe/detail/pipeline/agree.hpp"
 #include "dualpipe/detail/pipeline/digest.hpp"
 
 namespace dualpipe::detail {
@@ -56,6 +57,17 @@ Tensors unique_parameters(const std::map<int, Stage>& stages) {
   return parameters;
 }
 
+/// @param set_of  the set of ranks that holds each parameter met so far.
+inline void check_not_shared(const Stage& stage, int number, std::size_t set,
+                             std::unordered_map<at::TensorImpl*, std::size_t>& set_of) {
+  if (!stage.module()) return;
+  for (const at::Tensor& parameter : stage.module()->parameters()) {
+    const auto [entry, added] = set_of.try_emplace(parameter.unsafeGetTensorImpl(), set);
+    DUALPIPE_CHECK(entry->second == set, "stage ", number, " shares a parameter of shape ", parameter.sizes(),
+                   " with a stage that other ranks hold; only stages held by the same ranks can share parameters");
+  }
+}
+
 Replicas::Replicas(Communicator& communicator, const Schedule& schedule, const std::map<int, Stage>& stages) {
   std::vector<HolderSet> sets;
   for (int stage = 0; stage < schedule.num_stages; ++stage) {
@@ -65,22 +77,26 @@ Replicas::Replicas(Communicator& communicator, const Schedule& schedule, const s
     same->second.push_back(stage);
   }
 
-  std::vector<std::shared_ptr<Communicator>> groups = make_holder_groups(communicator, sets);
+  const auto member = [&](const std::vector<int>& ranks) {
+    return std::find(ranks.begin(), ranks.end(), communicator.rank()) != ranks.end();
+  };
+  agree_that_fine(communicator, finding_of([&] {
+                    std::unordered_map<at::TensorImpl*, std::size_t> set_of;
+                    for (std::size_t i = 0; i < sets.size(); ++i) {
+                      if (!member(sets[i].first)) continue;
+                      for (const int number : sets[i].second) check_not_shared(stages.at(number), number, i, set_of);
+                    }
+                  }));
 
-  std::unordered_map<at::TensorImpl*, std::size_t> set_of;
+  std::vector<std::shared_ptr<Communicator>> groups = make_holder_groups(communicator, sets);
   std::unordered_set<at::TensorImpl*> seen_parameters, seen_buffers;
   for (std::size_t i = 0; i < sets.size(); ++i) {
     const auto& [ranks, numbers] = sets[i];
-    if (std::find(ranks.begin(), ranks.end(), communicator.rank()) == ranks.end()) continue;
+    if (!member(ranks)) continue;
     Group mine{static_cast<int>(i), std::move(groups[i]), {}, {}};
     for (const int number : numbers) {
       const auto& module = stages.at(number).module();
       if (!module) continue;
-      for (const at::Tensor& parameter : module->parameters()) {
-        const auto [entry, added] = set_of.try_emplace(parameter.unsafeGetTensorImpl(), i);
-        DUALPIPE_CHECK(entry->second == i, "stage ", number, " shares a parameter of shape ", parameter.sizes(),
-                       " with a stage that other ranks hold; only stages held by the same ranks can share parameters");
-      }
       append_new(module->parameters(), seen_parameters, mine.parameters);
       append_new(module->buffers(), seen_buffers, mine.buffers);
     }
