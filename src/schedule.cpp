@@ -1,4 +1,5 @@
 // The schedule core, compiled once.
+#include "dualpipe/detail/schedule/schedule.ipp"
 #include "dualpipe/detail/files.ipp"
 #include "dualpipe/detail/schedule/check.ipp"
 #include "dualpipe/detail/schedule/cost_table.ipp"
@@ -11,7 +12,6 @@
 #include "dualpipe/detail/schedule/lower.ipp"
 #include "dualpipe/detail/schedule/op.ipp"
 #include "dualpipe/detail/schedule/pair_order.ipp"
-#include "dualpipe/detail/schedule/schedule.ipp"
 #include "dualpipe/detail/schedule/simulate.ipp"
 #include "dualpipe/detail/schedule/simulator.ipp"
 #include "dualpipe/detail/schedule/transfer.ipp"

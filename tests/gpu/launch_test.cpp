@@ -64,7 +64,7 @@ INSTANTIATE_TEST_SUITE_P(Devices, GpuLaunch, ::testing::Values(2, 4, 8),
                          [](const auto& tested) { return std::to_string(tested.param); });
 
 const std::vector<std::pair<std::string, std::string>> sharing = {{"DUALPIPE_TEST_SHARE_DEVICE", "1"},
-                                                                   {"NCCL_MULTI_RANK_GPU_ENABLE", "1"}};
+                                                                  {"NCCL_MULTI_RANK_GPU_ENABLE", "1"}};
 
 TEST(GpuLaunchShared, TwoRanksOnOneDevice) {
   if (const std::string why = missing(1); !why.empty()) GTEST_SKIP() << why;

@@ -311,9 +311,7 @@ TEST(Lower, AReleaseBehindAWaitIsProvenByItWhateverComputingCosts) {
   EXPECT_GT(proven, 1000);
 }
 
-TEST(Lower, LargeSchedulesFinish) {
-  dry_run(lower(make_schedule({"dualpipe", 64, 512})));
-}
+TEST(Lower, LargeSchedulesFinish) { dry_run(lower(make_schedule({"dualpipe", 64, 512}))); }
 
 TEST(Lower, ResultsOfAPairLeaveInTheOrderInWhichTheyAreReady) {
   const Schedule schedule = make_schedule({"dualpipe", 4, 12});

@@ -29,7 +29,7 @@ class ArrivalMemory {
   ///
   /// @param module  holds all stages of this rank.
   DUALPIPE_DECL std::function<Arrivals&()> known_arrivals(std::shared_ptr<const Plan> plan, const RunInputs& inputs,
-                                                  const torch::nn::Module& module);
+                                                          const torch::nn::Module& module);
 
  private:
   using Conditions = std::vector<std::int64_t>;  // one hash per rank

@@ -9,7 +9,7 @@
 namespace dualpipe::detail {
 
 std::function<Arrivals&()> ArrivalMemory::known_arrivals(std::shared_ptr<const Plan> plan, const RunInputs& inputs,
-                                                 const torch::nn::Module& module) {
+                                                         const torch::nn::Module& module) {
   if (!communicator_->gains_from_expected()) return nullptr;
   Digest digest;
   digest.add(std::uint64_t{inputs.training});
