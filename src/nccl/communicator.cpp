@@ -15,22 +15,6 @@ using Headers = std::vector<std::shared_ptr<Request>>;
 
 }  // namespace
 
-Header NcclCommunicator::header(Channel channel, std::string operation, std::uint64_t sequence,
-                                Signature signature) const {
-  return {.group = group_,
-          .channel = channel,
-          .epoch = context_->transport().epoch(),
-          .sequence = sequence,
-          .issued_ns = now_ns(),
-          .operation = std::move(operation),
-          .signature = std::move(signature),
-          .tensors_follow = false};
-}
-
-Header NcclCommunicator::next_collective(std::string operation, Signature signature) {
-  return header(Channel::collective, std::move(operation), collectives_count_++, std::move(signature));
-}
-
 void NcclCommunicator::announce(int peer, Header header) {
   context_->transport().send(world_rank(peer), {std::move(header), MessageTensors::of({}), {}});
 }
@@ -68,12 +52,13 @@ NcclCommunicator::Route NcclCommunicator::route(Edge edge, int peer) const {
 
 Pending NcclCommunicator::send(int peer, Tensors tensors) {
   const std::size_t index = checked_peer(*this, "send", peer);
-  Tensors sources = send_buffers("send", tensors, device());
+  check_sendable(tensors, device(), " of send");
+  Tensors sources = sendable(tensors);
   const Route route = this->route({rank(), peer}, peer);
   Request request;
   request.kind = Request::Kind::send;
   request.peer = world_rank(peer);
-  request.header = header(Channel::transfer, "send", sends_[index], signature_of(tensors));
+  request.header = headers_.next_send(index, signature_of(tensors));
 
   auto operation = make_operation(request, {}, route.on);
   operation->waits_for_headers = false;
@@ -87,7 +72,6 @@ Pending NcclCommunicator::send(int peer, Tensors tensors) {
     });
   };
   announce(peer, request.header);
-  ++sends_[index];
   return Pending(std::make_shared<NcclPending>(
       context_,
       NcclPending::Parts{.queue = route.queue, .operation = std::move(operation), .watched = Watch(tensors)}));
@@ -96,7 +80,7 @@ Pending NcclCommunicator::send(int peer, Tensors tensors) {
 Pending NcclCommunicator::receive(int peer, const std::optional<Expected>& expected) {
   const std::size_t index = checked_peer(*this, "receive", peer);
   const Route route = this->route({peer, rank()}, peer);
-  Header head = header(Channel::transfer, "send", receives_[index]++, expected ? expected->signature : Signature());
+  Header head = headers_.next_receive(index, expected ? expected->signature : Signature());
   Request request;
   request.kind = Request::Kind::receive;
   request.peer = world_rank(peer);
@@ -123,7 +107,7 @@ Pending NcclCommunicator::receive(int peer, const std::optional<Expected>& expec
   };
   auto finish = [signature, key, known = known_](NcclOperation& self) {
     if (self.waits_for_headers) known->insert(key(signature()));
-    return with_requires_grad(std::move(self.targets), signature());
+    return as_described(std::move(self.targets), signature());
   };
   return Pending(std::make_shared<NcclPending>(
       context_,
@@ -133,7 +117,7 @@ Pending NcclCommunicator::receive(int peer, const std::optional<Expected>& expec
 Pending NcclCommunicator::all_reduce(Tensors tensors, Reduce reduce) {
   check_reduce(tensors, reduce);
   std::vector<InPlaceBuffer> in_place = in_place_buffers(reduce_name(reduce), tensors, device(), /*as_bytes=*/false);
-  const Header head = next_collective(reduce_name(reduce), signature_of_values(tensors));
+  const Header head = headers_.next_collective(reduce_name(reduce), signature_of_values(tensors));
   auto operation = make_operation(Request::collective(head), announce_to_all(head), collectives_);
   std::string key = head.operation + to_string(head.signature);
   operation->waits_for_headers = !known_->contains(key);
@@ -165,7 +149,7 @@ Pending NcclCommunicator::broadcast(Tensors tensors, int root) {
   const std::size_t source = checked_root(*this, root);
   std::vector<InPlaceBuffer> in_place = in_place_buffers("broadcast", tensors, device(), /*as_bytes=*/true);
   const Signature signature = signature_of_values(tensors);
-  Header own = next_collective(str("broadcast from rank ", world_rank(root)), {});
+  Header own = headers_.next_collective(str("broadcast from rank ", world_rank(root)), {});
   std::vector<Header> expected(static_cast<std::size_t>(size()), own);
   expected[source].signature = signature;
   if (root == rank()) own.signature = signature;
@@ -204,14 +188,13 @@ Pending NcclCommunicator::all_to_all(Tensors tensors, const std::optional<Signat
 }
 
 Pending NcclCommunicator::barrier() {
-  const Header head = next_collective("barrier", {});
+  const Header head = headers_.next_collective("barrier");
   auto operation = make_operation(Request::collective(head), announce_to_all(head), {});
   return Pending(std::make_shared<NcclPending>(context_, NcclPending::Parts{.operation = std::move(operation)}));
 }
 
 Pending NcclCommunicator::fence() {
-  auto operation =
-      make_operation(Request::collective(header(Channel::collective, "fence", collectives_count_, {})), {}, {});
+  auto operation = make_operation(Request::collective(headers_.local("fence")), {}, {});
   context_->check(operation->request);
   operation->begin = operation->end = context_->record(operation->caller, operation->request, /*timed=*/true);
   return Pending(std::make_shared<NcclPending>(context_, NcclPending::Parts{.operation = std::move(operation)}));
@@ -223,8 +206,9 @@ Pending NcclCommunicator::exchange(const char* name, Tensors outgoing, const std
   check_exchange(*this, name, outgoing, expected);
   const auto me = static_cast<std::size_t>(rank());
   const auto ranks = static_cast<std::size_t>(size());
-  Tensors sources = send_buffers(name, outgoing, device());
-  const Header head = next_collective(name, {});
+  check_sendable(outgoing, device(), str(" of ", name));
+  Tensors sources = sendable(outgoing);
+  const Header head = headers_.next_collective(name, {});
   Headers headers(ranks);
   for (std::size_t r = 0; r < ranks; ++r) {
     if (r == me) continue;
@@ -268,7 +252,7 @@ Pending NcclCommunicator::exchange(const char* name, Tensors outgoing, const std
   Watch watched(outgoing);
   auto finish = [signature](NcclOperation& self) {
     Tensors result = std::move(self.targets);
-    for (std::size_t r = 0; r < result.size(); ++r) result[r] = with_requires_grad({result[r]}, signature(r)).front();
+    for (std::size_t r = 0; r < result.size(); ++r) result[r] = as_described({result[r]}, signature(r)).front();
     return result;
   };
   return Pending(std::make_shared<NcclPending>(context_, NcclPending::Parts{.queue = collective_queue_,

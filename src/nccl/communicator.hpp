@@ -64,8 +64,6 @@ class NcclCommunicator final : public Communicator {
 
  private:
   int world_rank(int rank) const { return control_.members()[static_cast<std::size_t>(rank)]; }
-  Header header(Channel channel, std::string operation, std::uint64_t sequence, Signature signature) const;
-  Header next_collective(std::string operation, Signature signature);
   void announce(int peer, Header header);
   /// Announces a collective to the other ranks. Returns their announcements, which must equal `expected`, by rank.
   std::vector<std::shared_ptr<Request>> announce_to_all(const Header& own, const std::vector<Header>& expected);
@@ -90,12 +88,9 @@ class NcclCommunicator final : public Communicator {
 
   std::shared_ptr<NcclContext> context_;
   NcclTrace trace_;
-  std::int64_t group_;
   NcclCommunicatorOptions options_;
   MessageCommunicator control_;  // the same ranks; its own group, so that its messages are no announcements
-  std::vector<std::uint64_t> sends_;
-  std::vector<std::uint64_t> receives_;
-  std::uint64_t collectives_count_ = 0;
+  GroupHeaders headers_;
   NcclContext::QueueId transfer_queue_;
   NcclContext::QueueId collective_queue_;
   CommStream collectives_;

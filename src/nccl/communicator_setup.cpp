@@ -58,15 +58,13 @@ NcclCommunicator::NcclCommunicator(std::shared_ptr<NcclContext> context, std::in
     : Communicator(rank, static_cast<int>(members.size())),
       context_(std::move(context)),
       trace_(context_),
-      group_(group),
       options_(std::move(options)),
       control_(context_->shared_transport(), -1 - group, members, rank, at::kCPU),
-      sends_(members.size(), 0),
-      receives_(members.size(), 0),
+      headers_(group, context_->transport().epoch(), members.size(), /*tensors_follow=*/false),
       transfer_queue_(context_->add_queue()),
       collective_queue_(context_->add_queue()) {
   or_abort(context_->transport(), "connect", [&] {
-    collectives_ = context_->open(control_, str(" collectives ", group_));
+    collectives_ = context_->open(control_, str(" collectives ", headers_.group()));
     warm_up_collectives();
   });
 }
@@ -79,7 +77,7 @@ void NcclCommunicator::connect(const std::vector<Edge>& edges) {
       for (const Edge& edge : in_rounds(sorted))
         if ((edge.from == rank() || edge.to == rank()) && !edges_.contains(edge)) open_edge(edge);
     } else if (!sorted.empty()) {
-      if (!transfers_) transfers_ = context_->open(control_, str(" transfers ", group_));
+      if (!transfers_) transfers_ = context_->open(control_, str(" transfers ", headers_.group()));
       warm_up_transfers({sorted.begin(), sorted.end()});
     }
   });
@@ -88,10 +86,10 @@ void NcclCommunicator::connect(const std::vector<Edge>& edges) {
 void NcclCommunicator::open_edge(Edge edge) {
   const bool sends = edge.from == rank();
   const std::int64_t world = context_->transport().size();
-  const std::int64_t group = -(std::int64_t{1} << 40) - (group_ * world + edge.from) * world - edge.to;
+  const std::int64_t group = -(std::int64_t{1} << 40) - (headers_.group() * world + edge.from) * world - edge.to;
   MessageCommunicator both(context_->shared_transport(), group, {world_rank(edge.from), world_rank(edge.to)},
                            sends ? 0 : 1, at::kCPU);
-  const CommStream opened = context_->open(both, str(" edge ", edge.from, "->", edge.to, " of ", group_));
+  const CommStream opened = context_->open(both, str(" edge ", edge.from, "->", edge.to, " of ", headers_.group()));
   edges_[edge] = opened;
   warm_up(opened, transfer_queue_, 1, 1, [sends](const NcclOperation& self, NcclApi& nccl, CommStream on) {
     void* memory = self.targets[0].mutable_data_ptr();
@@ -108,8 +106,7 @@ void NcclCommunicator::open_edge(Edge edge) {
 // NCCL connects at the first use, which blocks the host and may allocate: it has to happen before a step.
 void NcclCommunicator::warm_up(CommStream on, NcclContext::QueueId queue, std::size_t count, std::size_t bytes,
                                std::function<void(const NcclOperation&, NcclApi&, CommStream)> issue) {
-  auto operation =
-      make_operation(Request::collective(header(Channel::collective, "connect", collectives_count_, {})), {}, on);
+  auto operation = make_operation(Request::collective(headers_.local("connect")), {}, on);
   operation->waits_for_headers = false;
   for (std::size_t i = 0; i < count; ++i)
     operation->targets.push_back(
@@ -157,7 +154,7 @@ void NcclCommunicator::warm_up_collectives() {
           }
         });
       });
-  if (group_ == 0 || size() == 1) return;
+  if (headers_.group() == 0 || size() == 1) return;
   const auto ranks = static_cast<std::size_t>(size());
   const auto me = static_cast<std::size_t>(rank());
   warm_up(collectives_, collective_queue_, 2 * ranks, 1, [=](const NcclOperation& self, NcclApi& nccl, CommStream on) {

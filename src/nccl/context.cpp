@@ -7,6 +7,7 @@
 #include <csignal>
 #include <cstring>
 #include <limits>
+#include <system_error>
 #include <utility>
 
 namespace dualpipe::detail {
@@ -17,18 +18,29 @@ using namespace std::chrono_literals;
 constexpr auto drain_limit = 1500ms;       // for running operations when the last communicator is destroyed
 constexpr auto header_poll_limit = 200us;  // for headers that peers send at about the same time
 
-/// Starts a thread that handles none of the program's signals.
+/// Blocks all signals of this thread, and so of the threads that it starts: signals are for the program's own threads.
+class BlockedSignals {
+ public:
+  BlockedSignals() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~BlockedSignals() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+  BlockedSignals(const BlockedSignals&) = delete;
+  BlockedSignals& operator=(const BlockedSignals&) = delete;
+
+ private:
+  sigset_t before_{};
+};
+
 template <class Body>
 std::thread start_thread(const char* name, Body body) {
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
-  std::thread thread([name, body = std::move(body)] {
+  const BlockedSignals blocked;
+  return std::thread([name, body = std::move(body)] {
     pthread_setname_np(pthread_self(), name);
     body();
   });
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  return thread;
 }
 
 /// A profiler range that ends with the block.
@@ -106,8 +118,16 @@ NcclContext::NcclContext(std::shared_ptr<Transport> transport, std::shared_ptr<D
       events_(std::make_shared<EventPool>(device_)),
       launch_signal_(std::make_shared<LaunchSignal>()) {
   transport_->listen(launch_signal_);
-  launcher_ = start_thread("dualpipe-launch", [this] { run_launcher(); });
-  watchdog_ = start_thread("dualpipe-watch", [this] { run_watchdog(); });
+  try {
+    launcher_ = start_thread("dualpipe-launch", [this] { run_launcher(); });
+    watchdog_ = start_thread("dualpipe-watch", [this] { run_watchdog(); });
+  } catch (const std::system_error& error) {
+    launch_signal_->stop();
+    if (launcher_.joinable()) launcher_.join();
+    const std::string message = str("rank ", transport_->rank(), ": cannot start a thread: ", error.what());
+    transport_->abort(transport_->rank(), message);
+    throw CommError(transport_->rank(), "connect", message);
+  }
 }
 
 NcclContext::~NcclContext() {

@@ -13,11 +13,6 @@ namespace dualpipe::detail {
 
 inline bool has_elements(const at::Tensor& tensor) { return tensor.defined() && tensor.numel() > 0; }
 
-/// Contiguous tensors outside autograd: aliases where possible, else copies made on the current stream.
-///
-/// @throws InvalidArgument  a tensor is not dense or not on `device`; `operation` names the call.
-Tensors send_buffers(const char* operation, const Tensors& tensors, at::Device device);
-
 /// The buffer of an in-place collective: the tensor's own memory if NCCL can use it, else a copy.
 class InPlaceBuffer {
  public:
@@ -32,14 +27,12 @@ class InPlaceBuffer {
   bool copied_ = false;
 };
 
-/// @throws InvalidArgument  as send_buffers().
+/// @throws InvalidArgument  as check_sendable(); `operation` names the call.
 std::vector<InPlaceBuffer> in_place_buffers(const char* operation, const Tensors& tensors, at::Device device,
                                             bool as_bytes);
-Tensors memory_of(const std::vector<InPlaceBuffer>& places);
+Tensors memory_of(const std::vector<InPlaceBuffer>& buffers);
 
 /// Tensors of the given signature, for use on `stream`.
 Tensors allocate(DeviceApi& device, const Signature& signature, DeviceStream stream);
-/// Sets requires_grad as the sender's tensors had it.
-Tensors with_requires_grad(Tensors tensors, const Signature& signature);
 
 }  // namespace dualpipe::detail

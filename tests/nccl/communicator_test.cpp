@@ -83,7 +83,7 @@ TEST(NcclTensors, WhatTheDeviceCannotTakeIsRefusedAndHarmless) {
       ADD_FAILURE() << "nothing was thrown";
     } catch (const InvalidArgument& error) {
       EXPECT_THAT(error.what(),
-                  AllOf(HasSubstr("tensor 1 is on meta"), HasSubstr("tensors of cpu"), HasSubstr(".to(")));
+                  AllOf(HasSubstr("tensor 1 of send is on meta"), HasSubstr("tensors of cpu"), HasSubstr(".to(")));
     }
     EXPECT_THROW(comm.all_reduce({torch::ones({2}).to_sparse()}), InvalidArgument);
     // The sender drops a non-contiguous view at once.
