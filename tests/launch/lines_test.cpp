@@ -37,11 +37,11 @@ TEST(LineLabeller, ShowsProgressOnceASecond) {
 TEST(LineLabeller, OverwritesProgressOnATerminal) {
   LineLabeller lines("> ", true);
   const auto row = [](const std::string& text) { return "\033[K\033[?7l> " + text + "\033[?7h\r"; };
-  EXPECT_EQ(lines.feed("begin\n1%\r", kStart), "\033[K> begin\n" + row("1%"));
-  EXPECT_EQ(lines.feed("2%\r3%\r", kStart), row("3%"));
-  EXPECT_EQ(lines.feed("warning\n4%\r", kStart), "\033[K> warning\n" + row("4%"));
-  EXPECT_EQ(lines.feed("\n", kStart), "\033[K> 4%\n") << "the last one stays";
-  EXPECT_EQ(lines.feed("5%\r", kStart), row("5%"));
+  EXPECT_EQ(lines.feed("begin\n1%\r", start), "\033[K> begin\n" + row("1%"));
+  EXPECT_EQ(lines.feed("2%\r3%\r", start), row("3%"));
+  EXPECT_EQ(lines.feed("warning\n4%\r", start), "\033[K> warning\n" + row("4%"));
+  EXPECT_EQ(lines.feed("\n", start), "\033[K> 4%\n") << "the last one stays";
+  EXPECT_EQ(lines.feed("5%\r", start), row("5%"));
   EXPECT_EQ(lines.finish(), "\033[K> 5%\n");
 }
 
