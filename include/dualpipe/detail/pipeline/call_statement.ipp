@@ -113,7 +113,7 @@ CallAgreement agreement(const std::vector<CallStatement>& statements) {
   }
   check_part(statements, &CallStatement::inputs, "inputs", "feeds the first stage");
   check_part(statements, &CallStatement::targets, "targets", "computes the loss");
-  check_part(statements, &CallStatement::extras, "extras", "needs them");
+  check_part(statements, &CallStatement::extras, "extras", "uses them");
   return agreed;
 }
 

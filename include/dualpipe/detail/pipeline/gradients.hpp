@@ -40,16 +40,17 @@ class GradientTransaction {
     }
   }
 
-  /// Puts the sums into the tensors that the caller knows. Comes after add_up(); does not throw.
-  void commit() noexcept {
+  /// Puts the sums into the tensors that the caller knows. Comes after add_up() and the vote. Does not throw, unless
+  /// the device has failed since.
+  void commit() {
     const at::NoGradGuard no_grad;
-    for (std::size_t i = 0; i < aside_.size(); ++i) {
+    Tensors known = std::exchange(aside_, {});
+    for (std::size_t i = 0; i < known.size(); ++i) {
       at::Tensor& fresh = parameters_[i].mutable_grad();
-      if (ways_[i] == Way::exchange) aside_[i].set_data(fresh);
-      if (ways_[i] == Way::copy) aside_[i].copy_(fresh);
-      if (ways_[i] != Way::replace) fresh = std::move(aside_[i]);
+      if (ways_[i] == Way::exchange) known[i].set_data(fresh);
+      if (ways_[i] == Way::copy) known[i].copy_(fresh);
+      if (ways_[i] != Way::replace) fresh = std::move(known[i]);
     }
-    aside_.clear();
   }
 
  private:

@@ -192,7 +192,7 @@ class RowsReduceScatter final : public GroupCollective {
   }
 
  private:
-  /// All ranks have seen of all parts whether they have a gradient, so that all know whether any comes back.
+  /// Every rank has seen which parts require grad, so all know whether any gradient comes back.
   Pending launch_backward(const MovedTensor& kept, at::Tensor gradient) override {
     const std::int64_t rows = kept.sent[me()];
     const auto& wanted = kept.wants_gradient;

@@ -23,10 +23,10 @@ inline std::string rows_text(const Rows& rows) {
 
 inline std::string tensor_text(const at::Tensor& tensor) { return to_string(signature_of({tensor})); }
 
-/// What one moved tensor leaves for its backward.
+/// What the forward remembers of one moved tensor for its backward.
 struct MovedTensor {
   bool differentiable = false;       // floating point, and defined: the same on all ranks
-  bool own_gradient = false;         // of this rank's input
+  bool own_gradient = false;         // this rank's input requires grad
   std::vector<bool> wants_gradient;  // by rank: the part that came from there requires grad
   Rows sent, received;               // rows
   at::TensorOptions options;
@@ -41,7 +41,7 @@ struct MovedTensor {
   TensorSignature signature(std::int64_t rows) const {
     return {.dtype = options.dtype().toScalarType(), .sizes = sizes(rows)};
   }
-  /// What each rank sends back: the gradient of what went there, nothing where this rank's input has none.
+  /// What each rank sends back: the gradient of the rows that went there, or nothing if this rank's input has none.
   Signature returned() const {
     Signature all;
     for (const std::int64_t rows : sent)
@@ -61,7 +61,7 @@ inline MovedTensor moved_tensor(const at::Tensor& input) {
   return kept;
 }
 
-/// What came from all ranks must fit what this rank has itself.
+/// The parts of all ranks must have the dtype and row sizes of this rank's own part.
 inline void check_rank_parts(const char* what, std::size_t index, const Tensors& parts, std::size_t me) {
   const at::Tensor& own = parts[me];
   for (std::size_t r = 0; r < parts.size(); ++r) {
@@ -94,7 +94,7 @@ inline Tensors cut_rows(const at::Tensor& tensor, const Rows& rows) {
   return parts;
 }
 
-/// Notes who wants a gradient, before autograd is told that what becomes of the parts is a new tensor.
+/// Notes which parts require grad. Comes before they are merged, as merging drops the flag.
 inline void note_parts(MovedTensor& kept, const Tensors& parts) {
   kept.received = rows_of(parts);
   kept.wants_gradient.clear();
@@ -112,7 +112,7 @@ inline at::Tensor concatenated_rows(const Tensors& parts) {
   return parts.front().defined() ? at::cat(parts) : at::Tensor();
 }
 
-/// In rank order; undefined ones count as zeros. `parts` belong to nobody else.
+/// Sums in rank order, into the first defined part. Undefined parts count as zeros.
 inline at::Tensor summed_parts(Tensors parts) {
   const at::NoGradGuard no_grad;
   at::Tensor sum;
@@ -124,15 +124,15 @@ inline at::Tensor summed_parts(Tensors parts) {
   return sum;
 }
 
-/// The gradient of what went to each rank.
+/// The gradient of the input, from the gradients of the rows that went to each rank.
 inline at::Tensor returned_gradient(const MovedTensor& kept, const Tensors& parts) {
   if (!kept.own_gradient) return {};
   const at::NoGradGuard no_grad;
   return at::cat(parts);
 }
 
-/// Cuts an output's gradient into what each rank's part gets: zeros where nothing flows in, so that all know what
-/// comes, and nothing where the part has no gradient.
+/// Cuts an output's gradient into the gradients of each rank's part. A part that requires grad gets zeros if nothing
+/// flows in, so that its rank knows what comes.
 inline Tensors gradient_rows(const at::Tensor& gradient, const MovedTensor& kept) {
   Tensors parts = cut_rows(gradient, kept.received);
   for (std::size_t r = 0; r < parts.size(); ++r) {
