@@ -90,8 +90,8 @@ Timeline pair_timeline(const Chain& forward, const Chain& backward, const std::v
   std::array<double, 2> input_at{};  // of the forward, of the backward: when its last collective ends
   for (const PairOp& op : order) {
     const ChainNode& node = (op.side == PairSide::forward ? forward : backward)[op.node];
-    const auto record = [&](Lane lane, Op op, double begin) {
-      timeline.intervals.push_back({0, lane, {op, {}}, begin, begin + node.duration, node.name});
+    const auto record = [&](Lane lane, const Op& what, double begin) {
+      timeline.intervals.push_back({0, lane, {what, {}}, begin, begin + node.duration, node.name});
       return begin + node.duration;
     };
     if (op.side == PairSide::weight) {
