@@ -82,29 +82,29 @@ Timeline pair_timeline(const Chain& forward, const Chain& backward, const std::v
   launch_order(structure(forward), structure(backward), order);  // for its check
 
   const bool weights =
-      std::any_of(order.begin(), order.end(), [](const PairOp& piece) { return piece.side == PairSide::weight; });
+      std::any_of(order.begin(), order.end(), [](const PairOp& op) { return op.side == PairSide::weight; });
   const Op forward_op{Pass::Forward, 0, 1};
   const Op backward_op{weights ? Pass::Backward : Pass::BackwardInput, 0, 0};
   Timeline timeline{.name = "pair", .num_ranks = 1, .intervals = {}};
   double host = 0, network = 0;
   std::array<double, 2> input_at{};  // of the forward, of the backward: when its last collective ends
-  for (const PairOp& piece : order) {
-    const ChainNode& node = (piece.side == PairSide::forward ? forward : backward)[piece.node];
-    const auto record = [&](Lane lane, Op op, double begin) {
-      timeline.intervals.push_back({0, lane, {op, {}}, begin, begin + node.duration, node.name});
+  for (const PairOp& op : order) {
+    const ChainNode& node = (op.side == PairSide::forward ? forward : backward)[op.node];
+    const auto record = [&](Lane lane, const Op& what, double begin) {
+      timeline.intervals.push_back({0, lane, {what, {}}, begin, begin + node.duration, node.name});
       return begin + node.duration;
     };
-    if (piece.side == PairSide::weight) {
+    if (op.side == PairSide::weight) {
       host = record(Lane::node, {Pass::BackwardWeight, 0, 0}, host);
       continue;
     }
-    double& input = input_at[piece.side == PairSide::backward];
+    double& input = input_at[op.side == PairSide::backward];
     host = std::max(host, input);
     if (node.communicates)
       input = network =
-          record(Lane::collective, piece.side == PairSide::forward ? forward_op : backward_op, std::max(host, network));
+          record(Lane::collective, op.side == PairSide::forward ? forward_op : backward_op, std::max(host, network));
     else
-      host = record(Lane::node, piece.side == PairSide::forward ? forward_op : Op{Pass::BackwardInput, 0, 0}, host);
+      host = record(Lane::node, op.side == PairSide::forward ? forward_op : Op{Pass::BackwardInput, 0, 0}, host);
   }
   Step step{forward.empty() ? backward_op : forward_op, {}};
   if (!forward.empty() && !backward.empty()) step.overlapped = backward_op;

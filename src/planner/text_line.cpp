@@ -36,7 +36,7 @@ std::string TextLine::str(bool color) const {
   std::string out;
   Style current = Style::none;
   for (std::size_t i = 0; i < characters_.size(); ++i) {
-    if (styles_[i] != current) out += escapes[current = styles_[i]];
+    if (styles_[i] != current) out += escapes[static_cast<std::size_t>(current = styles_[i])];
     out += characters_[i];
   }
   return out + (current == Style::none ? "\n" : "\x1b[0m\n");

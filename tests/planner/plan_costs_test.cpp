@@ -161,7 +161,7 @@ TEST_F(PlanCosts, CompareTakesFilesAndLimits) {
   expect_refused("compare --ranks 4", 2, "needs --ranks and --microbatches");
   expect_refused("compare --ranks 4,0 --microbatches 8", 2, "--ranks");
   expect_refused("compare --ranks 4 --microbatches 8,-2", 2, "--microbatches");
-  expect_refused("compare zigzag --ranks 4 --microbatches 8", 1, "'zigzag'");
+  expect_refused("compare zigzag --ranks 4 --microbatches 8", 1, "\"zigzag\"");
   expect_refused("compare --ranks 4 --microbatches 8 --memory-limit 0", 1, "must be positive, got 0");
   expect_refused("compare --ranks 4 --microbatches 8 --memory-limit nan", 1, "got nan");
   expect_refused("compare --ranks 4 --microbatches 8 --costs 1,2,0.5,0", 1, "pair must be positive");

@@ -125,7 +125,7 @@ TEST_F(PlanTool, CheckRefusesWithTheFindings) {
 
 TEST_F(PlanTool, BadInputIsOneAndBadUsageIsTwo) {
   expect_refused("show --schedule dualpipe --ranks 7 --microbatches 20", 1, "even number of ranks, got 7");
-  expect_refused("show --schedule zigzag --ranks 8 --microbatches 20", 1, "'zigzag'");
+  expect_refused("show --schedule zigzag --ranks 8 --microbatches 20", 1, "\"zigzag\"");
   const std::string simulate = "simulate --ranks 8 --microbatches 20 ";
   expect_refused(simulate + "--costs=-1,2,1,3", 1, "forward must be finite and not negative, got -1");
   expect_refused(simulate + "--costs -1,2,1,3", 1, "got -1");

@@ -17,7 +17,7 @@ const std::vector<std::string> layer{"attention", "dispatch", "MLP", "combine"};
 
 std::string brief(const std::vector<PairOp>& order) {
   std::string text;
-  for (const PairOp& piece : order) text += (text.empty() ? "" : " ") + to_string(piece);
+  for (const PairOp& op : order) text += (text.empty() ? "" : " ") + to_string(op);
   return text;
 }
 std::string order(std::string_view forward, std::string_view backward, bool weights = true) {
@@ -25,16 +25,16 @@ std::string order(std::string_view forward, std::string_view backward, bool weig
 }
 
 /// Every node of both chains once and in its chain's order, each weight part behind its input part.
-void expect_complete(const std::vector<PairOp>& pieces, std::string_view forward, std::string_view backward,
+void expect_complete(const std::vector<PairOp>& ops, std::string_view forward, std::string_view backward,
                      bool weights) {
   std::vector<int> forwards, backwards, weight_nodes;
-  for (const PairOp& piece : pieces) {
-    if (piece.side == PairSide::forward) forwards.push_back(piece.node);
-    if (piece.side == PairSide::backward) backwards.push_back(piece.node);
-    if (piece.side != PairSide::weight) continue;
-    EXPECT_EQ(backward[piece.node], 'C');
-    EXPECT_TRUE(std::count(backwards.begin(), backwards.end(), piece.node)) << "W" << piece.node << " before B";
-    weight_nodes.push_back(piece.node);
+  for (const PairOp& op : ops) {
+    if (op.side == PairSide::forward) forwards.push_back(op.node);
+    if (op.side == PairSide::backward) backwards.push_back(op.node);
+    if (op.side != PairSide::weight) continue;
+    EXPECT_EQ(backward[op.node], 'C');
+    EXPECT_TRUE(std::count(backwards.begin(), backwards.end(), op.node)) << "W" << op.node << " before B";
+    weight_nodes.push_back(op.node);
   }
   ASSERT_EQ(forwards.size(), forward.size());
   ASSERT_EQ(backwards.size(), backward.size());
@@ -88,9 +88,9 @@ TEST(PairOrder, UnequalChains) {
 
 TEST(PairOrder, TheRuleGivesTheTableItself) {
   // Two layers at once are no case of the table. Their first layers run in its order.
-  const auto pieces = pair_order("CXCXCXCX", "CXCXCXCX");
-  EXPECT_EQ(brief(pieces).substr(0, 29), "B7 F0 F1 B6 B5 W6 F2 F3 B4 B3");
-  EXPECT_EQ(brief(launch_order("CXCXCXCX", "CXCXCXCX", pieces)), brief(pieces));
+  const auto ops = pair_order("CXCXCXCX", "CXCXCXCX");
+  EXPECT_EQ(brief(ops).substr(0, 29), "B7 F0 F1 B6 B5 W6 F2 F3 B4 B3");
+  EXPECT_EQ(brief(launch_order("CXCXCXCX", "CXCXCXCX", ops)), brief(ops));
 }
 
 TEST(PairOrder, RandomChainsAreCompleteAndTheSameEveryTime) {
@@ -106,20 +106,20 @@ TEST(PairOrder, RandomChainsAreCompleteAndTheSameEveryTime) {
     const std::string forward = chain(), backward = chain();
     const bool weights = random() % 4 != 0;
     SCOPED_TRACE("\"" + forward + "\" with \"" + backward + "\"");
-    const auto pieces = pair_order(forward, backward, weights);
-    expect_complete(pieces, forward, backward, weights);
-    EXPECT_EQ(pair_order(forward, backward, weights), pieces);
-    const auto launched = launch_order(forward, backward, pieces);
+    const auto ops = pair_order(forward, backward, weights);
+    expect_complete(ops, forward, backward, weights);
+    EXPECT_EQ(pair_order(forward, backward, weights), ops);
+    const auto launched = launch_order(forward, backward, ops);
     expect_complete(launched, forward, backward, weights);
     EXPECT_EQ(launch_order(forward, backward, launched), launched);
     for (const bool communicates : {false, true}) {  // each kind keeps its order
       const auto only = [&](std::vector<PairOp> all) {
-        std::erase_if(all, [&](const PairOp& piece) {
-          return ((piece.side == PairSide::forward ? forward : backward)[piece.node] == 'X') != communicates;
+        std::erase_if(all, [&](const PairOp& op) {
+          return ((op.side == PairSide::forward ? forward : backward)[op.node] == 'X') != communicates;
         });
         return all;
       };
-      EXPECT_EQ(only(launched), only(pieces));
+      EXPECT_EQ(only(launched), only(ops));
     }
     if (testing::Test::HasFailure()) break;
   }

@@ -31,24 +31,24 @@ struct PairOp {
 /// looks at the structure only, with one fixed guess of how long nodes take, so every rank that runs the same pair
 /// launches its collectives in the same order.
 ///
-/// @param weights  false: without the weight parts, for an executor that runs them wherever the next piece has to wait;
+/// @param weights  false: without the weight parts, for an executor that runs them wherever the next op has to wait;
 ///                 if nodes take as long as guessed, that is where the whole order has them.
 /// @throws InvalidArgument  a letter other than C and X.
 DUALPIPE_DECL std::vector<PairOp> pair_order(std::string_view forward, std::string_view backward, bool weights = true);
 
-/// The same pieces as a host thread issues them: the order of compute pieces and that of collectives stay, but each
+/// The same ops as a host thread issues them: the order of nodes that compute and that of collectives stay, but each
 /// collective moves to the earliest place where its input is there without waiting and those before it are launched. A
-/// trace shows when work ran; a host that is busy with a compute piece cannot launch anything until it ends.
+/// trace shows when work ran; a host that is busy with a node cannot launch anything until it ends.
 ///
 /// @throws InvalidArgument  `order` is not one of these two chains.
 DUALPIPE_DECL std::vector<PairOp> launch_order(std::string_view forward, std::string_view backward,
                                                const std::vector<PairOp>& order);
 
 /// "F0", "B3", "W2"
-DUALPIPE_DECL std::string to_string(const PairOp& piece);
+DUALPIPE_DECL std::string to_string(const PairOp& op);
 /// "combine-B, attention-F, …": with the names of the nodes, first to last.
 ///
-/// @throws InvalidArgument  a piece of a node without a name.
+/// @throws InvalidArgument  an op of a node without a name.
 DUALPIPE_DECL std::string to_string(const std::vector<PairOp>& order, const std::vector<std::string>& forward_names,
                                     const std::vector<std::string>& backward_names);
 

@@ -21,8 +21,11 @@ void write_output(const std::string& text, const std::string& path) {
   std::error_code error;
   if (fs::exists(path, error) && !fs::is_regular_file(path, error)) return detail::write_device(path, text);
   // A symbolic link stays, its target is replaced.
-  const fs::path target = fs::is_symlink(path, error) ? fs::weakly_canonical(path, error) : fs::path(path);
-  DUALPIPE_CHECK(!error, "cannot write ", path, ": ", error.message());
+  fs::path target = path;
+  if (fs::is_symlink(path, error)) {
+    target = fs::weakly_canonical(path, error);
+    DUALPIPE_CHECK(!error, "cannot write ", path, ": ", error.message());
+  }
   detail::write_file(target, text);
 }
 

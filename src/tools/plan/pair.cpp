@@ -39,13 +39,11 @@ std::string show_pair(const PairOptions& pair, const ViewOptions& view, const Ou
   const double makespan = extent(timeline).length();
 
   if (output.format == "svg") return to_svg({timeline}, picture_options(view, output, timeline));
-  const auto named = [&](const std::vector<PairOp>& pieces) {
-    return to_string(pieces, names(forward), names(backward));
-  };
+  const auto named = [&](const std::vector<PairOp>& ops) { return to_string(ops, names(forward), names(backward)); };
   if (output.format == "json") {
-    const auto list = [&](const std::vector<PairOp>& pieces) {
+    const auto list = [&](const std::vector<PairOp>& ops) {
       nlohmann::ordered_json array = nlohmann::ordered_json::array();
-      for (const PairOp& piece : pieces) array.push_back(named({piece}));
+      for (const PairOp& op : ops) array.push_back(named({op}));
       return array;
     };
     return dumped({{"forward", structure(forward)},

@@ -3,15 +3,15 @@
 #include "dualpipe/schedule/check.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "dualpipe/detail/schedule/cell_table.hpp"
+#include "dualpipe/detail/schedule/deadlock.hpp"
 #include "dualpipe/detail/schedule/dependencies.hpp"
 #include "dualpipe/error.hpp"
 
@@ -53,35 +53,6 @@ class ScheduleFindings {
   std::int64_t unlisted_ = 0;         // of any rank, after the list is full
 };
 
-struct CellPlace {
-  int rank = -1;
-  int cell = -1;
-  explicit operator bool() const { return rank >= 0; }
-};
-
-// Cells are counted from 1 in what people read.
-inline std::string to_string(const CellPlace& place) { return str("cell ", place.cell + 1, " of rank ", place.rank); }
-
-inline constexpr std::array all_passes = {Pass::Forward, Pass::BackwardInput, Pass::BackwardWeight, Pass::Backward};
-
-inline std::optional<std::ptrdiff_t> pass_index(Pass pass) {
-  const auto found = std::find(all_passes.begin(), all_passes.end(), pass);
-  if (found == all_passes.end()) return std::nullopt;
-  return found - all_passes.begin();
-}
-
-// Where the passes of one stage and micro-batch stand.
-struct CellPasses {
-  std::array<CellPlace, all_passes.size()> places;
-
-  const CellPlace& operator[](Pass pass) const { return places[*pass_index(pass)]; }
-  Pass gradient_pass() const { return (*this)[Pass::Backward] ? Pass::Backward : Pass::BackwardInput; }
-  CellPlace any() const {
-    const auto found = std::find_if(places.begin(), places.end(), [](const CellPlace& place) { return bool(place); });
-    return found == places.end() ? CellPlace{} : *found;
-  }
-};
-
 class ScheduleChecker {
  public:
   explicit ScheduleChecker(const Schedule& schedule) : schedule_(schedule), findings_(schedule.ranks.size()) {}
@@ -92,16 +63,14 @@ class ScheduleChecker {
       collect();
       find_incomplete();
       if (findings_.empty()) find_misordered();
-      if (findings_.empty()) find_deadlock();
+      if (!findings_.empty()) return findings_.take();
+      if (const auto deadlock = find_deadlock(schedule_, table_))
+        findings_.add(deadlock->place.rank, deadlock->place.cell, "deadlock: ", deadlock->cycle);
     }
     return findings_.take();
   }
 
  private:
-  std::int64_t index(int stage, int micro_batch) const {
-    return std::int64_t{stage} * schedule_.num_micro_batches + micro_batch;
-  }
-  const CellPasses& passes(int stage, int micro_batch) const { return table_[index(stage, micro_batch)]; }
   std::int64_t count_ops() const;
 
   // Makes the table if the schedule has ops enough to fill it. If not, the schedule is incomplete, and two mistyped
@@ -111,12 +80,10 @@ class ScheduleChecker {
   void collect(const Op& op, const CellPlace& place);
   void find_incomplete();
   void find_misordered();
-  void find_deadlock();
-  void report_cycle(const std::vector<int>& next_cell, const std::vector<std::optional<StageResult>>& waits_for);
 
   const Schedule& schedule_;
   ScheduleFindings findings_;
-  std::vector<CellPasses> table_;  // [stage * num_micro_batches + micro_batch]
+  CellTable table_;
 };
 
 inline std::int64_t ScheduleChecker::count_ops() const {
@@ -137,7 +104,7 @@ inline bool ScheduleChecker::has_table() {
   const std::int64_t ops = count_ops();
   const std::int64_t places = std::int64_t{stages} * micro_batches;
   if (places <= ops) {
-    table_.resize(places);
+    table_ = CellTable(stages, micro_batches);
     return true;
   }
   // Fewer ops than forwards needed, so one of the first ops + 1 forwards is missing.
@@ -183,7 +150,7 @@ inline void ScheduleChecker::collect(const Op& op, const CellPlace& place) {
              op.micro_batch >= schedule_.num_micro_batches) {
     findings_.add(place.rank, place.cell, to_string(op), " lies outside of ", schedule_.num_stages, " stages and ",
                   schedule_.num_micro_batches, " micro-batches");
-  } else if (CellPlace& first = table_[index(op.stage, op.micro_batch)].places[*pass]; first) {
+  } else if (CellPlace& first = table_(op.stage, op.micro_batch).places[*pass]; first) {
     findings_.add(place.rank, place.cell, to_string(op), " is done twice, before in ", to_string(first));
   } else {
     first = place;
@@ -193,7 +160,7 @@ inline void ScheduleChecker::collect(const Op& op, const CellPlace& place) {
 inline void ScheduleChecker::find_incomplete() {
   for (int s = 0; s < schedule_.num_stages; ++s) {
     for (int m = 0; m < schedule_.num_micro_batches; ++m) {
-      const CellPasses& here = passes(s, m);
+      const CellPasses& here = table_(s, m);
       const auto text = [&](Pass pass) { return to_string(Op{pass, s, m}); };
       const CellPlace home = here.any();
       const auto missing = [&](Pass pass, const CellPlace& near, const std::string& why) {
@@ -229,7 +196,7 @@ inline void ScheduleChecker::find_incomplete() {
 inline void ScheduleChecker::find_misordered() {
   for (int s = 0; s < schedule_.num_stages; ++s) {
     for (int m = 0; m < schedule_.num_micro_batches; ++m) {
-      const CellPasses& here = passes(s, m);
+      const CellPasses& here = table_(s, m);
       const auto in_order = [&](Pass first, Pass then) {
         const CellPlace& a = here[first];
         const CellPlace& b = here[then];
@@ -242,92 +209,6 @@ inline void ScheduleChecker::find_misordered() {
         in_order(*pass_before(then), then);
     }
   }
-}
-
-// Runs all ranks as far as they get. A rank that stops waits for one result; making it wakes the rank.
-inline void ScheduleChecker::find_deadlock() {
-  std::array<std::vector<char>, 2> made;  // activations and gradients, by stage and micro-batch
-  for (auto& results : made) results.assign(table_.size(), 0);
-  const auto is_made = [&](const StageResult& result) -> char& {
-    return made[result.gradient()][index(result.stage, result.micro_batch)];
-  };
-  std::vector<int> next_cell(schedule_.ranks.size(), 0);
-  std::vector<std::optional<StageResult>> waits_for(schedule_.ranks.size());
-  std::vector<int> runnable;
-  for (int rank = static_cast<int>(schedule_.ranks.size()); rank-- > 0;) runnable.push_back(rank);
-
-  const auto missing_input = [&](const Op& op) {
-    auto input = input_of(op, schedule_.num_stages);
-    if (input && is_made(*input)) input.reset();
-    return input;  // the rest is on the same rank and in order
-  };
-  const auto finish = [&](const Op& op) {
-    const auto output = output_of(op, schedule_.num_stages);
-    if (!output) return;
-    is_made(*output) = 1;
-    const int rank = passes(output->receiver(), output->micro_batch)[Pass::Forward].rank;
-    if (waits_for[rank] != output) return;
-    waits_for[rank].reset();
-    runnable.push_back(rank);
-  };
-  while (!runnable.empty()) {
-    const int rank = runnable.back();
-    runnable.pop_back();
-    const auto& steps = schedule_.ranks[rank];
-    for (int& cell = next_cell[rank]; cell < std::ssize(steps); ++cell) {
-      const Step& step = steps[cell];
-      auto missing = missing_input(step.op);
-      if (!missing && step.overlapped) missing = missing_input(*step.overlapped);
-      if (missing) {
-        waits_for[rank] = missing;
-        break;
-      }
-      finish(step.op);
-      if (step.overlapped) finish(*step.overlapped);
-    }
-  }
-  report_cycle(next_cell, waits_for);
-}
-
-// A waiting rank waits for an op of another waiting rank, else that op would be done. Following these waits ends in a
-// cycle.
-inline void ScheduleChecker::report_cycle(const std::vector<int>& next_cell,
-                                          const std::vector<std::optional<StageResult>>& waits_for) {
-  const auto waits = [](const std::optional<StageResult>& result) { return result.has_value(); };
-  const auto awaited = [&](int rank) -> Op {
-    const StageResult& result = *waits_for[rank];
-    if (!result.gradient()) return result.op();
-    return {passes(result.stage, result.micro_batch).gradient_pass(), result.stage, result.micro_batch};
-  };
-  const auto place_of = [&](const Op& op) { return passes(op.stage, op.micro_batch)[op.pass]; };
-  const auto stuck = std::find_if(waits_for.begin(), waits_for.end(), waits);
-  if (stuck == waits_for.end()) return;
-  std::vector<char> seen(waits_for.size(), 0);
-  int rank = static_cast<int>(stuck - waits_for.begin());
-  while (!seen[rank]) {
-    seen[rank] = 1;
-    rank = place_of(awaited(rank)).rank;
-  }
-  constexpr int max_shown = 16;
-  const int first = rank;
-  std::string cycle;
-  int length = 0;
-  do {
-    const Op wanted = awaited(rank);
-    const CellPlace place = place_of(wanted);
-    if (length < max_shown) {
-      cycle += str(length == 0 ? "" : ", which ", length == 0 ? str("rank ", rank, " ") : "", "waits at cell ",
-                   next_cell[rank] + 1, " (", to_string(schedule_.ranks[rank][next_cell[rank]]), ") for ",
-                   to_string(wanted));
-      cycle += place.rank == rank ? str(", its own cell ", place.cell + 1) : ", " + to_string(place);
-    }
-    ++length;
-    rank = place.rank;
-  } while (rank != first);
-  if (length > max_shown) cycle += str(", and so on through ", length, " ranks");
-  const auto others = std::count_if(waits_for.begin(), waits_for.end(), waits) - length;
-  if (others > 0) cycle += str("; ", others, others == 1 ? " other rank waits" : " other ranks wait", " behind them");
-  findings_.add(first, next_cell[first], "deadlock: ", cycle);
 }
 
 }  // namespace dualpipe::detail

@@ -128,7 +128,8 @@ class ProgramWriter {
     write_transfers(rank, at);
   }
 
-  /// Merges the vector clock of the sender, and releases the sends that are now known to have been received and used.
+  /// Merges the vector clock of the sender, and releases the sends whose receiver is now known to have begun the step
+  /// that needs them.
   void learn(State& state, int transfer) {
     const std::vector<int> news = std::move(carried_[transfer]);
     for (std::size_t rank = 0; rank < news.size(); ++rank) state.begun[rank] = std::max(state.begun[rank], news[rank]);

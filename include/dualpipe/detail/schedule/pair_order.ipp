@@ -120,7 +120,7 @@ std::vector<PairOp> pair_order(std::string_view forward, std::string_view backwa
   std::vector<PairOp> order = forward == detail::four_node_chain && backward == detail::four_node_chain
                                   ? std::vector<PairOp>(detail::four_node_order.begin(), detail::four_node_order.end())
                                   : detail::pair_order_by_rule(forward, backward);
-  if (!weights) std::erase_if(order, [](const PairOp& piece) { return piece.side == PairSide::weight; });
+  if (!weights) std::erase_if(order, [](const PairOp& op) { return op.side == PairSide::weight; });
   return order;
 }
 
@@ -128,45 +128,45 @@ std::vector<PairOp> launch_order(std::string_view forward, std::string_view back
                                  const std::vector<PairOp>& order) {
   detail::check_chain_structure(forward);
   detail::check_chain_structure(backward);
-  const auto communicates = [&](const PairOp& piece) {
-    const std::string_view chain = piece.side == PairSide::forward ? forward : backward;
-    DUALPIPE_CHECK(piece.node >= 0 && piece.node < static_cast<int>(chain.size()), "piece ", to_string(piece),
+  const auto communicates = [&](const PairOp& op) {
+    const std::string_view chain = op.side == PairSide::forward ? forward : backward;
+    DUALPIPE_CHECK(op.node >= 0 && op.node < static_cast<int>(chain.size()), "op ", to_string(op),
                    " is no node of a chain \"", chain, "\"");
-    return chain[piece.node] == 'X';
+    return chain[op.node] == 'X';
   };
   std::deque<PairOp> collectives;
-  for (const PairOp& piece : order)
-    if (communicates(piece)) collectives.push_back(piece);
+  for (const PairOp& op : order)
+    if (communicates(op)) collectives.push_back(op);
 
   int next_forward = 0;
   int next_backward = static_cast<int>(backward.size()) - 1;
   std::vector<PairOp> result;
-  const auto issue = [&](const PairOp& piece) {
-    if (piece.side != PairSide::weight) {
-      int& next = piece.side == PairSide::forward ? next_forward : next_backward;
-      DUALPIPE_CHECK(piece.node == next, "piece ", to_string(piece), " comes where node ", next, " is the next of \"",
-                     piece.side == PairSide::forward ? forward : backward, "\"");
-      next += piece.side == PairSide::forward ? 1 : -1;
+  const auto issue = [&](const PairOp& op) {
+    if (op.side != PairSide::weight) {
+      int& next = op.side == PairSide::forward ? next_forward : next_backward;
+      DUALPIPE_CHECK(op.node == next, "op ", to_string(op), " comes where node ", next, " is the next of \"",
+                     op.side == PairSide::forward ? forward : backward, "\"");
+      next += op.side == PairSide::forward ? 1 : -1;
     }
-    result.push_back(piece);
+    result.push_back(op);
   };
   // A collective that follows another one directly stays in place: its input is there only after a wait.
-  const auto launchable = [&](const PairOp& piece) {
-    const bool ahead = piece.side == PairSide::forward;
-    const int before = ahead ? piece.node - 1 : piece.node + 1;
+  const auto launchable = [&](const PairOp& op) {
+    const bool ahead = op.side == PairSide::forward;
+    const int before = ahead ? op.node - 1 : op.node + 1;
     const std::string_view chain = ahead ? forward : backward;
     if (before >= 0 && before < static_cast<int>(chain.size()) && chain[before] == 'X') return false;
-    return piece.node == (ahead ? next_forward : next_backward);
+    return op.node == (ahead ? next_forward : next_backward);
   };
-  for (const PairOp& piece : order) {
+  for (const PairOp& op : order) {
     while (!collectives.empty() && launchable(collectives.front())) {
       issue(collectives.front());
       collectives.pop_front();
     }
-    if (!communicates(piece)) {
-      issue(piece);
-    } else if (!collectives.empty() && collectives.front() == piece) {
-      issue(piece);
+    if (!communicates(op)) {
+      issue(op);
+    } else if (!collectives.empty() && collectives.front() == op) {
+      issue(op);
       collectives.pop_front();
     }
   }
@@ -175,17 +175,17 @@ std::vector<PairOp> launch_order(std::string_view forward, std::string_view back
   return result;
 }
 
-std::string to_string(const PairOp& piece) { return static_cast<char>(piece.side) + std::to_string(piece.node); }
+std::string to_string(const PairOp& op) { return static_cast<char>(op.side) + std::to_string(op.node); }
 
 std::string to_string(const std::vector<PairOp>& order, const std::vector<std::string>& forward_names,
                       const std::vector<std::string>& backward_names) {
   std::string text;
-  for (const PairOp& piece : order) {
-    const auto& names = piece.side == PairSide::forward ? forward_names : backward_names;
-    DUALPIPE_CHECK(piece.node >= 0 && piece.node < static_cast<int>(names.size()), "piece ", to_string(piece),
+  for (const PairOp& op : order) {
+    const auto& names = op.side == PairSide::forward ? forward_names : backward_names;
+    DUALPIPE_CHECK(op.node >= 0 && op.node < static_cast<int>(names.size()), "op ", to_string(op),
                    " is of a node without a name; there are ", names.size(), " names");
-    text += (text.empty() ? "" : ", ") + names[piece.node] + '-';
-    text += static_cast<char>(piece.side);
+    text += (text.empty() ? "" : ", ") + names[op.node] + '-';
+    text += static_cast<char>(op.side);
   }
   return text;
 }
