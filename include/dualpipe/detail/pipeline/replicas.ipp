@@ -10,7 +10,7 @@
 #include <unordered_set>
 #include <utility>
 
-#include "dualpipe/detail/pipeline/agree.hpp"
+#include "dualpipe/detail/comm/agree.hpp"
 #include "dualpipe/detail/pipeline/digest.hpp"
 
 namespace dualpipe::detail {
