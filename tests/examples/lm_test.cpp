@@ -23,13 +23,9 @@ using testing::Process;
 class LanguageModel : public ::testing::Test {
  protected:
   void SetUp() override {
-    std::string name = (std::filesystem::temp_directory_path() / "dualpipe_lm_XXXXXX").string();
-    ASSERT_NE(::mkdtemp(name.data()), nullptr);
-    folder = name;
     std::ofstream text(folder / "text.txt");
     for (int i = 0; i < 2000; ++i) text << "int add" << i % 7 << "(int a, int b) { return a + b; }\n";
   }
-  void TearDown() override { std::filesystem::remove_all(folder); }
 
   std::filesystem::path write(const std::string& name, const std::string& text) const {
     std::ofstream(folder / name) << text;
@@ -64,7 +60,7 @@ class LanguageModel : public ::testing::Test {
     return process.out() + process.err();
   }
 
-  std::filesystem::path folder;
+  testing::TemporaryFolder folder;
 };
 
 std::vector<std::string> losses(const std::string& output) {

@@ -243,13 +243,9 @@ INSTANTIATE_TEST_SUITE_P(Moe, MoeGradients,
 class MoeProgram : public ::testing::Test {
  protected:
   void SetUp() override {
-    std::string name = (std::filesystem::temp_directory_path() / "dualpipe_moe_XXXXXX").string();
-    ASSERT_NE(::mkdtemp(name.data()), nullptr);
-    folder = name;
     std::ofstream text(folder / "text.txt");
     for (int i = 0; i < 2000; ++i) text << "int add" << i % 7 << "(int a, int b) { return a + b; }\n";
   }
-  void TearDown() override { std::filesystem::remove_all(folder); }
 
   /// A small model and text, a few steps.
   std::vector<std::string> command(int num_ranks, const std::vector<std::string>& flags) const {
@@ -274,7 +270,7 @@ class MoeProgram : public ::testing::Test {
     return all;
   }
 
-  std::filesystem::path folder;
+  testing::TemporaryFolder folder;
 };
 
 struct Line {

@@ -519,12 +519,10 @@ std::vector<std::string> messages_of(const Stages& stages, const std::function<W
                   factory_of(stages, place.member, place.group, wrap ? wrap(world->rank()) : nullptr, [&](Tensors& t) {
                     if (on_compute) on_compute(world->rank(), t);
                   }));
-    const auto begin = std::chrono::steady_clock::now();
     const std::string message = message_of([&] {
       world->barrier().wait();  // a failure is not to meet another rank's constructor
       pipe->step(batches[static_cast<std::size_t>(place.member)], moe_loss());
     });
-    EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(20));
     for (const auto& parameter : pipe->parameters()) EXPECT_FALSE(parameter.grad().defined());
     const std::lock_guard lock(mutex);
     messages[static_cast<std::size_t>(world->rank())] = message;

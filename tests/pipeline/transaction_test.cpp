@@ -186,9 +186,7 @@ TEST_P(FailingStep, EndsOnAllRanksAndChangesNothing) {
       if (where == "loss" && comm->rank() == 0) throw std::runtime_error("boom in loss");
       return torch::mse_loss(outputs[0], targets[0]);
     };
-    const auto begin = std::chrono::steady_clock::now();
     const std::string message = message_of([&] { pipe->step(batch, loss); });
-    EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(20));
     {
       const std::lock_guard lock(mutex);
       messages[comm->rank()] = message;

@@ -1,11 +1,10 @@
 #include <gmock/gmock.h>
 
 #include <atomic>
-#include <filesystem>
-#include <fstream>
 #include <thread>
 
 #include "pipeline.hpp"
+#include "temporary_folder.hpp"
 
 // Where weight parts run in stages that communicate: a collective here ends when a given number of them has run, so
 // what is expected depends on no clock.
@@ -99,8 +98,8 @@ TEST(WeightParts, RunWhileACollectiveIsUnderWayAndNoLonger) {
 }
 
 TEST(WeightParts, HideTheCollectiveWithWhichTheNextBackwardBegins) {
-  const std::string file = testing::TempDir() + "two_forwards_first.csv";
-  std::ofstream(file) << "0F0,0F1,0B0,0B1\n";
+  const dualpipe::testing::TemporaryFolder folder;
+  const std::string file = folder.write("two_forwards_first.csv", "0F0,0F1,0B0,0B1\n");
   for (const Publish publish : {Publish::early, Publish::atomic}) {
     Log log;
     const Layers layers(2, log);
@@ -116,12 +115,11 @@ TEST(WeightParts, HideTheCollectiveWithWhichTheNextBackwardBegins) {
     const Log atomic{"launch 0", "take 0", "w0", "w1", "launch 1", "take 1", "w0", "w1"};
     EXPECT_THAT(log, ElementsAreArray(publish == Publish::early ? early : atomic));
   }
-  std::filesystem::remove(file);
 }
 
 TEST(WeightParts, HideTheCollectiveOfAGradientThatComesWhileTheyRun) {
-  const std::string file = testing::TempDir() + "two_stages.csv";
-  std::ofstream(file) << "0F0,0F1,0B0,0B1\n1F0,1F1,1B0,1B1\n";
+  const dualpipe::testing::TemporaryFolder folder;
+  const std::string file = folder.write("two_stages.csv", "0F0,0F1,0B0,0B1\n1F0,1F1,1B0,1B1\n");
   Log log;
   std::atomic<bool> began{false}, sent{false};
   std::atomic<int> weight_parts{0};  // of rank 1
@@ -153,12 +151,11 @@ TEST(WeightParts, HideTheCollectiveOfAGradientThatComesWhileTheyRun) {
     pipe->step(batch, squared_error());
   });
   EXPECT_THAT(log, ElementsAre("launch 0", "take 0", "w0", "launch 1", "w1", "take 1", "w0", "w1"));
-  std::filesystem::remove(file);
 }
 
 TEST(WeightParts, HideTheCollectiveOfAGradientThatIsMadeOnTheSameRank) {
-  const std::string file = testing::TempDir() + "two_stages_on_a_rank.csv";
-  std::ofstream(file) << "0F0,1F0,1B0,0B0\n";
+  const dualpipe::testing::TemporaryFolder folder;
+  const std::string file = folder.write("two_stages_on_a_rank.csv", "0F0,1F0,1B0,0B0\n");
   Log log;
   const Layers before(1, log), behind(2, log);
   run_ranks(1, [&](std::shared_ptr<Communicator> comm) {
@@ -171,7 +168,6 @@ TEST(WeightParts, HideTheCollectiveOfAGradientThatIsMadeOnTheSameRank) {
     pipe->step(random_batch(2, 7), squared_error());
   });
   EXPECT_THAT(log, ElementsAre("launch 0", "w1", "w0", "take 0", "w0"));
-  std::filesystem::remove(file);
 }
 
 TEST(WeightParts, AnErrorInOneThatFillsAWaitNamesIt) {

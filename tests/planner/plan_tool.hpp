@@ -13,6 +13,8 @@
 #include <string>
 #include <utility>
 
+#include "temporary_folder.hpp"
+
 namespace dualpipe::planner {
 
 namespace fs = std::filesystem;
@@ -31,17 +33,10 @@ struct Result {
 
 class PlanTool : public testing::Test {
  protected:
-  void SetUp() override {
-    std::string name = (fs::temp_directory_path() / "plan_tool_XXXXXX").string();
-    ASSERT_NE(::mkdtemp(name.data()), nullptr);
-    folder_ = name;
-  }
-  void TearDown() override { fs::remove_all(folder_); }
-
   /// Runs the tool in a folder of its own; `arguments` as a shell reads them.
   Result run(const std::string& arguments) const {
     const std::string command =
-        "cd " + folder_.string() + " && " DUALPIPE_PLAN " " + arguments + " >stdout 2>stderr </dev/null";
+        "cd " + folder_.path().string() + " && " DUALPIPE_PLAN " " + arguments + " >stdout 2>stderr </dev/null";
     const int status = std::system(command.c_str());
     return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read(folder_ / "stdout"), read(folder_ / "stderr")};
   }
@@ -59,7 +54,7 @@ class PlanTool : public testing::Test {
     EXPECT_THAT(result.err, testing::HasSubstr(message)) << arguments;
   }
 
-  fs::path folder_;
+  dualpipe::testing::TemporaryFolder folder_;
 };
 
 }  // namespace dualpipe::planner

@@ -11,6 +11,7 @@
 #include "dualpipe/detail/files.hpp"
 #include "dualpipe/error.hpp"
 #include "dualpipe/schedule/generate.hpp"
+#include "temporary_folder.hpp"
 
 namespace dualpipe {
 namespace {
@@ -22,16 +23,10 @@ using testing::ThrowsMessage;
 
 class Files : public testing::Test {
  protected:
-  Files() {
-    std::string pattern = (fs::temp_directory_path() / "dualpipe-XXXXXX").string();
-    folder_ = ::mkdtemp(pattern.data());
-  }
-  ~Files() override { fs::remove_all(folder_); }
-
   std::string path(const std::string& name) const { return (folder_ / name).string(); }
-  auto count() const { return std::distance(fs::directory_iterator(folder_), fs::directory_iterator()); }
+  auto count() const { return std::distance(fs::directory_iterator(folder_.path()), fs::directory_iterator()); }
 
-  fs::path folder_;
+  dualpipe::testing::TemporaryFolder folder_;
 };
 
 TEST_F(Files, AKindElseAFile) {
