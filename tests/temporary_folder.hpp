@@ -8,7 +8,7 @@
 #include <string>
 #include <system_error>
 
-namespace dualpipe::testing {
+namespace dualpipe::test {
 
 /// An empty folder, which ends with this object.
 class TemporaryFolder {
@@ -37,4 +37,4 @@ class TemporaryFolder {
   std::filesystem::path path_;
 };
 
-}  // namespace dualpipe::testing
+}  // namespace dualpipe::test

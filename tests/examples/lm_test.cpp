@@ -60,7 +60,7 @@ class LanguageModel : public ::testing::Test {
     return process.out() + process.err();
   }
 
-  testing::TemporaryFolder folder;
+  dualpipe::test::TemporaryFolder folder;
 };
 
 std::vector<std::string> losses(const std::string& output) {

@@ -270,7 +270,7 @@ class MoeProgram : public ::testing::Test {
     return all;
   }
 
-  testing::TemporaryFolder folder;
+  dualpipe::test::TemporaryFolder folder;
 };
 
 struct Line {

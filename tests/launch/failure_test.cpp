@@ -27,7 +27,7 @@ class ReportFailure : public ::testing::Test {
     return {std::istreambuf_iterator<char>(in), {}};
   }
 
-  testing::TemporaryFolder folder_;
+  dualpipe::test::TemporaryFolder folder_;
 };
 
 TEST_F(ReportFailure, NamesTheRank) {

@@ -143,7 +143,7 @@ class NodesLanguageModel : public Nodes {
     EXPECT_THAT(launches[0]->out(), HasSubstr("dualpipe on 4 ranks"));
   }
 
-  testing::TemporaryFolder folder;
+  dualpipe::test::TemporaryFolder folder;
 };
 
 TEST_F(NodesLanguageModel, TrainsAsOneProcessUnderDualpipeRun) {

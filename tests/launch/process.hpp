@@ -105,7 +105,7 @@ class Process {
     return text.str();
   }
 
-  TemporaryFolder folder_;
+  test::TemporaryFolder folder_;
   pid_t pid_ = -1;
   bool ended_ = false;
   int code_ = 0;

@@ -79,7 +79,7 @@ class TwoNodes {
 
   std::string pid(int node) const { return std::to_string(processes_[static_cast<std::size_t>(node)]->pid()); }
 
-  TemporaryFolder folder_;
+  test::TemporaryFolder folder_;
   std::array<std::unique_ptr<Process>, 2> processes_;
 };
 

@@ -50,7 +50,7 @@ TEST(BadInput, Options) {
 }
 
 TEST(BadInput, ACustomSchedule) {
-  const dualpipe::testing::TemporaryFolder folder;
+  const dualpipe::test::TemporaryFolder folder;
   const std::string path = (folder / "own.csv").string();
   std::ofstream(path) << "0F0,0B0,0F1\n1F0,1B0,1F1,1B1\n";
   EXPECT_THAT(construction(2, {.num_micro_batches = 2, .schedule = path}), HasSubstr("0B1"));

@@ -98,7 +98,7 @@ TEST(WeightParts, RunWhileACollectiveIsUnderWayAndNoLonger) {
 }
 
 TEST(WeightParts, HideTheCollectiveWithWhichTheNextBackwardBegins) {
-  const dualpipe::testing::TemporaryFolder folder;
+  const dualpipe::test::TemporaryFolder folder;
   const std::string file = folder.write("two_forwards_first.csv", "0F0,0F1,0B0,0B1\n");
   for (const Publish publish : {Publish::early, Publish::atomic}) {
     Log log;
@@ -118,7 +118,7 @@ TEST(WeightParts, HideTheCollectiveWithWhichTheNextBackwardBegins) {
 }
 
 TEST(WeightParts, HideTheCollectiveOfAGradientThatComesWhileTheyRun) {
-  const dualpipe::testing::TemporaryFolder folder;
+  const dualpipe::test::TemporaryFolder folder;
   const std::string file = folder.write("two_stages.csv", "0F0,0F1,0B0,0B1\n1F0,1F1,1B0,1B1\n");
   Log log;
   std::atomic<bool> began{false}, sent{false};
@@ -154,7 +154,7 @@ TEST(WeightParts, HideTheCollectiveOfAGradientThatComesWhileTheyRun) {
 }
 
 TEST(WeightParts, HideTheCollectiveOfAGradientThatIsMadeOnTheSameRank) {
-  const dualpipe::testing::TemporaryFolder folder;
+  const dualpipe::test::TemporaryFolder folder;
   const std::string file = folder.write("two_stages_on_a_rank.csv", "0F0,1F0,1B0,0B0\n");
   Log log;
   const Layers before(1, log), behind(2, log);

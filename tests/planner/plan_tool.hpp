@@ -54,7 +54,7 @@ class PlanTool : public testing::Test {
     EXPECT_THAT(result.err, testing::HasSubstr(message)) << arguments;
   }
 
-  dualpipe::testing::TemporaryFolder folder_;
+  dualpipe::test::TemporaryFolder folder_;
 };
 
 }  // namespace dualpipe::planner

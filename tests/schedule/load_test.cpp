@@ -26,7 +26,7 @@ class Files : public testing::Test {
   std::string path(const std::string& name) const { return (folder_ / name).string(); }
   auto count() const { return std::distance(fs::directory_iterator(folder_.path()), fs::directory_iterator()); }
 
-  dualpipe::testing::TemporaryFolder folder_;
+  dualpipe::test::TemporaryFolder folder_;
 };
 
 TEST_F(Files, AKindElseAFile) {
