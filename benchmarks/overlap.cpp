@@ -11,7 +11,6 @@
 #include <chrono>
 #include <cstdio>
 #include <exception>
-#include <fstream>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -19,6 +18,7 @@
 #include <vector>
 
 #include "dualpipe/comm/socket.hpp"
+#include "dualpipe/detail/files.hpp"
 #include "dualpipe/launch/failure.hpp"
 #include "dualpipe/pipeline/dual_pipe.hpp"
 #include "dualpipe/pipeline/group_collectives.hpp"
@@ -90,13 +90,6 @@ double milliseconds_since(Clock::time_point begin) {
 }
 double max_over(Communicator& comm, double value) {
   return comm.all_reduce({torch::tensor({value}, torch::kDouble)}, Reduce::max).take()[0].item<double>();
-}
-
-void write(const std::string& path, const std::string& text) {
-  std::ofstream file(path, std::ios::binary);
-  file << text;
-  file.close();
-  DUALPIPE_CHECK(file, "cannot write ", path);
 }
 
 /// What a pair does, as the executor would record it: the forward 0F1 with the backward 0B0.
@@ -217,7 +210,7 @@ void pair(const std::shared_ptr<Communicator>& comm, const std::shared_ptr<Commu
     const planner::Overlap communication = planner::report(best.timeline).total().collectives;
     std::printf("%-44s %8.2f %8.3f %8.1f %%\n", name, best.milliseconds, best.milliseconds / slowest,
                 100 * communication.hidden / communication.total());
-    if (!flags.trace.empty()) write(numbered(flags.trace, number), planner::to_trace(best.timeline));
+    if (!flags.trace.empty()) detail::write_file(numbered(flags.trace, number), planner::to_trace(best.timeline));
   };
   measure("forward, then backward, waiting for each", both(forward, backward), true);
   measure("forward, then backward", both(forward, backward), false);
@@ -259,7 +252,7 @@ void pipeline(const std::shared_ptr<Communicator>& world, const std::shared_ptr<
                   100 * main.collectives.hidden / main.collectives.total());
     }
     std::printf("\n");
-    if (step == flags.steps && !flags.trace.empty()) write(flags.trace, planner::to_trace(timeline));
+    if (step == flags.steps && !flags.trace.empty()) detail::write_file(flags.trace, planner::to_trace(timeline));
   }
 }
 

@@ -1,11 +1,11 @@
 #include "dualpipe/config.hpp"
 
-#include <fstream>
 #include <functional>
 #include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "dualpipe/detail/files.hpp"
 #include "dualpipe/error.hpp"
 #include "planner/json.hpp"
 
@@ -102,11 +102,7 @@ DualPipeOptions DualPipeOptions::from_json(const std::string& text, const std::s
 }
 
 DualPipeOptions DualPipeOptions::from_json_file(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  text << file.rdbuf();
-  DUALPIPE_CHECK(file && text, "cannot read options from ", path);
-  return from_json(std::move(text).str(), path);
+  return from_json(detail::read_file(path), path);
 }
 
 }  // namespace dualpipe

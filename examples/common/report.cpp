@@ -158,17 +158,4 @@ void prepare_folder(const fs::path& path) {
                  path.parent_path(), ": ", error.message());
 }
 
-void write_file(const fs::path& path, std::string_view text) {
-  fs::path partial = path;
-  partial += ".partial";
-  errno = 0;
-  std::ofstream file(partial, std::ios::binary | std::ios::trunc);
-  file.write(text.data(), static_cast<std::streamsize>(text.size()));
-  file.close();
-  DUALPIPE_CHECK(file, "cannot write ", partial, ": ", errno != 0 ? std::strerror(errno) : "unknown reason");
-  std::error_code error;
-  fs::rename(partial, path, error);
-  DUALPIPE_CHECK(!error, "cannot replace ", path, ": ", error.message());
-}
-
 }  // namespace example

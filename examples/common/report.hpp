@@ -53,10 +53,4 @@ class Progress {
 /// "1:05" of 65 seconds.
 std::string minutes(double seconds);
 
-/// Makes the folder that `path` lies in. @throws dualpipe::InvalidArgument  where that is not possible.
-void prepare_folder(const std::filesystem::path& path);
-/// Replaces the file in one go, so that nobody reads half of it. @throws dualpipe::InvalidArgument  naming the path and
-/// the reason.
-void write_file(const std::filesystem::path& path, std::string_view text);
-
 }  // namespace example

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "connect.hpp"
+#include "dualpipe/detail/files.hpp"
 #include "dualpipe/launch/failure.hpp"
 #include "dualpipe/planner/cost_model.hpp"
 #include "dualpipe/planner/render.hpp"
@@ -291,12 +292,12 @@ void Trainer::report(Timeline measured) const {
   say("%s", comparison(predicted, measured, costs, sharing, cores).c_str());
   say("%s", overlap(measured).c_str());
   if (!options_.trace.empty()) {
-    write_file(options_.trace, dualpipe::planner::to_trace(measured));
+    dualpipe::detail::write_file(options_.trace, dualpipe::planner::to_trace(measured));
     say("trace of the last step, for chrome://tracing and ui.perfetto.dev: %s\n", options_.trace.c_str());
   }
   if (!options_.svg.empty()) {
     measured.name = "measured";
-    write_file(options_.svg, dualpipe::planner::to_svg({predicted, measured}));
+    dualpipe::detail::write_file(options_.svg, dualpipe::planner::to_svg({predicted, measured}));
     say("picture of the last step, predicted above measured: %s\n", options_.svg.c_str());
   }
 }

@@ -69,7 +69,3 @@ inline void agree_on(Communicator& communicator, const std::string& what, const 
 }
 
 }  // namespace dualpipe::detail
-
-namespace dualpipe {
-using detail::message_of;
-}

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/detail/schedule/dependencies.hpp"
 #include "dualpipe/schedule/lower.hpp"
 
 namespace dualpipe::detail {
@@ -16,15 +17,9 @@ struct Arrivals {
   std::vector<std::optional<Signature>> signatures = {};  ///< by index of the transfer in the program's order
 
   /// The stage whose outputs have the shapes of what is transferred.
-  static int shaped_by(const Transfer& transfer) {
-    return transfer.payload == Payload::activation ? transfer.stage : transfer.stage - 1;
-  }
+  static int shaped_by(const Transfer& transfer) { return boundary_of(transfer.payload, transfer.stage); }
   /// True if the transfer always brings the same signature: no stage up to its sender has shapes that depend on data.
   bool recurs(const Transfer& transfer) const { return shaped_by(transfer) < data_dependent_from; }
 };
 
 }  // namespace dualpipe::detail
-
-namespace dualpipe {
-using detail::Arrivals;
-}

@@ -75,8 +75,7 @@ void Transfers::remember(int index, const Tensors& came) {
 
 void Transfers::record(Lane lane, int index, const Pending& pending) const {
   const Transfer& transfer = context_.transfer(index);
-  const Pass producer = transfer.payload == Payload::activation ? Pass::Forward : Pass::BackwardInput;
-  context_.recorder.record(lane, {{producer, transfer.stage, transfer.micro_batch}, {}}, pending);
+  context_.recorder.record(lane, {result_of(transfer).op(), {}}, pending);
 }
 
 }  // namespace dualpipe::detail
