@@ -50,6 +50,9 @@ class Progress {
   std::optional<Clock::time_point> shown_;
 };
 
+/// Makes the folder that `path` lies in. @throws dualpipe::InvalidArgument  where that is not possible.
+void prepare_folder(const std::filesystem::path& path);
+
 /// "1:05" of 65 seconds.
 std::string minutes(double seconds);
 

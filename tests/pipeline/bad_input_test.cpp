@@ -11,6 +11,7 @@
 #include <string>
 
 #include "pipeline/pipeline.hpp"
+#include "temporary_folder.hpp"
 
 namespace dualpipe::test {
 namespace {

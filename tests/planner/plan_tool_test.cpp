@@ -171,7 +171,8 @@ TEST_F(PlanTool, OutputAppearsWholeAndReportReadsATraceBack) {
   EXPECT_EQ(written.code, 0) << written.err;
   EXPECT_EQ(written.out, "");
   EXPECT_TRUE(fs::is_symlink(folder_ / "link.json"));
-  EXPECT_EQ(std::distance(fs::directory_iterator(folder_), fs::directory_iterator()), 4);  // two, and our two outputs
+  EXPECT_EQ(std::distance(fs::directory_iterator(folder_.path()), fs::directory_iterator()),
+            4);  // two, and our two outputs
   const json reported = json::parse(run("report trace.json --format json").out);
   const json simulated = json::parse(run(simulate + "--format json").out);
   EXPECT_EQ(reported["makespan"], simulated["makespan"]);

@@ -45,7 +45,7 @@ TEST_F(Files, WhatIsNoScheduleIsNamed) {
     EXPECT_THAT([&] { load_schedule(spec); }, ThrowsMessage<InvalidArgument>(text));
   };
   refused({"dualpip", 4, 8}, AllOf(HasSubstr("\"dualpip\" is neither a kind"), HasSubstr("dualpipev")));
-  refused({folder_.string(), 4, 8}, HasSubstr("it is a directory"));
+  refused({folder_.path().string(), 4, 8}, HasSubstr("it is a directory"));
   detail::write_file(path("bad.csv"), "0F0,x\n");
   refused({path("bad.csv")}, AllOf(HasSubstr(path("bad.csv")), HasSubstr("cell 2")));
   detail::write_file(path("two.csv"), "0F0,0B0\n1F0,1B0\n");
