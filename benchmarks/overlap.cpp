@@ -210,7 +210,8 @@ void pair(const std::shared_ptr<Communicator>& comm, const std::shared_ptr<Commu
     const planner::Overlap communication = planner::report(best.timeline).total().collectives;
     std::printf("%-44s %8.2f %8.3f %8.1f %%\n", name, best.milliseconds, best.milliseconds / slowest,
                 100 * communication.hidden / communication.total());
-    if (!flags.trace.empty()) detail::write_file(numbered(flags.trace, number), planner::to_trace(best.timeline));
+    if (!flags.trace.empty())
+      dualpipe::detail::write_file(numbered(flags.trace, number), planner::to_trace(best.timeline));
   };
   measure("forward, then backward, waiting for each", both(forward, backward), true);
   measure("forward, then backward", both(forward, backward), false);
@@ -252,7 +253,8 @@ void pipeline(const std::shared_ptr<Communicator>& world, const std::shared_ptr<
                   100 * main.collectives.hidden / main.collectives.total());
     }
     std::printf("\n");
-    if (step == flags.steps && !flags.trace.empty()) detail::write_file(flags.trace, planner::to_trace(timeline));
+    if (step == flags.steps && !flags.trace.empty())
+      dualpipe::detail::write_file(flags.trace, planner::to_trace(timeline));
   }
 }
 

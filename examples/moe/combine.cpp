@@ -1,6 +1,7 @@
 #include "combine.hpp"
 
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
 
 #include <utility>
 
@@ -25,7 +26,7 @@ class Combine final : public dualpipe::Collective {
     auto [pending, inner] = exchange_->forward({inputs[1], inputs[3]}, context);
     handle->inner = std::move(inner);
     auto add = [x = inputs[0], token = inputs[2]](std::vector<Tensors> results) -> Tensors {
-      const at::NoGradGuard no_grad;
+      const c10::NoGradGuard no_grad;
       const at::Tensor& rows = results[0][0];
       at::Tensor sum = x.flatten(0, -2).index_add(0, token, rows).view(x.sizes());
       return {sum.set_requires_grad(x.requires_grad() || rows.requires_grad()), {}, {}, {}};

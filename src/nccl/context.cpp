@@ -1,4 +1,5 @@
 #include "nccl/context.hpp"
+#include "socket/blocked_signals.hpp"
 
 #include <ATen/ATen.h>
 #include <pthread.h>
@@ -17,22 +18,6 @@ using namespace std::chrono_literals;
 
 constexpr auto drain_limit = 1500ms;       // for running operations when the last communicator is destroyed
 constexpr auto header_poll_limit = 200us;  // for headers that peers send at about the same time
-
-/// Blocks all signals of this thread, and so of the threads that it starts: signals are for the program's own threads.
-class BlockedSignals {
- public:
-  BlockedSignals() {
-    sigset_t all;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before_);
-  }
-  ~BlockedSignals() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-  BlockedSignals(const BlockedSignals&) = delete;
-  BlockedSignals& operator=(const BlockedSignals&) = delete;
-
- private:
-  sigset_t before_{};
-};
 
 template <class Body>
 std::thread start_thread(const char* name, Body body) {

@@ -15,6 +15,7 @@
 
 #include "dualpipe/detail/comm/message_communicator.hpp"
 #include "dualpipe/detail/error_text.hpp"
+#include "socket/blocked_signals.hpp"
 #include "socket/connect.hpp"
 #include "socket/peer.hpp"
 
@@ -26,22 +27,6 @@ using namespace std::chrono_literals;
 
 /// A destroyed communicator may take this long to send what is queued.
 constexpr auto farewell_limit = 1500ms;
-
-/// Blocks all signals of this thread, and so of the threads that it starts: signals are for the program's own threads.
-class BlockedSignals {
- public:
-  BlockedSignals() {
-    sigset_t all;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before_);
-  }
-  ~BlockedSignals() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-  BlockedSignals(const BlockedSignals&) = delete;
-  BlockedSignals& operator=(const BlockedSignals&) = delete;
-
- private:
-  sigset_t before_{};
-};
 
 /// The thread that runs `io`; stopped and joined by the destructor.
 class IoThread {
