@@ -18,3 +18,12 @@ function(dualpipe_library name)
   target_include_directories(dualpipe_${name} PRIVATE ${PROJECT_SOURCE_DIR}/src)
   dualpipe_warnings(dualpipe_${name})
 endfunction()
+
+# dualpipe_unity(target size alone...): compiles up to `size` of its source files as one; `alone` are large enough by themselves.
+function(dualpipe_unity target size)
+  if(NOT DUALPIPE_UNITY)
+    return()
+  endif()
+  set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE ${size})
+  set_source_files_properties(${ARGN} PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
+endfunction()

@@ -2,7 +2,8 @@
 """Compiles every source file of the library, the tools, the examples and the benchmarks with clang and without a precompiled header, and throws the
 result away: what g++ or the precompiled header lets pass is found.
 
-clang.py SOURCE_DIR BUILD_DIR [CLANG]; exits with 1 if a file does not compile, with 77 where there is no clang 14 or later.
+clang.py SOURCE_DIR BUILD_DIR [CMAKE_OPTION]...; configures BUILD_DIR for its compilation database, with each file by itself. Exits with 1 if a file does
+not compile, with 77 where there is no clang 14 or later.
 """
 import concurrent.futures
 import json
@@ -17,8 +18,8 @@ from pathlib import Path
 FOLDERS = ("src", "examples", "benchmarks")
 
 
-def find_clang(named):
-    for name in [named] if named else ["clang++", *(f"clang++-{version}" for version in range(20, 13, -1))]:
+def find_clang():
+    for name in ["clang++", *(f"clang++-{version}" for version in range(20, 13, -1))]:
         path = shutil.which(name)
         if not path:
             continue
@@ -45,14 +46,16 @@ def clang_command(entry, clang):
 
 
 def main() -> int:
-    if len(sys.argv) not in (3, 4):
+    if len(sys.argv) < 3:
         print(__doc__, file=sys.stderr)
         return 2
     source, build = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
-    clang = find_clang(sys.argv[3] if len(sys.argv) == 4 else None)
+    clang = find_clang()
     if clang is None:
         print("clang: Skipped\nthere is no clang++ of version 14 or later; on Debian and Ubuntu: apt-get install clang")
         return 77
+    configure = ["cmake", "-S", source, "-B", build, "-DDUALPIPE_UNITY=OFF", "-DDUALPIPE_BUILD_TESTS=OFF", *sys.argv[3:]]
+    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
     commands = {}
     for entry in json.loads((build / "compile_commands.json").read_text()):
         file = Path(entry["directory"], entry["file"]).resolve()

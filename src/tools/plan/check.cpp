@@ -14,13 +14,13 @@
 namespace dualpipe::planner::tool {
 namespace {
 
-struct Options {
+struct CheckOptions {
   ScheduleSpec schedule;
   Publish publish = Publish::early;
   OutputOptions output;
 };
 
-std::string check_and_describe(const Options& options) {
+std::string check_and_describe(const CheckOptions& options) {
   const Schedule plan = unchecked_schedule(options.schedule);
   const std::vector<Violation> found = violations(plan);
   if (!found.empty()) {
@@ -51,7 +51,7 @@ std::string check_and_describe(const Options& options) {
 void add_check(CLI::App& app) {
   CLI::App& command =
       *app.add_subcommand("check", "prove that a schedule is complete, in order and free of deadlock: check FILE.csv");
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<CheckOptions>();
   add_schedule(command, options->schedule);
   add_publish(command, options->publish);
   add_output(command, options->output, {});

@@ -25,7 +25,7 @@ namespace {
 
 using nlohmann::ordered_json;
 
-struct Options {
+struct CompareOptions {
   ComparisonSpec spec{.kinds = {}, .ranks = {}, .micro_batches = {}};
   std::vector<std::string> schedules;  // kinds and files
   CostOptions costs;
@@ -60,7 +60,7 @@ std::string csv(const Comparison& comparison) {
   return out;
 }
 
-std::string json(const Comparison& comparison, const Options& options) {
+std::string json(const Comparison& comparison, const CompareOptions& options) {
   ordered_json rows = ordered_json::array();
   for (const ComparedSchedule& row : comparison.rows) {
     ordered_json& entry = rows.emplace_back(
@@ -108,7 +108,7 @@ std::string best(const Comparison& comparison, double unit) {
   return out;
 }
 
-std::string text(const Comparison& comparison, const Options& options, const Costs& costs) {
+std::string text(const Comparison& comparison, const CompareOptions& options, const Costs& costs) {
   const double unit = costs.seconds_per_unit;
   std::string out =
       detail::str("Costs of one stage of ", comparison.described_stages, ": ", describe(costs, options.spec.publish),
@@ -141,7 +141,7 @@ void show_progress(int done, int all) {
   std::fflush(stderr);
 }
 
-std::string compare_and_print(const Options& options) {
+std::string compare_and_print(const CompareOptions& options) {
   ComparisonSpec spec = options.spec;
   spec.kinds.clear();
   for (const std::string& name : options.schedules) {
@@ -177,7 +177,7 @@ void add_compare(CLI::App& app) {
   CLI::App& command = *app.add_subcommand(
       "compare",
       "which schedule, how many micro-batches: a table of kinds and sizes, the fastest per micro-batch first");
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<CompareOptions>();
   command
       .add_option("schedules,--schedule", options->schedules,
                   "kinds (" + kinds() + "; default: all) and CSV files, which have their own sizes")

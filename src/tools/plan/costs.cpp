@@ -248,11 +248,11 @@ void add_memory(CLI::App& command, CostOptions& costs) {
 void add_cost_file(CLI::App& app) {
   CLI::App& command =
       *app.add_subcommand("costs", "print what was measured in a trace as a costs file, to edit or reuse");
-  struct Options {
+  struct CostsOptions {
     std::string file;
     OutputOptions output;
   };
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<CostsOptions>();
   command.add_option("file", options->file, "trace, or costs file")->required()->option_text("FILE");
   command.footer(
       "A costs file is a JSON object; every key may be absent:\n"

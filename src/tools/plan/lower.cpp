@@ -11,13 +11,13 @@
 namespace dualpipe::planner::tool {
 namespace {
 
-struct Options {
+struct LowerOptions {
   ScheduleSpec schedule;
   Publish publish = Publish::early;
   OutputOptions output;
 };
 
-std::string lower_and_print(const Options& options) {
+std::string lower_and_print(const LowerOptions& options) {
   const Program program = lower(schedule(options.schedule), options.publish);
   dry_run(program);
   return options.output.format == "json" ? json(program) : text(program);
@@ -28,7 +28,7 @@ std::string lower_and_print(const Options& options) {
 void add_lower(CLI::App& app) {
   CLI::App& command =
       *app.add_subcommand("lower", "print what runs: the global order of transfers and the instructions of each rank");
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<LowerOptions>();
   add_schedule(command, options->schedule);
   add_output(command, options->output, {"text", "json"});
   add_publish(command, options->publish);

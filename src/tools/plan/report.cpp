@@ -25,7 +25,7 @@ namespace {
 
 using nlohmann::ordered_json;
 
-struct Options {
+struct ReportOptions {
   std::vector<std::string> traces;
   ViewOptions view;
   OutputOptions output;
@@ -116,7 +116,7 @@ std::string text_of(const TraceReport& report) {
   return out;
 }
 
-std::string report_traces(const Options& options) {
+std::string report_traces(const ReportOptions& options) {
   std::vector<Timeline> timelines;
   for (const std::string& path : options.traces) timelines.push_back(read_trace(path));
   // Traces of one schedule have one name; their files tell them apart.
@@ -150,7 +150,7 @@ void add_report(CLI::App& app) {
                                           "where the time of a recorded step went: compute, communication hidden and "
                                           "exposed, bubble; of a trace of several "
                                           "steps the medians");
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<ReportOptions>();
   command
       .add_option(
           "trace", options->traces,

@@ -28,7 +28,7 @@ namespace {
 
 using nlohmann::ordered_json;
 
-struct Options {
+struct SearchFlags {
   ScheduleSpec schedule;
   CostOptions costs;
   int described_stages = 0;
@@ -85,7 +85,7 @@ std::string above(double makespan, const LowerBound& bound) {
   return percent(std::max(0.0, makespan - bound.makespan), bound.makespan);
 }
 
-std::string text(const SearchResult& result, const Options& options, const Costs& costs) {
+std::string search_text(const SearchResult& result, const SearchFlags& options, const Costs& costs) {
   const double unit = costs.seconds_per_unit;
   const SearchLimits& limits = result.limits;
   std::string most;
@@ -114,7 +114,7 @@ std::string text(const SearchResult& result, const Options& options, const Costs
                            options.search.seed, ".\n");
 }
 
-std::string json(const SearchResult& result, const Options& options) {
+std::string search_json(const SearchResult& result, const SearchFlags& options) {
   ordered_json starts = ordered_json::array();
   for (const SearchStart& start : result.starts)
     starts.push_back({{"order", start.name}, {"makespan", start.makespan}, {"fits", start.fits}});
@@ -137,14 +137,14 @@ std::string json(const SearchResult& result, const Options& options) {
   return dumped(object) + "\n";
 }
 
-CostModel model_for(const Options& options, int num_ranks, int stages) {
+CostModel model_for(const SearchFlags& options, int num_ranks, int stages) {
   int described = options.described_stages != 0 ? options.described_stages : options.costs.listed_stages();
   if (described == 0) described = stages;
   const CostModel model = options.costs.of(num_ranks, described);
   return described == stages ? model : spread(model, described, stages);
 }
 
-void search_and_print(const Options& options) {
+void search_and_print(const SearchFlags& options) {
   check_writable(options.output);
   SearchOptions search_options = options.search;
   const bool terminal = ::isatty(STDERR_FILENO) == 1;
@@ -170,7 +170,7 @@ void search_and_print(const Options& options) {
   if (options.report.format == "csv")
     write_output(to_csv(result.schedule), "");
   else
-    write_output(options.report.format == "json" ? json(result, options) : text(result, options, model.time), "");
+    write_output(options.report.format == "json" ? search_json(result, options) : search_text(result, options, model.time), "");
 }
 
 }  // namespace
@@ -180,7 +180,7 @@ void add_search(CLI::App& app) {
                                           "look for a faster order of the same work for costs of your own, within the "
                                           "memory of the published one; says how "
                                           "far from the lower bound it is");
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<SearchFlags>();
   add_schedule(command, options->schedule);
   add_costs(command, options->costs);
   command

@@ -17,7 +17,7 @@
 namespace dualpipe::planner::tool {
 namespace {
 
-struct Options {
+struct ShowOptions {
   ScheduleSpec schedule;
   CostOptions costs;
   Publish publish = Publish::early;
@@ -27,7 +27,7 @@ struct Options {
   OutputOptions output;
 };
 
-std::string show(const Options& options) {
+std::string show(const ShowOptions& options) {
   const Schedule plan = schedule(options.schedule);
   if (options.output.format == "csv") return to_csv(plan);
   if (options.output.format == "json") return json(plan);
@@ -48,7 +48,7 @@ std::string show(const Options& options) {
 void add_show(CLI::App& app) {
   CLI::App& command = *app.add_subcommand(
       "show", "draw a schedule or a pair, or write a schedule as CSV in the text form of torch.distributed.pipelining");
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<ShowOptions>();
   add_schedule(command, options->schedule);
   add_output(command, options->output, {"ascii", "csv", "svg", "json"});
   add_costs(command, options->costs);

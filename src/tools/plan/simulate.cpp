@@ -25,7 +25,7 @@ namespace {
 
 using nlohmann::ordered_json;
 
-struct Options {
+struct SimulateOptions {
   ScheduleSpec schedule;
   CostOptions costs;
   Publish publish = Publish::early;
@@ -63,7 +63,7 @@ std::string memory_text(const std::vector<RankMemory>& ranks) {
                      " parameters and optimizer; at most ", most->peak_weights, " weight parts wait\n");
 }
 
-std::string simulate_and_print(const Options& options) {
+std::string simulate_and_print(const SimulateOptions& options) {
   const Schedule plan = schedule(options.schedule);
   const CostModel model = options.costs.of(plan);
   const double unit = model.time.seconds_per_unit;
@@ -99,7 +99,7 @@ std::string simulate_and_print(const Options& options) {
 void add_simulate(CLI::App& app) {
   CLI::App& command =
       *app.add_subcommand("simulate", "run a schedule with given costs: makespan, bubble and activations of each rank");
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<SimulateOptions>();
   add_schedule(command, options->schedule);
   add_output(command, options->output, {"text", "json", "svg", "trace"});
   add_costs(command, options->costs);
