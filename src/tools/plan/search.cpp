@@ -170,7 +170,8 @@ void search_and_print(const SearchFlags& options) {
   if (options.report.format == "csv")
     write_output(to_csv(result.schedule), "");
   else
-    write_output(options.report.format == "json" ? search_json(result, options) : search_text(result, options, model.time), "");
+    write_output(
+        options.report.format == "json" ? search_json(result, options) : search_text(result, options, model.time), "");
 }
 
 }  // namespace
