@@ -15,8 +15,7 @@ struct PairEvent {
   enum class Kind {
     computed,   ///< `op` has computed
     launched,   ///< `op` has launched its collective
-    must_wait,  ///< `op` comes next and takes what `pending` brings, which is not there yet: do something else, or
-                ///< wait()
+    must_wait,  ///< `op` comes next and takes a collective's result that is not there yet: do something else, or wait()
     received,   ///< what `pending` brought is in its place; op.node is the collective's
     over,       ///< all nodes of op.side have ended: call finish_forward() or finish_backward() of its StageRun
   };
@@ -80,7 +79,7 @@ class PairRun {
 
 /// Runs a pair to its end, its trailing collectives included, waiting where it must.
 ///
-/// @param order  as in PairRun. To be compared, for instance, with pair_order().
+/// @param order  as in PairRun.
 DUALPIPE_DECL void run_pair(const std::vector<PairOp>& order, StageRun* forward, StageRun* backward);
 
 }  // namespace dualpipe

@@ -49,6 +49,9 @@ class StepRun {
   DUALPIPE_DECL void end_backward();
   DUALPIPE_DECL void release_backward();
   DUALPIPE_DECL void record(const PairOp& op, const Mark& begin) const;
+  DUALPIPE_DECL void record_received(const PairEvent& event) const;
+  /// For a profiler, around an op of a step whose nodes are recorded; null: nothing.
+  DUALPIPE_DECL Recorder::Range range_of(const PairOp* op) const;
   DUALPIPE_DECL std::string node_name(const PairOp& op) const;
   const Op& op_of(PairSide side) const { return side == PairSide::forward ? *forward_op_ : *backward_op_; }
   /// What an op of the pair is in a trace.

@@ -47,10 +47,7 @@ StepRun::Event StepRun::advance() {
   if (pair_) {
     const PairOp* const upcoming = communicates_ ? pair_->upcoming() : nullptr;
     const Mark begin = upcoming != nullptr ? context_.recorder.mark() : Mark();
-    const Recorder::Range range =
-        upcoming != nullptr
-            ? context_.recorder.range([&] { return to_string(recorded(*upcoming)) + ' ' + node_name(*upcoming); })
-            : Recorder::Range();
+    const Recorder::Range range = range_of(upcoming);
     if (const std::optional<PairEvent> event = pair_->next()) {
       const PairOp& op = event->op;
       switch (event->kind) {
@@ -65,8 +62,7 @@ StepRun::Event StepRun::advance() {
         case PairEvent::Kind::must_wait:
           return Event::must_wait;
         case PairEvent::Kind::received:
-          if (context_.recorder.on())
-            context_.recorder.record(Lane::collective, {op_of(op.side), {}}, event->pending, node_name(op));
+          record_received(*event);
           return Event::ran;
         case PairEvent::Kind::over:
           op.side == PairSide::forward ? end_forward() : end_backward();
@@ -80,11 +76,7 @@ StepRun::Event StepRun::advance() {
 }
 
 void StepRun::wait() {
-  explained([&] {
-    const PairEvent event = pair_->wait();
-    if (context_.recorder.on())
-      context_.recorder.record(Lane::collective, {op_of(event.op.side), {}}, event.pending, node_name(event.op));
-  });
+  explained([&] { record_received(pair_->wait()); });
 }
 
 bool StepRun::run_weight_part() {
@@ -92,9 +84,7 @@ bool StepRun::run_weight_part() {
   explained([&] {
     const PairOp op = own_.emplace(PairOp{PairSide::weight, weights_.front()});
     const Mark begin = context_.recorder.mark();
-    const Recorder::Range range =
-        communicates_ ? context_.recorder.range([&] { return to_string(recorded(op)) + ' ' + node_name(op); })
-                      : Recorder::Range();
+    const Recorder::Range range = range_of(communicates_ ? &op : nullptr);
     StageRun& run = backward_->run();
     bool more = false;
     if (context_.fills_waits)
@@ -201,6 +191,16 @@ void StepRun::release_backward() {
 void StepRun::record(const PairOp& op, const Mark& begin) const {
   if (!communicates_ || !context_.recorder.on()) return;  // else the step as a whole is recorded
   context_.recorder.record(Lane::node, {recorded(op), {}}, begin, context_.recorder.mark(), node_name(op));
+}
+
+void StepRun::record_received(const PairEvent& event) const {
+  if (!context_.recorder.on()) return;
+  context_.recorder.record(Lane::collective, {op_of(event.op.side), {}}, event.pending, node_name(event.op));
+}
+
+Recorder::Range StepRun::range_of(const PairOp* op) const {
+  if (op == nullptr) return {};
+  return context_.recorder.range([&] { return to_string(recorded(*op)) + ' ' + node_name(*op); });
 }
 
 std::string StepRun::node_name(const PairOp& op) const { return context_.stage_of(op_of(op.side)).chain_name(op.node); }
