@@ -31,11 +31,7 @@ Tensor seeded(at::IntArrayRef sizes, std::uint64_t seed) {
   return torch::randn(sizes, generator, torch::kDouble);
 }
 
-const Tensors& no_extras() {
-  static const Tensors none;
-  return none;
-}
-StageContext context(int micro_batch, bool training = true) { return {1, micro_batch, 0, training, no_extras()}; }
+StageContext context(int micro_batch, bool training = true) { return {1, micro_batch, 0, training}; }
 
 // --- the chains
 // --------------------------------------------------------------------------------------------------------------

@@ -7,9 +7,12 @@
 #include <random>
 
 #include "dualpipe/error.hpp"
+#include "error_of.hpp"
 
 namespace dualpipe {
 namespace {
+
+using test::error_of;
 
 using ::testing::HasSubstr;
 
@@ -123,15 +126,6 @@ TEST(PairOrder, RandomChainsAreCompleteAndTheSameEveryTime) {
     }
     if (testing::Test::HasFailure()) break;
   }
-}
-
-std::string error_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const InvalidArgument& error) {
-    return error.what();
-  }
-  return "no InvalidArgument";
 }
 
 TEST(PairOrder, RefusesWhatIsNoChainAndNoOrderOfIt) {

@@ -13,9 +13,12 @@
 
 #include "dualpipe/error.hpp"
 #include "dualpipe/stage/as_stage.hpp"
+#include "error_of.hpp"
 
 namespace dualpipe {
 namespace {
+
+using test::error_of;
 
 using testing::ElementsAre;
 using testing::HasSubstr;
@@ -51,15 +54,6 @@ double best_of_all(const std::vector<double>& costs, int num_stages) {
   };
   extend();
   return best;
-}
-
-std::string error_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const InvalidArgument& error) {
-    return error.what();
-  }
-  return "no InvalidArgument";
 }
 
 TEST(Balance, KnownCuts) {

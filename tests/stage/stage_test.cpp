@@ -14,9 +14,12 @@
 
 #include "dualpipe/error.hpp"
 #include "dualpipe/stage/as_stage.hpp"
+#include "error_of.hpp"
 
 namespace dualpipe {
 namespace {
+
+using test::error_of;
 
 using testing::HasSubstr;
 using torch::Tensor;
@@ -24,20 +27,7 @@ using torch::Tensor;
 Tensor random(at::IntArrayRef sizes) { return torch::randn(sizes, torch::kDouble); }
 Tensor input(at::IntArrayRef sizes) { return random(sizes).requires_grad_(); }
 
-const Tensors& no_extras() {
-  static const Tensors none;
-  return none;
-}
-StageContext context(int stage = 0, bool training = true) { return {stage, 5, 0, training, no_extras()}; }
-
-std::string error_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const InvalidArgument& error) {
-    return error.what();
-  }
-  return "no InvalidArgument";
-}
+StageContext context(int stage = 0, bool training = true) { return {stage, 5, 0, training}; }
 
 TEST(Stage, OutputsAreDetachedAndKeepWhetherTheyRequireGrad) {
   const Tensor w = input({4, 4});
