@@ -154,13 +154,18 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
     replicas_->broadcast_buffers();
     gradients->add_up();
     observers_.finish(*communicator_, outputs);
-    at::Tensor losses = vote(*communicator_, outputs, count);
-    Pending end = communicator_->fence();
-    const bool later = options_.asynchronous && !end.done();
-    if (!later) end.synchronize();  // the only wait of the host for a device
+    at::Tensor losses;
+    Pending end;
+    if (options_.asynchronous) {
+      losses = vote_ahead(*communicator_, outputs, count, end);
+    } else {
+      communicator_->fence().synchronize();  // the only wait of the host for a device
+      losses = vote(*communicator_, outputs, count);
+    }
     gradients->commit();
     buffers->commit();
-    return result(std::move(losses), std::move(outputs), count, later ? communicator_->fence() : Pending());
+    if (end && end.done()) end = {};
+    return result(std::move(losses), std::move(outputs), count, std::move(end));
   });
 }
 
@@ -178,8 +183,8 @@ StepResult PipelineState::evaluate(const Batch& batch, const LossFn& loss, const
   inputs.loss = loss;
   return observed([&] {
     RunOutputs outputs = run_forward(forward_->of(count), inputs, module);
-    at::Tensor losses = vote(*communicator_, outputs, count);
     communicator_->fence().synchronize();
+    at::Tensor losses = vote(*communicator_, outputs, count);
     return result(std::move(losses), std::move(outputs), count, {});
   });
 }
