@@ -74,7 +74,14 @@ class SocketTransport final : public Transport, public PeerOwner {
         peers_(static_cast<std::size_t>(world.size)) {
     if (world.size == 1) return;
     Rendezvous rendezvous(world, options, deadline);
-    for (Connection& connection : connect_all(io_, world, rendezvous, options.epoch, deadline, route)) {
+    std::vector<Connection> connections;
+    try {
+      connections = connect_all(io_, world, rendezvous, options.epoch, deadline, route);
+    } catch (const CommError& error) {
+      rendezvous.give_up(error);
+      throw;
+    }
+    for (Connection& connection : connections) {
       if (connection.peer == world.rank) continue;
       auto& peer = peers_[static_cast<std::size_t>(connection.peer)];
       peer = std::make_shared<Peer>(std::move(connection), *this);

@@ -91,9 +91,10 @@ void steps(const World& world, int signal, std::chrono::microseconds after) {
   }
 }
 
-/// Rank 1 ends without having connected.
+/// Odd ranks end without having connected; the others come one after the other.
 void missing(const World& world) {
-  if (world.rank == 1) return;
+  if (world.rank % 2 == 1) return;
+  std::this_thread::sleep_for(world.rank * 200ms);
   try {
     connect_sockets(world, {.timeout = 1s});
     std::cout << "connected" << std::endl;
