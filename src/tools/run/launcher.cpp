@@ -174,7 +174,7 @@ class Launcher {
     while (!text.empty()) {
       const ssize_t written = ::write(target, text.data(), text.size());
       if (written >= 0) {
-        text.remove_prefix(static_cast<std::size_t>(written));
+        text.remove_prefix(written);
       } else if (errno == EAGAIN) {
         ::usleep(1000);  // somebody else made our stdout non-blocking
       } else if (errno != EINTR) {

@@ -21,7 +21,7 @@ inline int take_op_number(std::string_view& rest, std::string_view text, const c
   int value = 0;
   const auto [end, error] = std::from_chars(rest.data(), rest.data() + rest.size(), value);
   DUALPIPE_CHECK(error == std::errc{}, quoted_op(text), " has a ", what, " that is too large");
-  rest.remove_prefix(static_cast<std::size_t>(end - rest.data()));
+  rest.remove_prefix(end - rest.data());
   return value;
 }
 
