@@ -71,11 +71,9 @@ inline bool is_torch_action(std::string_view cell) {
 struct CsvPlace {
   std::size_t row = 0;
   std::size_t cell = 0;
-};
 
-inline std::string to_string(const CsvPlace& place) {
-  return str("row ", place.row, " (rank ", place.row - 1, "), cell ", place.cell, ": ");
-}
+  std::string text() const { return str("row ", row, " (rank ", row - 1, "), cell ", cell, ": "); }
+};
 
 // The highest stage or micro-batch in a file, and where it is.
 struct HighestNumber {
@@ -90,8 +88,8 @@ struct HighestNumber {
 // Every stage and every micro-batch has ops of its own, so a number above the count of ops is a mistake. Refusing it
 // keeps tables over stages and micro-batches as small as the file.
 inline int count_of_highest(const HighestNumber& highest, std::int64_t ops, const char* what) {
-  DUALPIPE_CHECK(highest.value < ops, to_string(highest.place), what, " ", highest.value, " in a schedule of only ",
-                 ops, ops == 1 ? " op" : " ops", "; they are numbered from 0 without gaps");
+  DUALPIPE_CHECK(highest.value < ops, highest.place.text(), what, " ", highest.value, " in a schedule of only ", ops,
+                 ops == 1 ? " op" : " ops", "; they are numbered from 0 without gaps");
   return highest.value + 1;
 }
 
@@ -149,7 +147,7 @@ inline void CsvReader::for_each_step(const Visit& visit) const {
         if (cell.empty() || is_torch_action(cell)) continue;
         visit(place, parse(cell));
       } catch (const InvalidArgument& error) {
-        throw InvalidArgument(to_string(place) + error.what());
+        throw InvalidArgument(place.text() + error.what());
       }
     }
   }
