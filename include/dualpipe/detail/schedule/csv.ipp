@@ -162,7 +162,7 @@ inline Step CsvReader::parse(std::string_view cell) const {
   const std::size_t whole = text.find("BW");
   if (whole != std::string::npos) text.erase(whole + 1, 1);
   Step step = parse_step(text);
-  for_each_op_of(step, [&](Op& op) {
+  visit_ops(step, [&](Op& op) {
     DUALPIPE_CHECK(op.pass != Pass::BackwardInput, quoted_op(cell), " has an I where another cell has BW",
                    older_notation);
     if (op.pass == Pass::Backward && whole == std::string::npos) op.pass = Pass::BackwardInput;
@@ -175,7 +175,7 @@ inline bool CsvReader::b_is_input(std::vector<Op> weights) const {
   std::sort(weights.begin(), weights.end());
   std::optional<bool> first;
   for_each_step([&](const CsvPlace&, const Step& step) {
-    for_each_op_of(step, [&](const Op& op) {
+    visit_ops(step, [&](const Op& op) {
       if (!is_backward(op.pass)) return;
       const Op weight{Pass::BackwardWeight, op.stage, op.micro_batch};
       const bool split = std::binary_search(weights.begin(), weights.end(), weight);
@@ -198,7 +198,7 @@ inline Schedule CsvReader::read(std::string name) const {
   bool inputs = false;
   for_each_step([&](const CsvPlace& place, const Step& step) {
     schedule.ranks[place.row - 1].push_back(step);
-    for_each_op_of(step, [&](const Op& op) {
+    visit_ops(step, [&](const Op& op) {
       ++ops;
       stage.see(op.stage, place);
       micro_batch.see(op.micro_batch, place);

@@ -18,8 +18,7 @@ namespace dualpipe {
 
 std::vector<int> placement(const Schedule& schedule) {
   const std::int64_t places = std::int64_t{schedule.num_stages} * schedule.num_micro_batches;
-  std::int64_t ops = 0;
-  for (const auto& steps : schedule.ranks) detail::for_each_op(steps, [&](const Op&) { ++ops; });
+  const std::int64_t ops = detail::count_ops(schedule);
   DUALPIPE_CHECK(schedule.num_stages >= 0 && schedule.num_micro_batches >= 0 && places <= ops, "schedule \"",
                  schedule.name, "\" is incomplete: ", schedule.num_stages, " stages and ", schedule.num_micro_batches,
                  " micro-batches, but only ", ops, " ops");
