@@ -38,17 +38,22 @@ void say(const std::string& text) { std::cerr << "dualpipe-run: " + text + "\n" 
 /// A port that nobody else is given while the socket lives. It is bound but does not listen, which lets rank 0 listen
 /// there.
 tcp::socket reserved_port(asio::io_context& io) {
-  asio::error_code error;
-  for (const tcp protocol : {tcp::v6(), tcp::v4()}) {
-    tcp::socket socket(io);
-    socket.open(protocol, error);
-    if (!error) socket.set_option(tcp::socket::reuse_address(true), error);
-    if (!error) socket.bind({protocol, 0}, error);
-    if (error) continue;
+  const auto reserved = [&](tcp protocol) {
+    tcp::socket socket(io, protocol);
     ::fcntl(socket.native_handle(), F_SETFD, FD_CLOEXEC);
+    socket.set_option(tcp::socket::reuse_address(true));
+    socket.bind({protocol, 0});
     return socket;
+  };
+  try {
+    return reserved(tcp::v6());
+  } catch (const std::system_error&) {  // no IPv6 here
   }
-  throw std::system_error(error, "cannot reserve a port for the ranks to meet");
+  try {
+    return reserved(tcp::v4());
+  } catch (const std::system_error& error) {
+    throw std::system_error(error.code(), "cannot reserve a port for the ranks to meet");
+  }
 }
 
 bool is_terminal(int fd) {
@@ -142,17 +147,16 @@ class Launcher {
     command.default_signals = handled_;
     // A background process group that reads a terminal is stopped; only what is piped into the launcher is for rank 0.
     if (local_rank != 0 || ::isatty(STDIN_FILENO)) command.input = nothing_.get();
-    if (!options_.prefix) {
-      ranks_.push_back({rank, spawn(command, guard_), std::nullopt});
-      return;
+    std::optional<Pipe> output, error;
+    if (options_.prefix) {
+      command.output = output.emplace().write.get();
+      command.error = error.emplace().write.get();
     }
-    Pipe output, error;
-    command.output = output.write.get();
-    command.error = error.write.get();
     ranks_.push_back({rank, spawn(command, guard_), std::nullopt});
+    if (!options_.prefix) return;
     const std::string label = std::regex_replace(options_.label, std::regex("%r"), std::to_string(rank));
-    read_more(streams_.emplace_back(io_, output.read.release(), STDOUT_FILENO, label));
-    read_more(streams_.emplace_back(io_, error.read.release(), STDERR_FILENO, label));
+    read_more(streams_.emplace_back(io_, output->read.release(), STDOUT_FILENO, label));
+    read_more(streams_.emplace_back(io_, error->read.release(), STDERR_FILENO, label));
   }
 
   void read_more(Stream& stream) {
