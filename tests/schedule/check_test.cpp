@@ -75,7 +75,7 @@ TEST(Check, NamesWhatIsThereTwice) {
   expect_first("0F0,0F0,0B0", 0, 1, "0F0 is done twice, before in cell 1 of rank 0");
   expect_first("0F0,0B0\n0F0,0B0", 1, 0, "0F0 is done twice, before in cell 1 of rank 0");
   expect_first("0F0,0B0,0I0,0W0", 0, 2, "0I0 is part of 0B0, which is done in cell 2 of rank 0");
-  expect_first("0F0,0B0,0W0", 0, 2, "0W0 is part of 0B0");
+  expect_first("0F0,0B0,0W0,0F1,0I1,0W1", 0, 2, "0W0 is part of 0B0");
 }
 
 TEST(Check, WantsOneRankForAStageAndMicroBatch) {
