@@ -374,6 +374,32 @@ TEST(Chain, UnsplitBackwardLeavesNoWeightPart) {
   EXPECT_TRUE(torch::equal(w.grad(), before));
 }
 
+TEST(Chain, RefusesToWriteIntoOneOfTwoTensorsThatShareMemory) {
+  const auto running = [](int moved, int written) {
+    return error_of([&] {
+      Stage stage;
+      stage
+          .compute("f",
+                   [](const Tensors& in, const StageContext&) -> Tensors {
+                     const Tensor y = in[0] * 2;
+                     return {y, y.view(-1), in[0] * 3};
+                   })
+          .communicate("g", std::make_shared<Scaled>(2), {moved})
+          .compute("h", [&](const Tensors& in, const StageContext&) -> Tensors {
+            const Tensor z = in[static_cast<std::size_t>(written)];
+            return {z.mul_(2)};
+          });
+      stage.forward({input({3, 4})}, context(3))
+          .backward({random(written == 1 ? std::vector<std::int64_t>{12} : std::vector<std::int64_t>{3, 4})});
+    });
+  };
+  EXPECT_THAT(running(2, 0), HasSubstr("stage 3 writes in place into tensor 0 or 1"));
+  EXPECT_THAT(running(2, 1), HasSubstr("stage 3 writes in place into tensor 0 or 1"));
+  EXPECT_EQ(running(2, 2), "no InvalidArgument");
+  EXPECT_EQ(running(0, 0), "no InvalidArgument");
+  EXPECT_EQ(running(0, 1), "no InvalidArgument");
+}
+
 TEST(Chain, RefusesWhatDoesNotFit) {
   const auto same = [](const Tensors& x, const StageContext&) { return x; };
   const auto fine = std::make_shared<Scaled>(2);

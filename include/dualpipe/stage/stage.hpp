@@ -57,6 +57,10 @@ class Stage {
   /// Adds a node of ordinary autograd code. Nodes run one after the other, each taking what the one before returned; a
   /// stage without nodes returns its inputs.
   ///
+  /// What a stage returns reaches the next one as tensors of their own. So does what a node returns in front of a
+  /// collective. Two of these tensors may share memory, as a tensor and its view do, or be one tensor, but writing into
+  /// one of them in place is an error, since on another rank the other would not change.
+  ///
   /// @throws InvalidArgument  a null function.
   DUALPIPE_DECL Stage& compute(std::string name, Compute compute);
   /// Adds a collective. It takes the tensors at the positions `moves` of what the node before returned, in that order,

@@ -19,6 +19,7 @@
 #include <utility>
 
 #include "dualpipe/detail/stage/graph_survey.hpp"
+#include "dualpipe/detail/stage/shared_memory.hpp"
 #include "dualpipe/error.hpp"
 
 namespace dualpipe::detail {
@@ -120,15 +121,6 @@ inline void clear_hooks(Node& node) {
   node.tensor_pre_hooks().clear();
   node.retains_grad_hooks().clear();
   node.pre_hooks().clear();
-}
-
-inline const c10::StorageImpl* storage_of(const at::Tensor& tensor) {
-  return tensor.defined() && tensor.has_storage() ? tensor.storage().unsafeGetStorageImpl() : nullptr;
-}
-
-inline bool share_storage(const at::Tensor& a, const at::Tensor& b) {
-  const auto* storage = storage_of(a);
-  return storage != nullptr && storage == storage_of(b);
 }
 
 /// Copies each input gradient whose memory a parameter's gradient has taken over. Accumulation adopts the gradient that
