@@ -106,6 +106,7 @@ class StageRun {
   at::Tensor loss_value_;
   int num_nodes_;
   bool split_;
+  detail::BackwardOwner owner_;
   bool backward_ = false;
   bool whole_first_ = false;
   int next_ = 0;

@@ -52,6 +52,7 @@ StageRun::StageRun(const Stage& stage, Tensors inputs, StageContext context, Sta
       loss_(std::move(loss)),
       num_nodes_(stage.num_nodes(loss_ != nullptr)),
       split_(stage.splits_backward()),
+      owner_{stage.module(), context_.stage},
       values_(std::move(inputs)),
       shared_(std::move(shared)) {
   const std::optional<int> takes = stage.num_inputs();
@@ -140,7 +141,7 @@ void StageRun::advance_backward(int index) {
   Node& node = nodes_[static_cast<std::size_t>(index)];
   if (!node.communication) {
     node.whole = !split_ || (index == 0 && whole_first_);
-    values_ = node.whole ? node.graph.backward(values_) : node.graph.backward_input(values_);
+    values_ = node.whole ? node.graph.backward(values_) : node.graph.backward_input(values_, &owner_);
     return;
   }
   moving_ = node.communication.get();
@@ -164,7 +165,7 @@ void StageRun::backward_weight(int node) {
 }
 
 bool StageRun::backward_weight_part(int node) {
-  return has_weight_part(node) && nodes_[static_cast<std::size_t>(node)].graph.backward_weight_part();
+  return has_weight_part(node) && nodes_[static_cast<std::size_t>(node)].graph.backward_weight_part(&owner_);
 }
 
 void StageRun::backward_weight() {
