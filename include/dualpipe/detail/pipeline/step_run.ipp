@@ -6,6 +6,7 @@
 
 #include <exception>
 #include <utility>
+#include <vector>
 
 #include "dualpipe/detail/error_text.hpp"
 #include "dualpipe/detail/schedule/pass_name.hpp"
@@ -252,10 +253,13 @@ std::string StepRun::explain(const std::string& what) const {
     node = stage.chain_name(backward_->run().node());
   }
   node = !node.empty() && stage.node_names().size() > 1 ? ", node " + node : "";
-  const int rank = context_.rank();
+  std::vector<int> numbers;
+  for (int rank = 0; rank < context_.communicator.size(); ++rank)
+    numbers.push_back(context_.communicator.world_rank(rank));
   const Pass pass = at.side == PairSide::weight ? Pass::BackwardWeight : op.pass;
-  return str("rank ", rank, ": ", pass_name(pass), " of stage ", op.stage, node, ", micro-batch ", op.micro_batch, ": ",
-             what, "\n  ", cells_around(context_.plan.schedule, rank, cell_, 2));
+  return str("rank ", context_.world_rank(), ": ", pass_name(pass), " of stage ", op.stage, node, ", micro-batch ",
+             op.micro_batch, ": ", what, "\n  ",
+             cells_around(context_.plan.schedule, context_.rank(), cell_, 2, numbers));
 }
 
 }  // namespace dualpipe::detail
