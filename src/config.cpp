@@ -58,6 +58,7 @@ std::map<std::string, Key> keys() {
       {"num_ranks", {"an integer >= 0", integer(&DualPipeOptions::num_ranks)}},
       {"chunks_per_rank", {"an integer >= 0", integer(&DualPipeOptions::chunks_per_rank)}},
       {"batch_dim", {"an integer >= 0", integer(&DualPipeOptions::batch_dim)}},
+      {"compare_replicas_every", {"an integer >= 0", integer(&DualPipeOptions::compare_replicas_every)}},
       {"keep_outputs", {"true or false", boolean(&DualPipeOptions::keep_outputs)}},
       {"asynchronous", {"true or false", boolean(&DualPipeOptions::asynchronous)}},
       {"publish",

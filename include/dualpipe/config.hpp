@@ -20,7 +20,9 @@ struct DualPipeOptions {
   bool keep_outputs = false;  ///< step() and evaluate() return this rank's last-stage outputs, detached
   bool asynchronous = false;  ///< CUDA: do not wait at the end of a step; results hold after StepResult::wait(). See
                               ///< DualPipeImpl::step on failures
-  int num_ranks = 0;          ///< when not 0, must equal the communicator's size
+  int compare_replicas_every = 100;  ///< steps: the copies of a stage on several ranks are compared bit by bit in the
+                                     ///< first and every such step, 0: never; see DualPipeImpl::step
+  int num_ranks = 0;                 ///< when not 0, must equal the communicator's size
 
   /// Reads a JSON object whose keys are the members above.
   /// @throws InvalidArgument  unreadable file, malformed JSON, an unknown or mistyped key; the text names the file, the

@@ -23,6 +23,7 @@ class Wrapper : public Communicator {
  public:
   explicit Wrapper(std::shared_ptr<Communicator> inner)
       : Communicator(inner->rank(), inner->size()), inner_(std::move(inner)) {}
+  int world_rank(int rank) const override { return inner_->world_rank(rank); }
   at::Device device() const override { return inner_->device(); }
   Communicator& control() override {
     Communicator& inner = inner_->control();

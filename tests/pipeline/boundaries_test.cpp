@@ -11,6 +11,9 @@
 namespace dualpipe::test {
 namespace {
 
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+
 constexpr int kRanks = 4;
 constexpr int kMicroBatches = 8;
 
@@ -74,6 +77,101 @@ TEST(Boundaries, OneTensorReturnedTwice) {
                    return Tensors{y, y};
                  }};
   });
+}
+
+/// Stages hand on what `outputs` makes of a layer's result; stage `writer` doubles its input `written` in place.
+Model sharing_model(const std::function<Tensors(const at::Tensor& y, const Tensors& x)>& outputs, int writer,
+                    int written) {
+  return [=](int stage) {
+    Layer module(stage);
+    return Piece{module.ptr(), [=](const Tensors& x) mutable {
+                   if (stage == writer) x[static_cast<std::size_t>(written)].mul_(2);
+                   at::Tensor sum = x[0] + 1;
+                   for (std::size_t i = 1; i < x.size(); ++i) sum = sum + 0.5 * torch::tanh(0.1 * x[i].sum());
+                   return outputs(module->forward(sum), x);
+                 }};
+  };
+}
+
+TEST(Boundaries, ReadingOutputsThatShareMemory) {
+  const auto slices = [](const at::Tensor& y, const Tensors&) { return Tensors{y, y.narrow(1, 1, 2), y.t().t()}; };
+  expect_as_in_one_process(sharing_model(slices, -1, 0));
+  expect_as_in_one_process(
+      sharing_model([](const at::Tensor& y, const Tensors&) { return Tensors{y, y.detach()}; }, -1, 0));
+  // What looks like the note about shared memory behind the activations is the stage's own.
+  expect_as_in_one_process(sharing_model(
+      [](const at::Tensor& y, const Tensors&) { return Tensors{y, torch::empty({0, 1, 0}, torch::kByte)}; }, -1, 0));
+}
+
+TEST(Boundaries, WritingIntoOutputsThatShareNoElement) {
+  const auto halves = [](const at::Tensor& y, const Tensors&) {
+    const at::Tensor wide = torch::cat({y, y * 3}, 1);
+    return Tensors{wide.narrow(1, 0, kWidth), wide.narrow(1, kWidth, kWidth)};
+  };
+  for (const int written : {0, 1}) expect_as_in_one_process(sharing_model(halves, 2, written));
+}
+
+TEST(Boundaries, WritingIntoOutputsThatShareMemoryIsAnError) {
+  struct Case {
+    std::string name;
+    std::function<Tensors(const at::Tensor& y, const Tensors& x)> outputs;
+    int writer;
+    int written;
+    std::string text;
+  };
+  // Of four stages: 1 and 2 are on one rank with dualpipev on two ranks, others are not.
+  std::vector<Case> cases;
+  for (const int writer : {1, 2, 3}) {
+    const std::string name = " into stage " + std::to_string(writer);
+    cases.push_back({"one tensor twice" + name, [](const at::Tensor& y, const Tensors&) { return Tensors{y, y}; },
+                     writer, 1, "into tensor 0 or 1 of those"});
+    cases.push_back({"a tensor and its view" + name,
+                     [](const at::Tensor& y, const Tensors&) { return Tensors{y, y * 2, y.narrow(1, 2, 2)}; }, writer,
+                     0, "into tensor 0 or 2 of those"});
+  }
+  cases.push_back({"handed on by a stage between",
+                   [](const at::Tensor& y, const Tensors& x) { return x.size() == 1 ? Tensors{y, y} : x; }, 2, 1,
+                   "into tensor 0 or 1 of those"});
+  for (const Case& each : cases) {
+    SCOPED_TRACE(each.name);
+    for (const bool trains : {true, false}) {
+      std::atomic<int> named{0};
+      run_ranks(2, [&](std::shared_ptr<Communicator> comm) {
+        DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = 4, .schedule = "dualpipev"},
+                      as_factory(sharing_model(each.outputs, each.writer, each.written)));
+        const std::string message = message_of([&] {
+          if (trains)
+            pipe->step(random_batch(8, 1), squared_error());
+          else
+            pipe->evaluate(random_batch(8, 1), squared_error());
+        });
+        EXPECT_THAT(message, AllOf(HasSubstr("stage " + std::to_string(each.writer) + " writes in place "),
+                                   HasSubstr(each.text), HasSubstr("clone()")));
+        for (const auto& parameter : pipe->parameters()) EXPECT_FALSE(parameter.grad().defined());
+        if (!message.empty()) ++named;
+      });
+      EXPECT_EQ(named, 2);
+    }
+  }
+}
+
+TEST(Boundaries, WritingIntoAParameterThatAStageReturnsIsAnError) {
+  std::atomic<int> named{0};
+  run_ranks(1, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = 2, .schedule = "dualpipev"}, as_factory([](int stage) {
+                    Layer module(stage);
+                    return Piece{module.ptr(), [module, stage](const Tensors& x) mutable {
+                                   if (stage == 0) return Tensors{module->forward(x[0]), module->weight};
+                                   x[1].mul_(2);
+                                   return Tensors{module->forward(x[0]).matmul(x[1])};
+                                 }};
+                  }));
+    const at::Tensor before = pipe->parameters()[0].detach().clone();
+    EXPECT_THAT(message_of([&] { pipe->step(random_batch(4, 1), squared_error()); }),
+                AllOf(HasSubstr("stage 1 writes in place into tensor 1"), HasSubstr("a parameter")));
+    ++named;
+  });
+  EXPECT_EQ(named, 1);
 }
 
 TEST(Boundaries, OutputsKeptByTheModule) {

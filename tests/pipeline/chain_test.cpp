@@ -295,7 +295,7 @@ TEST(Chain, ACollectiveThatThrowsEndsTheStepOnAllRanks) {
       };
     });
     const std::string pass = where == "backward" ? "backward" : "forward";
-    EXPECT_THAT(messages, Each(AllOf(HasSubstr("boom in " + where), HasSubstr("rank 1: " + pass + " of stage 1, "),
+    EXPECT_THAT(messages, Each(AllOf(HasSubstr("boom in " + where), HasSubstr("rank 3: " + pass + " of stage 1, "),
                                      HasSubstr(", node dispatch1, micro-batch "))));
   }
 }
@@ -363,7 +363,7 @@ TEST(Chain, StagesChangedAfterConstructionAreRefused) {
     DualPipe pipe(place.pipeline, DualPipeOptions{.num_micro_batches = 6}, factory);
     const Compute late = [](const Tensors&, const StageContext&) -> Tensors { throw std::runtime_error("late"); };
     for (auto& [number, stage] : mine) {
-      const std::string where = detail::str("rank ", place.pipeline->rank(), ", stage ", number, ": ");
+      const std::string where = detail::str("rank ", world->rank(), ", stage ", number, ": ");
       EXPECT_THAT(message_of([&, &own = stage] { own.compute("late", late); }),
                   AllOf(HasSubstr(where), HasSubstr("node 'late' is added after")));
       EXPECT_THAT(message_of([&, &own = stage] { own.append("more", Stage().compute("late", late)); }),

@@ -93,6 +93,33 @@ TEST(Gradients, OddNumbersOfRanks) {
   }
 }
 
+TEST(Gradients, ALossThatIsWeightedByWhatCountsInTheBatch) {
+  // All targets of micro-batch 2 are masked, and half of those of micro-batch 5.
+  namespace F = torch::nn::functional;
+  Batch batch = random_batch(16, 9);
+  at::Tensor target = torch::arange(16).remainder(kWidth);
+  target.narrow(0, 4, 2).fill_(-100);
+  target.narrow(0, 10, 1).fill_(-100);
+  batch.targets = {target};
+  std::vector<Layer> model;
+  at::Tensor x = batch.inputs[0];
+  for (int s = 0; s < 4; ++s) x = model.emplace_back(s)->forward(x);
+  const at::Tensor whole = F::cross_entropy(x, target);  // the mean over the 13 that count
+  whole.backward();
+
+  const double count = target.ne(-100).sum().item<double>();
+  const LossFn loss = [count](const at::Tensor& output, const at::Tensor& wanted) {
+    return F::cross_entropy(output, wanted, F::CrossEntropyFuncOptions().reduction(torch::kSum)) / count;
+  };
+  run_ranks(4, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe(comm, {.num_micro_batches = 8, .loss_reduction = LossReduction::sum}, as_factory(layer));
+    EXPECT_NEAR(pipe->step(batch, loss).loss.item<double>(), whole.item<double>(), 1e-12);
+    for (const int stage : pipe->local_stages())
+      for (const auto& item : pipe->named_children()["stage" + std::to_string(stage)]->named_parameters())
+        EXPECT_LE(difference(item.value().grad(), model[stage]->named_parameters()[item.key()].grad()), 1e-12);
+  });
+}
+
 TEST(Gradients, HoldersAreBitwiseEqual) {
   const int num_ranks = 4;
   std::vector<std::map<std::string, at::Tensor>> seen(num_ranks);

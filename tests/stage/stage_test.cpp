@@ -21,6 +21,7 @@ namespace {
 
 using test::error_of;
 
+using testing::AllOf;
 using testing::HasSubstr;
 using torch::Tensor;
 
@@ -250,6 +251,72 @@ Pending gives(Tensors tensors) {
   return join({}, [tensors](std::vector<Tensors>) { return tensors; });
 }
 
+// --- backwards that keep state
+
+struct Adder : torch::nn::Module {
+  Adder() {
+    weight = register_parameter("weight", random({4, 4}));
+    calls = register_buffer("calls", torch::zeros({}, torch::kLong));
+  }
+  Tensor weight, calls;
+};
+
+/// What the backward of a linear layer does beside computing the input gradient.
+enum class Does { ReturnsTheGradient, AddsTheGradient, AddsTheGradientIfAsked, CountsCalls };
+
+struct KeepsState : torch::autograd::Function<KeepsState> {
+  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& x, const Tensor& w, Adder* module,
+                        Does does) {
+    context->save_for_backward({x, w});
+    context->saved_data["module"] = reinterpret_cast<std::int64_t>(module);
+    context->saved_data["does"] = static_cast<std::int64_t>(does);
+    return x.mm(w);
+  }
+  static Tensors backward(torch::autograd::AutogradContext* context, Tensors gradients) {
+    const auto saved = context->get_saved_variables();
+    auto* module = reinterpret_cast<Adder*>(context->saved_data["module"].toInt());
+    const auto does = static_cast<Does>(context->saved_data["does"].toInt());
+    Tensor weight_gradient = saved[0].t().mm(gradients[0]);
+    if (does == Does::AddsTheGradient || (does == Does::AddsTheGradientIfAsked && context->needs_input_grad(1))) {
+      Tensor& sum = module->weight.mutable_grad();
+      if (sum.defined())
+        sum.add_(weight_gradient);
+      else
+        sum = weight_gradient;
+      weight_gradient = Tensor();
+    }
+    if (does == Does::AddsTheGradientIfAsked) weight_gradient = Tensor();
+    if (does == Does::CountsCalls) module->calls.add_(1);
+    return {gradients[0].mm(saved[1].t()), weight_gradient, Tensor(), Tensor()};
+  }
+};
+
+TEST(Stage, ABackwardThatKeepsStateMustNotBeSplit) {
+  const Tensor x = input({3, 4}), g = random({3, 4});
+  const auto gradient_of = [&](Does does, bool split) {
+    const auto module = std::make_shared<Adder>();
+    Stage stage(module);
+    stage.split_backward(split).compute("f", [module, does](const Tensors& in, const StageContext&) -> Tensors {
+      return {KeepsState::apply(in[0], module->weight, module.get(), does)};
+    });
+    for (int m = 0; m < 2; ++m) {  // into no gradient, and into one
+      StageRun run = stage.forward({x}, context(3));
+      run.backward_input({g});
+      run.backward_weight();
+    }
+    return module->weight.grad();
+  };
+  const Tensor expected = 2 * x.detach().t().mm(g);
+  EXPECT_TRUE(torch::equal(gradient_of(Does::ReturnsTheGradient, true), expected));
+  EXPECT_TRUE(torch::equal(gradient_of(Does::AddsTheGradientIfAsked, true), expected));
+  EXPECT_THAT(error_of([&] { gradient_of(Does::AddsTheGradient, true); }),
+              AllOf(HasSubstr("backward of stage 3"), HasSubstr("the gradient of parameter 'weight' itself"),
+                    HasSubstr("split_backward(false)")));
+  EXPECT_THAT(error_of([&] { gradient_of(Does::CountsCalls, true); }), HasSubstr("buffer 'calls'"));
+  for (const Does does : {Does::ReturnsTheGradient, Does::AddsTheGradient, Does::CountsCalls})
+    EXPECT_TRUE(torch::equal(gradient_of(does, false), expected));
+}
+
 TEST(Chain, MergesWhatComputesSideBySide) {
   const auto same = [](const Tensors& x, const StageContext&) { return x; };
   const auto moves = std::make_shared<Scaled>(2);
@@ -372,6 +439,32 @@ TEST(Chain, UnsplitBackwardLeavesNoWeightPart) {
   const Tensor before = w.grad().clone();
   activation.backward_weight();
   EXPECT_TRUE(torch::equal(w.grad(), before));
+}
+
+TEST(Chain, RefusesToWriteIntoOneOfTwoTensorsThatShareMemory) {
+  const auto running = [](int moved, int written) {
+    return error_of([&] {
+      Stage stage;
+      stage
+          .compute("f",
+                   [](const Tensors& in, const StageContext&) -> Tensors {
+                     const Tensor y = in[0] * 2;
+                     return {y, y.view(-1), in[0] * 3};
+                   })
+          .communicate("g", std::make_shared<Scaled>(2), {moved})
+          .compute("h", [&](const Tensors& in, const StageContext&) -> Tensors {
+            const Tensor z = in[static_cast<std::size_t>(written)];
+            return {z.mul_(2)};
+          });
+      stage.forward({input({3, 4})}, context(3))
+          .backward({random(written == 1 ? std::vector<std::int64_t>{12} : std::vector<std::int64_t>{3, 4})});
+    });
+  };
+  EXPECT_THAT(running(2, 0), HasSubstr("stage 3 writes in place into tensor 0 or 1"));
+  EXPECT_THAT(running(2, 1), HasSubstr("stage 3 writes in place into tensor 0 or 1"));
+  EXPECT_EQ(running(2, 2), "no InvalidArgument");
+  EXPECT_EQ(running(0, 0), "no InvalidArgument");
+  EXPECT_EQ(running(0, 1), "no InvalidArgument");
 }
 
 TEST(Chain, RefusesWhatDoesNotFit) {

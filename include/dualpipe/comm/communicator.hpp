@@ -77,6 +77,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
   int rank() const noexcept { return rank_; }
   int size() const noexcept { return size_; }
+  /// The number that `rank` of this communicator has among all ranks, as errors name it.
+  virtual int world_rank(int rank) const { return rank; }
   virtual at::Device device() const = 0;
 
   /// A CPU communicator over the same ranks; `*this` on the CPU. Calls of one do not match calls of the other. Lives as

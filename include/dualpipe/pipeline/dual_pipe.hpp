@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
@@ -13,7 +14,7 @@
 #include "dualpipe/pipeline/batch.hpp"
 #include "dualpipe/pipeline/observer.hpp"
 #include "dualpipe/schedule/schedule.hpp"
-#include "dualpipe/stage/stage.hpp"
+#include "dualpipe/stage/as_stage.hpp"
 
 namespace dualpipe {
 namespace detail {
@@ -60,8 +61,9 @@ class DualPipeImpl : public torch::nn::Module {
   /// Collective. Makes, proves and lowers the schedule, calls `factory` once for each stage that this rank holds, moves
   /// the stages to the communicator's device and makes the copies of each stage equal.
   ///
-  /// @throws InvalidArgument  options that are wrong or differ between ranks, or a factory that threw: the same text on
-  ///                          every rank. The communicator stays usable.
+  /// @throws InvalidArgument  options that are wrong or differ between ranks, a factory that threw, or a parameter that
+  ///                          stages of different ranks share, where that can be seen (docs/stages.md): the same text
+  ///                          on every rank. The communicator stays usable.
   DUALPIPE_DECL DualPipeImpl(std::shared_ptr<Communicator> communicator, DualPipeOptions options,
                              const StageFactory& factory);
   DUALPIPE_DECL ~DualPipeImpl() override;
@@ -81,8 +83,9 @@ class DualPipeImpl : public torch::nn::Module {
   /// @param loss   from the last stage's outputs and a micro-batch's targets to one element, which requires grad. The
   ///               gradient that enters it is 1/N (mean) or 1 (sum).
   /// @throws InvalidArgument  a batch that does not split, lacks something, or differs between ranks (values are
-  /// compared
-  ///                          in the first step); what an observer threw at the end of the step before.
+  ///                          compared in the first step); copies of a stage that differ between its holders (compared
+  ///                          every DualPipeOptions::compare_replicas_every steps); what an observer threw at the end of
+  ///                          the step before.
   /// @throws Error            user code threw here.
   /// @throws CommError        another rank failed.
   DUALPIPE_DECL StepResult step(const Batch& batch, const LossFn& loss);
@@ -123,7 +126,15 @@ class DualPipeImpl : public torch::nn::Module {
   std::unique_ptr<detail::PipelineState> state_;
 };
 
-TORCH_MODULE(DualPipe);
+/// Holds a DualPipeImpl, as modules of torch::nn are held.
+class DualPipe : public torch::nn::ModuleHolder<DualPipeImpl> {
+ public:
+  using torch::nn::ModuleHolder<DualPipeImpl>::ModuleHolder;
+  using Impl = DualPipeImpl;
+  /// So that options may be written in place: `DualPipe pipe(comm, {.num_micro_batches = 8}, factory)`.
+  DualPipe(std::shared_ptr<Communicator> communicator, DualPipeOptions options, const StageFactory& factory)
+      : DualPipe(std::make_shared<DualPipeImpl>(std::move(communicator), std::move(options), factory)) {}
+};
 
 }  // namespace dualpipe
 

@@ -53,8 +53,10 @@ DUALPIPE_DECL std::vector<int> stages_of(const Schedule& schedule, int rank);
 /// 0F7&7B3, and the cell marked as in "[2F0] ... <-- here". Cells are numbered from 1 in the head line. Empty where
 /// there is no such rank; a `cell` outside of the row marks only the row.
 ///
-/// @param cell  index into ranks[rank].
-DUALPIPE_DECL std::string cells_around(const Schedule& schedule, int rank, int cell, int radius);
+/// @param cell     index into ranks[rank].
+/// @param numbers  of the ranks, as they are printed; empty: those of the schedule.
+DUALPIPE_DECL std::string cells_around(const Schedule& schedule, int rank, int cell, int radius,
+                                       const std::vector<int>& numbers = {});
 
 /// Only the forwards, for `num_micro_batches` micro-batches (any number >= 1): micro-batch m is placed like micro-batch
 /// m*N/M of `training`, so both directions stay in use, and each rank runs its forwards in the order in which they

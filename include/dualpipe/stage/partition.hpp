@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "dualpipe/detail/config.hpp"
-#include "dualpipe/stage/stage.hpp"
+#include "dualpipe/stage/as_stage.hpp"
 
 namespace dualpipe {
 

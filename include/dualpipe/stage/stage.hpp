@@ -1,8 +1,10 @@
 #pragma once
 
 #include <torch/nn/module.h>
+#include <torch/nn/pimpl.h>
 
 #include <atomic>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -13,6 +15,7 @@
 #include <vector>
 
 #include "dualpipe/detail/config.hpp"
+#include "dualpipe/detail/stage/forward.hpp"
 #include "dualpipe/error.hpp"
 #include "dualpipe/stage/collective.hpp"
 
@@ -48,6 +51,8 @@ class Stage {
  public:
   /// @param module  owner of the parameters and buffers; null: none.
   DUALPIPE_DECL explicit Stage(std::shared_ptr<torch::nn::Module> module = nullptr);
+  template <class Contained>
+  explicit Stage(const torch::nn::ModuleHolder<Contained>& holder) : Stage(holder.ptr()) {}
   DUALPIPE_DECL Stage(const Stage& other);
   DUALPIPE_DECL Stage& operator=(const Stage& other);
   Stage(Stage&&) noexcept = default;
@@ -57,8 +62,17 @@ class Stage {
   /// Adds a node of ordinary autograd code. Nodes run one after the other, each taking what the one before returned; a
   /// stage without nodes returns its inputs.
   ///
+  /// What a stage returns reaches the next one as tensors of their own. So does what a node returns in front of a
+  /// collective. Two of these tensors may share memory, as a tensor and its view do, or be one tensor, but writing into
+  /// one of them in place is an error, since on another rank the other would not change.
+  ///
   /// @throws InvalidArgument  a null function.
   DUALPIPE_DECL Stage& compute(std::string name, Compute compute);
+  /// The same of a function in another shape: from (const Tensors&, const StageContext&), const Tensors&, or one to
+  /// eight tensors, to a tensor, Tensors, or a tuple or pair of these.
+  template <class Function>
+    requires(!std::convertible_to<Function, Compute>)
+  Stage& compute(std::string name, Function function);
   /// Adds a collective. It takes the tensors at the positions `moves` of what the node before returned, in that order,
   /// and its results take their places; all others pass by untouched, as a residual does.
   ///
@@ -68,7 +82,10 @@ class Stage {
   /// one only. The whole splits its backward only where both did, has data-dependent shapes where either had, and takes
   /// what `next` took where it had no nodes before.
   DUALPIPE_DECL Stage& append(const std::string& name, const Stage& next);
-  /// false: all of the backward in I, nothing in W, for backwards that keep state or draw random numbers. Default true.
+  /// false: all of the backward in I, nothing in W, for backwards that keep state or draw random numbers. Default true:
+  /// an operation with a parameter among its arguments runs its backward twice, once for its input gradients and once
+  /// for its weight gradients. One that adds to a registered parameter's gradient itself, or writes to a registered
+  /// buffer, is then an error.
   DUALPIPE_DECL Stage& split_backward(bool split);
   /// true: shapes, dtypes or requires_grad of what the stage returns depend on the values that it is given, and not
   /// only on their shapes, on its parameters and on train() or eval(). Default false. On GPU ranks, receivers of what
@@ -144,7 +161,29 @@ class Stage {
   std::shared_ptr<Owner> owner_ = std::make_shared<Owner>();
 };
 
-using StageFactory = std::function<Stage(int stage)>;
+template <class Function>
+  requires(!std::convertible_to<Function, Compute>)
+Stage& Stage::compute(std::string name, Function function) {
+  if constexpr (std::invocable<Function&, const Tensors&, const StageContext&>) {
+    return compute(std::move(name), Compute([function = std::move(function)](const Tensors& inputs,
+                                                                             const StageContext& context) mutable {
+                     return detail::to_tensors(function(inputs, context));
+                   }));
+  } else {
+    using Forward = detail::AsForward<Function>;
+    static_assert(detail::takes_any_tensors<Forward>,
+                  "Stage::compute takes a function of (const Tensors&, const StageContext&), of const Tensors&, or of "
+                  "one to eight tensors");
+    return compute(
+        name, Compute([name, forward = Forward{std::move(function)}](const Tensors& inputs,
+                                                                     const StageContext& context) mutable {
+          return detail::call_forward(forward, inputs, [&] {
+            throw InvalidArgument(detail::str("node '", name, "' of stage ", context.stage, " does not take ",
+                                              inputs.size(), " tensors (micro-batch ", context.micro_batch, ")"));
+          });
+        }));
+  }
+}
 
 }  // namespace dualpipe
 

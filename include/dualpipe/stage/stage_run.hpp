@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "dualpipe/detail/config.hpp"
+#include "dualpipe/detail/stage/shared_memory.hpp"
 #include "dualpipe/detail/stage/split_backward.hpp"
 #include "dualpipe/stage/stage.hpp"
 
@@ -27,13 +28,16 @@ class StageRun {
   /// @param stage   outlives the way forward.
   /// @param inputs  as received: detached, requires_grad() saying which are differentiable; may be undefined.
   /// @param loss    last stage only, null elsewhere. Its gradients flow through the same graph.
+  /// @param shared  inputs that shared memory where they were made, and may not be written to.
   /// @throws InvalidArgument  another number of inputs than the stage takes.
-  DUALPIPE_DECL StageRun(const Stage& stage, Tensors inputs, StageContext context, StageLoss loss = nullptr);
+  DUALPIPE_DECL StageRun(const Stage& stage, Tensors inputs, StageContext context, StageLoss loss = nullptr,
+                         detail::SharedPairs shared = {});
 
   /// Runs the next node on the way: computes, or launches a collective. Settles first. With gradients enabled in
   /// training and disabled otherwise. What user code throws comes through as it is.
   ///
-  /// @throws InvalidArgument  a loss that is not one floating-point element, a collective that moves a tensor that is
+  /// @throws InvalidArgument  a write in place into one of two tensors that share memory, where the other node or stage
+  ///                          that gave them returned both; a loss that is not one floating-point element, a collective that moves a tensor that is
   ///                          not there or returns another number, output gradients of another number than the outputs.
   DUALPIPE_DECL void advance();
   /// No node is left on this way. A collective may be under way.
@@ -47,6 +51,8 @@ class StageRun {
   DUALPIPE_DECL void finish_forward();
   /// Detached, each with the requires_grad of what the stage returned (false outside of training). May be moved from.
   Tensors& outputs() { return values_; }
+  /// Pairs of outputs that share memory, or shared it as inputs.
+  const detail::SharedPairs& shared() const { return shared_; }
   /// Detached, without dimensions; undefined without loss function.
   const at::Tensor& loss() const { return loss_value_; }
 
@@ -100,10 +106,12 @@ class StageRun {
   at::Tensor loss_value_;
   int num_nodes_;
   bool split_;
+  detail::BackwardOwner owner_;
   bool backward_ = false;
   bool whole_first_ = false;
   int next_ = 0;
   Tensors values_;  // detached: activations, on the way back gradients; undefined where a collective has taken them
+  detail::SharedPairs shared_;  // of the activations
   Pending pending_;
   const Communication* moving_ = nullptr;  // of pending_
   std::vector<Node> nodes_;

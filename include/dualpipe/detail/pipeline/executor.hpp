@@ -19,8 +19,6 @@
 
 namespace dualpipe {
 
-using LossFn = std::function<at::Tensor(const Tensors& outputs, const Tensors& targets)>;
-
 namespace detail {
 
 /// A schedule with the program it was lowered to, proven to finish.

@@ -18,7 +18,9 @@ namespace dualpipe::detail {
 class MicroBatch {
  public:
   /// @param received  the inputs come from another stage, which wants their gradients.
-  DUALPIPE_DECL MicroBatch(const Stage& stage, Tensors inputs, StageContext context, StageLoss loss, bool received);
+  /// @param shared    see StageRun.
+  DUALPIPE_DECL MicroBatch(const Stage& stage, Tensors inputs, StageContext context, StageLoss loss, bool received,
+                           SharedPairs shared);
 
   StageRun& run() { return run_; }
 

@@ -6,8 +6,9 @@
 
 namespace dualpipe::detail {
 
-MicroBatch::MicroBatch(const Stage& stage, Tensors inputs, StageContext context, StageLoss loss, bool received)
-    : run_(stage, inputs, context, std::move(loss)) {
+MicroBatch::MicroBatch(const Stage& stage, Tensors inputs, StageContext context, StageLoss loss, bool received,
+                       SharedPairs shared)
+    : run_(stage, inputs, context, std::move(loss), std::move(shared)) {
   if (!context.training || !received) return;
   for (const at::Tensor& input : inputs) {
     inputs_.emplace_back();

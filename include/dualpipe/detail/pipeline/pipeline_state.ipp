@@ -32,6 +32,11 @@ inline std::map<int, Stage> made_stages(const Schedule& schedule, const Communic
       stages.emplace(number, std::move(stage));
     });
     if (!error.empty()) throw Error(str("the factory of stage ", number, " threw: ", error));
+    const Stage& stage = stages.at(number);
+    DUALPIPE_CHECK(!stage.node_names().empty() || !stage.module() || stage.module()->parameters().empty(), "stage ",
+                   number,
+                   " has a module with parameters, but no node that computes with them, so it would return its "
+                   "inputs; as_stage(module) makes a node of the module's forward, Stage::compute adds one");
   }
   return stages;
 }
@@ -77,7 +82,7 @@ void PipelineState::start() {
   communicator_->connect(edges());
   replicas_ = std::make_unique<Replicas>(*communicator_, schedule(), stages());
   replicas_->broadcast();
-  for (const auto& [number, stage] : stages()) stage.freeze(rank(), number);
+  for (const auto& [number, stage] : stages()) stage.freeze(communicator_->world_rank(rank()), number);
 }
 
 std::vector<Communicator::Edge> PipelineState::edges() const {
@@ -113,6 +118,10 @@ CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* 
   const auto statements = health_.guarded([&] { return exchange_statements(*communicator_, mine); });
   const CallAgreement agreed = agreement(statements);
   if (trains) batches_compared_ = true;
+  if (trains && options_.compare_replicas_every > 0 && step_ % options_.compare_replicas_every == 0) {
+    const std::string difference = health_.guarded([&] { return replicas_->difference(); });
+    DUALPIPE_CHECK(difference.empty(), difference);
+  }
   inputs.training = trains;
   inputs.step = step_;
   inputs.keep_outputs = options_.keep_outputs || call == Call::predict;

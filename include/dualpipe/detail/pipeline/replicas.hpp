@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
@@ -23,7 +24,9 @@ class Replicas {
  public:
   /// Collective: one sub-communicator for each distinct set of ranks that hold the same stages.
   ///
-  /// @throws InvalidArgument  on every rank: a parameter shared by stages that different sets of ranks hold.
+  /// @param communicator  outlives this.
+  /// @throws InvalidArgument  on every rank: a parameter shared by stages that different sets of ranks hold, or by ranks
+  ///                          that are threads of one process.
   DUALPIPE_DECL Replicas(Communicator& communicator, const Schedule& schedule, const std::map<int, Stage>& stages);
 
   /// Which parameters require grad, as a hash for each group of holders that this rank belongs to. All holders must
@@ -35,8 +38,13 @@ class Replicas {
   DUALPIPE_DECL void sum_gradients();
   /// Collective: parameters and buffers of the lowest holder replace the others'.
   DUALPIPE_DECL void broadcast();
-  /// Collective: floating-point buffers only (running statistics), as DistributedDataParallel does.
+  /// Collective: floating-point buffers only (running statistics), as DistributedDataParallel does. The first time that
+  /// holders have others, rank 0 warns.
   DUALPIPE_DECL void broadcast_buffers();
+  /// Collective: compares parameters and buffers of the holders bit by bit.
+  ///
+  /// @return the same on every rank: the first one that differs, and the way out; empty if all are equal.
+  DUALPIPE_DECL std::string difference() const;
 
   /// Parameters for which this rank is the lowest holder; over all ranks every parameter of the model is counted once.
   const Tensors& counted_parameters() const noexcept { return counted_; }
@@ -47,9 +55,27 @@ class Replicas {
     std::shared_ptr<Communicator> communicator;
     Tensors parameters;
     Tensors buffers;
+    std::vector<std::string> names;  ///< "parameter 'weight' of stage 2", of the parameters, then of the buffers
   };
+  /// A tensor that two ranks have with different bits.
+  struct Difference {
+    int group;
+    std::size_t tensor;
+    int rank, other;
+  };
+
+  /// Collective. @param digests  of the tensors of each group that this rank belongs to.
+  DUALPIPE_DECL std::vector<Difference> differences(const std::map<int, std::vector<std::uint64_t>>& digests) const;
+  /// Collective: the same on every rank.
+  DUALPIPE_DECL std::string text_of(const std::vector<Difference>& differences) const;
+  DUALPIPE_DECL void warn_of_lost_buffers();
+
+  Communicator& communicator_;
   std::vector<Group> groups_;
   Tensors counted_;
+  bool any_copies_ = false;              // some stage has several holders
+  bool watches_buffers_ = false;         // some rank has buffers, and none has been lost so far
+  std::vector<std::uint32_t> versions_;  // of the buffers of all groups, after they were made equal
 };
 
 }  // namespace dualpipe::detail

@@ -3,22 +3,30 @@
 #include "dualpipe/detail/pipeline/replicas.hpp"
 
 #include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <optional>
-#include <unordered_map>
+#include <sstream>
 #include <unordered_set>
 #include <utility>
 
 #include "dualpipe/detail/comm/agree.hpp"
+#include "dualpipe/detail/host.hpp"
 #include "dualpipe/detail/pipeline/digest.hpp"
 
 namespace dualpipe::detail {
 
 /// Appends those of `tensors` that were not seen before.
-inline void append_new(const Tensors& tensors, std::unordered_set<at::TensorImpl*>& seen, Tensors& into) {
-  for (const at::Tensor& tensor : tensors)
-    if (tensor.defined() && seen.insert(tensor.unsafeGetTensorImpl()).second) into.push_back(tensor);
+inline void append_new(const torch::OrderedDict<std::string, at::Tensor>& tensors,
+                       std::unordered_set<at::TensorImpl*>& seen, Tensors& into, std::vector<std::string>& names,
+                       const char* what, int stage) {
+  for (const auto& item : tensors) {
+    if (!item.value().defined() || !seen.insert(item.value().unsafeGetTensorImpl()).second) continue;
+    into.push_back(item.value());
+    names.push_back(str(what, " '", item.key(), "' of stage ", stage));
+  }
 }
 
 using HolderSet = std::pair<std::vector<int>, std::vector<int>>;  // ranks, the stages they hold
@@ -52,23 +60,65 @@ inline std::vector<std::shared_ptr<Communicator>> make_holder_groups(Communicato
 Tensors unique_parameters(const std::map<int, Stage>& stages) {
   std::unordered_set<at::TensorImpl*> seen;
   Tensors parameters;
+  std::vector<std::string> names;
   for (const auto& [number, stage] : stages)
-    if (stage.module()) append_new(stage.module()->parameters(), seen, parameters);
+    if (stage.module()) append_new(stage.module()->named_parameters(), seen, parameters, names, "parameter", number);
   return parameters;
 }
 
-/// @param set_of  the set of ranks that holds each parameter met so far.
-inline void check_not_shared(const Stage& stage, int number, std::size_t set,
-                             std::unordered_map<at::TensorImpl*, std::size_t>& set_of) {
-  if (!stage.module()) return;
-  for (const at::Tensor& parameter : stage.module()->parameters()) {
-    const auto [entry, added] = set_of.try_emplace(parameter.unsafeGetTensorImpl(), set);
-    DUALPIPE_CHECK(entry->second == set, "stage ", number, " shares a parameter of shape ", parameter.sizes(),
-                   " with a stage that other ranks hold; only stages held by the same ranks can share parameters");
+/// What each rank says of its parameters, so that ranks that are threads of one process see what they share: the
+/// process, then stage, address and name of each parameter, a line each.
+inline std::string parameters_text(const std::map<int, Stage>& stages) {
+  std::string text = str(boot_id(), '-', ::getpid(), '\n');
+  for (const auto& [number, stage] : stages) {
+    if (!stage.module()) continue;
+    for (const auto& item : stage.module()->named_parameters())
+      if (item.value().defined() && item.value().has_storage() && item.value().numel() > 0)
+        text += str(number, ' ', item.value().const_data_ptr(), ' ', item.key(), '\n');
+  }
+  return text;
+}
+
+/// @param texts  of all ranks.
+inline void check_not_shared(const std::vector<std::string>& texts, const Schedule& schedule) {
+  struct Place {
+    int rank, stage;
+    std::string name;
+  };
+  std::map<std::string, Place> first_places;  // by process and address
+  for (int rank = 0; rank < static_cast<int>(texts.size()); ++rank) {
+    std::istringstream lines(texts[rank]);
+    std::string process, address;
+    std::getline(lines, process);
+    Place place{rank, 0, {}};
+    while (lines >> place.stage >> address && std::getline(lines >> std::ws, place.name)) {
+      const auto& first = first_places.try_emplace(str(process, ' ', address), place).first->second;
+      const std::vector<int> ranks = holders(schedule, place.stage), first_ranks = holders(schedule, first.stage);
+      DUALPIPE_CHECK(
+          ranks == first_ranks, "stages ", first.stage, " and ", place.stage, " share a parameter, '", first.name,
+          "' of the one and '", place.name,
+          "' of the other, but different ranks hold them, and each would train its own copy. Kinds dualpipe, "
+          "dualpipev and zbv keep the first and the last stage on the same ranks; else let stage ",
+          std::min(first.stage, place.stage), " return the weight with its outputs, and the stages between hand it on");
+      DUALPIPE_CHECK(
+          rank == first.rank, "ranks ", first.rank, " and ", rank, " are threads of one process, and parameter '",
+          place.name, "' of stage ", place.stage,
+          " is the same tensor for both, which would train it at the same time; let the stage factory make a "
+          "module of its own each time it is called");
+    }
   }
 }
 
-Replicas::Replicas(Communicator& communicator, const Schedule& schedule, const std::map<int, Stage>& stages) {
+inline std::uint64_t digest_of(const at::Tensor& tensor) {
+  Digest digest;
+  digest.add_values({tensor});
+  return digest.value();
+}
+
+inline std::uint32_t version_of(const at::Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
+
+Replicas::Replicas(Communicator& communicator, const Schedule& schedule, const std::map<int, Stage>& stages)
+    : communicator_(communicator) {
   std::vector<HolderSet> sets;
   for (int stage = 0; stage < schedule.num_stages; ++stage) {
     const std::vector<int> ranks = holders(schedule, stage);
@@ -80,30 +130,30 @@ Replicas::Replicas(Communicator& communicator, const Schedule& schedule, const s
   const auto member = [&](const std::vector<int>& ranks) {
     return std::find(ranks.begin(), ranks.end(), communicator.rank()) != ranks.end();
   };
-  agree_that_fine(communicator, finding_of([&] {
-                    std::unordered_map<at::TensorImpl*, std::size_t> set_of;
-                    for (std::size_t i = 0; i < sets.size(); ++i) {
-                      if (!member(sets[i].first)) continue;
-                      for (const int number : sets[i].second) check_not_shared(stages.at(number), number, i, set_of);
-                    }
-                  }));
+  check_not_shared(all_gather_text(communicator, parameters_text(stages)), schedule);
 
   std::vector<std::shared_ptr<Communicator>> groups = make_holder_groups(communicator, sets);
   std::unordered_set<at::TensorImpl*> seen_parameters, seen_buffers;
   for (std::size_t i = 0; i < sets.size(); ++i) {
     const auto& [ranks, numbers] = sets[i];
     if (!member(ranks)) continue;
-    Group mine{static_cast<int>(i), std::move(groups[i]), {}, {}};
-    for (const int number : numbers) {
-      const auto& module = stages.at(number).module();
-      if (!module) continue;
-      append_new(module->parameters(), seen_parameters, mine.parameters);
-      append_new(module->buffers(), seen_buffers, mine.buffers);
-    }
+    Group mine{static_cast<int>(i), std::move(groups[i]), {}, {}, {}};
+    for (const int number : numbers)
+      if (const auto& module = stages.at(number).module())
+        append_new(module->named_parameters(), seen_parameters, mine.parameters, mine.names, "parameter", number);
+    for (const int number : numbers)
+      if (const auto& module = stages.at(number).module())
+        append_new(module->named_buffers(), seen_buffers, mine.buffers, mine.names, "buffer", number);
     if (communicator.rank() == ranks.front())
       counted_.insert(counted_.end(), mine.parameters.begin(), mine.parameters.end());
     if (ranks.size() > 1) groups_.push_back(std::move(mine));
   }
+  any_copies_ = std::any_of(sets.begin(), sets.end(), [](const HolderSet& set) { return set.first.size() > 1; });
+  if (!any_copies_) return;
+  const bool buffers =
+      std::any_of(groups_.begin(), groups_.end(), [](const Group& group) { return !group.buffers.empty(); });
+  for (const std::string& text : all_gather_text(communicator, buffers ? "buffers" : ""))
+    watches_buffers_ = watches_buffers_ || !text.empty();
 }
 
 std::map<int, std::uint64_t> Replicas::trainable() const {
@@ -166,6 +216,7 @@ void Replicas::broadcast() {
 }
 
 void Replicas::broadcast_buffers() {
+  if (watches_buffers_) warn_of_lost_buffers();
   at::NoGradGuard no_grad;
   std::vector<Pending> pending;
   for (Group& group : groups_) {
@@ -175,6 +226,94 @@ void Replicas::broadcast_buffers() {
     if (!tensors.empty()) pending.push_back(group.communicator->broadcast(std::move(tensors), 0));
   }
   for (Pending& each : pending) each.wait();
+  if (!watches_buffers_) return;
+  versions_.clear();
+  for (const Group& group : groups_)
+    for (const at::Tensor& buffer : group.buffers) versions_.push_back(version_of(buffer));
+}
+
+std::vector<Replicas::Difference> Replicas::differences(
+    const std::map<int, std::vector<std::uint64_t>>& digests) const {
+  std::vector<std::int64_t> mine;
+  for (const auto& [group, values] : digests) {
+    mine.insert(mine.end(), {group, static_cast<std::int64_t>(values.size())});
+    mine.insert(mine.end(), values.begin(), values.end());
+  }
+  std::map<int, std::pair<int, std::vector<std::int64_t>>> first;  // by group: its first rank, and the digests there
+  std::map<std::pair<int, std::size_t>, Difference> found;         // by group and tensor
+  const Tensors all = communicator_.control().all_gather(at::tensor(mine, at::kLong)).take();
+  for (int rank = 0; rank < static_cast<int>(all.size()); ++rank) {
+    const auto* next = all[rank].const_data_ptr<std::int64_t>();
+    const auto* const end = next + all[rank].numel();
+    while (next != end) {
+      const int group = static_cast<int>(*next++);
+      const std::vector<std::int64_t> values(next + 1, next + 1 + *next);
+      next += 1 + *next;
+      const auto& [other, expected] = first.try_emplace(group, rank, values).first->second;
+      for (std::size_t i = 0; i < std::min(values.size(), expected.size()); ++i)
+        if (values[i] != expected[i]) found.try_emplace({group, i}, Difference{group, i, other, rank});
+    }
+  }
+  std::vector<Difference> result;
+  for (const auto& [place, difference] : found) result.push_back(difference);
+  return result;
+}
+
+std::string Replicas::text_of(const std::vector<Difference>& differences) const {
+  std::string mine;
+  for (const Difference& each : differences) {
+    if (each.rank != communicator_.rank()) continue;
+    for (const Group& group : groups_)
+      if (group.number == each.group)
+        mine += str(mine.empty() ? "" : ", ", group.names[each.tensor], " on ranks ",
+                    communicator_.world_rank(each.rank), " and ", communicator_.world_rank(each.other));
+  }
+  std::string text;
+  for (const std::string& part : all_gather_text(communicator_, mine))
+    if (!part.empty()) text += (text.empty() ? "" : ", ") + part;
+  return text;
+}
+
+std::string Replicas::difference() const {
+  if (!any_copies_) return {};
+  std::map<int, std::vector<std::uint64_t>> digests;
+  for (const Group& group : groups_)
+    for (const Tensors* tensors : {&group.parameters, &group.buffers})
+      for (const at::Tensor& tensor : *tensors) digests[group.number].push_back(digest_of(tensor));
+  const std::vector<Difference> found = differences(digests);
+  if (found.empty()) return {};
+  return str(
+      text_of({found.front()}),
+      ", which hold the same stage, is not the same bit by bit: something changes it on each rank by itself, as "
+      "max_norm of an embedding, noise, or a counter in a buffer does, or weights were loaded on some ranks only. "
+      "broadcast_parameters() makes all copies equal; DualPipeOptions::compare_replicas_every says how often they "
+      "are compared (0: never)");
+}
+
+void Replicas::warn_of_lost_buffers() {
+  std::map<int, std::vector<std::uint64_t>> digests;
+  std::size_t next = 0;
+  for (const Group& group : groups_) {
+    std::vector<std::uint64_t>& values = digests[group.number];
+    values.assign(group.parameters.size(), 0);
+    for (const at::Tensor& buffer : group.buffers) {
+      const bool unchanged = next < versions_.size() && versions_[next] == version_of(buffer);
+      values.push_back(unchanged ? 0 : digest_of(buffer));
+      ++next;
+    }
+  }
+  const std::vector<Difference> found = differences(digests);
+  if (found.empty()) return;
+  watches_buffers_ = false;
+  const std::string text = text_of(found);
+  if (communicator_.rank() == 0)
+    TORCH_WARN(
+        "ranks that hold the same stage have changed its buffers in different ways, each by its own micro-batches: ",
+        text,
+        ". After each step floating-point buffers of the first rank replace the others, so running "
+        "statistics, as those of BatchNorm, come from a part of the batch. Layers without them (GroupNorm, "
+        "LayerNorm) do not have this problem, nor have kinds that keep each stage on one rank (dualpipev, zbv, "
+        "1f1b). This is said once");
 }
 
 }  // namespace dualpipe::detail

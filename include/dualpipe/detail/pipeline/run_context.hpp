@@ -27,6 +27,8 @@ struct RunContext {
   RunOutputs outputs = {};
 
   int rank() const { return communicator.rank(); }
+  /// As errors name this rank.
+  int world_rank() const { return communicator.world_rank(rank()); }
   const std::vector<Instruction>& program() const { return plan.program.ranks[static_cast<std::size_t>(rank())]; }
   const Transfer& transfer(int index) const { return plan.program.order[static_cast<std::size_t>(index)]; }
   const Stage& stage_of(const Op& op) const { return stages.at(op.stage); }

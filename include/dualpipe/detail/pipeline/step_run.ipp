@@ -6,6 +6,7 @@
 
 #include <exception>
 #include <utility>
+#include <vector>
 
 #include "dualpipe/detail/error_text.hpp"
 #include "dualpipe/detail/schedule/pass_name.hpp"
@@ -124,9 +125,11 @@ void StepRun::start_forward() {
   const Batch* const batch =
       run.micro_batches.empty() ? nullptr : &run.micro_batches[static_cast<std::size_t>(op.micro_batch)];
   Tensors inputs;
+  SharedPairs shared;
   const std::optional<StageResult> received = input_of(op, context_.num_stages());
   if (received) {
     inputs = context_.mailbox.take(*received);
+    shared = take_shared(inputs);
   } else if (batch != nullptr) {
     // Copies: in-place code at the start of the first stage must not write into the caller's batch. The host does not
     // wait for a copy to a device, which reads the batch before the step is over.
@@ -139,7 +142,7 @@ void StepRun::start_forward() {
     loss = [&run, batch](const Tensors& outputs) { return run.loss(outputs, batch ? batch->targets : Tensors()); };
   StageContext context{op.stage, op.micro_batch, run.step, run.training, batch ? batch->extras : Tensors()};
   forward_ = std::make_unique<MicroBatch>(context_.stage_of(op), std::move(inputs), std::move(context), std::move(loss),
-                                          received.has_value());
+                                          received.has_value(), std::move(shared));
 }
 
 void StepRun::start_backward() {
@@ -163,6 +166,7 @@ void StepRun::end_forward() {
   const Op op = *forward_op_;
   Tensors outputs = forward_->finish_forward();
   if (const auto result = output_of(op, context_.num_stages())) {
+    add_shared(outputs, forward_->run().shared());
     context_.mailbox.put(*result, std::move(outputs));
   } else {
     if (const at::Tensor& loss = forward_->run().loss(); loss.defined()) context_.outputs.losses[op.micro_batch] = loss;
@@ -249,10 +253,13 @@ std::string StepRun::explain(const std::string& what) const {
     node = stage.chain_name(backward_->run().node());
   }
   node = !node.empty() && stage.node_names().size() > 1 ? ", node " + node : "";
-  const int rank = context_.rank();
+  std::vector<int> numbers;
+  for (int rank = 0; rank < context_.communicator.size(); ++rank)
+    numbers.push_back(context_.communicator.world_rank(rank));
   const Pass pass = at.side == PairSide::weight ? Pass::BackwardWeight : op.pass;
-  return str("rank ", rank, ": ", pass_name(pass), " of stage ", op.stage, node, ", micro-batch ", op.micro_batch, ": ",
-             what, "\n  ", cells_around(context_.plan.schedule, rank, cell_, 2));
+  return str("rank ", context_.world_rank(), ": ", pass_name(pass), " of stage ", op.stage, node, ", micro-batch ",
+             op.micro_batch, ": ", what, "\n  ",
+             cells_around(context_.plan.schedule, context_.rank(), cell_, 2, numbers));
 }
 
 }  // namespace dualpipe::detail

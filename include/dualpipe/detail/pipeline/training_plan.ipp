@@ -20,6 +20,8 @@ Plan training_plan(const DualPipeOptions& options, int num_ranks) {
                  " but the communicator has ", num_ranks, " ranks; start ", options.num_ranks,
                  " of them or correct num_ranks");
   DUALPIPE_CHECK(options.batch_dim >= 0, "batch_dim must not be negative, got ", options.batch_dim);
+  DUALPIPE_CHECK(options.compare_replicas_every >= 0, "compare_replicas_every must not be negative, got ",
+                 options.compare_replicas_every);
   Schedule schedule = load_schedule({options.schedule, num_ranks, options.num_micro_batches, options.chunks_per_rank});
   check(schedule);
   return make_plan(std::move(schedule), options.publish);
@@ -30,7 +32,8 @@ std::string describe(const DualPipeOptions& options, const Schedule& schedule) {
   digest.add(to_csv(schedule));
   return str("num_micro_batches ", options.num_micro_batches, ", schedule ", options.schedule, " (checksum ",
              digest.value(), "), publish ", options.publish == Publish::early ? "early" : "atomic", ", loss_reduction ",
-             options.loss_reduction == LossReduction::mean ? "mean" : "sum", ", batch_dim ", options.batch_dim);
+             options.loss_reduction == LossReduction::mean ? "mean" : "sum", ", batch_dim ", options.batch_dim,
+             ", compare_replicas_every ", options.compare_replicas_every);
 }
 
 StageTraits traits_of_all(Communicator& communicator, const std::map<int, Stage>& stages) {

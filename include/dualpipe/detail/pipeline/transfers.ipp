@@ -35,7 +35,7 @@ Pending Transfers::sent(const Transfer& transfer) {
     return context_.communicator.send(transfer.to, context_.mailbox.take(result_of(transfer)));
   } catch (const InvalidArgument& error) {
     std::throw_with_nested(
-        InvalidArgument(str("rank ", context_.rank(), ": ", described(transfer), ": ", error.what())));
+        InvalidArgument(str("rank ", context_.world_rank(), ": ", described(transfer), ": ", error.what())));
   }
 }
 

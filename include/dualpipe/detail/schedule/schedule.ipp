@@ -66,7 +66,7 @@ std::vector<int> stages_of(const Schedule& schedule, int rank) {
   return {stages.begin(), stages.end()};
 }
 
-std::string cells_around(const Schedule& schedule, int rank, int cell, int radius) {
+std::string cells_around(const Schedule& schedule, int rank, int cell, int radius, const std::vector<int>& numbers) {
   const auto num_ranks = static_cast<int>(schedule.ranks.size());
   if (rank < 0 || rank >= num_ranks) return {};
   radius = std::clamp(radius, 0, 100);
@@ -81,7 +81,7 @@ std::string cells_around(const Schedule& schedule, int rank, int cell, int radiu
   for (int c = first_cell; c <= last_cell; ++c) rows[0].push_back(std::to_string(c + 1));
   for (int r = first_rank; r <= last_rank; ++r) {
     auto& row = rows.emplace_back();
-    row.push_back("rank " + std::to_string(r));
+    row.push_back("rank " + std::to_string(numbers.empty() ? r : numbers[r]));
     for (int c = first_cell; c <= last_cell && c < static_cast<int>(row_of(r).size()); ++c) {
       const Step& step = row_of(r)[c];
       const std::string text =

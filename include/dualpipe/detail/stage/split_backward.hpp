@@ -9,6 +9,7 @@
 
 #include "dualpipe/comm/pending.hpp"
 #include "dualpipe/detail/config.hpp"
+#include "dualpipe/detail/stage/state_watch.hpp"
 
 namespace dualpipe::detail {
 
@@ -63,7 +64,11 @@ class BackwardGraph {
   DUALPIPE_DECL Tensors backward(const Tensors& output_gradients);
 
   /// I: the input gradients, as above; no parameter is touched. Frees what only they needed.
-  DUALPIPE_DECL Tensors backward_input(const Tensors& output_gradients);
+  ///
+  /// @param owner  may be null.
+  /// @throws InvalidArgument  a function of the user's changes the gradients or buffers of the owner itself, which would
+  ///                          happen again in W.
+  DUALPIPE_DECL Tensors backward_input(const Tensors& output_gradients, const BackwardOwner* owner = nullptr);
 
   /// W: accumulates the parameters' gradients that backward_input left. Frees the rest of the graph.
   /// @throws Error  backward_input has not run, or this has.
@@ -75,7 +80,7 @@ class BackwardGraph {
   ///
   /// @return whether there are more.
   /// @throws Error  backward_input has not run, or no part is left.
-  DUALPIPE_DECL bool backward_weight_part();
+  DUALPIPE_DECL bool backward_weight_part(const BackwardOwner* owner = nullptr);
 
  private:
   /// What is left: the whole backward; all of it, as weight part; the weight part; some parts of it; nothing.
@@ -87,7 +92,7 @@ class BackwardGraph {
 
   DUALPIPE_DECL Roots start(const char* what, const Tensors& output_gradients);
   DUALPIPE_DECL void require_weights() const;
-  static DUALPIPE_DECL Roots run_input_part(Roots roots, torch::autograd::Node* entrance);
+  static DUALPIPE_DECL Roots run_input_part(Roots roots, torch::autograd::Node* entrance, const BackwardOwner* owner);
   static DUALPIPE_DECL std::vector<Roots> independent(Roots roots);
 
   NodePtr entrance_;

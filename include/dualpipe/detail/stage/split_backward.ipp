@@ -19,6 +19,7 @@
 #include <utility>
 
 #include "dualpipe/detail/stage/graph_survey.hpp"
+#include "dualpipe/detail/stage/shared_memory.hpp"
 #include "dualpipe/error.hpp"
 
 namespace dualpipe::detail {
@@ -122,15 +123,6 @@ inline void clear_hooks(Node& node) {
   node.pre_hooks().clear();
 }
 
-inline const c10::StorageImpl* storage_of(const at::Tensor& tensor) {
-  return tensor.defined() && tensor.has_storage() ? tensor.storage().unsafeGetStorageImpl() : nullptr;
-}
-
-inline bool share_storage(const at::Tensor& a, const at::Tensor& b) {
-  const auto* storage = storage_of(a);
-  return storage != nullptr && storage == storage_of(b);
-}
-
 /// Copies each input gradient whose memory a parameter's gradient has taken over. Accumulation adopts the gradient that
 /// arrives first instead of copying it, and that may be a view of one that also reached an input: x +
 /// bias.unsqueeze(0).
@@ -226,7 +218,8 @@ Tensors BackwardGraph::backward(const Tensors& output_gradients) {
 /// Runs what leads to `entrance`, and frees what only that needed.
 ///
 /// @return where the rest begins.
-BackwardGraph::Roots BackwardGraph::run_input_part(Roots roots, torch::autograd::Node* entrance) {
+BackwardGraph::Roots BackwardGraph::run_input_part(Roots roots, torch::autograd::Node* entrance,
+                                                   const BackwardOwner* owner) {
   const split::Survey found = split::survey(roots.edges, entrance);
   Roots input_roots;
   Roots weight_roots;
@@ -237,7 +230,9 @@ BackwardGraph::Roots BackwardGraph::run_input_part(Roots roots, torch::autograd:
   }
   std::vector<split::Boundary> boundaries;
   for (torch::autograd::Node* node : found.input_path) {
-    if (found.reach.at(node) & split::weight_branch) boundaries.push_back(split::detach_weight_branches(*node, found));
+    if (!(found.reach.at(node) & split::weight_branch)) continue;
+    boundaries.push_back(split::detach_weight_branches(*node, found));
+    if (owner != nullptr && owner->module != nullptr && StateWatch::may_write(*node)) StateWatch::put(*node, *owner);
   }
 
   split::run_engine(input_roots.edges, input_roots.gradients, /*keep_graph=*/true);
@@ -254,6 +249,7 @@ BackwardGraph::Roots BackwardGraph::run_input_part(Roots roots, torch::autograd:
     }
     const torch::autograd::variable_list gradients = boundary->capture->take();
     split::clear_hooks(*node);
+    StateWatch::remove(*node);
     split::set_edges(*node, std::move(boundary->weight_edges));
     ++boundary;
     bool any = false;
@@ -276,12 +272,12 @@ BackwardGraph::Roots BackwardGraph::run_input_part(Roots roots, torch::autograd:
   return weight_roots;
 }
 
-Tensors BackwardGraph::backward_input(const Tensors& output_gradients) {
+Tensors BackwardGraph::backward_input(const Tensors& output_gradients, const BackwardOwner* owner) {
   Roots roots = start("backward_input", output_gradients);
   const NodePtr entrance = std::exchange(entrance_, nullptr);
   Tensors result;
   if (entrance) {
-    roots = run_input_part(std::move(roots), entrance.get());
+    roots = run_input_part(std::move(roots), entrance.get(), owner);
     result = static_cast<split::Entrance&>(*entrance).take();
     split::copy_adoptable(result, roots.gradients);
   }
@@ -304,7 +300,7 @@ void BackwardGraph::backward_weight() {
     split::run_engine(parts.back().edges, parts.back().gradients, /*keep_graph=*/false);
 }
 
-bool BackwardGraph::backward_weight_part() {
+bool BackwardGraph::backward_weight_part(const BackwardOwner* owner) {
   require_weights();
   const State before = std::exchange(state_, State::Done);  // also where something throws
   std::vector<Roots> parts = std::exchange(deferred_, {});
@@ -312,7 +308,7 @@ bool BackwardGraph::backward_weight_part() {
   torch::autograd::Node* const stand_in =
       before == State::AllIsWeights ? split::last_accumulator(parts.back().edges) : nullptr;
   if (stand_in != nullptr) {
-    parts = independent(run_input_part(std::move(parts.back()), stand_in));
+    parts = independent(run_input_part(std::move(parts.back()), stand_in, owner));
   } else {
     if (before != State::WeightParts) parts = independent(std::move(parts.back()));
     if (!parts.empty()) {

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 
+#include <algorithm>
 #include <utility>
 
 namespace dualpipe {
@@ -45,13 +46,15 @@ inline Tensors take_moved(Tensors& values, const std::vector<int>& moves) {
 
 }  // namespace detail
 
-StageRun::StageRun(const Stage& stage, Tensors inputs, StageContext context, StageLoss loss)
+StageRun::StageRun(const Stage& stage, Tensors inputs, StageContext context, StageLoss loss, detail::SharedPairs shared)
     : stage_(&stage),
       context_(std::move(context)),
       loss_(std::move(loss)),
       num_nodes_(stage.num_nodes(loss_ != nullptr)),
       split_(stage.splits_backward()),
-      values_(std::move(inputs)) {
+      owner_{stage.module(), context_.stage},
+      values_(std::move(inputs)),
+      shared_(std::move(shared)) {
   const std::optional<int> takes = stage.num_inputs();
   DUALPIPE_CHECK(!takes || std::ssize(values_) == *takes, "stage ", context_.stage, " takes ", *takes,
                  *takes == 1 ? " tensor" : " tensors", ", got ", values_.size(), " (micro-batch ", context_.micro_batch,
@@ -81,6 +84,7 @@ void StageRun::advance_forward(int index) {
 
 void StageRun::compute(std::size_t begin, std::size_t end) {
   const detail::GraphInputs entered = detail::enter_graph(values_);
+  const detail::SharedWrites writes(entered.tensors, shared_);
   values_ = entered.tensors;
   for (std::size_t i = begin; i < end; ++i) {
     node_name_ = stage_->nodes()[i].name;
@@ -94,6 +98,8 @@ void StageRun::compute(std::size_t begin, std::size_t end) {
   } else if (context_.training) {
     node.graph = detail::BackwardGraph(entered, values_);
   }
+  writes.check(detail::str("stage ", context_.stage));
+  shared_ = detail::shared_pairs(values_, entered.tensors, shared_);
   values_ = detail::detach_outputs(values_, context_.training);
 }
 
@@ -102,6 +108,10 @@ void StageRun::launch(const std::shared_ptr<const Communication>& communication)
   DUALPIPE_CHECK(launched.pending, "the collective launched nothing: its Pending is empty");
   pending_ = std::move(launched.pending);
   moving_ = communication.get();
+  std::erase_if(shared_, [&](const auto& pair) {
+    return std::any_of(moving_->moves.begin(), moving_->moves.end(),
+                       [&](int moved) { return moved == pair.first || moved == pair.second; });
+  });
   nodes_.push_back({{}, communication, context_.training ? std::move(launched.handle) : nullptr, false});
 }
 
@@ -131,7 +141,7 @@ void StageRun::advance_backward(int index) {
   Node& node = nodes_[static_cast<std::size_t>(index)];
   if (!node.communication) {
     node.whole = !split_ || (index == 0 && whole_first_);
-    values_ = node.whole ? node.graph.backward(values_) : node.graph.backward_input(values_);
+    values_ = node.whole ? node.graph.backward(values_) : node.graph.backward_input(values_, &owner_);
     return;
   }
   moving_ = node.communication.get();
@@ -155,7 +165,7 @@ void StageRun::backward_weight(int node) {
 }
 
 bool StageRun::backward_weight_part(int node) {
-  return has_weight_part(node) && nodes_[static_cast<std::size_t>(node)].graph.backward_weight_part();
+  return has_weight_part(node) && nodes_[static_cast<std::size_t>(node)].graph.backward_weight_part(&owner_);
 }
 
 void StageRun::backward_weight() {

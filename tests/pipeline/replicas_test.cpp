@@ -1,0 +1,272 @@
+// Copies of a stage on several ranks, and parameters that several stages share.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "pipeline/pipeline.hpp"
+
+namespace dualpipe::test {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+constexpr int kRanks = 4;
+constexpr int kMicroBatches = 8;
+
+/// The one text of the InvalidArgument that all ranks throw in their constructors; "" if none throws.
+std::string construction(const std::string& kind, int num_ranks, const StageFactory& factory) {
+  std::mutex mutex;
+  std::set<std::string> texts;
+  run_ranks(num_ranks, [&](std::shared_ptr<Communicator> comm) {
+    std::string text;
+    try {
+      DualPipe(comm, {.num_micro_batches = kMicroBatches, .schedule = kind}, factory);
+    } catch (const InvalidArgument& error) {
+      text = error.what();
+    }
+    comm->barrier().wait();  // it stays usable
+    const std::lock_guard lock(mutex);
+    texts.insert(text);
+  });
+  EXPECT_EQ(texts.size(), 1u) << ::testing::PrintToString(texts);
+  return *texts.begin();
+}
+
+// --- tied parameters
+
+TEST(TiedParameters, OfStagesOnDifferentRanksAreAnError) {
+  Layer shared(0);
+  const StageFactory factory = [&](int stage) { return stage == 0 || stage == 3 ? shared : Layer(stage); };
+  for (const std::string kind : {"1f1b", "zb1p", "gpipe"}) {
+    SCOPED_TRACE(kind);
+    EXPECT_THAT(construction(kind, kRanks, factory),
+                AllOf(HasSubstr("stages 0 and 3 share a parameter, 'weight' of the one and 'weight' of the other"),
+                      HasSubstr("dualpipe, dualpipev and zbv"), HasSubstr("let stage 0 return the weight")));
+  }
+  // Two of a rank's own stages: of four on two ranks, 0 and 2 are on the same one.
+  EXPECT_EQ(construction("interleaved", 2, [](int stage) { return Layer(stage); }), "");
+  EXPECT_THAT(construction("interleaved", 2, factory), HasSubstr("stages 0 and 3 share a parameter"));
+  // A view is another tensor with the same memory.
+  struct Transposed : torch::nn::Module {
+    explicit Transposed(const at::Tensor& weight) { weight_ = register_parameter("head", weight.detach().t()); }
+    at::Tensor forward(const at::Tensor& x) { return x.matmul(weight_); }
+    at::Tensor weight_;
+  };
+  EXPECT_THAT(construction("1f1b", kRanks,
+                           [&](int stage) -> Stage {
+                             if (stage == 3) return as_stage(std::make_shared<Transposed>(shared->weight));
+                             return as_stage(stage == 0 ? shared : Layer(stage));
+                           }),
+              HasSubstr("'weight' of the one and 'head' of the other"));
+}
+
+TEST(TiedParameters, OfStagesWithEqualWeightsAreNotTied) {
+  for (const std::string kind : {"1f1b", "dualpipe", "interleaved"})
+    EXPECT_EQ(construction(kind, kRanks, [](int) { return Layer(7); }), "") << kind;
+}
+
+TEST(TiedParameters, OfRanksThatAreThreadsAreAnError) {
+  std::vector<Layer> model;
+  for (int s = 0; s < kRanks; ++s) model.emplace_back(s);
+  EXPECT_THAT(construction("dualpipe", kRanks, [&](int stage) { return model[stage]; }),
+              AllOf(HasSubstr("ranks 1 and 2 are threads of one process"), HasSubstr("'weight' of stage 1"),
+                    HasSubstr("each time it is called")));
+}
+
+TEST(TiedParameters, AWeightHandedOnAsAnActivation) {
+  // The way out that the error names: the first stage's weight is used by the last one too.
+  Batch batch = random_batch(16, 8);
+  std::vector<Layer> model;
+  for (int s = 0; s < kRanks; ++s) model.emplace_back(s);
+  for (const Batch& part : split_batch(batch, kMicroBatches, 0)) {
+    at::Tensor x = part.inputs[0];
+    for (Layer& module : model) x = module->forward(x);
+    (torch::mse_loss(x.matmul(model[0]->weight.t()), part.targets[0]) / kMicroBatches).backward();
+  }
+  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe(comm, {.num_micro_batches = kMicroBatches, .schedule = "1f1b"}, [](int stage) {
+      Layer module(stage);
+      return Stage(module).compute("layer", [module, stage](const Tensors& x) mutable {
+        const at::Tensor y = module->forward(x[0]);
+        if (stage == 0) return Tensors{y, module->weight};
+        return stage + 1 == kRanks ? Tensors{y.matmul(x[1].t())} : Tensors{y, x[1]};
+      });
+    });
+    pipe->step(batch, squared_error());
+    for (const auto& child : pipe->named_children())
+      for (const auto& item : child.value()->named_parameters())
+        EXPECT_LE(difference(item.value().grad(), model[comm->rank()]->named_parameters()[item.key()].grad()), 1e-12);
+  });
+}
+
+// --- copies that drift
+
+/// Renormalizes its weight in each forward, as Embedding does with max_norm.
+struct RenormalizedImpl : torch::nn::Module {
+  explicit RenormalizedImpl(int number) : layer(register_module("layer", Layer(number))) {}
+  at::Tensor forward(const at::Tensor& x) {
+    {
+      const torch::NoGradGuard no_grad;
+      layer->weight.data().mul_(1 + 1e-9 * x.detach().mean());
+    }
+    return layer->forward(x);
+  }
+  Layer layer;
+};
+TORCH_MODULE(Renormalized);
+
+/// Counts the micro-batches it has seen, in an integer buffer.
+struct CountingImpl : torch::nn::Module {
+  explicit CountingImpl(int number) : layer(register_module("layer", Layer(number))) {
+    seen = register_buffer("seen", torch::zeros({}, torch::kLong));
+  }
+  at::Tensor forward(const at::Tensor& x) {
+    seen.add_(static_cast<std::int64_t>(x.size(0)));
+    return layer->forward(x);
+  }
+  Layer layer;
+  at::Tensor seen;
+};
+TORCH_MODULE(Counting);
+
+TEST(Replicas, ThatDriftAreAnErrorInEveryNthStep) {
+  const Batch batch = random_batch(16, 3);
+  std::vector<Batch> uneven;
+  for (int m = 0; m < kMicroBatches; ++m) uneven.push_back(random_batch(m < 4 ? 1 : 3, 10 + m));
+  for (const bool counts : {false, true}) {
+    SCOPED_TRACE(counts ? "counter" : "weight");
+    std::mutex mutex;
+    std::set<std::string> texts;
+    run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+      DualPipe pipe(comm, {.num_micro_batches = kMicroBatches, .compare_replicas_every = 3}, [&](int stage) -> Stage {
+        if (stage != 1) return as_stage(Layer(stage));
+        return counts ? as_stage(Counting(stage)) : as_stage(Renormalized(stage));
+      });
+      const auto step = [&] {
+        pipe->zero_grad();
+        pipe->step(counts ? Batch::from_micro_batches(uneven) : batch, squared_error());
+      };
+      for (int round = 0; round < 2; ++round) {
+        for (int i = 0; i < 3; ++i) step();
+        pipe->zero_grad();
+        std::string text = "no error";
+        try {
+          step();
+        } catch (const InvalidArgument& error) {
+          text = error.what();
+        }
+        for (const at::Tensor& parameter : pipe->parameters()) EXPECT_FALSE(parameter.grad().defined());
+        {
+          const std::lock_guard lock(mutex);
+          texts.insert(text);
+        }
+        pipe->broadcast_parameters();  // the way out
+      }
+    });
+    ASSERT_EQ(texts.size(), 1u) << ::testing::PrintToString(texts);
+    EXPECT_THAT(*texts.begin(), AllOf(HasSubstr(counts ? "buffer 'seen' of stage 1 on ranks 1 and 2"
+                                                       : "parameter 'layer.weight' of stage 1 on ranks 1 and 2"),
+                                      HasSubstr("broadcast_parameters()"), HasSubstr("compare_replicas_every")));
+  }
+}
+
+TEST(Replicas, AreComparedInTheFirstStepUnlessToldOtherwise) {
+  for (const int every : {100, 0}) {
+    run_ranks(2, [&](std::shared_ptr<Communicator> comm) {
+      DualPipe pipe(comm, {.num_micro_batches = 4, .compare_replicas_every = every}, [](int s) { return Layer(s); });
+      if (comm->rank() == 1) pipe->parameters().back().data().add_(1);  // as if weights were loaded on one rank alone
+      const std::string text = message_of([&] { pipe->step(random_batch(8, 1), squared_error()); });
+      EXPECT_THAT(text, every == 0 ? ::testing::Matcher<std::string>("")
+                                   : HasSubstr("parameter 'bias' of stage 1 on ranks 0 and 1"));
+    });
+  }
+  run_ranks(2, [](std::shared_ptr<Communicator> comm) {
+    EXPECT_THAT(message_of([&] {
+                  DualPipe(comm, {.num_micro_batches = 4, .compare_replicas_every = -1},
+                           [](int s) { return Layer(s); });
+                }),
+                HasSubstr("compare_replicas_every must not be negative, got -1"));
+  });
+}
+
+// --- buffers that holders change in different ways
+
+class Warnings : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
+  std::vector<std::string> texts;
+};
+
+TEST(Replicas, BuffersThatAreLostAreNamedInOneWarning) {
+  struct NormalizedImpl : torch::nn::Module {
+    explicit NormalizedImpl(int number)
+        : layer(register_module("layer", Layer(number))),
+          norm(register_module("norm", torch::nn::BatchNorm1d(kWidth))) {
+      norm->to(torch::kDouble);
+      register_buffer("constant", torch::ones({2}));
+    }
+    at::Tensor forward(const at::Tensor& x) { return norm->forward(layer->forward(x)); }
+    Layer layer;
+    torch::nn::BatchNorm1d norm;
+  };
+  for (const std::string kind : {"dualpipe", "dualpipev"}) {
+    std::vector<std::vector<std::string>> said(2);
+    run_ranks(2, [&](std::shared_ptr<Communicator> comm) {
+      Warnings warnings;
+      const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+      DualPipe pipe(comm, {.num_micro_batches = 4, .schedule = kind}, [](int stage) -> Stage {
+        return stage == 1 ? as_stage(std::make_shared<NormalizedImpl>(stage)) : as_stage(Layer(stage));
+      });
+      for (int i = 0; i < 3; ++i) pipe->step(random_batch(16, 5 + i), squared_error());
+      said[comm->rank()] = warnings.texts;
+    });
+    EXPECT_TRUE(said[1].empty());
+    if (kind == "dualpipev") {
+      EXPECT_TRUE(said[0].empty()) << ::testing::PrintToString(said[0]);
+      continue;
+    }
+    ASSERT_EQ(said[0].size(), 1u);
+    EXPECT_THAT(said[0][0], AllOf(HasSubstr("buffer 'norm.running_mean' of stage 1 on ranks 0 and 1"),
+                                  HasSubstr("'norm.running_var'"), Not(HasSubstr("constant")),
+                                  Not(HasSubstr("num_batches_tracked")), HasSubstr("GroupNorm")));
+  }
+}
+
+// --- two pipelines in one world
+
+TEST(Replicas, ErrorsNameRanksOfTheWorld) {
+  run_ranks(4, [&](std::shared_ptr<Communicator> world) {
+    const auto comm = world->split(world->rank() / 2, world->rank());
+    const bool second = world->rank() >= 2;
+    EXPECT_EQ(comm->world_rank(1), second ? 3 : 1);
+    {
+      DualPipe pipe(comm, {.num_micro_batches = 4}, [](int s) { return Layer(s); });
+      if (world->rank() == 3) pipe->parameters()[0].data().add_(1);
+      EXPECT_THAT(message_of([&] { pipe->step(random_batch(8, 1), squared_error()); }),
+                  second ? HasSubstr("on ranks 2 and 3") : ::testing::Matcher<std::string>(""));
+    }
+    DualPipe pipe(comm, {.num_micro_batches = 4}, [&](int stage) {
+      Layer module(stage);
+      return Stage(module).compute("layer", [=](const at::Tensor& x) mutable {
+        if (second && stage == 1) throw std::runtime_error("no more");
+        return module->forward(x);
+      });
+    });
+    world->barrier().wait();
+    const std::string text = message_of([&] { pipe->step(random_batch(8, 1), squared_error()); });
+    if (!second) return;
+    EXPECT_THAT(text, AllOf(::testing::ContainsRegex("rank [23]: forward of stage 1"), HasSubstr("\nrank 3")));
+    EXPECT_THAT(text, Not(::testing::AnyOf(HasSubstr("rank 0"), HasSubstr("rank 1"))));
+  });
+}
+
+}  // namespace
+}  // namespace dualpipe::test
