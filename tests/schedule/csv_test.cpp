@@ -8,6 +8,7 @@
 #include "dualpipe/schedule/check.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/schedule.hpp"
+#include "error_of.hpp"
 
 namespace dualpipe {
 namespace {
@@ -18,12 +19,7 @@ using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 
 std::string error_of(const std::string& text) {
-  try {
-    from_csv(text);
-  } catch (const InvalidArgument& error) {
-    return error.what();
-  }
-  return "accepted";
+  return test::error_of([&] { from_csv(text); });
 }
 
 TEST(Csv, EveryKindIsReadBack) {

@@ -203,20 +203,24 @@ inline void ScheduleChecker::find_misordered() {
 
 namespace dualpipe {
 
+std::string to_string(const Violation& violation) {
+  std::string where;
+  if (violation.rank >= 0) where += detail::str("rank ", violation.rank, ", ");
+  if (violation.cell >= 0) where += detail::str("cell ", violation.cell + 1, ": ");
+  return where + violation.message;
+}
+
 std::vector<Violation> violations(const Schedule& schedule) { return detail::ScheduleChecker(schedule).run(); }
 
 void check(const Schedule& schedule) {
   const std::vector<Violation> found = violations(schedule);
   if (found.empty()) return;
   const Violation& first = found.front();
-  std::string where;
-  if (first.rank >= 0) where += detail::str("rank ", first.rank, ", ");
-  if (first.cell >= 0) where += detail::str("cell ", first.cell + 1, ": ");
   std::string more;
   if (found.size() > 1)
     more = detail::str("\n(and ", found.size() - 1, found.size() == 2 ? " more finding)" : " more findings)");
   constexpr int radius = 2;
-  throw InvalidArgument(detail::str("schedule \"", schedule.name, "\" cannot run: ", where, first.message, more, "\n",
+  throw InvalidArgument(detail::str("schedule \"", schedule.name, "\" cannot run: ", to_string(first), more, "\n",
                                     cells_around(schedule, first.rank, first.cell, radius)));
 }
 
