@@ -138,7 +138,8 @@ TEST(BadInput, ALossThatIsNoNumber) {
 TEST(BadInput, Json) {
   const auto options = DualPipeOptions::from_json(
       R"({"num_ranks": 8, "num_micro_batches": 20, "schedule": "1f1b", "publish": "atomic", "loss_reduction": "sum",
-          "batch_dim": 1, "keep_outputs": true, "asynchronous": true, "chunks_per_rank": 3})");
+          "batch_dim": 1, "keep_outputs": true, "asynchronous": true, "chunks_per_rank": 3,
+          "compare_replicas_every": 7})");
   EXPECT_EQ(options.num_ranks, 8);
   EXPECT_EQ(options.num_micro_batches, 20);
   EXPECT_EQ(options.schedule, "1f1b");
@@ -148,6 +149,7 @@ TEST(BadInput, Json) {
   EXPECT_TRUE(options.keep_outputs);
   EXPECT_TRUE(options.asynchronous);
   EXPECT_EQ(options.chunks_per_rank, 3);
+  EXPECT_EQ(options.compare_replicas_every, 7);
 
   const auto fails = [](const std::string& text) {
     return message_of([&] { DualPipeOptions::from_json(text, "run.json"); });

@@ -319,6 +319,22 @@ TEST(Boundaries, UnevenMicroBatchesAndExtras) {
   });
 }
 
+TEST(Boundaries, WritingIntoExtrasIsAnError) {
+  Batch batch = random_batch(16, 1);
+  batch.extras = {torch::ones({16, 1}, f64())};
+  run_ranks(2, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe(comm, {.num_micro_batches = 4, .schedule = "dualpipev"}, [](int number) {
+      Layer module(number);
+      return Stage(module).compute("layer", [=](const Tensors& x, const StageContext& context) mutable {
+        at::Tensor mask = context.extras[0];
+        return module->forward(x[0] * (number == 2 ? mask.mul_(0.5) : mask));
+      });
+    });
+    EXPECT_THAT(message_of([&] { pipe->step(batch, squared_error()); }),
+                HasSubstr("stage 2 writes in place into its extras"));
+  });
+}
+
 TEST(Boundaries, ModulesSharedByTheStagesOfARankCountOnce) {
   // First and last stage share one layer, as tied embeddings do; with DualPipe both live on ranks 0 and P-1.
   const Batch batch = random_batch(16, 8);

@@ -30,10 +30,12 @@ struct Batch {
 
 namespace detail {
 
-/// LibTorch's holders cannot be asked what they are called with: where they are not, they do not compile.
+template <class Contained>
+void take_holder(const torch::nn::ModuleHolder<Contained>&);
+
+/// LibTorch's holders cannot be asked whether they can be called with some arguments: that alone fails to compile.
 template <class M>
-concept ModuleHolder =
-    requires(const M& holder) { []<class Contained>(const torch::nn::ModuleHolder<Contained>&) {}(holder); };
+concept ModuleHolder = requires(const M& holder) { take_holder(holder); };
 
 template <class Loss>
 concept LossOfLists =

@@ -13,6 +13,14 @@
 
 namespace dualpipe::detail {
 
+/// The same memory with version counters of its own: ranks that are threads may see the same batch.
+inline Tensors viewed(const Tensors& tensors) {
+  Tensors views;
+  for (const at::Tensor& tensor : tensors)
+    views.push_back(tensor.defined() && !tensor.is_inference() ? tensor.variable_data() : tensor);
+  return views;
+}
+
 StepRun::StepRun(RunContext& context, const Step& step, int cell) : context_(context), cell_(cell) {
   if (step.op.pass == Pass::Forward) forward_op_ = step.op;
   if (step.overlapped) backward_op_ = step.overlapped;
@@ -140,7 +148,7 @@ void StepRun::start_forward() {
   StageLoss loss;
   if (context_.last(op) && run.loss)
     loss = [&run, batch](const Tensors& outputs) { return run.loss(outputs, batch ? batch->targets : Tensors()); };
-  StageContext context{op.stage, op.micro_batch, run.step, run.training, batch ? batch->extras : Tensors()};
+  StageContext context{op.stage, op.micro_batch, run.step, run.training, batch ? viewed(batch->extras) : Tensors()};
   forward_ = std::make_unique<MicroBatch>(context_.stage_of(op), std::move(inputs), std::move(context), std::move(loss),
                                           received.has_value(), std::move(shared));
 }

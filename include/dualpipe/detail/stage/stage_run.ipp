@@ -6,7 +6,9 @@
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <utility>
+#include <vector>
 
 namespace dualpipe {
 namespace detail {
@@ -31,6 +33,14 @@ inline at::Tensor compute_loss(const StageLoss& loss_function, const Tensors& ou
   DUALPIPE_CHECK(loss.is_floating_point(), "the loss of stage ", stage, " must be floating point, got ",
                  loss.scalar_type());
   return loss.dim() == 0 ? loss : loss.reshape({});
+}
+
+/// By position; tensors that are undefined or made in inference mode have none.
+inline std::vector<std::uint32_t> versions_of(const Tensors& tensors) {
+  std::vector<std::uint32_t> versions;
+  for (const at::Tensor& tensor : tensors)
+    versions.push_back(tensor.defined() && !tensor.is_inference() ? tensor._version() : 0);
+  return versions;
 }
 
 /// Takes out what a collective moves.
@@ -85,6 +95,7 @@ void StageRun::advance_forward(int index) {
 void StageRun::compute(std::size_t begin, std::size_t end) {
   const detail::GraphInputs entered = detail::enter_graph(values_);
   const detail::SharedWrites writes(entered.tensors, shared_);
+  const std::vector<std::uint32_t> extras = detail::versions_of(context_.extras);
   values_ = entered.tensors;
   for (std::size_t i = begin; i < end; ++i) {
     node_name_ = stage_->nodes()[i].name;
@@ -99,6 +110,10 @@ void StageRun::compute(std::size_t begin, std::size_t end) {
     node.graph = detail::BackwardGraph(entered, values_);
   }
   writes.check(detail::str("stage ", context_.stage));
+  DUALPIPE_CHECK(
+      detail::versions_of(context_.extras) == extras, "stage ", context_.stage,
+      " writes in place into its extras, which every stage sees, each rank in memory of its own; write into a "
+      "clone() of them");
   shared_ = detail::shared_pairs(values_, entered.tensors, shared_);
   values_ = detail::detach_outputs(values_, context_.training);
 }
