@@ -8,10 +8,8 @@
 #include <asio/post.hpp>
 #include <asio/steady_timer.hpp>
 #include <atomic>
-#include <condition_variable>
 #include <csignal>
 #include <functional>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <system_error>
@@ -21,9 +19,9 @@
 #include "dualpipe/detail/comm/message_communicator.hpp"
 #include "dualpipe/detail/error_text.hpp"
 #include "socket/blocked_signals.hpp"
-#include "socket/commit.hpp"
 #include "socket/connect.hpp"
 #include "socket/peer.hpp"
+#include "socket/steps.hpp"
 
 namespace dualpipe {
 namespace detail {
@@ -70,8 +68,8 @@ class SocketTransport final : public Transport, public PeerOwner {
                   Route route)
       : Transport(world.rank, world.size, options.timeout, options.epoch),
         liveness_(options.liveness),
-        protocol_(world.rank, world.size),
-        peers_(static_cast<std::size_t>(world.size)) {
+        peers_(static_cast<std::size_t>(world.size)),
+        steps_(world.rank, peers_, liveness_ > 0ms ? 3 * liveness_ : options.timeout) {
     if (world.size == 1) return;
     Rendezvous rendezvous(world, options, deadline);
     std::vector<Connection> connections;
@@ -105,7 +103,7 @@ class SocketTransport final : public Transport, public PeerOwner {
       const auto deadline = std::chrono::steady_clock::now() + farewell_limit;
       leaving_ = true;
       waiting(true);  // reads and drops what peers still send, so that they can finish sending
-      if (!has_failed()) say_goodbye();
+      if (!has_failed()) steps_.say_goodbye();
       // The kernel has usually taken everything already.
       while (!flushed() && std::chrono::steady_clock::now() < deadline) std::this_thread::sleep_for(1ms);
     } catch (...) {
@@ -120,38 +118,20 @@ class SocketTransport final : public Transport, public PeerOwner {
   }
 
   void spread(int origin, const std::string& reason) noexcept override {
-    settle(origin, reason, [this] { protocol_.failed(); });
+    steps_.failed(origin, reason);
+    read_all();
   }
 
   std::uint64_t vote(std::int64_t group, const std::vector<int>& members, std::string ballot) override {
-    const std::lock_guard lock(steps_mutex_);
-    const std::uint64_t step = protocol_.vote(group, members, std::move(ballot));
-    speak();
-    return step;
+    return steps_.vote(group, members, std::move(ballot));
   }
 
   StepEnd wait_for_step(std::int64_t group, const std::vector<int>& /*members*/, std::uint64_t step) override {
-    const auto until = deadline();
-    std::unique_lock lock(steps_mutex_);
-    StepEnd end;
-    const auto ended = [&] {
-      end = protocol_.end(group, step);
-      return end.outcome != StepOutcome::open;
-    };
-    const auto woken = [&] { return ended() || end.has_left || failure_; };
-    if (!woken()) {
-      waiting(true);
-      steps_changed_.wait_until(lock, until, woken);
-      waiting(false);
-    }
-    // After a failure every rank answers, is dead, or is found silent.
-    const auto settled = liveness_ > 0ms ? Clock::now() + 3 * liveness_ : deadline();
-    if (failure_ && !steps_changed_.wait_until(lock, settled, ended)) {
-      protocol_.give_up();
-      speak();
-      ended();
-    }
-    if (failure_) failed(failure_->first, failure_->second);
+    waiting(true);
+    StepEnd end = steps_.wait(group, step, deadline());
+    waiting(false);
+    // The other operations may not have heard of it yet.
+    if (const auto failure = steps_.failure()) failed(failure->first, failure->second);
     return end;
   }
 
@@ -168,31 +148,26 @@ class SocketTransport final : public Transport, public PeerOwner {
     if (!failed_ && !leaving_) deliver(peer.rank(), std::move(message));
   }
 
-  void voted(Peer& peer, Vote vote) override {
-    const std::lock_guard lock(steps_mutex_);
-    protocol_.vote_arrived(peer.rank(), std::move(vote));
-    steps_changed_.notify_all();
-  }
+  void voted(Peer& peer, Vote vote) override { steps_.vote_arrived(peer.rank(), std::move(vote)); }
 
+  /// Passed on before this rank reacts: a rank that learned of the failure by the reaction would blame this rank.
   void told_of_failure(Peer& peer, wire::Failure failure) override {
     const int origin = failure.origin;
-    const std::string reason = std::move(failure.reason);
-    settle(origin, reason, [&] { protocol_.word_arrived(peer.rank(), std::move(failure.word)); });
+    const std::string reason = failure.reason;
+    steps_.failure_arrived(peer.rank(), std::move(failure));
+    read_all();
     failed(origin, reason);
   }
 
   void said_goodbye(Peer& peer, const Word& word) override {
-    {
-      const std::lock_guard lock(steps_mutex_);
-      protocol_.goodbye_arrived(peer.rank(), word);
-      speak();
-    }
+    steps_.goodbye_arrived(peer.rank(), word);
     departed(peer.rank());
   }
 
   void lost(Peer& peer, const std::string& why, bool suspected) override {
     const std::string reason = str("rank ", peer.rank(), " ", why);
-    settle(peer.rank(), reason, [&] { protocol_.lost(peer.rank(), suspected); });
+    steps_.lost(peer.rank(), reason, suspected);
+    read_all();
     failed(peer.rank(), reason);
   }
 
@@ -205,42 +180,14 @@ class SocketTransport final : public Transport, public PeerOwner {
 
   bool may_hold_back() const override { return waiting_ == 0 && !failed_; }
 
-  /// Something has failed, or who has failed says more. Comes before this rank reacts: a rank that learned of the
-  /// failure by the reaction would blame this rank.
-  template <class Event>
-  void settle(int origin, const std::string& reason, const Event& event) noexcept {
+  /// After a failure nothing is held back: words of peers may come behind what nobody takes any more.
+  void read_all() noexcept {
+    if (failed_.exchange(true)) return;
     try {
-      const std::lock_guard lock(steps_mutex_);
-      if (said_goodbye_) return;
-      if (!failure_) failure_ = {origin, reason};
-      event();
-      speak();
+      for_peers([](Peer& peer) { peer.resume(); });
     } catch (...) {
-      // No memory: peers see the connection end.
+      // No memory: a peer that waits for this one finds it silent.
     }
-    if (!failed_.exchange(true)) for_peers([](Peer& peer) { peer.resume(); });
-  }
-
-  /// Nothing is said afterwards.
-  void say_goodbye() {
-    const std::lock_guard lock(steps_mutex_);
-    if (failure_) return;
-    said_goodbye_ = true;
-    for_peers([this](Peer& peer) { peer.say_goodbye(protocol_.word()); });
-  }
-
-  /// Sends what the protocol has to say. With steps_mutex_, which keeps the order.
-  void speak() {
-    for (const auto& [to, what] : protocol_.take_outbox()) {
-      Peer& peer = *peers_[static_cast<std::size_t>(to)];
-      if (const auto* vote = std::get_if<Vote>(&what)) {
-        peer.send(*vote);
-      } else {
-        peer.tell({failure_->first, failure_->second, std::get<Word>(what)});
-      }
-    }
-    if (protocol_.knows_nothing()) for_peers([](Peer& peer) { peer.shut(); });
-    steps_changed_.notify_all();
   }
 
   /// Beats, and looks who has not been heard for too long, every fifth of that time. On the I/O thread.
@@ -285,13 +232,8 @@ class SocketTransport final : public Transport, public PeerOwner {
   asio::io_context io_{1};
   asio::steady_timer pulse_{io_};
 
-  std::mutex steps_mutex_;  // guards these five
-  std::condition_variable steps_changed_;
-  CommitProtocol protocol_;
-  std::optional<std::pair<int, std::string>> failure_;  // origin and reason
-  bool said_goodbye_ = false;
-
-  std::vector<std::shared_ptr<Peer>> peers_;
+  Steps::Peers peers_;
+  Steps steps_;
   std::atomic<bool> failed_{false};
   std::atomic<bool> leaving_{false};
   mutable std::atomic<int> waiting_{0};
