@@ -82,22 +82,24 @@ class DualPipeImpl : public torch::nn::Module {
   ///               where its stages use them. None of its tensors requires grad.
   /// @param loss   from the last stage's outputs and a micro-batch's targets to one element, which requires grad. The
   ///               gradient that enters it is 1/N (mean) or 1 (sum).
-  /// @throws InvalidArgument  a batch that does not split, lacks something, or differs between ranks (values are
-  ///                          compared in the first step); copies of a stage that differ between its holders (compared
-  ///                          every DualPipeOptions::compare_replicas_every steps); what an observer threw at the end of
-  ///                          the step before.
-  /// @throws Error            user code threw here.
+  /// @throws InvalidArgument  a batch that does not split, lacks something, or differs between ranks; copies of a stage
+  ///                          that differ between its holders (compared every DualPipeOptions::compare_replicas_every
+  ///                          steps); what an observer threw at the end of the step before.
+  /// @throws Error            user code threw here; values of the batch on a device differ between ranks, which is
+  ///                          known at the end of the step, of an asynchronous one at the end of the next.
   /// @throws CommError        another rank failed.
   DUALPIPE_DECL StepResult step(const Batch& batch, const LossFn& loss);
   /// Collective. Forward only, without gradients, with any number of micro-batches (DualPipeOptions::num_micro_batches
   /// when the batch is whole). Does not touch train() or eval(). Errors are those of step().
   DUALPIPE_DECL StepResult evaluate(const Batch& batch, const LossFn& loss);
   /// Collective. The last stage's outputs on the ranks where computes_loss(); empty elsewhere. Those of the
-  /// micro-batches are concatenated along batch_dim.
+  /// micro-batches are merged as DualPipeOptions::merge_outputs says: by default concatenated along batch_dim. A list
+  /// takes one place for each micro-batch: with two lists, first all of output 0, then all of output 1.
   ///
   /// @param batch  needed where feeds_inputs().
-  /// @throws InvalidArgument  as evaluate(); an output whose size along batch_dim is not that of its micro-batch, so
-  ///                          that it cannot be concatenated. evaluate() with keep_outputs gives such outputs.
+  /// @throws InvalidArgument  as evaluate(); outputs that do not merge so, such as, by default, one that does not have
+  ///                          an entry along batch_dim for each sample of its micro-batch; another number of outputs
+  ///                          than merge_outputs has entries.
   DUALPIPE_DECL Tensors predict(const Batch& batch);
 
   /// Collective. Scales the gradients of the whole model to a 2-norm of at most `max_norm`, each parameter counted
