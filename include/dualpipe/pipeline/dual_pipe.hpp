@@ -49,10 +49,15 @@ struct StepResult {
 /// as `stage<k>`, so an optimizer made from `parameters()` trains what this rank holds, and `train()`, `eval()` and
 /// `to()` reach them.
 ///
+/// Right: an optimizer that updates each parameter by its own gradient, as SGD and AdamW do.  Wrong: one that looks at
+/// all gradients together. L-BFGS sees those of this rank only, and calls a closure that calls step() another number of
+/// times on each rank.
+///
 /// Every method marked collective is called by all ranks in the same order, from the communicator's thread. step(),
 /// evaluate() and predict() begin with a small message from each rank to all others. What one of them finds wrong is
 /// InvalidArgument on every rank: nothing was computed, gradients, parameters and buffers are what they were, and the
-/// next call works. Any other exception ends the pipeline: make a new communicator and module.
+/// next call works. It also works after predictions that could not be merged. Any other exception ends the pipeline:
+/// make a new communicator and module.
 class DualPipeImpl : public torch::nn::Module {
  public:
   using StageFactory = dualpipe::StageFactory;
@@ -70,7 +75,8 @@ class DualPipeImpl : public torch::nn::Module {
 
   /// Collective. One training step as a transaction: forward and backward of all micro-batches, gradients summed over
   /// the holders of each stage, commit. Afterwards `.grad` has grown by this step's gradient, in the same tensor
-  /// objects, equal on all holders. After an exception gradients, parameters and buffers are what they were.
+  /// objects, equal on all holders. After an exception gradients and buffers are what they were. So are parameters,
+  /// unless a forward has written to them.
   ///
   /// With DualPipeOptions::asynchronous the host does not wait for its device, and step() commits when all hosts have
   /// reached the end of the step. A device that fails later is reported by StepResult::wait() or, before it does
