@@ -40,7 +40,9 @@ struct DualPipeOptions {
                                      ///< first and every such step, 0: never; see DualPipeImpl::step
   int num_ranks = 0;                 ///< when not 0, must equal the communicator's size
 
-  /// Reads a JSON object whose keys are the members above.
+  /// Reads a JSON object whose keys are the members above; merge_outputs is a list as in
+  /// [{"how": "stack", "dim": 1}, {"how": "list"}].
+  ///
   /// @throws InvalidArgument  unreadable file, malformed JSON, an unknown or mistyped key; the text names the file, the
   /// key and what is allowed.
   static DualPipeOptions from_json_file(const std::string& path);
