@@ -17,34 +17,63 @@ using Json = nlohmann::json;
 /// Assigns one member from its JSON value; false: the value has another type or range.
 using Setter = std::function<bool(DualPipeOptions&, const Json&)>;
 
-Setter integer(int DualPipeOptions::* member) {
-  return [member](DualPipeOptions& options, const Json& value) {
-    if (!value.is_number_integer()) return false;
-    const auto number = value.is_number_unsigned() && value.get<std::uint64_t>() > std::numeric_limits<int>::max()
-                            ? std::int64_t{-1}
-                            : value.get<std::int64_t>();
-    if (number < 0 || number > std::numeric_limits<int>::max()) return false;
-    options.*member = static_cast<int>(number);
-    return true;
-  };
+// Each assigns its last argument from a JSON value, and is false where the value has another type or range.
+
+bool take(const Json& value, int& count) {
+  if (!value.is_number_integer()) return false;
+  const auto number = value.is_number_unsigned() && value.get<std::uint64_t>() > std::numeric_limits<int>::max()
+                          ? std::int64_t{-1}
+                          : value.get<std::int64_t>();
+  if (number < 0 || number > std::numeric_limits<int>::max()) return false;
+  count = static_cast<int>(number);
+  return true;
 }
 
-Setter boolean(bool DualPipeOptions::* member) {
-  return [member](DualPipeOptions& options, const Json& value) {
-    if (!value.is_boolean()) return false;
-    options.*member = value.get<bool>();
-    return true;
-  };
+bool take(const Json& value, bool& flag) {
+  if (!value.is_boolean()) return false;
+  flag = value.get<bool>();
+  return true;
+}
+
+bool take(const Json& value, std::string& text) {
+  if (!value.is_string()) return false;
+  text = value.get<std::string>();
+  return true;
+}
+
+template <class Enum>
+bool take(const Json& value, const std::map<std::string, Enum>& names, Enum& choice) {
+  const auto found = value.is_string() ? names.find(value.get<std::string>()) : names.end();
+  if (found == names.end()) return false;
+  choice = found->second;
+  return true;
+}
+
+template <class T>
+Setter plain(T DualPipeOptions::* member) {
+  return [member](DualPipeOptions& options, const Json& value) { return take(value, options.*member); };
 }
 
 template <class Enum>
 Setter choice(Enum DualPipeOptions::* member, std::map<std::string, Enum> names) {
   return [member, names = std::move(names)](DualPipeOptions& options, const Json& value) {
-    const auto found = value.is_string() ? names.find(value.get<std::string>()) : names.end();
-    if (found == names.end()) return false;
-    options.*member = found->second;
-    return true;
+    return take(value, names, options.*member);
   };
+}
+
+/// [{"how": "concat", "dim": 1}, …], each member optional.
+bool set_merges(DualPipeOptions& options, const Json& value) {
+  const std::map<std::string, Merge::How> names{
+      {"concat", Merge::How::concat}, {"stack", Merge::How::stack}, {"list", Merge::How::list}};
+  if (!value.is_array()) return false;
+  for (const Json& entry : value) {
+    if (!entry.is_object()) return false;
+    Merge& merge = options.merge_outputs.emplace_back();
+    for (const auto& [name, member] : entry.items())
+      if (!(name == "how" && take(member, names, merge.how)) && !(name == "dim" && take(member, merge.dim)))
+        return false;
+  }
+  return true;
 }
 
 struct Key {
@@ -54,26 +83,23 @@ struct Key {
 
 std::map<std::string, Key> keys() {
   return {
-      {"num_micro_batches", {"an integer >= 0", integer(&DualPipeOptions::num_micro_batches)}},
-      {"num_ranks", {"an integer >= 0", integer(&DualPipeOptions::num_ranks)}},
-      {"chunks_per_rank", {"an integer >= 0", integer(&DualPipeOptions::chunks_per_rank)}},
-      {"batch_dim", {"an integer >= 0", integer(&DualPipeOptions::batch_dim)}},
-      {"compare_replicas_every", {"an integer >= 0", integer(&DualPipeOptions::compare_replicas_every)}},
-      {"keep_outputs", {"true or false", boolean(&DualPipeOptions::keep_outputs)}},
-      {"asynchronous", {"true or false", boolean(&DualPipeOptions::asynchronous)}},
+      {"num_micro_batches", {"an integer >= 0", plain(&DualPipeOptions::num_micro_batches)}},
+      {"num_ranks", {"an integer >= 0", plain(&DualPipeOptions::num_ranks)}},
+      {"chunks_per_rank", {"an integer >= 0", plain(&DualPipeOptions::chunks_per_rank)}},
+      {"batch_dim", {"an integer >= 0", plain(&DualPipeOptions::batch_dim)}},
+      {"merge_outputs",
+       {"a list of objects with \"how\", which is \"concat\", \"stack\" or \"list\", and \"dim\", an integer >= 0",
+        set_merges}},
+      {"compare_replicas_every", {"an integer >= 0", plain(&DualPipeOptions::compare_replicas_every)}},
+      {"keep_outputs", {"true or false", plain(&DualPipeOptions::keep_outputs)}},
+      {"asynchronous", {"true or false", plain(&DualPipeOptions::asynchronous)}},
       {"publish",
        {"\"early\" or \"atomic\"",
         choice(&DualPipeOptions::publish, {{"early", Publish::early}, {"atomic", Publish::atomic}})}},
       {"loss_reduction",
        {"\"mean\" or \"sum\"",
         choice(&DualPipeOptions::loss_reduction, {{"mean", LossReduction::mean}, {"sum", LossReduction::sum}})}},
-      {"schedule",
-       {"a string: a kind or the path of a CSV file",
-        [](DualPipeOptions& options, const Json& value) {
-          if (!value.is_string()) return false;
-          options.schedule = value.get<std::string>();
-          return true;
-        }}},
+      {"schedule", {"a string: a kind or the path of a CSV file", plain(&DualPipeOptions::schedule)}},
   };
 }
 

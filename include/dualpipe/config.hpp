@@ -1,12 +1,25 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "dualpipe/schedule/simulate.hpp"
 
 namespace dualpipe {
 
 enum class LossReduction { mean, sum };
+
+/// How predict() makes an output of the whole batch from that of each micro-batch.
+struct Merge {
+  enum class How {
+    concat,  ///< along `dim`, the only dimension in which the sizes may differ
+    stack,   ///< along a new dimension `dim`, with one entry per micro-batch; the sizes are equal
+    list     ///< not at all: the tensors of all micro-batches, in their order; any sizes and dtypes
+  };
+  How how = How::concat;
+  int dim = 0;
+  bool operator==(const Merge&) const = default;
+};
 
 /// Members in the order in which a reader sets them.
 struct DualPipeOptions {
@@ -15,8 +28,11 @@ struct DualPipeOptions {
   int chunks_per_rank = 2;            ///< interleaved only
   Publish publish = Publish::early;
   LossReduction loss_reduction =
-      LossReduction::mean;    ///< each micro-batch loss is scaled by 1/N (mean) or 1 (sum) before its backward
-  int batch_dim = 0;          ///< dimension that is split into micro-batches
+      LossReduction::mean;  ///< each micro-batch loss is scaled by 1/N (mean) or 1 (sum) before its backward
+  int batch_dim = 0;        ///< dimension that is split into micro-batches
+  /// What predict() returns, for each output of the last stage. Empty: all by concat along batch_dim, where an output
+  /// has one entry for each sample of its micro-batch.
+  std::vector<Merge> merge_outputs = {};
   bool keep_outputs = false;  ///< step() and evaluate() return this rank's last-stage outputs, detached
   bool asynchronous = false;  ///< CUDA: do not wait at the end of a step; results hold after StepResult::wait(). See
                               ///< DualPipeImpl::step on failures
@@ -24,7 +40,9 @@ struct DualPipeOptions {
                                      ///< first and every such step, 0: never; see DualPipeImpl::step
   int num_ranks = 0;                 ///< when not 0, must equal the communicator's size
 
-  /// Reads a JSON object whose keys are the members above.
+  /// Reads a JSON object whose keys are the members above; merge_outputs is a list as in
+  /// [{"how": "stack", "dim": 1}, {"how": "list"}].
+  ///
   /// @throws InvalidArgument  unreadable file, malformed JSON, an unknown or mistyped key; the text names the file, the
   /// key and what is allowed.
   static DualPipeOptions from_json_file(const std::string& path);

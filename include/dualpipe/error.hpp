@@ -13,7 +13,7 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// The call itself is wrong: a value, a shape, a file, an environment variable. Nothing was sent; the caller can
+/// The call itself is wrong: a value, a shape, a file, an environment variable. It changed nothing; the caller can
 /// correct it and go on.
 class InvalidArgument : public Error {
  public:

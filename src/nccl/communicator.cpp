@@ -22,14 +22,13 @@ void NcclCommunicator::announce(int peer, Header header) {
 Headers NcclCommunicator::announce_to_all(const Header& own, const std::vector<Header>& expected) {
   Headers headers;
   for (int r = 0; r < size(); ++r)
-    if (r != rank())
-      headers.push_back(context_->transport().receive(world_rank(r), expected[static_cast<std::size_t>(r)], false));
+    if (r != rank()) headers.push_back(context_->transport().receive(world_rank(r), expected[r], false));
   for (int i = 1; i < size(); ++i) announce((rank() + i) % size(), own);  // begins at another rank on each rank
   return headers;
 }
 
 Headers NcclCommunicator::announce_to_all(const Header& head) {
-  return announce_to_all(head, std::vector<Header>(static_cast<std::size_t>(size()), head));
+  return announce_to_all(head, std::vector<Header>(size(), head));
 }
 
 std::shared_ptr<NcclOperation> NcclCommunicator::make_operation(Request request, Headers headers, CommStream on) const {
@@ -127,8 +126,7 @@ Pending NcclCommunicator::all_reduce(Tensors tensors, Reduce reduce) {
     in_groups(nccl, self.targets.size(), [&](std::size_t i) {
       const at::Tensor& tensor = self.targets[i];
       if (!has_elements(tensor)) return;
-      nccl.all_reduce(tensor.mutable_data_ptr(), static_cast<std::size_t>(tensor.numel()), tensor.scalar_type(), reduce,
-                      on.comm, on.stream);
+      nccl.all_reduce(tensor.mutable_data_ptr(), tensor.numel(), tensor.scalar_type(), reduce, on.comm, on.stream);
     });
   };
   Watch watched(tensors);
@@ -150,7 +148,7 @@ Pending NcclCommunicator::broadcast(Tensors tensors, int root) {
   std::vector<InPlaceBuffer> in_place = in_place_buffers("broadcast", tensors, device(), /*as_bytes=*/true);
   const Signature signature = signature_of_values(tensors);
   Header own = headers_.next_collective(str("broadcast from rank ", world_rank(root)), {});
-  std::vector<Header> expected(static_cast<std::size_t>(size()), own);
+  std::vector<Header> expected(size(), own);
   expected[source].signature = signature;
   if (root == rank()) own.signature = signature;
 
@@ -180,7 +178,7 @@ Pending NcclCommunicator::broadcast(Tensors tensors, int root) {
 }
 
 Pending NcclCommunicator::all_gather(at::Tensor tensor, const std::optional<Signature>& expected) {
-  return exchange("all_gather", Tensors(static_cast<std::size_t>(size()), tensor), expected);
+  return exchange("all_gather", Tensors(size(), tensor), expected);
 }
 
 Pending NcclCommunicator::all_to_all(Tensors tensors, const std::optional<Signature>& expected) {
@@ -204,8 +202,8 @@ Pending NcclCommunicator::fence() {
 // Sizes change from call to call, so that known_ does not apply.
 Pending NcclCommunicator::exchange(const char* name, Tensors outgoing, const std::optional<Signature>& expected) {
   check_exchange(*this, name, outgoing, expected);
-  const auto me = static_cast<std::size_t>(rank());
-  const auto ranks = static_cast<std::size_t>(size());
+  const std::size_t me = rank();
+  const std::size_t ranks = size();
   check_sendable(outgoing, device(), str(" of ", name));
   Tensors sources = sendable(outgoing);
   const Header head = headers_.next_collective(name, {});

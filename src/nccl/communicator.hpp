@@ -64,7 +64,7 @@ class NcclCommunicator final : public Communicator {
   void abort(const std::string& reason) noexcept override;
 
  private:
-  int world_rank(int rank) const override { return control_.members()[static_cast<std::size_t>(rank)]; }
+  int world_rank(int rank) const override { return control_.members()[rank]; }
   void announce(int peer, Header header);
   /// Announces a collective to the other ranks. Returns their announcements, which must equal `expected`, by rank.
   std::vector<std::shared_ptr<Request>> announce_to_all(const Header& own, const std::vector<Header>& expected);

@@ -155,8 +155,8 @@ void NcclCommunicator::warm_up_collectives() {
         });
       });
   if (headers_.group() == 0 || size() == 1) return;
-  const auto ranks = static_cast<std::size_t>(size());
-  const auto me = static_cast<std::size_t>(rank());
+  const std::size_t ranks = size();
+  const std::size_t me = rank();
   warm_up(collectives_, collective_queue_, 2 * ranks, 1, [=](const NcclOperation& self, NcclApi& nccl, CommStream on) {
     in_groups(nccl, ranks - 1, [&](std::size_t i) {
       const std::size_t to = (me + i + 1) % ranks;

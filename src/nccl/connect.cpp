@@ -19,7 +19,7 @@ std::vector<std::string> gather(Communicator& control, const std::string& text) 
   std::memcpy(bytes.mutable_data_ptr(), text.data(), text.size());
   std::vector<std::string> texts;
   for (const at::Tensor& each : control.all_gather(bytes).take())
-    texts.emplace_back(static_cast<const char*>(each.const_data_ptr()), static_cast<std::size_t>(each.numel()));
+    texts.emplace_back(static_cast<const char*>(each.const_data_ptr()), each.numel());
   return texts;
 }
 

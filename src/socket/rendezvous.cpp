@@ -22,7 +22,7 @@ using namespace std::chrono_literals;
 constexpr auto first_poll_pause = 1ms;
 constexpr auto last_poll_pause = 50ms;
 /// Longest time of one try to reach the store.
-constexpr auto attempt_limit = 5s;
+constexpr auto try_limit = 5s;
 /// After this time a warning says why nothing happens.
 constexpr std::chrono::milliseconds silence_limit = 10s;
 
@@ -154,7 +154,7 @@ void Rendezvous::await_server() {
     if (!error) {
       error = asio::error::timed_out;
       asio::async_connect(socket, endpoints, [&](const asio::error_code& result, const auto&) { error = result; });
-      io.run_for(std::min<std::chrono::milliseconds>(attempt_limit, remaining(deadline_)));
+      io.run_for(std::min<std::chrono::milliseconds>(try_limit, remaining(deadline_)));
       if (!error) return;
     }
     problem = error.message();

@@ -277,7 +277,7 @@ class DelayedLinks final : public Wrapper {
     std::optional<Expected> with_time = expected;
     if (with_time) with_time->signature.push_back({.dtype = at::kLong, .sizes = {}});
     Pending inner = inner_->receive(peer, with_time);
-    return delayed(edges_[static_cast<std::size_t>(peer)], std::move(inner), true, bytes);
+    return delayed(edges_[peer], std::move(inner), true, bytes);
   }
   Pending all_reduce(Tensors tensors, Reduce reduce) override {
     return collective(inner_->all_reduce(std::move(tensors), reduce), bytes);

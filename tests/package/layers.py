@@ -31,7 +31,6 @@ PARTS = {
     "error": "base",
     "version": "base",
     "detail/config": "base",
-    "detail/index": "base",
     "detail/files": "base",
     "detail/host": "base",
     "detail/error_text": "pending",

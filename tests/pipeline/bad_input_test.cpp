@@ -6,8 +6,6 @@
 #include <atomic>
 #include <cstdio>
 #include <fstream>
-#include <mutex>
-#include <set>
 #include <string>
 
 #include "pipeline/pipeline.hpp"
@@ -18,19 +16,6 @@ namespace {
 
 using ::testing::AllOf;
 using ::testing::HasSubstr;
-
-/// The one text with which `body` fails on every rank; "" if it does not fail.
-std::string failure_on_all(int num_ranks, const std::function<void(std::shared_ptr<Communicator>)>& body) {
-  std::mutex mutex;
-  std::set<std::string> messages;
-  run_ranks(num_ranks, [&](std::shared_ptr<Communicator> comm) {
-    const std::string message = message_of([&] { body(comm); });
-    const std::lock_guard lock(mutex);
-    messages.insert(message);
-  });
-  EXPECT_EQ(messages.size(), 1u) << ::testing::PrintToString(messages);
-  return *messages.begin();
-}
 
 std::string construction(int num_ranks, const DualPipeOptions& options) {
   return failure_on_all(num_ranks, [&](auto comm) { DualPipe(comm, options, as_factory(layer)); });
@@ -139,7 +124,8 @@ TEST(BadInput, Json) {
   const auto options = DualPipeOptions::from_json(
       R"({"num_ranks": 8, "num_micro_batches": 20, "schedule": "1f1b", "publish": "atomic", "loss_reduction": "sum",
           "batch_dim": 1, "keep_outputs": true, "asynchronous": true, "chunks_per_rank": 3,
-          "compare_replicas_every": 7})");
+          "compare_replicas_every": 7,
+          "merge_outputs": [{"how": "stack", "dim": 1}, {"how": "list"}, {"dim": 2}]})");
   EXPECT_EQ(options.num_ranks, 8);
   EXPECT_EQ(options.num_micro_batches, 20);
   EXPECT_EQ(options.schedule, "1f1b");
@@ -150,6 +136,8 @@ TEST(BadInput, Json) {
   EXPECT_TRUE(options.asynchronous);
   EXPECT_EQ(options.chunks_per_rank, 3);
   EXPECT_EQ(options.compare_replicas_every, 7);
+  EXPECT_EQ(options.merge_outputs,
+            (std::vector<Merge>{{Merge::How::stack, 1}, {Merge::How::list}, {Merge::How::concat, 2}}));
 
   const auto fails = [](const std::string& text) {
     return message_of([&] { DualPipeOptions::from_json(text, "run.json"); });
@@ -164,6 +152,10 @@ TEST(BadInput, Json) {
   EXPECT_THAT(fails(R"({"num_micro_batches": 18446744073709551615})"), HasSubstr("must be an integer"));
   EXPECT_THAT(fails(R"({"publish": "never"})"), AllOf(HasSubstr("\"early\" or \"atomic\""), HasSubstr("never")));
   EXPECT_THAT(fails(R"({"keep_outputs": 1})"), HasSubstr("true or false"));
+  for (const char* merges :
+       {R"("stack")", R"(["stack"])", R"([{"how": "sum"}])", R"([{"dim": -1}])", R"([{"dims": 1}])"})
+    EXPECT_THAT(fails(detail::str("{\"merge_outputs\": ", merges, "}")),
+                HasSubstr("\"concat\", \"stack\" or \"list\""));
   EXPECT_THAT(fails(R"({"num_ranks": 8, "num_ranks": 4})"), HasSubstr("the key \"num_ranks\" is named twice"));
   EXPECT_THAT(fails("[1]"), HasSubstr("object"));
   EXPECT_THAT(fails("{"), HasSubstr("not JSON: parse error at line 1, column 2"));

@@ -7,6 +7,8 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -134,6 +136,19 @@ inline std::string message_of(const std::function<void()>& body) {
     return error.what();
   }
   return "";
+}
+
+/// The one text with which `body` fails on every rank; "" if it does not fail.
+inline std::string failure_on_all(int num_ranks, const std::function<void(std::shared_ptr<Communicator>)>& body) {
+  std::mutex mutex;
+  std::set<std::string> messages;
+  run_ranks(num_ranks, [&](std::shared_ptr<Communicator> comm) {
+    const std::string message = message_of([&] { body(comm); });
+    const std::lock_guard lock(mutex);
+    messages.insert(message);
+  });
+  EXPECT_EQ(messages.size(), 1u) << ::testing::PrintToString(messages);
+  return *messages.begin();
 }
 
 }  // namespace dualpipe::test

@@ -41,16 +41,14 @@ struct NcclOptions {
 ///    does. Wrong: a receive() before the send() on both of two ranks. With communicator_per_edge that is allowed on
 ///    announced edges.
 ///  * Transfers on edges that connect() did not announce share the communicator of the collectives: all ranks must
-///  issue
-///    both in one order.
+///    issue both in one order.
 ///  * Nothing is buffered: a send completes when its receive has begun and the data has moved.
 ///  * A sum over more than two ranks is bitwise equal on all ranks, but in NCCL's order, not in rank order.
 ///  * It works on its own device and leaves the current device alone. torch::kCUDA without a number means the current
 ///    device, at first 0: call c10::cuda::set_device(communicator->device().index()) before code that says so.
 ///  * barrier() synchronizes hosts, not devices.
 ///  * After an abort, streams continue with data that never came. After waiting for the device, call wait() on a
-///  Pending
-///    before using the results; DualPipe does so before it commits a step.
+///    Pending before using the results; DualPipe does so before it commits a step.
 ///
 /// Needs the target dualpipe::nccl. Never falls back to another back end.
 ///

@@ -45,7 +45,7 @@ inline bool write_all(int file, std::string_view text) {
   while (!text.empty()) {
     const ssize_t count = ::write(file, text.data(), text.size());
     if (count < 0 && errno != EINTR) return false;
-    if (count > 0) text.remove_prefix(static_cast<std::size_t>(count));
+    if (count > 0) text.remove_prefix(count);
   }
   return true;
 }
@@ -63,7 +63,7 @@ std::string read_file(const std::string& path) {
     const ssize_t count = ::read(file.get(), text.data() + used, chunk);
     if (count < 0 && errno == EINTR) continue;
     if (count < 0) throw_file_error("read", path, errno);
-    used += static_cast<std::size_t>(count);
+    used += count;
     DUALPIPE_CHECK(used <= max_bytes, "cannot read ", path, ": more than ", max_bytes >> 20, " MiB");
     text.resize(used);
     if (count == 0) return text;

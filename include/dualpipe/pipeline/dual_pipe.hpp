@@ -49,10 +49,15 @@ struct StepResult {
 /// as `stage<k>`, so an optimizer made from `parameters()` trains what this rank holds, and `train()`, `eval()` and
 /// `to()` reach them.
 ///
+/// Right: an optimizer that updates each parameter by its own gradient, as SGD and AdamW do.  Wrong: one that looks at
+/// all gradients together. L-BFGS sees those of this rank only, and calls a closure that calls step() another number of
+/// times on each rank.
+///
 /// Every method marked collective is called by all ranks in the same order, from the communicator's thread. step(),
 /// evaluate() and predict() begin with a small message from each rank to all others. What one of them finds wrong is
 /// InvalidArgument on every rank: nothing was computed, gradients, parameters and buffers are what they were, and the
-/// next call works. Any other exception ends the pipeline: make a new communicator and module.
+/// next call works. It also works after predictions that could not be merged. Any other exception ends the pipeline:
+/// make a new communicator and module.
 class DualPipeImpl : public torch::nn::Module {
  public:
   using StageFactory = dualpipe::StageFactory;
@@ -70,7 +75,8 @@ class DualPipeImpl : public torch::nn::Module {
 
   /// Collective. One training step as a transaction: forward and backward of all micro-batches, gradients summed over
   /// the holders of each stage, commit. Afterwards `.grad` has grown by this step's gradient, in the same tensor
-  /// objects, equal on all holders. After an exception gradients, parameters and buffers are what they were.
+  /// objects, equal on all holders. After an exception gradients and buffers are what they were. So are parameters,
+  /// unless a forward has written to them.
   ///
   /// With DualPipeOptions::asynchronous the host does not wait for its device, and step() commits when all hosts have
   /// reached the end of the step. A device that fails later is reported by StepResult::wait() or, before it does
@@ -82,22 +88,24 @@ class DualPipeImpl : public torch::nn::Module {
   ///               where its stages use them. None of its tensors requires grad.
   /// @param loss   from the last stage's outputs and a micro-batch's targets to one element, which requires grad. The
   ///               gradient that enters it is 1/N (mean) or 1 (sum).
-  /// @throws InvalidArgument  a batch that does not split, lacks something, or differs between ranks (values are
-  ///                          compared in the first step); copies of a stage that differ between its holders (compared
-  ///                          every DualPipeOptions::compare_replicas_every steps); what an observer threw at the end of
-  ///                          the step before.
-  /// @throws Error            user code threw here.
+  /// @throws InvalidArgument  a batch that does not split, lacks something, or differs between ranks; copies of a stage
+  ///                          that differ between its holders (compared every DualPipeOptions::compare_replicas_every
+  ///                          steps); what an observer threw at the end of the step before.
+  /// @throws Error            user code threw here; values of the batch on a device differ between ranks, which is
+  ///                          known at the end of the step, of an asynchronous one at the end of the next.
   /// @throws CommError        another rank failed.
   DUALPIPE_DECL StepResult step(const Batch& batch, const LossFn& loss);
   /// Collective. Forward only, without gradients, with any number of micro-batches (DualPipeOptions::num_micro_batches
   /// when the batch is whole). Does not touch train() or eval(). Errors are those of step().
   DUALPIPE_DECL StepResult evaluate(const Batch& batch, const LossFn& loss);
   /// Collective. The last stage's outputs on the ranks where computes_loss(); empty elsewhere. Those of the
-  /// micro-batches are concatenated along batch_dim.
+  /// micro-batches are merged as DualPipeOptions::merge_outputs says: by default concatenated along batch_dim. A list
+  /// takes one place for each micro-batch: with two lists, first all of output 0, then all of output 1.
   ///
   /// @param batch  needed where feeds_inputs().
-  /// @throws InvalidArgument  as evaluate(); an output whose size along batch_dim is not that of its micro-batch, so
-  ///                          that it cannot be concatenated. evaluate() with keep_outputs gives such outputs.
+  /// @throws InvalidArgument  as evaluate(); outputs that do not merge so, such as, by default, one that does not have
+  ///                          an entry along batch_dim for each sample of its micro-batch; another number of outputs
+  ///                          than merge_outputs has entries.
   DUALPIPE_DECL Tensors predict(const Batch& batch);
 
   /// Collective. Scales the gradients of the whole model to a 2-norm of at most `max_norm`, each parameter counted

@@ -17,7 +17,7 @@ class Observer {
   /// their end is known. On the CPU most come at once; those of a device come at the end of the step, and not at all
   /// after a failure. Nodes that were launched ahead lie within the step before theirs.
   virtual void record(const Interval& interval) { static_cast<void>(interval); }
-  /// The step ended; `committed` is false after a failure, also where begin() of another observer threw.
+  /// It ended; `committed` is false after a failure, also where begin() of another observer threw.
   virtual void end(bool committed) { static_cast<void>(committed); }
 };
 

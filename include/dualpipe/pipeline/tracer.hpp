@@ -8,7 +8,7 @@
 
 namespace dualpipe {
 
-/// Keeps the intervals of the most recent committed step of one rank as a Timeline in seconds.
+/// Keeps the intervals of one rank in the last committed step, evaluation or prediction as a Timeline in seconds.
 class Tracer : public Observer {
  public:
   explicit Tracer(int rank) : rank_(rank) {}

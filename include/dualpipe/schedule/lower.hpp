@@ -15,8 +15,8 @@ struct Instruction {
     receive,  ///< post `transfer`'s receive
     wait,     ///< `transfer` has arrived from here on
     compute,  ///< run `step`
-    send,  ///< hand `transfer` to the communicator; where it follows its producing step it may be issued inside, once
-           ///< it is ready
+    send,     ///< hand `transfer` to the communicator; where it follows its producing step it may be issued inside,
+              ///< once it is ready
     release,  ///< wait until `transfer` is done and drop its sent tensors
   };
   Do what = Do::compute;

@@ -45,8 +45,8 @@ class GroupCollective : public Collective, public std::enable_shared_from_this<G
   virtual at::Tensor finish_backward(const MovedTensor& kept, Tensors parts) = 0;
 
   Communicator& group() { return *group_; }
-  std::size_t size() const { return static_cast<std::size_t>(group_->size()); }
-  std::size_t me() const { return static_cast<std::size_t>(group_->rank()); }
+  std::size_t size() const { return group_->size(); }
+  std::size_t me() const { return group_->rank(); }
   const char* name() const { return name_; }
 
  private:

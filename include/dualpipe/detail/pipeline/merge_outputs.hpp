@@ -2,9 +2,11 @@
 
 #include <cstdint>
 #include <map>
+#include <string>
 #include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/config.hpp"
 #include "dualpipe/detail/config.hpp"
 #include "dualpipe/detail/pipeline/executor.hpp"
 
@@ -17,13 +19,16 @@ namespace dualpipe::detail {
 DUALPIPE_DECL std::vector<Tensors> gather_outputs(Communicator& communicator, const Plan& plan,
                                                   const std::vector<int>& ranks, std::map<int, Tensors> outputs);
 
-/// Each output of all micro-batches as one tensor, concatenated along `dim`.
+/// What predict() returns of the outputs of all micro-batches, as DualPipeOptions::merge_outputs says.
 ///
 /// @param outputs  by micro-batch, not empty.
-/// @param sizes    of the micro-batches along `dim`; -1, or no number: unknown.
-/// @throws InvalidArgument  outputs that do not have one slice along `dim` for each sample of their micro-batch.
+/// @param sizes    of the micro-batches along batch_dim; -1, or no number: unknown.
+/// @throws InvalidArgument  outputs that do not merge so.
 DUALPIPE_DECL Tensors merge_outputs(const std::vector<Tensors>& outputs, const std::vector<std::int64_t>& sizes,
-                                    int dim);
+                                    const DualPipeOptions& options);
+
+/// "concat along dimension 0", "stack along dimension 0" or "list".
+DUALPIPE_DECL std::string merge_text(const Merge& merge);
 
 }  // namespace dualpipe::detail
 

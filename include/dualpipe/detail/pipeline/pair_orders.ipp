@@ -17,11 +17,11 @@ const PairOrders::Entry& PairOrders::find(const Half& forward, const Half& backw
   // Launching ahead may include leading compute nodes, but not if the backward is unsplit: the order of accumulation
   // would depend on timing.
   const auto first = std::find_if(entry.order.begin(), entry.order.end(), [&](const PairOp& op) {
-    return op.side == PairSide::forward || back[static_cast<std::size_t>(op.node)] == 'X';
+    return op.side == PairSide::forward || back[op.node] == 'X';
   });
   if (first == entry.order.end() || first->side != PairSide::backward) return entry;
   if (first == entry.order.begin() || backward.stage->splits_backward())
-    entry.launch_ahead = static_cast<std::size_t>(first - entry.order.begin()) + 1;
+    entry.launch_ahead = first - entry.order.begin() + 1;
   return entry;
 }
 

@@ -212,7 +212,7 @@ Tensors PipelineState::predict(const Batch& batch, const torch::nn::Module& modu
     std::string finding;
     if (computes_loss()) {
       const auto all = gather_outputs(*communicator_, *plan, loss_ranks_, std::move(outputs.outputs));
-      finding = finding_of([&] { merged = merge_outputs(all, agreed.sizes, options_.batch_dim); });
+      finding = finding_of([&] { merged = merge_outputs(all, agreed.sizes, options_); });
     }
     std::vector<std::string> found = all_gather_text(*communicator_, finding);
     communicator_->fence().synchronize();

@@ -29,8 +29,8 @@ struct RunContext {
   int rank() const { return communicator.rank(); }
   /// As errors name this rank.
   int world_rank() const { return communicator.world_rank(rank()); }
-  const std::vector<Instruction>& program() const { return plan.program.ranks[static_cast<std::size_t>(rank())]; }
-  const Transfer& transfer(int index) const { return plan.program.order[static_cast<std::size_t>(index)]; }
+  const std::vector<Instruction>& program() const { return plan.program.ranks[rank()]; }
+  const Transfer& transfer(int index) const { return plan.program.order[index]; }
   const Stage& stage_of(const Op& op) const { return stages.at(op.stage); }
   int num_stages() const { return plan.schedule.num_stages; }
   bool last(const Op& op) const { return op.stage == num_stages() - 1; }

@@ -54,7 +54,7 @@ struct PackedIntervals {
       : integers(std::move(packed_integers)), times(std::move(packed_times)), nodes(std::move(packed_nodes)) {}
 
   std::vector<Interval> unpacked() const {
-    std::vector<Interval> intervals(static_cast<std::size_t>(integers.size(0)));
+    std::vector<Interval> intervals(integers.size(0));
     const auto* integer = integers.const_data_ptr<std::int64_t>();
     const auto* time = times.const_data_ptr<double>();
     const char* node = nodes.c_str();

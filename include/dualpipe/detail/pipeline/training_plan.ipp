@@ -8,6 +8,7 @@
 
 #include "dualpipe/detail/comm/agree.hpp"
 #include "dualpipe/detail/pipeline/digest.hpp"
+#include "dualpipe/detail/pipeline/merge_outputs.hpp"
 #include "dualpipe/schedule/check.hpp"
 #include "dualpipe/schedule/load.hpp"
 
@@ -22,6 +23,8 @@ Plan training_plan(const DualPipeOptions& options, int num_ranks) {
   DUALPIPE_CHECK(options.batch_dim >= 0, "batch_dim must not be negative, got ", options.batch_dim);
   DUALPIPE_CHECK(options.compare_replicas_every >= 0, "compare_replicas_every must not be negative, got ",
                  options.compare_replicas_every);
+  for (const Merge& merge : options.merge_outputs)
+    DUALPIPE_CHECK(merge.dim >= 0, "merge_outputs: dim must not be negative, got ", merge.dim);
   Schedule schedule = load_schedule({options.schedule, num_ranks, options.num_micro_batches, options.chunks_per_rank});
   check(schedule);
   return make_plan(std::move(schedule), options.publish);
@@ -30,10 +33,12 @@ Plan training_plan(const DualPipeOptions& options, int num_ranks) {
 std::string describe(const DualPipeOptions& options, const Schedule& schedule) {
   Digest digest;
   digest.add(to_csv(schedule));
+  std::string merges;
+  for (const Merge& merge : options.merge_outputs) merges += (merges.empty() ? "" : ", ") + merge_text(merge);
   return str("num_micro_batches ", options.num_micro_batches, ", schedule ", options.schedule, " (checksum ",
              digest.value(), "), publish ", options.publish == Publish::early ? "early" : "atomic", ", loss_reduction ",
              options.loss_reduction == LossReduction::mean ? "mean" : "sum", ", batch_dim ", options.batch_dim,
-             ", compare_replicas_every ", options.compare_replicas_every);
+             ", merge_outputs [", merges, "], compare_replicas_every ", options.compare_replicas_every);
 }
 
 StageTraits traits_of_all(Communicator& communicator, const std::map<int, Stage>& stages) {

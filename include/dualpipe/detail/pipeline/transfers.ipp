@@ -59,7 +59,7 @@ void Transfers::release(int index) {
 std::optional<Expected> Transfers::expected(int index) {
   if (!context_.inputs.arrivals) return std::nullopt;
   if (arrivals_ == nullptr) arrivals_ = &context_.inputs.arrivals();
-  const std::optional<Signature>& known = arrivals_->signatures[static_cast<std::size_t>(index)];
+  const std::optional<Signature>& known = arrivals_->signatures[index];
   if (!known) return std::nullopt;
   const Transfer& transfer = context_.transfer(index);
   return Expected(*known, str("the ", described(transfer),
@@ -69,7 +69,7 @@ std::optional<Expected> Transfers::expected(int index) {
 }
 
 void Transfers::remember(int index, const Tensors& came) {
-  std::optional<Signature>& known = arrivals_->signatures[static_cast<std::size_t>(index)];
+  std::optional<Signature>& known = arrivals_->signatures[index];
   if (!known && arrivals_->recurs(context_.transfer(index))) known = signature_of(came);
 }
 
