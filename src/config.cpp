@@ -82,7 +82,7 @@ std::map<std::string, Key> keys() {
 DualPipeOptions DualPipeOptions::from_json(const std::string& text, const std::string& origin) {
   Json json;
   try {
-    json = detail::parse_json(text, detail::Keys::unique);
+    json = detail::parse_json(text);
   } catch (const InvalidArgument& error) {
     throw InvalidArgument(origin + ": " + error.what());
   }

@@ -4,6 +4,7 @@
 #include "dualpipe/detail/schedule/check.ipp"
 #include "dualpipe/detail/schedule/cost_table.ipp"
 #include "dualpipe/detail/schedule/costs.ipp"
+#include "dualpipe/detail/schedule/csv.ipp"
 #include "dualpipe/detail/schedule/deadlock.ipp"
 #include "dualpipe/detail/schedule/dry_run.ipp"
 #include "dualpipe/detail/schedule/eight_steps.ipp"

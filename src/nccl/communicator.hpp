@@ -58,6 +58,7 @@ class NcclCommunicator final : public Communicator {
   Pending all_gather(at::Tensor tensor, const std::optional<Signature>& expected) override;
   Pending all_to_all(Tensors tensors, const std::optional<Signature>& expected) override;
   Pending barrier() override;
+  std::vector<std::string> commit(std::string ballot) override { return control_.commit(std::move(ballot)); }
   Pending fence() override;
   std::shared_ptr<Communicator> split(int color, int key) override;
   void abort(const std::string& reason) noexcept override;

@@ -152,7 +152,7 @@ std::string text_of(const ordered_json& root) {
 }  // namespace
 
 CostModel read_costs(std::string_view text) {
-  const json root = detail::parse_json(text, detail::Keys::unique);
+  const json root = detail::parse_json(text);
   const Members members(root, "costs",
                         {"forward", "backward", "weight", "pair", "send", "pair_ready", "memory", "stages", "pairs",
                          "sends", "slowdown", "seconds_per_unit"});

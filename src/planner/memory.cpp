@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "dualpipe/detail/schedule/dependencies.hpp"
+#include "dualpipe/detail/schedule/for_each_op.hpp"
 #include "dualpipe/error.hpp"
 
 namespace dualpipe::planner {
@@ -30,10 +31,8 @@ class Holder {
   explicit Holder(const std::vector<StageMemory>& stages) : stages_(stages), held_(stages.size(), false) {}
 
   void run(const Step& step) {
-    begin(step.op);
-    if (step.overlapped) begin(*step.overlapped);
-    end(step.op);
-    if (step.overlapped) end(*step.overlapped);
+    detail::visit_ops(step, [&](const Op& op) { begin(op); });
+    detail::visit_ops(step, [&](const Op& op) { end(op); });
   }
 
   RankMemory result() const {

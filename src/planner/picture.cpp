@@ -8,6 +8,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "dualpipe/detail/schedule/for_each_op.hpp"
 #include "dualpipe/error.hpp"
 #include "dualpipe/planner/report.hpp"
 
@@ -53,8 +54,7 @@ Picture::Picture(const Timeline& timeline, const planner::PictureOptions& option
         auto& earliest = first[interval.rank];
         earliest = std::min(earliest, {op.micro_batch, op.stage});
       };
-      see(interval.step.op);
-      if (interval.step.overlapped) see(*interval.step.overlapped);
+      visit_ops(interval.step, see);
       if (in_view) shortest = std::min(shortest, interval.end - interval.begin);
     } else if (in_view) {
       if (interval.lane == Lane::node || interval.lane == Lane::collective)
@@ -68,9 +68,7 @@ Picture::Picture(const Timeline& timeline, const planner::PictureOptions& option
   for (const auto& [micro_batch, stage] : first) first_stages.push_back(stage);
   for (const Row& row : all)
     for (const ActiveStep& step : row.activity.steps)
-      for (const Op* op :
-           {&step.interval->step.op, step.interval->step.overlapped ? &*step.interval->step.overlapped : nullptr})
-        second_halves = second_halves || (op != nullptr && second_half(row.rank, *op));
+      visit_ops(step.interval->step, [&](const Op& op) { second_halves = second_halves || second_half(row.rank, op); });
   one_pair = micro_batches.size() <= 2;
   if (std::isfinite(shortest)) unit = std::max(shortest, length() / max_units);
 

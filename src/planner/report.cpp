@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "dualpipe/detail/schedule/dependencies.hpp"
+#include "dualpipe/detail/schedule/for_each_op.hpp"
 #include "dualpipe/error.hpp"
 #include "planner/spans.hpp"
 
@@ -25,10 +26,7 @@ int peak_activations(const std::vector<detail::ActiveStep>& steps) {
     if (op.pass == Pass::Forward) peak = std::max(peak, ++held);
     if (detail::is_backward(op.pass)) held = std::max(0, held - 1);
   };
-  for (const auto& [interval, whole] : steps) {
-    run(interval->step.op);
-    if (interval->step.overlapped) run(*interval->step.overlapped);
-  }
+  for (const auto& [interval, whole] : steps) detail::visit_ops(interval->step, run);
   return peak;
 }
 

@@ -36,7 +36,7 @@ std::string TextLine::str(bool color) const {
   std::string out;
   Style current = Style::none;
   for (std::size_t i = 0; i < characters_.size(); ++i) {
-    if (styles_[i] != current) out += escapes[static_cast<std::size_t>(current = styles_[i])];
+    if (styles_[i] != current) out += escapes[static_cast<int>(current = styles_[i])];
     out += characters_[i];
   }
   return out + (current == Style::none ? "\n" : "\x1b[0m\n");
@@ -47,9 +47,7 @@ std::string fitted(std::string text, std::size_t width) {
   return text;
 }
 
-std::size_t Columns::operator()(double time) const {
-  return indent + static_cast<std::size_t>(std::llround((time - picture.begin) * per_time));
-}
+std::size_t Columns::operator()(double time) const { return indent + std::llround((time - picture.begin) * per_time); }
 
 std::string Columns::axis(double seconds_per_unit, bool color) const {
   const bool seconds = seconds_per_unit != 0;

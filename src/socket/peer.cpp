@@ -13,8 +13,6 @@
 #include <cstring>
 #include <utility>
 
-#include "socket/wire.hpp"
-
 namespace dualpipe::detail {
 namespace {
 
@@ -24,6 +22,8 @@ constexpr std::int64_t held_back_limit = 64 << 20;
 constexpr std::uint64_t direct_write_limit = 64 << 10;
 /// Of the buffer through which heads and small payloads are read, several messages at a time.
 constexpr std::size_t buffer_size = 64 << 10;
+/// Bytes that are read at a time straight into tensors.
+constexpr std::size_t largest_read = 1 << 20;
 /// Pieces of memory per system call.
 constexpr std::size_t max_pieces = 64;
 
@@ -66,14 +66,26 @@ void Peer::send(const Message& message, std::shared_ptr<Request> request) {
   enqueue({wire::message_frame(message.header, payload), payload, message.tensors, std::move(request)});
 }
 
-void Peer::say_goodbye() { enqueue({wire::goodbye_frame()}); }
+void Peer::send(const Vote& vote) { enqueue({wire::vote_frame(vote)}); }
 
-void Peer::abort(int origin, const std::string& reason) {
+void Peer::say_goodbye(const Word& word) { enqueue({wire::goodbye_frame(word)}); }
+
+void Peer::beat() {
+  {
+    const std::lock_guard lock(mutex_);
+    if (!queue_.empty()) return;
+  }
+  enqueue({wire::beat_frame()});
+}
+
+void Peer::shut() { ::shutdown(handle_, SHUT_RDWR); }
+
+void Peer::tell(const wire::Failure& failure) {
   {
     const std::lock_guard lock(mutex_);
     while (!queue_.empty() && queue_.back().sent == 0) queue_.pop_back();
   }
-  enqueue({wire::abort_frame(origin, reason)});
+  enqueue({wire::failure_frame(failure)});
 }
 
 void Peer::enqueue(Outgoing outgoing) {
@@ -153,7 +165,7 @@ void Peer::guarded(const Action& action) noexcept {
       action();
     } catch (const wire::Malformed& error) {
       over_ = true;
-      owner_.lost(*this, str("sent something that is no message: ", error.what()));
+      owner_.lost(*this, str("sent something that is no message: ", error.what()), /*suspected=*/true);
     } catch (const std::exception& error) {  // above all: no memory
       over_ = true;
       owner_.failed_here(str("cannot receive ", incoming_bytes_, " bytes from rank ", rank_, ": ", error.what()));
@@ -177,6 +189,7 @@ void Peer::read_more() {
   socket_.async_read_some(asio::buffer(buffer_.data() + end_, buffer_.size() - end_),
                           [self = shared_from_this()](const asio::error_code& error, std::size_t bytes) {
                             if (error) return self->ended(error);
+                            self->listen_anew();
                             self->end_ += bytes;
                             self->guarded([&] { self->parse(); });
                           });
@@ -185,14 +198,19 @@ void Peer::read_more() {
 void Peer::parse() {
   while (!over_ && parse_frame()) {
     if (!missing_.empty()) {
-      asio::async_read(socket_, missing_, [self = shared_from_this()](const asio::error_code& error, std::size_t) {
-        if (error) return self->ended(error);
-        self->guarded([&] {
-          self->missing_.clear();
-          self->finish_message();
-          if (!self->hold_back()) self->parse();
-        });
-      });
+      const auto more = [self = shared_from_this()](const asio::error_code& error, std::size_t) {
+        self->listen_anew();
+        return error ? 0 : largest_read;
+      };
+      asio::async_read(socket_, missing_, more,
+                       [self = shared_from_this()](const asio::error_code& error, std::size_t) {
+                         if (error) return self->ended(error);
+                         self->guarded([&] {
+                           self->missing_.clear();
+                           self->finish_message();
+                           if (!self->hold_back()) self->parse();
+                         });
+                       });
       return;
     }
     if (hold_back()) return;
@@ -211,16 +229,23 @@ bool Peer::parse_frame() {
   }
   const std::string_view head = available.substr(sizeof(wire::Prefix), prefix.head_bytes);
   begin_ += head_end;
-  if (prefix.kind == wire::Kind::goodbye) {
-    over_ = true;
-    owner_.said_goodbye(*this);
-    return true;
-  }
-  if (prefix.kind == wire::Kind::abort) {
-    const wire::Abort abort = wire::read_abort(head);
-    over_ = true;
-    owner_.aborted(*this, abort.origin, abort.reason);
-    return true;
+  switch (prefix.kind) {
+    case wire::Kind::goodbye: {
+      const Word word = wire::read_goodbye(head);
+      over_ = true;
+      owner_.said_goodbye(*this, word);
+      return true;
+    }
+    case wire::Kind::vote:
+      owner_.voted(*this, wire::read_vote(head));
+      return true;
+    case wire::Kind::failure:
+      owner_.told_of_failure(*this, wire::read_failure(head));
+      return true;
+    case wire::Kind::beat:
+      return true;
+    case wire::Kind::message:
+      break;
   }
 
   incoming_bytes_ = prefix.payload_bytes;
@@ -276,9 +301,10 @@ void Peer::ended(const asio::error_code& error) {
   over_ = true;
   const bool closed = error == asio::error::eof || error == asio::error::connection_reset;
   guarded([&] {
-    owner_.lost(
-        *this, closed ? "closed its connection without saying goodbye (killed?)"
-                      : str("cannot be reached any more (", error.message(), "): has its host or the network failed?"));
+    owner_.lost(*this,
+                closed ? "closed its connection without saying goodbye (killed?)"
+                       : str("cannot be reached any more (", error.message(), "): has its host or the network failed?"),
+                /*suspected=*/!closed);
   });
 }
 

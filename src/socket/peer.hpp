@@ -3,6 +3,7 @@
 #include <asio/buffer.hpp>
 #include <asio/generic/stream_protocol.hpp>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -13,6 +14,7 @@
 
 #include "dualpipe/detail/comm/message.hpp"
 #include "socket/connect.hpp"
+#include "socket/wire.hpp"
 
 namespace dualpipe::detail {
 
@@ -22,10 +24,13 @@ class Peer;
 class PeerOwner {
  public:
   virtual void arrived(Peer& peer, Message message) = 0;
-  virtual void aborted(Peer& peer, int origin, const std::string& reason) = 0;
-  virtual void said_goodbye(Peer& peer) = 0;
-  /// The connection has ended without a goodbye, or has brought malformed bytes; `why` completes "rank 2 …".
-  virtual void lost(Peer& peer, const std::string& why) = 0;
+  virtual void voted(Peer& peer, Vote vote) = 0;
+  virtual void told_of_failure(Peer& peer, wire::Failure failure) = 0;
+  virtual void said_goodbye(Peer& peer, const Word& word) = 0;
+  /// Nothing more comes from the peer; `why` completes "rank 2 …".
+  ///
+  /// @param suspected  false: its process has closed the connection without a goodbye; true: it may live.
+  virtual void lost(Peer& peer, const std::string& why, bool suspected) = 0;
   /// This rank cannot receive any more; `why` completes "rank 1 …".
   virtual void failed_here(const std::string& why) = 0;
   /// All bytes of a message are written. On the thread that wrote the last of them.
@@ -49,13 +54,26 @@ class Peer : public std::enable_shared_from_this<Peer> {
   void start_reading();
   /// Any thread. Calls PeerOwner::sent() unless the connection breaks before.
   void send(const Message& message, std::shared_ptr<Request> request);
-  void say_goodbye();
-  /// Drops what is queued, but for a message already sent in part, and sends the reason.
-  void abort(int origin, const std::string& reason);
+  void send(const Vote& vote);
+  void say_goodbye(const Word& word);
+  /// Drops what is queued, but for a message already sent in part, and sends this.
+  void tell(const wire::Failure& failure);
+  /// Tells the peer that this rank lives, unless something is under way that does.
+  void beat();
+  /// Ends the connection.
+  void shut();
   /// Whether everything sent reaches the peer even if this process ends now.
   bool flushed() const;
   /// If reading has paused, reads at least one more message. Any thread.
   void resume();
+
+  /// Since when nothing has come from the peer, though this rank has listened. The I/O thread.
+  std::chrono::steady_clock::time_point last_heard() const { return last_heard_; }
+  /// Counts from now. The I/O thread.
+  void listen_anew() { last_heard_ = std::chrono::steady_clock::now(); }
+  /// Whether something may still come.
+  bool is_over() const { return over_; }
+  bool is_paused() const { return paused_; }
 
  private:
   struct Outgoing {
@@ -102,8 +120,9 @@ class Peer : public std::enable_shared_from_this<Peer> {
   Message incoming_;
   std::vector<asio::mutable_buffer> missing_;  ///< memory of the incoming message that is not filled yet
   std::uint64_t incoming_bytes_ = 0;
+  std::chrono::steady_clock::time_point last_heard_ = std::chrono::steady_clock::now();
 
-  std::atomic<bool> over_{false};      ///< nothing more is read: the peer has left, has failed, or sent malformed bytes
+  std::atomic<bool> over_{false};      ///< nothing more is read: the peer has left, is lost, or sent malformed bytes
   std::atomic<std::int64_t> held_{0};  ///< bytes that have arrived but no receive has matched
   std::atomic<bool> paused_{false};
 };

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <asio/connect.hpp>
 #include <asio/ip/tcp.hpp>
+#include <cstdlib>
 #include <exception>
 #include <map>
 #include <mutex>
@@ -24,6 +25,13 @@ constexpr auto last_poll_pause = 50ms;
 constexpr auto attempt_limit = 5s;
 /// After this time a warning says why nothing happens.
 constexpr std::chrono::milliseconds silence_limit = 10s;
+
+/// A rank that serves the store and gives up waits so long for the others to read why.
+constexpr auto reading_limit = 2s;
+
+const char* const entered_key = "entered";
+const char* const left_key = "left";
+const char* const failure_key = "failure";
 
 std::chrono::milliseconds remaining(Rendezvous::Clock::time_point deadline) {
   const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Rendezvous::Clock::now());
@@ -51,13 +59,50 @@ void keep_serving(int port, c10::intrusive_ptr<c10d::Store> store) {
 
 }  // namespace
 
+template <class Action>
+auto Rendezvous::with_store(const Action& action) const {
+  try {
+    return action(*store_);
+  } catch (const std::exception& error) {
+    throw CommError(0, "rendezvous", str("rank ", world_.rank, ": the store failed: ", message_of(error)));
+  }
+}
+
 Rendezvous::Rendezvous(const World& world, const ConnectOptions& options, Clock::time_point deadline)
     : world_(world),
       options_(options),
       deadline_(deadline),
       warn_at_(Clock::now() + std::min(silence_limit, options.timeout / 4)),
       store_(c10::make_intrusive<c10d::PrefixStore>(
-          str("dualpipe/", world.run_id, "/", options.name, "/", options.epoch), open())) {}
+          str("dualpipe/", world.run_id, "/", options.name, "/", options.epoch), open())) {
+  with_store([](c10d::Store& store) { store.add(entered_key, 1); });
+}
+
+Rendezvous::~Rendezvous() {
+  try {
+    store_->add(left_key, 1);
+  } catch (...) {
+    // The store has ended, so nobody waits for this rank.
+  }
+}
+
+void Rendezvous::give_up(const CommError& error) noexcept {
+  try {
+    store_->set(failure_key, str(error.origin_rank(), " ", error.what()));
+    if (!serves_) return;
+    const auto limit = Clock::now() + reading_limit;
+    while (store_->add(left_key, 0) < store_->add(entered_key, 0) - 1 && Clock::now() < limit)
+      std::this_thread::sleep_for(last_poll_pause);
+  } catch (...) {
+    // The store has ended: others see that.
+  }
+}
+
+void Rendezvous::throw_if_another_gave_up() {
+  if (!with_store([](c10d::Store& store) { return store.check({failure_key}); })) return;
+  const std::string text = with_store([](c10d::Store& store) { return store.get_to_str(failure_key); });
+  throw CommError(std::atoi(text.c_str()), "rendezvous", text.substr(text.find(' ') + 1));
+}
 
 bool Rendezvous::is_time_to_warn() const { return !warned_ && Clock::now() >= warn_at_; }
 
@@ -82,7 +127,8 @@ c10::intrusive_ptr<c10d::Store> Rendezvous::open() {
     settings.timeout = remaining(deadline_);
     try {
       auto store = c10::make_intrusive<c10d::TCPStore>(world_.master_address, settings);
-      if (settings.isServer) keep_serving(world_.master_port, store);
+      serves_ = settings.isServer;
+      if (serves_) keep_serving(world_.master_port, store);
       return store;
     } catch (const std::exception& error) {
       problem = message_of(error);
@@ -122,15 +168,6 @@ void Rendezvous::await_server() {
                       "do not name its host and a port that this host reaches there"));
 }
 
-template <class Action>
-auto Rendezvous::with_store(const Action& action) const {
-  try {
-    return action(*store_);
-  } catch (const std::exception& error) {
-    throw CommError(0, "rendezvous", str("rank ", world_.rank, ": the store failed: ", message_of(error)));
-  }
-}
-
 void Rendezvous::publish(const std::string& key, const std::string& value) {
   with_store([&](c10d::Store& store) { store.set(store_key(key, world_.rank), value); });
 }
@@ -148,6 +185,7 @@ std::vector<std::string> Rendezvous::collect(const std::string& key, const std::
   // Not Store::wait(): it cannot say who is missing, and blocks all other users of the client.
   auto pause = std::chrono::milliseconds(first_poll_pause);
   while (!with_store([&](c10d::Store& store) { return store.check(keys); })) {
+    throw_if_another_gave_up();
     const bool late = Clock::now() >= deadline_;
     if (late || is_time_to_warn()) {
       const std::vector<int> who = missing(key, ranks);

@@ -2,11 +2,16 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <asio/executor_work_guard.hpp>
 #include <asio/io_context.hpp>
+#include <asio/post.hpp>
+#include <asio/steady_timer.hpp>
 #include <atomic>
+#include <condition_variable>
 #include <csignal>
 #include <functional>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <system_error>
@@ -16,6 +21,7 @@
 #include "dualpipe/detail/comm/message_communicator.hpp"
 #include "dualpipe/detail/error_text.hpp"
 #include "socket/blocked_signals.hpp"
+#include "socket/commit.hpp"
 #include "socket/connect.hpp"
 #include "socket/peer.hpp"
 
@@ -24,6 +30,7 @@ namespace detail {
 namespace {
 
 using namespace std::chrono_literals;
+using Clock = std::chrono::steady_clock;
 
 /// A destroyed communicator may take this long to send what is queued.
 constexpr auto farewell_limit = 1500ms;
@@ -62,22 +69,32 @@ class SocketTransport final : public Transport, public PeerOwner {
   SocketTransport(const World& world, const ConnectOptions& options, Rendezvous::Clock::time_point deadline,
                   Route route)
       : Transport(world.rank, world.size, options.timeout, options.epoch),
+        liveness_(options.liveness),
+        protocol_(world.rank, world.size),
         peers_(static_cast<std::size_t>(world.size)) {
     if (world.size == 1) return;
     Rendezvous rendezvous(world, options, deadline);
-    for (Connection& connection : connect_all(io_, world, rendezvous, options.epoch, deadline, route)) {
+    std::vector<Connection> connections;
+    try {
+      connections = connect_all(io_, world, rendezvous, options.epoch, deadline, route);
+    } catch (const CommError& error) {
+      rendezvous.give_up(error);
+      throw;
+    }
+    for (Connection& connection : connections) {
       if (connection.peer == world.rank) continue;
       auto& peer = peers_[static_cast<std::size_t>(connection.peer)];
       peer = std::make_shared<Peer>(std::move(connection), *this);
       peer->start_reading();
     }
+    if (liveness_ > 0ms) asio::post(io_, [this] { watch(Clock::now()); });
     try {
       thread_.emplace(io_, [this](const std::string& reason) {
         Transport::abort(this->rank(), str("rank ", this->rank(), ": ", reason));
       });
     } catch (const std::system_error& error) {
       const std::string message = str("rank ", world.rank, ": cannot start the I/O thread: ", error.what());
-      tell_of_failure(world.rank, message, nullptr);  // the others are connected already
+      spread(world.rank, message);  // the others are connected already
       throw CommError(world.rank, "connect", message);
     }
   }
@@ -88,7 +105,7 @@ class SocketTransport final : public Transport, public PeerOwner {
       const auto deadline = std::chrono::steady_clock::now() + farewell_limit;
       leaving_ = true;
       waiting(true);  // reads and drops what peers still send, so that they can finish sending
-      if (!has_failed()) for_peers([](Peer& peer) { peer.say_goodbye(); });
+      if (!has_failed()) say_goodbye();
       // The kernel has usually taken everything already.
       while (!flushed() && std::chrono::steady_clock::now() < deadline) std::this_thread::sleep_for(1ms);
     } catch (...) {
@@ -102,7 +119,41 @@ class SocketTransport final : public Transport, public PeerOwner {
     peers_[static_cast<std::size_t>(to)]->send(message, std::move(request));
   }
 
-  void spread(int origin, const std::string& reason) noexcept override { tell_of_failure(origin, reason, nullptr); }
+  void spread(int origin, const std::string& reason) noexcept override {
+    settle(origin, reason, [this] { protocol_.failed(); });
+  }
+
+  std::uint64_t vote(std::int64_t group, const std::vector<int>& members, std::string ballot) override {
+    const std::lock_guard lock(steps_mutex_);
+    const std::uint64_t step = protocol_.vote(group, members, std::move(ballot));
+    speak();
+    return step;
+  }
+
+  StepEnd wait_for_step(std::int64_t group, const std::vector<int>& /*members*/, std::uint64_t step) override {
+    const auto until = deadline();
+    std::unique_lock lock(steps_mutex_);
+    StepEnd end;
+    const auto ended = [&] {
+      end = protocol_.end(group, step);
+      return end.outcome != StepOutcome::open;
+    };
+    const auto woken = [&] { return ended() || end.has_left || failure_; };
+    if (!woken()) {
+      waiting(true);
+      steps_changed_.wait_until(lock, until, woken);
+      waiting(false);
+    }
+    // After a failure every rank answers, is dead, or is found silent.
+    const auto settled = liveness_ > 0ms ? Clock::now() + 3 * liveness_ : deadline();
+    if (failure_ && !steps_changed_.wait_until(lock, settled, ended)) {
+      protocol_.give_up();
+      speak();
+      ended();
+    }
+    if (failure_) failed(failure_->first, failure_->second);
+    return end;
+  }
 
   void waiting(bool begins) const override {
     if (!begins) {
@@ -117,16 +168,32 @@ class SocketTransport final : public Transport, public PeerOwner {
     if (!failed_ && !leaving_) deliver(peer.rank(), std::move(message));
   }
 
-  /// Passed on before this rank reacts: a rank that learned of the failure by the reaction would blame this rank.
-  void aborted(Peer& peer, int origin, const std::string& reason) override {
-    tell_of_failure(origin, reason, &peer);
+  void voted(Peer& peer, Vote vote) override {
+    const std::lock_guard lock(steps_mutex_);
+    protocol_.vote_arrived(peer.rank(), std::move(vote));
+    steps_changed_.notify_all();
+  }
+
+  void told_of_failure(Peer& peer, wire::Failure failure) override {
+    const int origin = failure.origin;
+    const std::string reason = std::move(failure.reason);
+    settle(origin, reason, [&] { protocol_.word_arrived(peer.rank(), std::move(failure.word)); });
     failed(origin, reason);
   }
 
-  void said_goodbye(Peer& peer) override { departed(peer.rank()); }
+  void said_goodbye(Peer& peer, const Word& word) override {
+    {
+      const std::lock_guard lock(steps_mutex_);
+      protocol_.goodbye_arrived(peer.rank(), word);
+      speak();
+    }
+    departed(peer.rank());
+  }
 
-  void lost(Peer& peer, const std::string& why) override {
-    if (!failed_) Transport::abort(peer.rank(), str("rank ", peer.rank(), " ", why));
+  void lost(Peer& peer, const std::string& why, bool suspected) override {
+    const std::string reason = str("rank ", peer.rank(), " ", why);
+    settle(peer.rank(), reason, [&] { protocol_.lost(peer.rank(), suspected); });
+    failed(peer.rank(), reason);
   }
 
   void failed_here(const std::string& why) override { Transport::abort(rank(), str("rank ", rank(), " ", why)); }
@@ -138,15 +205,66 @@ class SocketTransport final : public Transport, public PeerOwner {
 
   bool may_hold_back() const override { return waiting_ == 0 && !failed_; }
 
-  void tell_of_failure(int origin, const std::string& reason, const Peer* source) noexcept {
-    if (failed_.exchange(true)) return;
-    for_peers([&](Peer& peer) {
-      try {
-        if (&peer != source) peer.abort(origin, reason);
-        peer.resume();
-      } catch (...) {
-        // No memory: this peer sees the connection end.
+  /// Something has failed, or who has failed says more. Comes before this rank reacts: a rank that learned of the
+  /// failure by the reaction would blame this rank.
+  template <class Event>
+  void settle(int origin, const std::string& reason, const Event& event) noexcept {
+    try {
+      const std::lock_guard lock(steps_mutex_);
+      if (said_goodbye_) return;
+      if (!failure_) failure_ = {origin, reason};
+      event();
+      speak();
+    } catch (...) {
+      // No memory: peers see the connection end.
+    }
+    if (!failed_.exchange(true)) for_peers([](Peer& peer) { peer.resume(); });
+  }
+
+  /// Nothing is said afterwards.
+  void say_goodbye() {
+    const std::lock_guard lock(steps_mutex_);
+    if (failure_) return;
+    said_goodbye_ = true;
+    for_peers([this](Peer& peer) { peer.say_goodbye(protocol_.word()); });
+  }
+
+  /// Sends what the protocol has to say. With steps_mutex_, which keeps the order.
+  void speak() {
+    for (const auto& [to, what] : protocol_.take_outbox()) {
+      Peer& peer = *peers_[static_cast<std::size_t>(to)];
+      if (const auto* vote = std::get_if<Vote>(&what)) {
+        peer.send(*vote);
+      } else {
+        peer.tell({failure_->first, failure_->second, std::get<Word>(what)});
       }
+    }
+    if (protocol_.knows_nothing()) for_peers([](Peer& peer) { peer.shut(); });
+    steps_changed_.notify_all();
+  }
+
+  /// Beats, and looks who has not been heard for too long, every fifth of that time. On the I/O thread.
+  ///
+  /// @param due  when it should have been called.
+  void watch(Clock::time_point due) {
+    const auto now = Clock::now();
+    const auto interval = liveness_ / 5;
+    const bool was_stopped = now - due > interval;  // this process, which says nothing about the others
+    for_peers([&](Peer& peer) {
+      if (peer.is_over()) return;
+      if (was_stopped || peer.is_paused()) peer.listen_anew();
+      if (now - peer.last_heard() > liveness_) {
+        lost(peer,
+             str("has given no sign of life for ", liveness_.count(),
+                 " ms (stopped, or its host or the network failed?)"),
+             /*suspected=*/true);
+      } else {
+        peer.beat();
+      }
+    });
+    pulse_.expires_at(now + interval);
+    pulse_.async_wait([this, next = now + interval](const asio::error_code& error) {
+      if (!error) watch(next);
     });
   }
 
@@ -163,7 +281,16 @@ class SocketTransport final : public Transport, public PeerOwner {
     }
   }
 
+  const std::chrono::milliseconds liveness_;
   asio::io_context io_{1};
+  asio::steady_timer pulse_{io_};
+
+  std::mutex steps_mutex_;  // guards these five
+  std::condition_variable steps_changed_;
+  CommitProtocol protocol_;
+  std::optional<std::pair<int, std::string>> failure_;  // origin and reason
+  bool said_goodbye_ = false;
+
   std::vector<std::shared_ptr<Peer>> peers_;
   std::atomic<bool> failed_{false};
   std::atomic<bool> leaving_{false};
@@ -178,6 +305,8 @@ std::shared_ptr<Communicator> connect_sockets(const World& world, const ConnectO
                  " in a world of ", world.size);
   DUALPIPE_CHECK(options.timeout.count() > 0, "the timeout of a communicator must be positive, got ",
                  options.timeout.count(), " ms");
+  DUALPIPE_CHECK(options.liveness.count() >= 0, "the liveness of a communicator must be 0 or positive, got ",
+                 options.liveness.count(), " ms");
   DUALPIPE_CHECK(world.size == 1 || options.store || (world.master_port > 0 && world.master_port <= 65535), "the ",
                  world.size, " ranks have no port to meet at (master_port is ", world.master_port,
                  "): set MASTER_ADDR and MASTER_PORT, or start the program with dualpipe-run or torchrun");

@@ -70,6 +70,49 @@ class Reader {
   std::string_view bytes_;
 };
 
+void put_ranks(Writer& out, const std::set<int>& ranks) {
+  out.put(static_cast<std::uint32_t>(ranks.size()));
+  for (const int rank : ranks) out.put(static_cast<std::int32_t>(rank));
+}
+
+std::set<int> get_ranks(Reader& in) {
+  std::set<int> ranks;
+  for (std::size_t left = in.get_count(sizeof(std::int32_t)); left > 0; --left) ranks.insert(in.get<std::int32_t>());
+  return ranks;
+}
+
+void put_word(Writer& out, const Word& word) {
+  out.put(word.decided);
+  put_ranks(out, word.lost);
+  put_ranks(out, word.suspected);
+  out.put(static_cast<std::uint32_t>(word.over.size()));
+  for (const auto& [group, last] : word.over) {
+    out.put(group.number);
+    out.put(static_cast<std::int32_t>(group.lowest));
+    out.put(last.step);
+    out.put(static_cast<std::uint32_t>(last.ballots.size()));
+    for (const std::string& ballot : last.ballots) out.put_text(ballot);
+  }
+}
+
+Word get_word(Reader& in) {
+  Word word;
+  word.decided = in.get<char>() != 0;
+  word.lost = get_ranks(in);
+  word.suspected = get_ranks(in);
+  constexpr std::size_t least = sizeof(std::int64_t) + sizeof(std::int32_t) + sizeof(std::uint64_t);
+  for (std::size_t left = in.get_count(least); left > 0; --left) {
+    GroupName group;
+    group.number = in.get<std::int64_t>();
+    group.lowest = in.get<std::int32_t>();
+    LastStep& last = word.over[group];
+    last.step = in.get<std::uint64_t>();
+    last.ballots.resize(in.get_count(sizeof(std::uint32_t)));
+    for (std::string& ballot : last.ballots) ballot = in.get_text();
+  }
+  return word;
+}
+
 std::size_t element_size(at::ScalarType dtype) {
   const auto number = static_cast<int>(dtype);
   if (number < 0 || number >= static_cast<int>(at::ScalarType::Undefined))
@@ -99,20 +142,36 @@ std::string message_frame(const Header& header, std::uint64_t payload_bytes) {
   return out.finish(Kind::message, payload_bytes);
 }
 
-std::string abort_frame(int origin, std::string_view reason) {
+std::string vote_frame(const Vote& vote) {
   Writer out;
-  out.put(static_cast<std::int32_t>(origin));
-  out.put_text(reason.substr(0, longest_reason));
-  return out.finish(Kind::abort, 0);
+  out.put(vote.group);
+  out.put(vote.step);
+  out.put_text(vote.ballot);
+  return out.finish(Kind::vote, 0);
 }
 
-std::string goodbye_frame() { return Writer().finish(Kind::goodbye, 0); }
+std::string failure_frame(const Failure& failure) {
+  Writer out;
+  out.put(static_cast<std::int32_t>(failure.origin));
+  out.put_text(std::string_view(failure.reason).substr(0, longest_reason));
+  put_word(out, failure.word);
+  return out.finish(Kind::failure, 0);
+}
+
+std::string goodbye_frame(const Word& word) {
+  Writer out;
+  put_word(out, word);
+  return out.finish(Kind::goodbye, 0);
+}
+
+std::string beat_frame() { return Writer().finish(Kind::beat, 0); }
 
 Prefix read_prefix(std::string_view bytes) {
   Reader in(bytes);
   const auto prefix = in.get<Prefix>();
-  const bool known = prefix.kind == Kind::message || prefix.kind == Kind::abort || prefix.kind == Kind::goodbye;
-  if (prefix.magic != Prefix().magic || !known || prefix.head_bytes > longest_head)
+  const bool known = prefix.kind >= Kind::message && prefix.kind <= Kind::beat;
+  const bool too_long = prefix.head_bytes > longest_head || (prefix.kind != Kind::message && prefix.payload_bytes != 0);
+  if (prefix.magic != Prefix().magic || !known || too_long)
     throw Malformed(str("a frame begins with ", prefix.magic, " ", static_cast<std::uint32_t>(prefix.kind), " ",
                         prefix.head_bytes));
   return prefix;
@@ -142,13 +201,31 @@ Header read_header(std::string_view head) {
   return header;
 }
 
-Abort read_abort(std::string_view head) {
+Vote read_vote(std::string_view head) {
   Reader in(head);
-  Abort abort;
-  abort.origin = in.get<std::int32_t>();
-  abort.reason = in.get_text();
+  Vote vote;
+  vote.group = in.get<std::int64_t>();
+  vote.step = in.get<std::uint64_t>();
+  vote.ballot = in.get_text();
   in.finish();
-  return abort;
+  return vote;
+}
+
+Failure read_failure(std::string_view head) {
+  Reader in(head);
+  Failure failure;
+  failure.origin = in.get<std::int32_t>();
+  failure.reason = in.get_text();
+  failure.word = get_word(in);
+  in.finish();
+  return failure;
+}
+
+Word read_goodbye(std::string_view head) {
+  Reader in(head);
+  Word word = get_word(in);
+  in.finish();
+  return word;
 }
 
 Tensors allocate(const Header& header, std::uint64_t payload_bytes) {

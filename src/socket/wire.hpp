@@ -7,13 +7,14 @@
 #include <string_view>
 
 #include "dualpipe/detail/comm/message.hpp"
+#include "socket/commit.hpp"
 
 // The bytes on a connection between two ranks: frames of a prefix, a head, and for messages the bytes of the tensors.
 // Numbers are in the machine's byte order; the magic number rejects a peer with another one.
 namespace dualpipe::detail::wire {
 
 /// Raised with every change of this format: ranks with different formats refuse each other.
-constexpr std::uint32_t protocol_version = 2;
+constexpr std::uint32_t protocol_version = 3;
 constexpr std::uint64_t protocol_magic = 0x4455'414c'5049'5045;  // "DUALPIPE"
 
 /// The bytes are not what a rank of this version sends.
@@ -22,7 +23,13 @@ class Malformed : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-enum class Kind : std::uint32_t { message = 1, abort = 2, goodbye = 3 };
+enum class Kind : std::uint32_t {
+  message = 1,
+  vote = 2,
+  failure = 3,  ///< the reason, and a word about the ends of steps
+  goodbye = 4,
+  beat = 5,  ///< the sender lives
+};
 
 struct Prefix {
   std::uint32_t magic = static_cast<std::uint32_t>(protocol_magic);
@@ -31,20 +38,25 @@ struct Prefix {
   std::uint64_t payload_bytes = 0;
 };
 
-struct Abort {
+struct Failure {
   int origin = -1;
   std::string reason;
+  Word word;
 };
 
 /// Prefix and head of a frame, ready to be sent.
 std::string message_frame(const Header& header, std::uint64_t payload_bytes);
-std::string abort_frame(int origin, std::string_view reason);
-std::string goodbye_frame();
+std::string vote_frame(const Vote& vote);
+std::string failure_frame(const Failure& failure);
+std::string goodbye_frame(const Word& word);
+std::string beat_frame();
 
 /// These throw Malformed.
 Prefix read_prefix(std::string_view bytes);  ///< of sizeof(Prefix) bytes
 Header read_header(std::string_view head);
-Abort read_abort(std::string_view head);
+Vote read_vote(std::string_view head);
+Failure read_failure(std::string_view head);
+Word read_goodbye(std::string_view head);
 /// Fresh memory for the tensors that `header` announces. @throws Malformed  they do not have `payload_bytes` in all.
 Tensors allocate(const Header& header, std::uint64_t payload_bytes);
 

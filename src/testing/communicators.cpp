@@ -31,6 +31,7 @@ class Wrapper : public Communicator {
   }
   bool gains_from_expected() const noexcept override { return inner_->gains_from_expected(); }
   DeviceTrace* device_trace() noexcept override { return inner_->device_trace(); }
+  std::vector<std::string> commit(std::string ballot) override { return inner_->commit(std::move(ballot)); }
   Pending fence() override { return inner_->fence(); }
   void connect(const std::vector<Edge>& edges) override { inner_->connect(edges); }
   void abort(const std::string& reason) noexcept override { inner_->abort(reason); }
@@ -111,6 +112,10 @@ class Serial final : public Wrapper {
   Pending barrier() override {
     const Turn turn(busy_, "barrier");
     return waited(inner_->barrier());
+  }
+  std::vector<std::string> commit(std::string ballot) override {
+    const Turn turn(busy_, "commit");
+    return inner_->commit(std::move(ballot));
   }
   std::shared_ptr<Communicator> split(int color, int key) override {
     const Turn turn(busy_, "split");
@@ -288,6 +293,11 @@ class DelayedLinks final : public Wrapper {
     return collective(inner_->all_to_all(std::move(tensors), expected), largest_of_others());
   }
   Pending barrier() override { return collective(inner_->barrier(), bytes); }
+  std::vector<std::string> commit(std::string ballot) override {
+    auto ballots = inner_->commit(std::move(ballot));
+    if (size() > 1) std::this_thread::sleep_for(link_.latency);
+    return ballots;
+  }
   std::shared_ptr<Communicator> split(int color, int key) override {
     auto part = inner_->split(color, key);
     return part == nullptr ? nullptr : delayed_links(std::move(part), link_);

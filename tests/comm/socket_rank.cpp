@@ -74,9 +74,27 @@ void struck(const World& world, int signal, std::chrono::milliseconds timeout) {
   }
 }
 
-/// Rank 1 ends without having connected.
+/// Steps as fast as they come. After a while a thread of rank 1 raises `signal`; the others print how many steps are over.
+void steps(const World& world, int signal, std::chrono::microseconds after) {
+  const auto comm = connect_sockets(world, {.timeout = 60s, .liveness = 1s});
+  comm->barrier().wait();
+  std::jthread striker([&] {
+    if (world.rank != 1) return;
+    std::this_thread::sleep_for(after);
+    std::raise(signal);
+  });
+  int over = 0;
+  try {
+    for (;; ++over) comm->commit(std::to_string(world.rank));
+  } catch (const CommError& error) {
+    std::cout << "over " << over << " origin " << error.origin_rank() << " message " << error.what() << std::endl;
+  }
+}
+
+/// Odd ranks end without having connected; the others come one after the other.
 void missing(const World& world) {
-  if (world.rank == 1) return;
+  if (world.rank % 2 == 1) return;
+  std::this_thread::sleep_for(world.rank * 200ms);
   try {
     connect_sockets(world, {.timeout = 1s});
     std::cout << "connected" << std::endl;
@@ -193,6 +211,9 @@ int main(int argc, char** argv) {
       {"throws", throws},
       {"ping_pong", ping_pong},
       {"bandwidth", bandwidth},
+      {"steps-killed",
+       [&](const World& world) { steps(world, SIGKILL, std::chrono::microseconds(std::stoi(argv[2]))); }},
+      {"steps-stopped", [](const World& world) { steps(world, SIGSTOP, 20ms); }},
   };
   World world;
   try {

@@ -14,6 +14,8 @@
 #include <filesystem>
 #include <latch>
 #include <nlohmann/json.hpp>
+#include <random>
+#include <set>
 #include <thread>
 #include <torch/csrc/distributed/c10d/HashStore.hpp>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
@@ -505,11 +507,14 @@ TEST_P(SocketProcesses, AStoppedPeerIsNamedByTheDeadline) {
   EXPECT_THAT(ranks.out(), HasSubstr("waited for rank 1 longer than the timeout of 1000 ms"));
 }
 
-TEST_P(SocketProcesses, AMissingRankIsNamed) {
+/// Rank 0, which serves the store, gives up first: its end must not overtake the reason.
+TEST_P(SocketProcesses, MissingRanksAreNamedByAllThatCame) {
   Process ranks(run(GetParam(), "missing"));
   EXPECT_EQ(ranks.wait(), 0) << ranks.err();
-  expect_blame(ranks);
-  EXPECT_THAT(ranks.out(), HasSubstr("no sign of rank 1 within 1000 ms"));
+  const auto here = static_cast<std::size_t>(GetParam() / 2);
+  EXPECT_EQ(count(ranks.out(), "origin 1 "), here) << ranks.out();
+  EXPECT_EQ(count(ranks.out(), here == 1 ? "no sign of rank 1 within" : "no sign of rank 1, 3 within"), here)
+      << ranks.out();
 }
 
 TEST_P(SocketProcesses, TheOneThatFailedIsBlamedNotThoseWhoReacted) {
@@ -518,6 +523,38 @@ TEST_P(SocketProcesses, TheOneThatFailedIsBlamedNotThoseWhoReacted) {
   expect_blame(ranks);
   EXPECT_EQ(count(ranks.out(), "failed because of rank 1: the loss is not a number"),
             static_cast<std::size_t>(GetParam() - 1));
+}
+
+/// What follows "over " in the output: how many steps are over for each survivor.
+std::vector<int> steps_over(const std::string& output) {
+  std::vector<int> steps;
+  for (auto at = output.find("] over "); at != std::string::npos; at = output.find("] over ", at + 1))
+    steps.push_back(std::stoi(output.substr(at + 7)));
+  return steps;
+}
+
+TEST_P(SocketProcesses, AKilledRankLeavesTheOthersAtOneStep) {
+  constexpr unsigned seed = 20;
+  std::mt19937 random(seed);
+  for (int round = 0; round < 4; ++round) {
+    auto command = run(GetParam(), "steps-killed");
+    command.push_back(std::to_string(random() % 20'000));
+    Process ranks(command);
+    EXPECT_EQ(ranks.wait(), 128 + SIGKILL) << ranks.err();
+    const std::vector<int> over = steps_over(ranks.out());
+    EXPECT_EQ(over.size(), static_cast<std::size_t>(GetParam() - 1)) << ranks.out();
+    EXPECT_EQ(std::set<int>(over.begin(), over.end()).size(), 1u) << ranks.out();
+    EXPECT_EQ(count(ranks.out(), "origin 1 "), over.size()) << ranks.out();
+  }
+}
+
+TEST_P(SocketProcesses, AStoppedRankIsFoundByItsSilenceNotByTheDeadline) {
+  Process ranks(run(GetParam(), "steps-stopped", {"--grace", "0.1"}));
+  ranks.wait();
+  const std::vector<int> over = steps_over(ranks.out());
+  EXPECT_EQ(over.size(), static_cast<std::size_t>(GetParam() - 1)) << ranks.out();
+  EXPECT_EQ(std::set<int>(over.begin(), over.end()).size(), 1u) << ranks.out();
+  EXPECT_EQ(count(ranks.out(), "rank 1 has given no sign of life for 1000 ms"), over.size()) << ranks.out();
 }
 
 INSTANTIATE_TEST_SUITE_P(Ranks, SocketProcesses, ::testing::Values(2, 4), ::testing::PrintToStringParamName());

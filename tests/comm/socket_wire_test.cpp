@@ -40,13 +40,20 @@ TEST(SocketWire, HeadersComeBackAsTheyWere) {
   EXPECT_EQ(got.signature, expected.signature);
 }
 
-TEST(SocketWire, AbortsComeBackAndLongReasonsAreCut) {
-  const std::string frame = abort_frame(5, "why");
-  EXPECT_EQ(prefix_of(frame).kind, Kind::abort);
-  EXPECT_EQ(read_abort(head_of(frame)).origin, 5);
-  EXPECT_EQ(read_abort(head_of(frame)).reason, "why");
-  EXPECT_LT(abort_frame(5, std::string(10 << 20, 'x')).size(), 1u << 20);
-  EXPECT_EQ(prefix_of(goodbye_frame()).kind, Kind::goodbye);
+TEST(SocketWire, FailuresAndVotesComeBackAndLongReasonsAreCut) {
+  const Word word{
+      .over = {{{3, 1}, {7, {"a", ""}}}, {{-4, 0}, {1, {}}}}, .lost = {2, 5}, .suspected = {5}, .decided = true};
+  const std::string frame = failure_frame({5, "why", word});
+  EXPECT_EQ(prefix_of(frame).kind, Kind::failure);
+  EXPECT_EQ(read_failure(head_of(frame)).origin, 5);
+  EXPECT_EQ(read_failure(head_of(frame)).reason, "why");
+  EXPECT_EQ(read_failure(head_of(frame)).word, word);
+  EXPECT_EQ(read_goodbye(head_of(goodbye_frame(word))), word);
+  const Vote vote = read_vote(head_of(vote_frame({-2, 9, "ballot"})));
+  EXPECT_EQ(std::make_tuple(vote.group, vote.step, vote.ballot), std::make_tuple(-2, 9u, std::string("ballot")));
+  EXPECT_LT(failure_frame({5, std::string(10 << 20, 'x'), {}}).size(), 1u << 20);
+  EXPECT_EQ(prefix_of(goodbye_frame({})).kind, Kind::goodbye);
+  EXPECT_EQ(prefix_of(beat_frame()).kind, Kind::beat);
 }
 
 TEST(SocketWire, NothingFollowsAnAnnouncement) {
@@ -86,9 +93,10 @@ TEST(SocketWire, RefusesEveryTruncation) {
     EXPECT_THROW(read_header(head_of(frame).substr(0, size)), Malformed) << size;
   }
   EXPECT_THROW(read_header(std::string(head_of(frame)) + "x"), Malformed);
-  const std::string abort = abort_frame(1, "reason");
-  for (std::size_t size = 0; size < head_of(abort).size(); ++size) {
-    EXPECT_THROW(read_abort(head_of(abort).substr(0, size)), Malformed) << size;
+  const std::string failure =
+      failure_frame({1, "reason", {.over = {{{3, 1}, {7, {"a", ""}}}}, .lost = {2}, .suspected = {}}});
+  for (std::size_t size = 0; size < head_of(failure).size(); ++size) {
+    EXPECT_THROW(read_failure(head_of(failure).substr(0, size)), Malformed) << size;
   }
 }
 

@@ -260,6 +260,7 @@ class CountsWaits final : public Communicator {
     return inner_->all_to_all(std::move(tensors), expected);
   }
   Pending barrier() override { return inner_->barrier(); }
+  std::vector<std::string> commit(std::string ballot) override { return inner_->commit(std::move(ballot)); }
   Pending fence() override { return inner_->fence(); }
   Ptr split(int color, int key) override { return inner_->split(color, key); }
   void abort(const std::string& reason) noexcept override { inner_->abort(reason); }

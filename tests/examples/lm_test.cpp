@@ -3,14 +3,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <regex>
 #include <string>
 #include <vector>
 
-#include "launch/process.hpp"
+#include "examples/example_program.hpp"
 
 namespace dualpipe {
 namespace {
@@ -20,47 +19,14 @@ using ::testing::HasSubstr;
 using ::testing::Not;
 using testing::Process;
 
-class LanguageModel : public ::testing::Test {
+class LanguageModel : public test::ExampleProgram {
  protected:
-  void SetUp() override {
-    std::ofstream text(folder / "text.txt");
-    for (int i = 0; i < 2000; ++i) text << "int add" << i % 7 << "(int a, int b) { return a + b; }\n";
-  }
+  LanguageModel() : ExampleProgram(DUALPIPE_LM, {{"--layers", "6"}, {"--steps", "4"}, {"--sample", "20"}}) {}
 
   std::filesystem::path write(const std::string& name, const std::string& text) const {
     std::ofstream(folder / name) << text;
     return folder / name;
   }
-  /// A small model and text, a few steps, unless the flags say otherwise.
-  std::vector<std::string> command(int num_ranks, const std::vector<std::string>& flags) const {
-    std::vector<std::string> all = {DUALPIPE_RUN, "-n", std::to_string(num_ranks), "--", DUALPIPE_LM};
-    const std::vector<std::pair<std::string, std::string>> defaults = {{"--layers", "6"},
-                                                                       {"--width", "16"},
-                                                                       {"--heads", "2"},
-                                                                       {"--context", "16"},
-                                                                       {"--minutes", "0"},
-                                                                       {"--progress", "0"},
-                                                                       {"--steps", "4"},
-                                                                       {"--held-out", "1"},
-                                                                       {"--sample", "20"},
-                                                                       {"--text", (folder / "text.txt").string()},
-                                                                       {"--svg", (folder / "run.svg").string()},
-                                                                       {"--trace", (folder / "run.json").string()}};
-    for (const auto& [name, value] : defaults)
-      if (std::find(flags.begin(), flags.end(), name) == flags.end()) all.insert(all.end(), {name, value});
-    all.insert(all.end(), flags.begin(), flags.end());
-    return all;
-  }
-  /// Exit code not zero, and the text of all ranks.
-  std::string failure(int num_ranks, const std::vector<std::string>& flags) const {
-    Process process(command(num_ranks, flags));
-    const int code = process.wait();
-    EXPECT_NE(code, 0);
-    EXPECT_NE(code, Process::kTimedOut);
-    return process.out() + process.err();
-  }
-
-  dualpipe::test::TemporaryFolder folder;
 };
 
 std::vector<std::string> losses(const std::string& output) {
@@ -73,29 +39,24 @@ std::vector<std::string> losses(const std::string& output) {
 TEST_F(LanguageModel, EveryScheduleTrainsTheSameModel) {
   std::vector<std::string> first;
   for (const std::string kind : {"dualpipe", "dualpipev", "1f1b", "zb1p"}) {
-    Process process(command(2, {"--schedule", kind, "--microbatches", "4"}));
-    ASSERT_EQ(process.wait(), 0) << process.out() << process.err();
-    const std::string output = process.out();
-    EXPECT_THAT(output, AllOf(HasSubstr(kind + " on 2 ranks"), HasSubstr("held-out loss:"), HasSubstr("sample"),
-                              HasSubstr("hidden under compute")));
-    EXPECT_EQ(losses(output).size(), 4u) << output;
-    if (first.empty()) first = losses(output);
-    EXPECT_EQ(losses(output), first) << kind;
+    const std::string text = output(2, {"--schedule", kind, "--microbatches", "4"});
+    EXPECT_THAT(text, AllOf(HasSubstr(kind + " on 2 ranks"), HasSubstr("held-out loss:"), HasSubstr("sample"),
+                            HasSubstr("hidden under compute")));
+    ASSERT_EQ(losses(text).size(), 4u) << text;
+    if (first.empty()) first = losses(text);
+    EXPECT_EQ(losses(text), first) << kind;
     EXPECT_EQ(first[0].substr(0, 3), "5.5");  // ln 256: it knows nothing yet
   }
   EXPECT_GT(std::filesystem::file_size(folder / "run.svg"), 1000u);
-  Process report({DUALPIPE_PLAN, "report", (folder / "run.json").string()});
-  EXPECT_EQ(report.wait(), 0) << report.err();
-  EXPECT_THAT(report.out(), HasSubstr("makespan"));
+  expect_trace_is_reported();
 }
 
 TEST_F(LanguageModel, LearnsInBfloat16) {
   std::vector<std::string> first;
   for (const std::string dtype : {"float32", "bfloat16"}) {
-    Process process(command(2, {"--dtype", dtype, "--steps", "30", "--microbatches", "4"}));
-    ASSERT_EQ(process.wait(), 0) << process.out() << process.err();
-    const std::vector<std::string> lines = losses(process.out());
-    ASSERT_EQ(lines.size(), 30u) << process.out();
+    const std::string text = output(2, {"--dtype", dtype, "--steps", "30", "--microbatches", "4"});
+    const std::vector<std::string> lines = losses(text);
+    ASSERT_EQ(lines.size(), 30u) << text;
     EXPECT_LT(std::stod(lines.back()), 0.8 * std::stod(lines.front())) << dtype;
     if (first.empty()) first = lines;
     EXPECT_NEAR(std::stod(lines.front()), std::stod(first.front()), 0.01) << "losses are float32";
@@ -127,9 +88,7 @@ TEST_F(LanguageModel, CpuRanksLoadNoCuda) {
 
 TEST_F(LanguageModel, RunsFromAConfigurationFile) {
   const auto config = write("run.json", R"({"num_ranks": 2, "num_micro_batches": 6, "schedule": "1f1b"})");
-  Process process(command(2, {"--config", config.string()}));
-  ASSERT_EQ(process.wait(), 0) << process.out() << process.err();
-  EXPECT_THAT(process.out(), HasSubstr("1f1b on 2 ranks, 2 stages, 6 micro-batches"));
+  EXPECT_THAT(output(2, {"--config", config.string()}), HasSubstr("1f1b on 2 ranks, 2 stages, 6 micro-batches"));
 }
 
 TEST_F(LanguageModel, WrongInputIsOneClearError) {

@@ -6,8 +6,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <filesystem>
-#include <fstream>
 #include <map>
 #include <regex>
 #include <string>
@@ -18,8 +16,8 @@
 #include "dualpipe/planner/report.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/testing/communicators.hpp"
+#include "examples/example_program.hpp"
 #include "grid.hpp"
-#include "launch/process.hpp"
 #include "model.hpp"
 
 namespace dualpipe {
@@ -27,7 +25,6 @@ namespace {
 
 using ::testing::AllOf;
 using ::testing::HasSubstr;
-using testing::Process;
 
 constexpr double kBalance = 0.1;
 constexpr std::uint64_t kSeed = 7;
@@ -240,37 +237,12 @@ INSTANTIATE_TEST_SUITE_P(Moe, MoeGradients,
                                   (layout.slow ? "_slow" : "");
                          });
 
-class MoeProgram : public ::testing::Test {
+class MoeProgram : public test::ExampleProgram {
  protected:
-  void SetUp() override {
-    std::ofstream text(folder / "text.txt");
-    for (int i = 0; i < 2000; ++i) text << "int add" << i % 7 << "(int a, int b) { return a + b; }\n";
-  }
-
-  /// A small model and text, a few steps.
-  std::vector<std::string> command(int num_ranks, const std::vector<std::string>& flags) const {
-    std::vector<std::string> all = {DUALPIPE_RUN, "-n", std::to_string(num_ranks), "--", DUALPIPE_MOE};
-    const std::vector<std::pair<std::string, std::string>> defaults = {{"--layers", "2"},
-                                                                       {"--width", "16"},
-                                                                       {"--heads", "2"},
-                                                                       {"--context", "16"},
-                                                                       {"--experts", "4"},
-                                                                       {"--expert-width", "16"},
-                                                                       {"--minutes", "0"},
-                                                                       {"--progress", "0"},
-                                                                       {"--steps", "3"},
-                                                                       {"--held-out", "1"},
-                                                                       {"--sample", "5"},
-                                                                       {"--text", (folder / "text.txt").string()},
-                                                                       {"--svg", (folder / "run.svg").string()},
-                                                                       {"--trace", (folder / "run.json").string()}};
-    for (const auto& [name, value] : defaults)
-      if (std::find(flags.begin(), flags.end(), name) == flags.end()) all.insert(all.end(), {name, value});
-    all.insert(all.end(), flags.begin(), flags.end());
-    return all;
-  }
-
-  dualpipe::test::TemporaryFolder folder;
+  MoeProgram()
+      : ExampleProgram(
+            DUALPIPE_MOE,
+            {{"--layers", "2"}, {"--experts", "4"}, {"--expert-width", "16"}, {"--steps", "3"}, {"--sample", "5"}}) {}
 };
 
 struct Line {
@@ -293,12 +265,10 @@ TEST_F(MoeProgram, HoweverRanksFormPipelinesTheyTrainTheSameModel) {
       {4, {"--pipelines", "2", "--microbatches", "4", "--link-latency-ms", "1"}},
   };
   for (const auto& [num_ranks, flags] : runs) {
-    Process process(command(num_ranks, flags));
-    ASSERT_EQ(process.wait(), 0) << process.out() << process.err();
-    const std::string output = process.out();
-    const auto lines = lines_of(output);
-    ASSERT_EQ(lines.size(), 3u) << output;
-    EXPECT_THAT(output, AllOf(HasSubstr("held-out loss:"), HasSubstr("sample"), HasSubstr("hidden under compute")));
+    const std::string text = output(num_ranks, flags);
+    const auto lines = lines_of(text);
+    ASSERT_EQ(lines.size(), 3u) << text;
+    EXPECT_THAT(text, AllOf(HasSubstr("held-out loss:"), HasSubstr("sample"), HasSubstr("hidden under compute")));
     if (first.empty()) first = lines;
     EXPECT_NEAR(first[0].loss, std::log(256), 0.2) << "it knows nothing yet";
     for (std::size_t step = 0; step < lines.size(); ++step) {
@@ -306,18 +276,15 @@ TEST_F(MoeProgram, HoweverRanksFormPipelinesTheyTrainTheSameModel) {
       EXPECT_NEAR(lines[step].balance, first[step].balance, 2e-4) << "step " << step;
     }
   }
-  Process report({DUALPIPE_PLAN, "report", (folder / "run.json").string()});
-  EXPECT_EQ(report.wait(), 0) << report.err();
-  EXPECT_THAT(report.out(), HasSubstr("makespan"));
+  expect_trace_is_reported();
 }
 
 TEST_F(MoeProgram, TrainsInBfloat16) {
   Line first{};
   for (const std::string dtype : {"float32", "bf16"}) {
-    Process process(command(4, {"--microbatches", "4", "--dtype", dtype}));
-    ASSERT_EQ(process.wait(), 0) << process.out() << process.err();
-    const auto lines = lines_of(process.out());
-    ASSERT_EQ(lines.size(), 3u) << process.out();
+    const std::string text = output(4, {"--microbatches", "4", "--dtype", dtype});
+    const auto lines = lines_of(text);
+    ASSERT_EQ(lines.size(), 3u) << text;
     if (dtype == "float32") first = lines[0];
     EXPECT_NEAR(lines[0].loss, first.loss, 0.01);
     EXPECT_NEAR(lines[0].balance, first.balance, 0.1 * std::abs(first.balance)) << "experts are chosen in float32";
@@ -325,13 +292,6 @@ TEST_F(MoeProgram, TrainsInBfloat16) {
 }
 
 TEST_F(MoeProgram, WrongInputIsOneClearError) {
-  const auto failure = [&](int num_ranks, const std::vector<std::string>& flags) {
-    Process process(command(num_ranks, flags));
-    const int code = process.wait();
-    EXPECT_NE(code, 0);
-    EXPECT_NE(code, Process::kTimedOut);
-    return process.out() + process.err();
-  };
   EXPECT_THAT(failure(3, {}), AllOf(HasSubstr("3 ranks"), HasSubstr("2"), HasSubstr("--pipelines")));
   EXPECT_THAT(failure(4, {"--experts", "3"}), AllOf(HasSubstr("3 experts"), HasSubstr("2 pipelines")));
   EXPECT_THAT(failure(4, {"--top-k", "5"}), AllOf(HasSubstr("1 to 4 experts"), HasSubstr("--top-k 5")));

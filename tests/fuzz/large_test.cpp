@@ -70,7 +70,7 @@ TEST(Large, CsvOfOneLineOfTenMegabytes) {
 
 TEST(Large, CsvOfManyTokens) {
   for (const std::string& part : {"0F0"s, "("s, ")OVERLAP_F_B"s, ",,0F0"s, "\n"s, ",\n"s, "\r\n"s, "F\n"s, "0F0\n"s,
-                                  "0W0\n"s, "1SEND_F0,"s, "\0"s, " "s})
+                                  "0W0\n"s, "1SEND_F0,"s, "\0"s, " "s, "0BW0,"s, "0B0,0W0,"s, "\"0F0\","s, "\""s})
     EXPECT_LT(csv(repeated(part, one_megabyte)), 30) << part;
   EXPECT_LT(csv("0F0,0B0\n" + repeated("\n", one_megabyte) + "1F0,1B0\n"), 1);
 }

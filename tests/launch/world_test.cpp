@@ -8,6 +8,7 @@
 #include <string>
 
 #include "dualpipe/error.hpp"
+#include "error_of.hpp"
 
 namespace dualpipe {
 namespace {
@@ -24,12 +25,7 @@ World world_of(const Variables& variables) {
 }
 
 std::string error_of(const Variables& variables) {
-  try {
-    world_of(variables);
-  } catch (const InvalidArgument& error) {
-    return error.what();
-  }
-  return "no error";
+  return test::error_of([&] { world_of(variables); });
 }
 
 Variables with(Variables variables, const Variables& changes) {

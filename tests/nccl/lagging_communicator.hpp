@@ -62,6 +62,7 @@ class LaggingCommunicator final : public Communicator {
     return lag(inner_->all_to_all(on_device(tensors), expected), {});
   }
   Pending barrier() override { return inner_->barrier(); }
+  std::vector<std::string> commit(std::string ballot) override { return inner_->commit(std::move(ballot)); }
   Pending fence() override { return inner_->fence(); }
   std::shared_ptr<Communicator> split(int color, int key) override {
     auto part = inner_->split(color, key);

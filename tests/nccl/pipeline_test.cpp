@@ -10,6 +10,7 @@
 #include "dualpipe/pipeline/tracer.hpp"
 #include "forwarding.hpp"
 #include "lagging_communicator.hpp"
+#include "pipeline/chains.hpp"
 
 // DualPipe over the NCCL communicator, on devices that lag behind their hosts.
 namespace dualpipe::test {
@@ -34,10 +35,8 @@ struct Setting {
 
 using Body = std::function<void(DualPipe&, const std::shared_ptr<Communicator>&)>;
 
-void run_pipeline(const Setting& setting, const Body& body, const Decorate& decorate = nullptr,
-                  std::chrono::milliseconds timeout = 30s) {
-  const testing::NcclEmulation emulation(
-      setting.num_ranks, {.seed = setting.seed, .one_transfer_at_a_time = setting.one_transfer_at_a_time});
+void run_pipeline(const testing::NcclEmulation& emulation, const Setting& setting, const Body& body,
+                  const Decorate& decorate = nullptr, std::chrono::milliseconds timeout = 30s) {
   run_emulated(
       emulation, setting.num_ranks, {.timeout = timeout, .communicator_per_edge = setting.communicator_per_edge},
       [&](const EmulatedRank& rank) {
@@ -49,7 +48,27 @@ void run_pipeline(const Setting& setting, const Body& body, const Decorate& deco
         body(pipe, lagging);
       },
       decorate);
+}
+
+void run_pipeline(const Setting& setting, const Body& body, const Decorate& decorate = nullptr) {
+  const testing::NcclEmulation emulation(
+      setting.num_ranks, {.seed = setting.seed, .one_transfer_at_a_time = setting.one_transfer_at_a_time});
+  run_pipeline(emulation, setting, body, decorate);
   expect_clean(emulation);
+}
+
+Batch rows_for(const Setting& setting) { return random_batch(2 * setting.num_micro_batches, 5); }
+
+Tensors gradients_of(DualPipe& pipe) {
+  Tensors gradients;
+  for (const at::Tensor& parameter : pipe->parameters()) gradients.push_back(parameter.grad().clone());
+  return gradients;
+}
+
+void expect_same_gradients(DualPipe& pipe, const Tensors& before) {
+  const Tensors now = gradients_of(pipe);
+  ASSERT_EQ(now.size(), before.size());
+  for (std::size_t i = 0; i < now.size(); ++i) EXPECT_TRUE(torch::equal(now[i], before[i])) << "a gradient has changed";
 }
 
 int num_stages(const Setting& setting) {
@@ -60,16 +79,12 @@ class EmulatedPipeline : public ::testing::TestWithParam<Setting> {};
 
 TEST_P(EmulatedPipeline, TrainsAsOneProcess) {
   const Setting& setting = GetParam();
-  const int rows = 2 * setting.num_micro_batches;
-  const Batch batch = random_batch(rows, 5);
+  const Batch batch = rows_for(setting);
   const Reference expected = reference(layer, num_stages(setting), batch, setting.num_micro_batches, squared_error(),
                                        1.0 / setting.num_micro_batches);
   run_pipeline(setting, [&](DualPipe& pipe, const auto&) {
     for (int step = 1; step <= 2; ++step) {
-      const StepResult result = pipe->step(batch, squared_error());
-      const std::vector<double> losses = result.micro_batch_losses();
-      ASSERT_EQ(losses.size(), expected.losses.size());
-      for (std::size_t m = 0; m < losses.size(); ++m) EXPECT_NEAR(losses[m], expected.losses[m], 1e-12);
+      expect_micro_batch_losses(pipe->step(batch, squared_error()), expected);
       expect_gradients(pipe, expected, 1e-12, step);
     }
   });
@@ -90,7 +105,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 TEST(EmulatedPipeline, AStepReadsNothingFromTheDeviceButItsData) {
   const Setting setting{.num_ranks = 4, .num_micro_batches = 8};
-  const Batch batch = random_batch(2 * setting.num_micro_batches, 5);
+  const Batch batch = rows_for(setting);
   run_pipeline(setting, [&](DualPipe& pipe, const std::shared_ptr<Communicator>& communicator) {
     pipe->step(batch, squared_error());
     auto& lagging = static_cast<LaggingCommunicator&>(*communicator);
@@ -112,33 +127,31 @@ TEST(EmulatedPipeline, ConnectsBeforeTheFirstStepAndHoldersSideBySide) {
   const Setting setting{.num_ranks = 4, .num_micro_batches = 8};
   const auto meeting = std::make_shared<Meeting>(4);
   const testing::NcclEmulation emulation(setting.num_ranks);
-  run_emulated(
-      emulation, setting.num_ranks, {.timeout = 60s},
-      [&](const EmulatedRank& rank) {
-        const auto lagging =
-            std::make_shared<LaggingCommunicator>(rank.communicator, std::make_shared<AsyncRank>(rank));
-        DualPipe pipe(lagging, DualPipeOptions{.num_micro_batches = setting.num_micro_batches}, as_factory(layer));
-        const std::vector<std::string> connected = emulation.connections(lagging->rank());
-        pipe->step(random_batch(2 * setting.num_micro_batches, 5), squared_error());
+  run_pipeline(
+      emulation, setting,
+      [&](DualPipe& pipe, const std::shared_ptr<Communicator>& communicator) {
+        const std::vector<std::string> connected = emulation.connections(communicator->rank());
+        pipe->step(rows_for(setting), squared_error());
         (void)pipe->clip_grad_norm_(1.0);
-        EXPECT_EQ(emulation.connections(lagging->rank()), connected);
-        EXPECT_EQ(emulation.communicators(lagging->rank()).size(), 3U) << "the world's two, and one of the holders";
+        EXPECT_EQ(emulation.connections(communicator->rank()), connected);
+        EXPECT_EQ(emulation.communicators(communicator->rank()).size(), 3U)
+            << "the world's two, and one of the holders";
       },
       [&](int, std::shared_ptr<detail::DeviceApi>&, std::shared_ptr<detail::NcclApi>& nccl) {
         nccl = std::make_shared<MeetingNccl>(nccl, meeting);
-      });
+      },
+      60s);
   EXPECT_FALSE(meeting->failed());
   expect_clean(emulation);
 }
 
 /// All gradients of one step, by rank and in the order of the parameters.
-std::vector<std::vector<at::Tensor>> gradients_of(const Setting& setting) {
-  std::vector<std::vector<at::Tensor>> gradients(static_cast<std::size_t>(setting.num_ranks));
-  const Batch batch = random_batch(2 * setting.num_micro_batches, 5);
+std::vector<Tensors> gradients_of_step(const Setting& setting) {
+  std::vector<Tensors> gradients(setting.num_ranks);
+  const Batch batch = rows_for(setting);
   run_pipeline(setting, [&](DualPipe& pipe, const std::shared_ptr<Communicator>& communicator) {
     pipe->step(batch, squared_error());
-    for (const at::Tensor& parameter : pipe->parameters())
-      gradients[static_cast<std::size_t>(communicator->rank())].push_back(parameter.grad().clone());
+    gradients[communicator->rank()] = gradients_of(pipe);
   });
   return gradients;
 }
@@ -146,10 +159,10 @@ std::vector<std::vector<at::Tensor>> gradients_of(const Setting& setting) {
 class Repetitions : public ::testing::TestWithParam<int> {};
 
 TEST_P(Repetitions, AnyDelaysGiveTheSameBits) {
-  const auto first = gradients_of({.seed = 1});
+  const auto first = gradients_of_step({.seed = 1});
   for (int i = 0; i < 25; ++i) {
     const auto seed = static_cast<std::uint64_t>(100 * (GetParam() + 1) + i);
-    const auto again = gradients_of({.seed = seed});
+    const auto again = gradients_of_step({.seed = seed});
     for (std::size_t r = 0; r < first.size(); ++r)
       for (std::size_t p = 0; p < first[r].size(); ++p)
         ASSERT_TRUE(torch::equal(first[r][p], again[r][p])) << "seed " << seed << ", rank " << r << ", parameter " << p;
@@ -161,24 +174,19 @@ INSTANTIATE_TEST_SUITE_P(Seeds, Repetitions, ::testing::Range(0, 8));
 // ---------------------------------------------------------------------------------------------------------------------
 // failures
 
-Batch rows_for(const Setting& setting) { return random_batch(2 * setting.num_micro_batches, 5); }
-
 TEST(EmulatedFailure, AnErrorInUserCodeLeavesGradientsAndEndsAllRanks) {
   const Setting setting{.num_ranks = 4, .num_micro_batches = 8};
   std::atomic<int> failed{0};
   run_pipeline(setting, [&](DualPipe& pipe, const std::shared_ptr<Communicator>& communicator) {
     pipe->step(rows_for(setting), squared_error());
-    Tensors before;
-    for (const at::Tensor& parameter : pipe->parameters()) before.push_back(parameter.grad().clone());
+    const Tensors before = gradients_of(pipe);
     std::atomic<int> calls{0};
     const LossFn fails = [&](const Tensors& outputs, const Tensors& targets) {
       if (communicator->rank() == 0 && ++calls == 2) throw std::domain_error("the loss is not a number");
       return squared_error()(outputs, targets);
     };
     EXPECT_THAT(message_of([&] { pipe->step(rows_for(setting), fails); }), HasSubstr("the loss is not a number"));
-    std::size_t i = 0;
-    for (const at::Tensor& parameter : pipe->parameters())
-      EXPECT_TRUE(torch::equal(parameter.grad(), before[i++])) << "a gradient has changed";
+    expect_same_gradients(pipe, before);
     EXPECT_THAT(message_of([&] { pipe->step(rows_for(setting), squared_error()); }), HasSubstr("earlier step failed"));
     ++failed;
   });
@@ -224,28 +232,23 @@ TEST(EmulatedFailure, ADeviceThatHangsMeetsTheDeadlineAndNothingIsCommitted) {
   const testing::NcclEmulation emulation(setting.num_ranks);
   std::shared_ptr<StuckNccl> stuck;
   std::atomic<int> failed{0};
-  run_emulated(
-      emulation, setting.num_ranks, {.timeout = 300ms},
-      [&](const EmulatedRank& rank) {
-        const auto lagging =
-            std::make_shared<LaggingCommunicator>(rank.communicator, std::make_shared<AsyncRank>(rank));
-        DualPipe pipe(lagging, DualPipeOptions{.num_micro_batches = setting.num_micro_batches}, as_factory(layer));
+  run_pipeline(
+      emulation, setting,
+      [&](DualPipe& pipe, const std::shared_ptr<Communicator>& communicator) {
         pipe->step(rows_for(setting), squared_error());
-        Tensors before;
-        for (const at::Tensor& parameter : pipe->parameters()) before.push_back(parameter.grad().clone());
-        lagging->barrier().wait();
-        if (rank.communicator->rank() == 0) stuck->stuck = true;
-        lagging->barrier().wait();
+        const Tensors before = gradients_of(pipe);
+        communicator->barrier().wait();
+        if (communicator->rank() == 0) stuck->stuck = true;
+        communicator->barrier().wait();
         EXPECT_THAT(message_of([&] { pipe->step(rows_for(setting), squared_error()); }),
                     HasSubstr("longer than the timeout of 300 ms"));
-        std::size_t i = 0;
-        for (const at::Tensor& parameter : pipe->parameters())
-          EXPECT_TRUE(torch::equal(parameter.grad(), before[i++])) << "a gradient has changed";
+        expect_same_gradients(pipe, before);
         ++failed;
       },
       [&](int rank, std::shared_ptr<detail::DeviceApi>&, std::shared_ptr<detail::NcclApi>& nccl) {
         if (rank == 0) nccl = stuck = std::make_shared<StuckNccl>(nccl);
-      });
+      },
+      300ms);
   EXPECT_EQ(failed, 2);
   EXPECT_FALSE(emulation.violations().empty()) << "the sizes did not match";
 }
@@ -275,60 +278,25 @@ TEST(EmulatedFailure, AForgottenEventIsCaughtInAStep) {
 // ---------------------------------------------------------------------------------------------------------------------
 // stages that communicate: transfers and collectives on streams of their own, both behind a host that runs ahead
 
-struct TwoWeights : torch::nn::Module {
-  explicit TwoWeights(int stage) {
-    first = register_parameter("first", seeded({kWidth, kWidth}, 100 + static_cast<std::uint64_t>(stage)) * 0.4);
-    second = register_parameter("second", seeded({kWidth, kWidth}, 200 + static_cast<std::uint64_t>(stage)) * 0.4);
-  }
-  torch::Tensor first, second;
-};
-
-/// The same stage without communication.
-Piece alone(int stage) {
-  const auto weights = std::make_shared<TwoWeights>(stage);
-  return {weights, [weights](const Tensors& x) {
-            return Tensors{2 * torch::tanh(torch::tanh(x[0].mm(weights->first)).mm(weights->second))};
-          }};
-}
-
-/// Both ranks of the group compute all rows, and each gets the sum of both for its own. With equal rows, outputs and
-/// gradients are twice those of one rank.
-StageFactory together(const std::shared_ptr<Communicator>& group) {
-  return [group](int number) {
-    const auto weights = std::make_shared<TwoWeights>(number);
-    Stage stage(weights);
-    stage.takes(1)
-        .compute("first", [weights](const Tensors& x,
-                                    const StageContext&) { return Tensors{torch::tanh(x[0].mm(weights->first))}; })
-        .communicate("gather", all_gather(group), {0})
-        .compute("second", [weights](const Tensors& x,
-                                     const StageContext&) { return Tensors{torch::tanh(x[0].mm(weights->second))}; })
-        .communicate("scatter", reduce_scatter(group), {0});
-    return stage;
-  };
-}
-
 class EmulatedChains : public ::testing::TestWithParam<int> {};
 
 TEST_P(EmulatedChains, TwoPipelinesThatShareEachStageTrainAsOneProcess) {
-  const int num_ranks = GetParam();  // of each pipeline
-  const int num_micro_batches = 2 * num_ranks;
-  const Batch batch = random_batch(2 * num_micro_batches, 5);
-  const Reference expected =
-      reference(alone, num_ranks, batch, num_micro_batches, squared_error(), 1.0 / num_micro_batches);
+  const int stage_count = GetParam();  // as many as ranks of each pipeline
+  const DualPipeOptions options{.num_micro_batches = 2 * stage_count};
+  chains::Stages stages;
+  for (int s = 0; s < stage_count; ++s)
+    stages.push_back(
+        chains::row_of({s % 2 == 0 ? chains::dense(2 * s) : chains::moe(2 * s), chains::shared(2 * s + 1)}));
+  const auto batches = chains::batches_of(4 * options.num_micro_batches);
+  const auto expected = chains::reference(stages, batches, options.num_micro_batches);
   for (const bool communicator_per_edge : {false, true}) {
-    const testing::NcclEmulation emulation(2 * num_ranks, {.seed = 11});
-    run_emulated(emulation, 2 * num_ranks, {.timeout = 30s, .communicator_per_edge = communicator_per_edge},
+    const int num_ranks = chains::kExperts * stage_count;
+    const testing::NcclEmulation emulation(num_ranks, {.seed = 11});
+    run_emulated(emulation, num_ranks, {.timeout = 30s, .communicator_per_edge = communicator_per_edge},
                  [&](const EmulatedRank& rank) {
-                   LaggingCommunicator world(rank.communicator, std::make_shared<AsyncRank>(rank));
-                   const auto pipeline = world.split(world.rank() / num_ranks, world.rank());
-                   const auto group = world.split(world.rank() % num_ranks, world.rank());
-                   DualPipe pipe(pipeline, DualPipeOptions{.num_micro_batches = num_micro_batches}, together(group));
-                   for (int step = 1; step <= 2; ++step) {
-                     const std::vector<double> losses = pipe->step(batch, squared_error()).micro_batch_losses();
-                     for (std::size_t m = 0; m < losses.size(); ++m) EXPECT_NEAR(losses[m], expected.losses[m], 1e-12);
-                     expect_gradients(pipe, expected, 1e-12, step);
-                   }
+                   const auto world =
+                       std::make_shared<LaggingCommunicator>(rank.communicator, std::make_shared<AsyncRank>(rank));
+                   chains::expect_equals_one_process(world, stages, options, batches, expected);
                  });
     expect_clean(emulation);
   }
@@ -422,11 +390,9 @@ TEST(EmulatedTrace, AnObserverThatThrowsLeavesGradientsOnAllRanks) {
   };
   const testing::NcclEmulation emulation(trace_ranks, {.seed = 3});
   const Batch batch = random_batch(2 * trace_micro_batches, 3);
-  run_emulated(emulation, trace_ranks, {.timeout = 30s}, [&](const EmulatedRank& emulated) {
-    const auto lagging =
-        std::make_shared<LaggingCommunicator>(emulated.communicator, std::make_shared<AsyncRank>(emulated));
-    DualPipe pipe(lagging, DualPipeOptions{.num_micro_batches = trace_micro_batches}, as_factory(layer));
-    if (lagging->rank() == 1) pipe->add_observer(std::make_shared<Angry>());
+  const Setting setting{.num_ranks = trace_ranks, .num_micro_batches = trace_micro_batches};
+  run_pipeline(emulation, setting, [&](DualPipe& pipe, const std::shared_ptr<Communicator>& communicator) {
+    if (communicator->rank() == 1) pipe->add_observer(std::make_shared<Angry>());
     EXPECT_THAT(message_of([&] { pipe->step(batch, squared_error()); }), HasSubstr("the disk is full"));
     for (const auto& parameter : pipe->parameters()) EXPECT_FALSE(parameter.grad().defined());
   });

@@ -176,6 +176,33 @@ TEST(CallerErrors, WhatRanksDisagreeAbout) {
   EXPECT_THAT(findings["frozen"], AllOf(HasSubstr("ranks 1 and 2"), HasSubstr("require grad")));
 }
 
+/// Loaders that shuffle differently from the third step on: inputs would belong to other targets.
+TEST(CallerErrors, DataThatDifferAfterTheFirstStep) {
+  Findings findings;
+  const Batch good = random_batch(16, 3);
+  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = kMicroBatches}, as_factory(layer));
+    Batch other = good;
+    if (comm->rank() == 3) other.targets[0] = good.targets[0].roll(1, 0);
+    pipe->step(good, squared_error());
+    pipe->step(good, squared_error());
+    findings.note("order", [&] { pipe->step(other, squared_error()); });
+    findings.note("by hand", [&] {
+      pipe->step(Batch::from_micro_batches(split_batch(other, kMicroBatches, 0)), squared_error());
+    });
+    expect_gradients(pipe, reference(layer, kRanks, good, kMicroBatches, squared_error(), 1.0 / kMicroBatches), 1e-12,
+                     2);
+    // Who passes nothing is not compared.
+    if (comm->rank() != 0) other.targets.clear();
+    if (comm->rank() == 0 || comm->rank() == 3) other = good;
+    pipe->step(other, squared_error());
+  });
+  EXPECT_THAT(findings["order"],
+              AllOf(HasSubstr("batch of step 3, those of the steps before were alike: Batch::targets of rank 3"),
+                    HasSubstr("than that of rank 0")));
+  EXPECT_THAT(findings["by hand"], HasSubstr("targets of rank 3"));
+}
+
 TEST(CallerErrors, TensorsOfABatchThatRequireGrad) {
   Findings findings;
   const std::map<std::string, Tensors Batch::*> members{

@@ -8,20 +8,11 @@
 #include <tuple>
 
 #include "dualpipe/schedule/generate.hpp"
-#include "dualpipe/testing/communicators.hpp"
+#include "pipeline/network.hpp"
 #include "pipeline/pipeline.hpp"
 
 namespace dualpipe::test {
 namespace {
-
-enum class Network { direct, serial, delayed };
-
-std::shared_ptr<Communicator> over(Network network, std::shared_ptr<Communicator> inner) {
-  if (network == Network::serial) return testing::serial(std::move(inner));
-  if (network == Network::delayed)
-    return testing::delayed_links(std::move(inner), {std::chrono::microseconds(300), 1e8});
-  return inner;
-}
 
 using Case = std::tuple<std::string, int, Network, Publish>;
 
@@ -37,7 +28,7 @@ TEST_P(Gradients, EqualOneProcess) {
 
   run_ranks(num_ranks, [&](std::shared_ptr<Communicator> comm) {
     DualPipe pipe(
-        over(network, comm),
+        over(network, comm, std::chrono::microseconds(300)),
         DualPipeOptions{
             .num_micro_batches = num_micro_batches, .schedule = kind, .publish = publish, .keep_outputs = true},
         as_factory(layer));

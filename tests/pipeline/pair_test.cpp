@@ -13,9 +13,11 @@
 #include "dualpipe/comm/local.hpp"
 #include "dualpipe/pipeline/group_collectives.hpp"
 #include "dualpipe/pipeline/pair.hpp"
-#include "dualpipe/testing/communicators.hpp"
+#include "pipeline/collective_wrappers.hpp"
+#include "pipeline/network.hpp"
+#include "pipeline/pipeline.hpp"
 
-namespace dualpipe {
+namespace dualpipe::test {
 namespace {
 
 using ::testing::AllOf;
@@ -23,13 +25,7 @@ using ::testing::HasSubstr;
 using torch::Tensor;
 
 constexpr int kGroup = 2;
-constexpr int kWidth = 3;
 constexpr int kWeights = 3;
-
-Tensor seeded(at::IntArrayRef sizes, std::uint64_t seed) {
-  auto generator = at::detail::createCPUGenerator(seed);
-  return torch::randn(sizes, generator, torch::kDouble);
-}
 
 StageContext context(int micro_batch, bool training = true) { return {1, micro_batch, 0, training}; }
 
@@ -58,8 +54,8 @@ std::int64_t rows_after(const Spec& spec, std::size_t node, int rank) {
 Tensor splits_for(std::int64_t num_rows, std::size_t node, int rank) {
   const std::int64_t away = static_cast<std::int64_t>(3 * node + 2 * static_cast<std::size_t>(rank)) % num_rows;
   std::vector<std::int64_t> counts(kGroup, 0);
-  counts[static_cast<std::size_t>(1 - rank)] = away;
-  counts[static_cast<std::size_t>(rank)] = num_rows - away;
+  counts[1 - rank] = away;
+  counts[rank] = num_rows - away;
   return torch::tensor(counts, torch::kLong);
 }
 
@@ -100,7 +96,7 @@ std::array<Tensors, kGroup> reference_collective(Kind kind, std::array<Tensors, 
       for (int r = 0; r < kGroup; ++r) y[r][slot] = torch::cat({x[0][slot], x[1][slot]});
     } else {
       const Tensor sum = x[0][slot] + x[1][slot];
-      for (int r = 0; r < kGroup; ++r) y[r][slot] = sum.chunk(kGroup)[static_cast<std::size_t>(r)];
+      for (int r = 0; r < kGroup; ++r) y[r][slot] = sum.chunk(kGroup)[r];
     }
   }
   return y;
@@ -123,7 +119,7 @@ Tensors output_gradients(const Tensors& outputs, std::uint64_t seed) {
   Tensors gradients;
   for (const Tensor& output : outputs) {
     ++seed;
-    gradients.push_back(output.defined() && output.is_floating_point() ? seeded(output.sizes(), seed) : Tensor());
+    gradients.push_back(output.defined() && output.is_floating_point() ? seeded(output.sizes().vec(), seed) : Tensor());
   }
   return gradients;
 }
@@ -158,48 +154,28 @@ Truth reference(const Spec& spec, std::uint64_t seed) {
   return truth;
 }
 
-/// Notes what a rank launches, in order.
-class Noted final : public Collective {
- public:
-  Noted(std::shared_ptr<Collective> inner, std::string name, std::vector<std::string>& log)
-      : inner_(std::move(inner)), name_(std::move(name)), log_(log) {}
-  Launched forward(Tensors inputs, const StageContext& c) override {
-    log_.push_back(name_ + "-F");
-    return inner_->forward(std::move(inputs), c);
-  }
-  Pending backward(std::shared_ptr<void> handle, Tensors gradients) override {
-    log_.push_back(name_ + "-B");
-    return inner_->backward(std::move(handle), std::move(gradients));
-  }
-
- private:
-  std::shared_ptr<Collective> inner_;
-  std::string name_;
-  std::vector<std::string>& log_;
-};
-
 Stage build(const Spec& spec, const std::string& name, int rank, const Tensors& weights,
             const std::shared_ptr<Communicator>& group, std::vector<std::string>& log) {
   Stage stage;
   for (std::size_t node = 0; node < spec.kinds.size(); ++node) {
     const std::string node_name = name + std::to_string(node);
-    const auto noted = [&](std::shared_ptr<Collective> inner) {
-      return std::make_shared<Noted>(std::move(inner), node_name, log);
+    const auto logged = [&](std::shared_ptr<Collective> inner) {
+      return std::make_shared<LoggedCollective>(std::move(inner), node_name, log);
     };
     switch (spec.kinds[node]) {
       case Kind::compute:
         stage.compute(node_name, [=](const Tensors& x, const StageContext&) {
-          return compute_node(spec, node, rank, weights[static_cast<std::size_t>(spec.weights[node])], x);
+          return compute_node(spec, node, rank, weights[spec.weights[node]], x);
         });
         break;
       case Kind::exchange:
-        stage.communicate(node_name, noted(all_to_all(group)), {rows, ids, splits});
+        stage.communicate(node_name, logged(all_to_all(group)), {rows, ids, splits});
         break;
       case Kind::gather:
-        stage.communicate(node_name, noted(all_gather(group)), {rows, ids});
+        stage.communicate(node_name, logged(all_gather(group)), {rows, ids});
         break;
       case Kind::scatter:
-        stage.communicate(node_name, noted(reduce_scatter(group)), {rows, ids});
+        stage.communicate(node_name, logged(reduce_scatter(group)), {rows, ids});
         break;
     }
   }
@@ -240,8 +216,7 @@ std::vector<PairOp> random_order(std::mt19937& random, const std::string& forwar
     if (choice == 0 && next_forward < static_cast<int>(forward.size())) {
       order.push_back({PairSide::forward, next_forward++});
     } else if (choice == 1 && next_backward >= 0) {
-      if (backward[static_cast<std::size_t>(next_backward)] == 'C')
-        weights.push_back({PairSide::weight, next_backward});
+      if (backward[next_backward] == 'C') weights.push_back({PairSide::weight, next_backward});
       order.push_back({PairSide::backward, next_backward--});
     } else if (choice == 2 && !weights.empty()) {
       const auto chosen = weights.begin() + static_cast<std::ptrdiff_t>(random() % weights.size());
@@ -338,8 +313,8 @@ void run_case(int rank, const std::shared_ptr<Communicator>& group, const Spec& 
   std::erase_if(computing, [&](const PairOp& piece) {
     const bool is_forward = piece.side == PairSide::forward;
     const auto& stage = is_forward ? ahead_stage : back_stage;
-    if (stage.structure()[static_cast<std::size_t>(piece.node)] == 'C') return false;
-    collectives.push_back(stage.chain_name(piece.node) + (is_forward ? "-F" : "-B"));
+    if (stage.structure()[piece.node] == 'C') return false;
+    collectives.push_back(stage.chain_name(piece.node) + (is_forward ? " F1" : " B0"));
     return true;
   });
   EXPECT_EQ(told.ran, computing);
@@ -390,16 +365,16 @@ TEST(Chain, RandomPairsInTheRulesOrderAndInAnyOtherEqualOneProcess) {
 TEST(Chain, DelayedAndSerialNetworksGiveTheSame) {
   const Spec moe{{Kind::compute, Kind::exchange, Kind::compute, Kind::exchange}, {0, 0, 1, 0}};
   const Spec dense{{Kind::compute}, {2}};
-  for (const bool serial : {true, false}) {
+  for (const Network network : {Network::serial, Network::delayed}) {
     for (const auto& [ahead, back] : {std::pair{moe, moe}, std::pair{dense, moe}, std::pair{moe, dense}}) {
       const std::string f = ahead.structure(), b = back.structure();
-      SCOPED_TRACE(f + " with " + b + (serial ? ", serial" : ", delayed"));
+      SCOPED_TRACE(f + " with " + b + (network == Network::serial ? ", serial" : ", delayed"));
       const auto order = launch_order(f, b, pair_order(f, b));
       const Truth ahead_truth = reference(ahead, 20), back_truth = reference(back, 50);
       run_ranks(kGroup, [&, ahead = ahead, back = back](std::shared_ptr<Communicator> group) {
-        group = serial ? testing::serial(group) : testing::delayed_links(group, {std::chrono::milliseconds(2), 0});
         std::vector<std::string> log;
-        run_case(group->rank(), group, ahead, back, order, ahead_truth, back_truth, log);
+        run_case(group->rank(), over(network, group, std::chrono::milliseconds(2)), ahead, back, order, ahead_truth,
+                 back_truth, log);
       });
     }
   }
@@ -480,7 +455,7 @@ std::vector<std::string> errors_of(int num_ranks, const std::function<void(std::
     } catch (const Error& error) {
       group->abort(error.what());
       const std::lock_guard lock(mutex);
-      errors[static_cast<std::size_t>(group->rank())] = error.what();
+      errors[group->rank()] = error.what();
     }
   });
   return errors;
@@ -588,4 +563,4 @@ TEST(Collectives, UndefinedTensorsAndRanksWithoutRows) {
 }
 
 }  // namespace
-}  // namespace dualpipe
+}  // namespace dualpipe::test

@@ -107,6 +107,13 @@ inline double difference(const at::Tensor& a, const at::Tensor& b) {
   return (a - b).abs().max().item<double>() / std::max(1e-300, b.abs().max().item<double>());
 }
 
+inline void expect_micro_batch_losses(const StepResult& result, const Reference& expected, double tolerance = 1e-12) {
+  const std::vector<double> losses = result.micro_batch_losses();
+  ASSERT_EQ(losses.size(), expected.losses.size());
+  for (std::size_t m = 0; m < losses.size(); ++m)
+    EXPECT_NEAR(losses[m], expected.losses[m], tolerance) << "micro-batch " << m;
+}
+
 /// Expects the gradients of this rank's stages to be those of the reference, times `factor`.
 inline void expect_gradients(DualPipe& pipe, const Reference& expected, double tolerance = 1e-12, double factor = 1) {
   for (const auto& child : pipe->named_children()) {

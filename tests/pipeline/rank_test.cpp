@@ -16,9 +16,10 @@
 namespace dualpipe::test {
 namespace {
 
-std::shared_ptr<Communicator> connect(const std::string& name) {
+std::shared_ptr<Communicator> connect(const std::string& name, int epoch = 0) {
   ConnectOptions options;
   options.name = name;
+  options.epoch = epoch;
   options.timeout = std::chrono::minutes(1);
   return connect_sockets(World::from_env(), options);
 }
@@ -121,6 +122,28 @@ TEST(Rank, OneIsKilledInTheMiddleOfAStep) {
   for (const auto& parameter : pipe->parameters()) EXPECT_TRUE(torch::equal(parameter.grad(), gradients[i++]));
   EXPECT_THAT(message, ::testing::HasSubstr("rank 2"));
   if (!HasFailure()) std::cout << "survived: " << message << std::endl;
+}
+
+/// A rank that fails right after a step reaches ranks that still wait in the vote of that step.
+TEST(Rank, AStepIsOverEverywhereOrNowhere) {
+  for (int round = 0; round < 12; ++round) {
+    SCOPED_TRACE(round);
+    const auto comm = connect("steps", 2 * round);
+    const std::string kind = round % 2 == 0 ? "1f1b" : "dualpipe";
+    const int bad = round / 2 % comm->size();
+    int over = 0;
+    DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = 2 * comm->size(), .schedule = kind}, as_factory(layer));
+    const Batch batch = random_batch(4 * comm->size(), 3);
+    EXPECT_THAT(message_of([&] {
+                  for (;; ++over) {
+                    if (over == 5 && comm->rank() == bad) comm->abort("a bad token");
+                    pipe->step(batch, squared_error());
+                  }
+                }),
+                ::testing::HasSubstr("a bad token"));
+    const auto all = connect("steps", 2 * round + 1)->all_gather(torch::tensor(over)).take();
+    for (const at::Tensor& each : all) EXPECT_EQ(each.item<int>(), 5);
+  }
 }
 
 }  // namespace

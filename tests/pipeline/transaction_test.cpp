@@ -220,6 +220,30 @@ TEST_P(FailingStep, EndsOnAllRanksAndChangesNothing) {
 INSTANTIATE_TEST_SUITE_P(Transaction, FailingStep, ::testing::Values("forward", "backward", "loss"),
                          [](const auto& parameter) { return std::string(parameter.param); });
 
+/// A rank that fails right after a step reaches ranks that still wait in the vote of that step.
+TEST(Transaction, AStepIsOverEverywhereOrNowhere) {
+  const Batch batch = random_batch(16, 3);
+  const Reference expected = expected_of(batch);
+  for (int round = 0; round < 40 && !::testing::Test::HasFailure(); ++round) {
+    SCOPED_TRACE(round);
+    std::vector<int> over(kRanks);
+    const auto body = [&](std::shared_ptr<Communicator> comm) {
+      DualPipe pipe = make_pipe(comm);
+      try {
+        for (int& steps = over[comm->rank()];; ++steps) {
+          if (steps == 2 && comm->rank() == round % kRanks) throw Error("a bad token");
+          pipe->step(batch, squared_error());
+        }
+      } catch (const CommError&) {
+        expect_gradients(pipe, expected, 1e-12, 2);
+        throw;
+      }
+    };
+    EXPECT_THAT(message_of([&] { run_ranks(kRanks, body); }), HasSubstr("a bad token"));
+    EXPECT_THAT(over, ::testing::Each(2));
+  }
+}
+
 TEST(Transaction, AnObserverThatThrowsEndsTheStepOnAllRanks) {
   struct Angry final : Observer {
     void record(const Interval& interval) override {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Schedules go to torch.distributed.pipelining and come from there.
 
-From torch: everything that its schedules dump, with and without its communication actions, is read and proven by
+From torch: everything that its schedules dump, with and without its communication actions, and in the notation that it had before I, is read and proven by
 dualpipe-plan; where torch's own validation refuses an order, dualpipe-plan does too.
 To torch: every kind with one holder per stage, and what the search makes of one, is loaded by torch's runtime and trained one step by processes over gloo;
 losses and gradients must equal those of the model in one piece.
@@ -11,6 +11,7 @@ usage: exchange.py path/to/dualpipe-plan
 
 import csv
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -97,7 +98,18 @@ def check_dump(tool, path, order):
         compute = [[str(action) for action in row if action is not None and action.is_compute_op]
                    for row in order.values()]
         expect(without_idle_cells(shown.stdout) == compute, path, "reads as another order")
+        check_older_notation(tool, path, shown.stdout)
     return valid
+
+
+def check_older_notation(tool, path, shown):
+    """The same dump with B for the input part and BW for the whole backward."""
+    with open(path, newline="") as file:
+        text = file.read()
+    older = os.path.join(os.path.dirname(path), "older.csv")
+    with open(older, "w", newline="") as file:
+        file.write(re.sub(r"(\d)I(\d)", r"\1B\2", re.sub(r"(\d)B(\d)", r"\1BW\2", text)))
+    expect(plan(tool, "show", older, "--format", "csv").stdout == shown, path, "reads as another order in torch's older notation")
 
 
 def leaves(row):

@@ -19,9 +19,7 @@ using testing::StartsWith;
 class PlanCosts : public PlanTool {
  protected:
   double makespan(const std::string& arguments) const {
-    const Result result = run("simulate --ranks 8 --microbatches 20 --format json " + arguments);
-    EXPECT_EQ(result.code, 0) << result.err;
-    return json::parse(result.out)["makespan"].get<double>();
+    return PlanTool::makespan("--ranks 8 --microbatches 20 " + arguments);
   }
 };
 
@@ -42,7 +40,7 @@ TEST_F(PlanCosts, UnevenCostsFromFlagsAndFromAFileAreTheSame) {
     "pair_ready": {"activation": 0.5, "gradient": 0.75}})");
   EXPECT_NEAR(makespan("--costs costs.json"), expected, 1e-9);
   EXPECT_THAT(
-      run("simulate --ranks 8 --microbatches 20 --costs costs.json").out,
+      output("simulate --ranks 8 --microbatches 20 --costs costs.json"),
       HasSubstr("F=1 to 1.5 B=2 to 3 W=1 to 1.5 pair=(F+B)*1 send=0.1 to 0.5, rank 2 takes 1.25 times as long"));
 }
 
@@ -54,37 +52,36 @@ TEST_F(PlanCosts, MeasuredFromATrace) {
   EXPECT_EQ(costs.code, 0) << costs.err;
   EXPECT_NEAR(makespan("--costs costs.json"), makespan("--costs trace.json"), 1e-9);
   // What a trace does not show is said, beside the result.
-  EXPECT_EQ(run("simulate --schedule 1f1b --ranks 4 --microbatches 8 --format trace --output plain.json").code, 0);
-  const Result noted = run("simulate --schedule 1f1b --ranks 4 --microbatches 8 --costs plain.json --format json");
+  const std::string plain = "simulate --schedule 1f1b --ranks 4 --microbatches 8";
+  EXPECT_EQ(run(plain + " --format trace --output plain.json").code, 0);
+  const Result noted = run(plain + " --costs plain.json --format json");
   EXPECT_EQ(noted.code, 0);
   EXPECT_THAT(noted.err, HasSubstr("plain.json: weight part of stages 0 to 3"));
   const std::string twice = run("compare --ranks 4 --microbatches 8 --costs plain.json").err;
   EXPECT_EQ(std::count(twice.begin(), twice.end(), '\n'), 2);  // two notes, once
-  EXPECT_EQ(json::parse(noted.out)["makespan"], json::parse(run("simulate --schedule 1f1b --ranks 4 --microbatches 8 "
-                                                                "--format json")
-                                                                .out)["makespan"]);
+  EXPECT_EQ(json::parse(noted.out)["makespan"], json_of(plain)["makespan"]);
 }
 
 TEST_F(PlanCosts, JitterTellsPercentiles) {
   const std::string arguments = "simulate --ranks 8 --microbatches 20 --jitter 0.1 --trials 200 --seed 3 ";
-  const json first = json::parse(run(arguments + "--format json").out)["jitter"];
-  EXPECT_EQ(first, json::parse(run(arguments + "--format json").out)["jitter"]);
+  const json first = json_of(arguments)["jitter"];
+  EXPECT_EQ(first, json_of(arguments)["jitter"]);
   EXPECT_EQ(first["trials"], 200);
   EXPECT_EQ(first["seed"], 3);
   const std::vector<double> expected =
       simulate_jitter(make_schedule({"dualpipe", 8, 20}), {}, {.deviation = 0.1, .trials = 200, .seed = 3});
   for (const int percent : {5, 50, 95, 99})
     EXPECT_EQ(first["p" + std::to_string(percent)], percentile(expected, percent));
-  EXPECT_THAT(run(arguments).out, HasSubstr("with 10 % jitter (log-normal, 200 trials, seed 3): makespan mean "));
+  EXPECT_THAT(output(arguments), HasSubstr("with 10 % jitter (log-normal, 200 trials, seed 3): makespan mean "));
 }
 
 TEST_F(PlanCosts, MemoryOfEachRank) {
   const std::string arguments = "simulate --ranks 8 --microbatches 20 --memory 2,0.5,6 ";
-  const json result = json::parse(run(arguments + "--format json").out);
+  const json result = json_of(arguments);
   ASSERT_EQ(result["memory"].size(), 8U);
   EXPECT_EQ(result["memory"][0]["state"], 12);
   EXPECT_GE(result["memory"][0]["peak"], 12 + 2 * 9);
-  EXPECT_THAT(run(arguments).out, HasSubstr("of which 12 parameters and optimizer"));
+  EXPECT_THAT(output(arguments), HasSubstr("of which 12 parameters and optimizer"));
 }
 
 TEST_F(PlanCosts, BadCostsAreRefusedWithTheValue) {
@@ -131,11 +128,11 @@ TEST_F(PlanCosts, CompareAnswersTwentyOrSixteen) {
   EXPECT_THAT(result.out, HasSubstr("On 8 ranks: 20 micro-batches with "));
   EXPECT_THAT(result.out, HasSubstr("; then 16 ("));
 
-  const json table = json::parse(run("compare --ranks 8,7 --microbatches 20,16 --memory-limit 9 --format json").out);
+  const json table = json_of("compare --ranks 8,7 --microbatches 20,16 --memory-limit 9");
   EXPECT_EQ(table["rows"].size(), 4 * schedule_kinds().size());
   EXPECT_EQ(table["memory_limit"], 9);
   EXPECT_EQ(table["stages_described"], 7);
-  const std::string csv = run("compare dualpipe,1f1b --ranks 8,7 --microbatches 20 --format csv").out;
+  const std::string csv = output("compare dualpipe,1f1b --ranks 8,7 --microbatches 20 --format csv");
   EXPECT_THAT(csv, StartsWith("schedule,ranks,micro_batches,per_micro_batch,makespan,"));
   EXPECT_THAT(csv, HasSubstr("dualpipe,7,20,,,,,,,,,\"DualPipe needs an even number of ranks, got 7;"));
   EXPECT_EQ(std::count(csv.begin(), csv.end(), '\n'), 5);
@@ -146,16 +143,14 @@ TEST_F(PlanCosts, CompareTakesFilesAndLimits) {
   const Result alone = run("compare mine.csv --costs 1,2,1,3");
   EXPECT_EQ(alone.code, 0) << alone.err;
   EXPECT_THAT(alone.out, HasSubstr("On 4 ranks: 8 micro-batches with mine.csv"));
-  EXPECT_THAT(run("compare mine.csv,1f1b --ranks 4 --microbatches 8,16 --memory-limit 1").out,
+  EXPECT_THAT(output("compare mine.csv,1f1b --ranks 4 --microbatches 8,16 --memory-limit 1"),
               HasSubstr("over the limit\n"));
-  EXPECT_THAT(run("compare mine.csv --memory-limit 1").out, HasSubstr("No schedule fits.\n"));
-  EXPECT_THAT(run("compare --ranks 3 --microbatches 4").out,
+  EXPECT_THAT(output("compare mine.csv --memory-limit 1"), HasSubstr("No schedule fits.\n"));
+  EXPECT_THAT(output("compare --ranks 3 --microbatches 4"),
               HasSubstr("Not possible:\n  dualpipe, 3 ranks, 4 micro-batches: DualPipe needs an even number"));
   // The costs of four stages serve any cut of the model.
   write("four.json", R"({"stages": [{"forward": 1.3}, {}, {}, {"forward": 1.5}]})");
-  EXPECT_EQ(
-      json::parse(run("compare --ranks 2,8 --microbatches 16 --costs four.json --format json").out)["stages_described"],
-      4);
+  EXPECT_EQ(json_of("compare --ranks 2,8 --microbatches 16 --costs four.json")["stages_described"], 4);
 
   expect_refused("compare", 2, "needs --ranks and --microbatches");
   expect_refused("compare --ranks 4", 2, "needs --ranks and --microbatches");
@@ -168,9 +163,9 @@ TEST_F(PlanCosts, CompareTakesFilesAndLimits) {
 }
 
 TEST_F(PlanCosts, HelpOfTheCommands) {
-  EXPECT_THAT(run("compare --help").out, HasSubstr("--memory-limit X"));
-  EXPECT_THAT(run("costs --help").out, HasSubstr("seconds_per_unit"));
-  EXPECT_THAT(run("simulate --help").out, HasSubstr("--stage-scale STAGE:FACTOR,..."));
+  EXPECT_THAT(output("compare --help"), HasSubstr("--memory-limit X"));
+  EXPECT_THAT(output("costs --help"), HasSubstr("seconds_per_unit"));
+  EXPECT_THAT(output("simulate --help"), HasSubstr("--stage-scale STAGE:FACTOR,..."));
 }
 
 }  // namespace

@@ -47,17 +47,17 @@ TEST_F(PlanTool, ColorsOnATerminalUnlessToldOtherwise) {
   EXPECT_THAT(on_terminal("NO_COLOR=1", show), Not(HasSubstr("\x1b")));
   EXPECT_THAT(on_terminal("NO_COLOR=1", show + " --color always"), HasSubstr("\x1b[30;48"));
   EXPECT_THAT(on_terminal("unset NO_COLOR;", show + " --color never"), Not(HasSubstr("\x1b")));
-  EXPECT_THAT(run(show).out, Not(HasSubstr("\x1b")));
+  EXPECT_THAT(output(show), Not(HasSubstr("\x1b")));
 }
 
 TEST_F(PlanTool, ExplainMarksTheEightSteps) {
   const Schedule schedule = make_schedule({"dualpipe", 4, 8});
   const std::string show = "show --explain --ranks 4 --microbatches 8 ";
-  const std::string text = run(show).out;
+  const std::string text = output(show);
   EXPECT_THAT(text, HasSubstr("\n        1---2---3-----4-"));
   for (const std::string& note : step_notes(schedule)) EXPECT_THAT(text, HasSubstr("\n" + note + "\n"));
   const Timeline timeline = simulate(schedule).timeline;
-  EXPECT_EQ(run(show + "--format svg").out,
+  EXPECT_EQ(output(show + "--format svg"),
             to_svg({timeline}, {.marks = step_marks(schedule, timeline), .notes = step_notes(schedule)}));
   EXPECT_EQ(run("show --explain --schedule dualpipev --ranks 3 --microbatches 5").code, 0);
   expect_refused("show --explain --schedule 1f1b --ranks 4 --microbatches 8", 1, "'1f1b' is neither");
@@ -85,19 +85,19 @@ TEST_F(PlanTool, ShowPairPrintsTheOrderAndAPicture) {
 }
 
 TEST_F(PlanTool, ShowPairOfUnequalAndEmptyChains) {
-  json pair = json::parse(run("show --pair CXCX --with C --format json").out);
+  json pair = json_of("show --pair CXCX --with C");
   EXPECT_EQ(pair["order"], (json{"C0-F", "X1-F", "C0-B", "C0-W", "C2-F", "X3-F"}));
   EXPECT_EQ(pair["forward"], "CXCX");
   EXPECT_EQ(pair["backward"], "C");
   EXPECT_EQ(pair["makespan"], 5.5);
   EXPECT_EQ(pair["sequential"], 7);
   EXPECT_EQ(pair["hidden"].get<double>() + pair["exposed"].get<double>(), 3);
-  pair = json::parse(run("show --pair none --with a,b@ --no-weights --format json").out);
+  pair = json_of("show --pair none --with a,b@ --no-weights");
   EXPECT_EQ(pair["launched"], (json{"b-B", "a-B"}));
-  pair = json::parse(run("show --pair a=2,b@=1 --with none --format json").out);
+  pair = json_of("show --pair a=2,b@=1 --with none");
   EXPECT_EQ(pair["launched"], (json{"a-F", "b-F"}));
   EXPECT_EQ(pair["exposed"], 1);
-  EXPECT_THAT(run("show --pair a,b@ --format svg").out, testing::AllOf(StartsWith("<svg "), HasSubstr(">a-W<")));
+  EXPECT_THAT(output("show --pair a,b@ --format svg"), testing::AllOf(StartsWith("<svg "), HasSubstr(">a-W<")));
   expect_refused("show --pair a,@b", 1, "node \"@b\" of a chain");
   expect_refused("show --pair none", 1, "two empty chains");
   expect_refused("show --pair a --format csv", 2, "no CSV");
@@ -124,7 +124,7 @@ TEST_F(PlanTool, ReportSaysWhereTheTimeWent) {
     add(1, Lane::receive, "0F1", 1, 3);
   }
   write("run.json", to_trace(timeline));
-  const json whole = json::parse(run("report run.json --format json").out);
+  const json whole = json_of("report run.json");
   EXPECT_EQ(whole["name"], "run");
   EXPECT_EQ(whole["steps"], 2);
   EXPECT_EQ(whole["seconds_per_unit"], 1);
@@ -146,7 +146,7 @@ TEST_F(PlanTool, ReportSaysWhereTheTimeWent) {
   EXPECT_EQ(main["ranks"][0]["collectives"], (json{{"total", 2.0}, {"hidden", 1.0}, {"exposed", 1.0}}));
   EXPECT_EQ(main["ranks"][1]["bubble"], 0);
 
-  const std::string text = run("report run.json").out;
+  const std::string text = output("report run.json");
   EXPECT_THAT(text, StartsWith("run: 2 ranks, medians over 2 steps\n"));
   EXPECT_THAT(text, HasSubstr("main part, where all ranks run pairs, from 2000.00 ms to 9000.00 ms:\n"));
   EXPECT_THAT(text, HasSubstr("6000.00 ms  60.0 %  2000.00 ms  20.0 %  2000.00 ms  20.0 %"));
@@ -163,11 +163,11 @@ TEST_F(PlanTool, ReportDrawsSeveralTracesOverEachOther) {
     ++panels;
   EXPECT_EQ(panels, 2U);
   EXPECT_THAT(svg.out, testing::AllOf(HasSubstr(">predicted, dualpipe: 4 ranks"), HasSubstr(">measured, dualpipe: 4")));
-  EXPECT_EQ(json::parse(run("report predicted.json measured.json --format json").out).size(), 2U);
-  const std::string ascii = run("report measured.json --format ascii --rows 2 --window 4,12").out;
+  EXPECT_EQ(json_of("report predicted.json measured.json").size(), 2U);
+  const std::string ascii = output("report measured.json --format ascii --rows 2 --window 4,12");
   EXPECT_THAT(ascii,
               testing::AllOf(StartsWith("time      5         10"), HasSubstr("rank 2"), Not(HasSubstr("rank 1  "))));
-  EXPECT_THAT(run("report measured.json --format ascii --lanes").out, HasSubstr("rank 0, communication"));
+  EXPECT_THAT(output("report measured.json --format ascii --lanes"), HasSubstr("rank 0, communication"));
   expect_refused("report measured.json --format ascii --rows 9", 1, "rank 9 cannot be shown");
   expect_refused("report measured.json --format svg --window 90,99", 1, "shows nothing");
   expect_refused("report measured.json --window 90", 2, "--window");

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <nlohmann/json.hpp>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -39,6 +40,19 @@ class PlanTool : public testing::Test {
         "cd " + folder_.path().string() + " && " DUALPIPE_PLAN " " + arguments + " >stdout 2>stderr </dev/null";
     const int status = std::system(command.c_str());
     return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read(folder_ / "stdout"), read(folder_ / "stderr")};
+  }
+
+  /// Standard output of a command that succeeds.
+  std::string output(const std::string& arguments) const {
+    const Result result = run(arguments);
+    EXPECT_EQ(result.code, 0) << arguments << ": " << result.err;
+    return result.out;
+  }
+  nlohmann::json json_of(const std::string& arguments) const {
+    return nlohmann::json::parse(output(arguments + " --format json"));
+  }
+  double makespan(const std::string& arguments) const {
+    return json_of("simulate " + arguments)["makespan"].get<double>();
   }
 
   void write(const std::string& name, const std::string& text) const {

@@ -27,41 +27,37 @@ TEST_F(PlanTool, ShowPrintsTheFigure) {
 TEST_F(PlanTool, ShowInOtherFormats) {
   const Schedule schedule = make_schedule({"dualpipev", 3, 9});
   const std::string which = "show --schedule dualpipev --ranks 3 --microbatches 9 --format ";
-  EXPECT_EQ(run(which + "csv").out, to_csv(schedule));
-  EXPECT_EQ(run(which + "svg").out, to_svg({simulate(schedule).timeline}));
-  EXPECT_THAT(run(which + "ascii --color always").out, HasSubstr("\x1b["));
-  const json shown = json::parse(run(which + "json").out);
+  EXPECT_EQ(output(which + "csv"), to_csv(schedule));
+  EXPECT_EQ(output(which + "svg"), to_svg({simulate(schedule).timeline}));
+  EXPECT_THAT(output(which + "ascii --color always"), HasSubstr("\x1b["));
+  const json shown = json::parse(output(which + "json"));
   EXPECT_EQ(shown["num_stages"], 6);
   EXPECT_EQ(shown["num_micro_batches"], 9);
   EXPECT_EQ(shown["ranks"][0][0], to_string(schedule.ranks[0][0]));
   EXPECT_EQ(shown["ranks"].size(), 3U);
-  EXPECT_EQ(run("show --schedule interleaved --ranks 2 --microbatches 4 --chunks 3 --format csv").out,
+  EXPECT_EQ(output("show --schedule interleaved --ranks 2 --microbatches 4 --chunks 3 --format csv"),
             to_csv(make_schedule({"interleaved", 2, 4, 3})));
 }
 
 TEST_F(PlanTool, SimulateGivesTheKnownNumbers) {
-  const auto makespan = [&](const std::string& arguments) {
-    const json result = json::parse(run("simulate --schedule dualpipe --format json " + arguments).out);
-    return result["makespan"].get<double>();
-  };
-  EXPECT_EQ(makespan("--ranks 8 --microbatches 20 --costs 1,2,1,3"), 63);
-  EXPECT_EQ(makespan("--ranks 8 --microbatches 20 --costs 1,2,1,3 --publish atomic"), 66);
-  EXPECT_NEAR(makespan("--ranks 8 --microbatches 20 --send 0.1"), 64.5, 1e-9);
-  EXPECT_NEAR(makespan("--ranks 16 --microbatches 64 --send 0.1 --publish atomic"), 214.1, 1e-9);
+  EXPECT_EQ(makespan("--schedule dualpipe --ranks 8 --microbatches 20 --costs 1,2,1,3"), 63);
+  EXPECT_EQ(makespan("--schedule dualpipe --ranks 8 --microbatches 20 --costs 1,2,1,3 --publish atomic"), 66);
+  EXPECT_NEAR(makespan("--schedule dualpipe --ranks 8 --microbatches 20 --send 0.1"), 64.5, 1e-9);
+  EXPECT_NEAR(makespan("--schedule dualpipe --ranks 16 --microbatches 64 --send 0.1 --publish atomic"), 214.1, 1e-9);
 
-  const json result = json::parse(run("simulate --ranks 8 --microbatches 20 --publish atomic --format json").out);
+  const json result = json_of("simulate --ranks 8 --microbatches 20 --publish atomic");
   ASSERT_EQ(result["ranks"].size(), 8U);
   for (int rank = 0; rank < 8; ++rank)
     EXPECT_EQ(result["ranks"][static_cast<std::size_t>(rank)],
               (json{{"rank", rank}, {"busy", 60.0}, {"bubble", 6.0}, {"peak_activations", 9}}));
-  EXPECT_THAT(run("simulate --ranks 8 --microbatches 20").out,
+  EXPECT_THAT(output("simulate --ranks 8 --microbatches 20"),
               HasSubstr("makespan 63, bubble 3 (4.8 %) on the worst rank"));
-  EXPECT_THAT(run("simulate --ranks 8 --microbatches 20 --format svg").out, StartsWith("<svg "));
+  EXPECT_THAT(output("simulate --ranks 8 --microbatches 20 --format svg"), StartsWith("<svg "));
 }
 
 TEST_F(PlanTool, LowerPrintsTheProgram) {
   const Program program = lower(make_schedule({"dualpipe", 4, 8}));
-  const json printed = json::parse(run("lower --schedule dualpipe --ranks 4 --microbatches 8 --format json").out);
+  const json printed = json_of("lower --schedule dualpipe --ranks 4 --microbatches 8");
   ASSERT_EQ(printed["order"].size(), program.order.size());
   for (std::size_t i = 0; i < program.order.size(); ++i) {
     const Transfer& transfer = program.order[i];
@@ -86,19 +82,16 @@ TEST_F(PlanTool, LowerPrintsTheProgram) {
       EXPECT_EQ(printed["ranks"][rank][i], expected);
     }
   }
-  EXPECT_THAT(run("lower --ranks 2 --microbatches 2").out,
+  EXPECT_THAT(output("lower --ranks 2 --microbatches 2"),
               HasSubstr("rank 0:\n  compute 0F0\n  send 0  (0F0 from rank 0 to rank 1)\n"));
 }
 
 TEST_F(PlanTool, CheckTakesAnyValidSchedule) {
   write("torch.csv", "0F0,,0F1,0B0,,0I1,0W1\r\n,1F0,1B0,1F1,1B1,,\r\n");
-  Result result = run("check torch.csv");
-  EXPECT_EQ(result.code, 0) << result.err;
-  EXPECT_EQ(result.out,
+  EXPECT_EQ(output("check torch.csv"),
             "valid: torch.csv: 2 ranks, 2 stages, 2 micro-batches, 9 steps, 4 transfers; finishes with one transfer at "
             "a time per rank\n");
-  result = run("simulate --schedule torch.csv --ranks 2 --microbatches 2 --format json");
-  EXPECT_EQ(result.code, 0) << result.err;
+  json_of("simulate --schedule torch.csv --ranks 2 --microbatches 2");
   for (const std::string& kind : schedule_kinds()) {
     write("kind.csv", to_csv(make_schedule({kind, 4, 8})));
     EXPECT_EQ(run("check kind.csv").code, 0) << kind;
@@ -160,7 +153,7 @@ TEST_F(PlanTool, HelpAndVersion) {
     EXPECT_EQ(result.code, 0) << command;
     EXPECT_THAT(result.out, HasSubstr("Usage: dualpipe-plan")) << command;
   }
-  EXPECT_THAT(run("--version").out, StartsWith("dualpipe-plan "));
+  EXPECT_THAT(output("--version"), StartsWith("dualpipe-plan "));
 }
 
 TEST_F(PlanTool, OutputAppearsWholeAndReportReadsATraceBack) {
@@ -173,13 +166,13 @@ TEST_F(PlanTool, OutputAppearsWholeAndReportReadsATraceBack) {
   EXPECT_TRUE(fs::is_symlink(folder_ / "link.json"));
   EXPECT_EQ(std::distance(fs::directory_iterator(folder_.path()), fs::directory_iterator()),
             4);  // two, and our two outputs
-  const json reported = json::parse(run("report trace.json --format json").out);
-  const json simulated = json::parse(run(simulate + "--format json").out);
+  const json reported = json_of("report trace.json");
+  const json simulated = json_of(simulate);
   EXPECT_EQ(reported["makespan"], simulated["makespan"]);
   for (std::size_t rank = 0; rank < 8; ++rank)
     for (const char* key : {"rank", "busy", "bubble", "peak_activations"})
       EXPECT_EQ(reported["ranks"][rank][key], simulated["ranks"][rank][key]) << key;
-  EXPECT_THAT(run("report trace.json").out, HasSubstr("hidden"));
+  EXPECT_THAT(output("report trace.json"), HasSubstr("hidden"));
   EXPECT_EQ(run("show --ranks 2 --microbatches 4 --output /dev/null").code, 0);
   EXPECT_FALSE(fs::is_regular_file("/dev/null"));
 }
@@ -199,20 +192,19 @@ TEST_F(PlanTool, SearchWritesAFasterScheduleThatIsSimulatedAsSaid) {
   EXPECT_EQ(result["evaluations"], 3000);
 
   EXPECT_EQ(run("check found.csv").code, 0);
-  const json simulated = json::parse(run("simulate found.csv --send 0.1 --link 3-4:1 --format json").out);
+  const json simulated = json_of("simulate found.csv --send 0.1 --link 3-4:1");
   EXPECT_NEAR(simulated["makespan"], result["makespan"], 1e-9);
   for (const json& rank : simulated["ranks"]) EXPECT_LE(rank["peak_activations"], 9);
 
-  EXPECT_EQ(run(search + "--format csv").out, read(folder_ / "found.csv"));  // the seed decides
-  EXPECT_THAT(run(search).out, HasSubstr("of the distance between dualpipe and the bound removed."));
-  EXPECT_THAT(run("search --ranks 8 --microbatches 20 --send 0.1 --stage-scale 0:1.3,-1:1.5").out,
+  EXPECT_EQ(output(search + "--format csv"), read(folder_ / "found.csv"));  // the seed decides
+  EXPECT_THAT(output(search), HasSubstr("of the distance between dualpipe and the bound removed."));
+  EXPECT_THAT(output("search --ranks 8 --microbatches 20 --send 0.1 --stage-scale 0:1.3,-1:1.5"),
               HasSubstr("dualpipe reaches it: no order with this placement is faster."));
   // On: from a file, for costs of half as many stages, with less memory.
   EXPECT_EQ(run("search found.csv --send 0.2 --evaluations 100 --max-activations 6").code, 0);
   EXPECT_EQ(run("search dualpipev --ranks 4 --microbatches 9 --stages 4 --stage-scale 0:1.3 --evaluations 100").code,
             0);
-  const json little = json::parse(
-      run("search --ranks 4 --microbatches 8 --memory 2,1,3 --memory-limit 12 --evaluations 500 --format json").out);
+  const json little = json_of("search --ranks 4 --microbatches 8 --memory 2,1,3 --memory-limit 12 --evaluations 500");
   EXPECT_EQ(little["limits"]["memory"], 12.0);
 
   expect_refused("search --ranks 4 --microbatches 8 --memory 2,1,3 --memory-limit 7", 1, "needs at least 8 of memory");

@@ -8,6 +8,7 @@
 #include "dualpipe/schedule/check.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/schedule.hpp"
+#include "error_of.hpp"
 
 namespace dualpipe {
 namespace {
@@ -18,12 +19,7 @@ using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 
 std::string error_of(const std::string& text) {
-  try {
-    from_csv(text);
-  } catch (const InvalidArgument& error) {
-    return error.what();
-  }
-  return "accepted";
+  return test::error_of([&] { from_csv(text); });
 }
 
 TEST(Csv, EveryKindIsReadBack) {
@@ -91,6 +87,69 @@ TEST(Csv, LineEndsAndBlanksDoNotMatter) {
   }
 }
 
+// As spreadsheets write them.
+TEST(Csv, CellsInQuotesAndAByteOrderMark) {
+  const Schedule plain = from_csv("0F0,(0F1;0B0)OVERLAP_F_B,0B1\n1F0,1B0,1F1,1B1\n");
+  for (const std::string& text : {
+           "\"0F0\",\"(0F1;0B0)OVERLAP_F_B\",\"0B1\"\r\n\"1F0\",\"1B0\",\"1F1\",\"1B1\"\r\n"s,
+           "0F0,\"(0F1;0B0)OVERLAP_F_B\",0B1\n1F0,\"\", \"1B0\" ,\" 1F1 \",1B1,\"\""s,
+           "\"0F0\",\"0SEND_F0\",(0F1;0B0)OVERLAP_F_B,0B1\n1F0,1B0,1F1,1B1"s,
+       }) {
+    EXPECT_EQ(from_csv(text), plain) << text;
+    EXPECT_EQ(from_csv("\xef\xbb\xbf" + text), plain) << text;
+  }
+  EXPECT_THAT(error_of("\xef\xbb\xbf\r\n"), HasSubstr("no ops"));
+}
+
+TEST(Csv, OlderNotationWhereEveryBHasItsW) {
+  EXPECT_EQ(from_csv("0F0,0F1,,0B0,0F2,0B1,0W0,0B2,0W1,0W2\n,1F0,1B0,1F1,1B1,1W0,1F2,1W1,1B2,1W2\n"),
+            from_csv("0F0,0F1,,0I0,0F2,0I1,0W0,0I2,0W1,0W2\n,1F0,1I0,1F1,1I1,1W0,1F2,1W1,1I2,1W2\n"));
+  EXPECT_EQ(from_csv("0F0,0F1,(0F2;0B0)OVERLAP_F_B,0W0,0B1,0B2,0W1,0W2\n"),
+            from_csv("0F0,0F1,(0F2;0I0)OVERLAP_F_B,0W0,0I1,0I2,0W1,0W2\n"));
+}
+
+TEST(Csv, OlderNotationWithBW) {
+  EXPECT_EQ(from_csv("0F0,0F1,,0B0,0SEND_F1,0BW1,0W0\n,1F0,1BW0,\"1F1\",1BW1\n"),
+            from_csv("0F0,0F1,,0I0,0B1,0W0\n,1F0,1B0,1F1,1B1\n"));
+  EXPECT_EQ(from_csv("0F0,(0F1;0BW0)OVERLAP_F_B,(0F2;0B1)OVERLAP_F_B,0W1,0BW2\n"),
+            from_csv("0F0,(0F1;0B0)OVERLAP_F_B,(0F2;0I1)OVERLAP_F_B,0W1,0B2\n"));
+  EXPECT_EQ(from_csv("0F0,0BW0\n"), from_csv("0F0,0B0\n"));
+}
+
+TEST(Csv, OlderNotationOfEveryKind) {
+  for (const std::string& kind : schedule_kinds()) {
+    const Schedule schedule = make_schedule({.kind = kind, .num_ranks = 4, .num_micro_batches = 8});
+    std::string older;
+    for (const char c : to_csv(schedule)) {
+      if (c == 'I') {
+        older += 'B';
+      } else {
+        older += c;
+        if (c == 'B' && !older.ends_with("F_B")) older += 'W';
+      }
+    }
+    EXPECT_EQ(from_csv(older, kind), schedule) << older;
+  }
+}
+
+TEST(Csv, MixedNotationsNameTheCell) {
+  const std::string hint = "; torch's older notation has B for the input part, each with its W, and BW for the whole";
+  const std::pair<std::string, std::string> cases[] = {
+      {"0F0,0F1,0B0,0W0,0B1\n", "row 1 (rank 0), cell 5: the backward has no 0W1, unlike what other cells say" + hint},
+      {"0F0,0F1,0B1\n1F0,1B0,1W0\n",
+       "row 2 (rank 1), cell 2: the backward has its 1W0, unlike what other cells say" + hint},
+      {"0F0,0BW0,0F1,0I1,0W1\n", "row 1 (rank 0), cell 4: \"0I1\" has an I where another cell has BW" + hint},
+      {"0F0,0BW0,(0F2;0I1)OVERLAP_F_B\n", "row 1 (rank 0), cell 3: \"(0F2;0I1)OVERLAP_F_B\" has an I"},
+      {"0F0,0BW0,0F1,0B1\n", "row 1 (rank 0), cell 4: the backward has no 0W1, unlike what other cells say" + hint},
+      {"0F0,0BW0,0W0\n", "row 1 (rank 0), cell 2: the backward has its 0W0, unlike what other cells say" + hint},
+      {"0F0,0BW\n", "row 1 (rank 0), cell 2: \"0B\" has no micro-batch"},
+  };
+  for (const auto& [text, reason] : cases) EXPECT_THAT(error_of(text), HasSubstr(reason)) << text;
+  // With an I no B is an input part; what is wrong with 0W0 is for check() to say.
+  EXPECT_EQ(from_csv("0F0,0B0,0W0,0F1,0I1,0W1\n").ranks[0][1].op.pass, Pass::Backward);
+  EXPECT_EQ(from_csv("0F0,0F1,0B0,0W1\n").ranks[0][2].op.pass, Pass::Backward);
+}
+
 TEST(Csv, IdleRanksKeepTheirPlace) {
   const Schedule middle = from_csv("0F0,0B0\n\n1F0,1B0\n");
   ASSERT_EQ(middle.ranks.size(), 3u);
@@ -118,7 +177,12 @@ TEST(Csv, BadCellsAreNamedByRowAndCell) {
        "row 1 (rank 0), cell 1: \"\\x7fELF"},
       {"0F0;0B0\n", "row 1 (rank 0), cell 1: \"0F0;0B0\" goes on"},
       {"rank,step\n0,1\n", "row 1 (rank 0), cell 1: \"rank\" has no stage"},
-      {"\"0F0\",0B0\n", "row 1 (rank 0), cell 1"},
+      {good + "1F0,\"1F1,1B0\n", "row 2 (rank 1), cell 2: \"\"1F1,1B0\" has no closing quote in its row"},
+      {good + "1F0,\"1F1\"x,1B0\n", "row 2 (rank 1), cell 2: \"\"1F1\"x\" goes on after its closing quote"},
+      {good + "1F0,\"1F1,1B0\",1B1\n", "row 2 (rank 1), cell 2: \"1F1,1B0\" goes on after its micro-batch"},
+      {good + "1F0,\"1F1\"\"\",1B0\n", "row 2 (rank 1), cell 2: \"1F1\"\" goes on after its micro-batch"},
+      {good + "1F0,1\"F1\",1B0\n", "row 2 (rank 1), cell 2: \"1\"F1\"\" has no pass"},
+      {good + "\xef\xbb\xbf" + "1F0\n", "row 2 (rank 1), cell 1: \"\\xef\\xbb\\xbf1F0\" has no stage"},
       {"", "no ops"},
       {"\n\n", "no ops"},
       {",,,\r\n,,,\r\n", "no ops"},

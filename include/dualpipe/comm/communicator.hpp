@@ -117,6 +117,16 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   virtual Pending all_to_all(Tensors tensors, const std::optional<Signature>& expected = std::nullopt) = 0;
   virtual Pending barrier() = 0;
 
+  /// Collective: the end of a step, which is over for all ranks or for none. If anything fails meanwhile, whichever rank
+  /// learns of it first, either commit() returns on all ranks that go on, or it throws on all. Waits for the hosts of
+  /// the other ranks, not for devices. After a failure it may return once more; the next call throws.
+  ///
+  /// @param ballot  of this rank, at most 1 MiB.
+  /// @return  the ballots of all ranks, by rank.
+  /// @throws CommError  the step is over nowhere; or this rank was cut off from the others and does not know, which the
+  ///                    text says.
+  virtual std::vector<std::string> commit(std::string ballot) = 0;
+
   /// Completes when the work already queued on the current stream completes; on the CPU, at once. Sends nothing.
   virtual Pending fence() = 0;
 

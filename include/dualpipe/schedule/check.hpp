@@ -15,6 +15,9 @@ struct Violation {
   std::string message;
 };
 
+/// "rank 1, cell 3: 0F1 is missing"
+DUALPIPE_DECL std::string to_string(const Violation& violation);
+
 /// What keeps the schedule from being run, empty if nothing does. Looks for: each stage and micro-batch having F once
 /// and either B once or I and W once each, all on one rank; a forward before its backward and I before W; pairs of a
 /// forward and a B or I; and executability across ranks, where the finding spells the cycle out: which rank waits for

@@ -24,9 +24,13 @@ DUALPIPE_DECL std::string to_csv(const Schedule& schedule);
 /// Reads to_csv's form, and what torch dumps: CRLF line ends, empty cells (idle slots) and empty lines at the end are
 /// accepted, and the actions that torch's lowering adds (SEND_F, RECV_F, SEND_B, RECV_B, UNSHARD, RESHARD, REDUCE_GRAD)
 /// are skipped, since `lower` derives its own. Numbers of stages and micro-batches are the highest named plus one.
-/// Reads only; `check` proves.
+/// A byte-order mark and cells in quotes, as spreadsheets write them, are accepted. Reads only; `check` proves.
 ///
-/// @throws InvalidArgument  naming row (the rank) and cell, both counted from 1 and idle cells included.
+/// Torch's older notation is read as well: B for the input part of a backward, now I, and BW for the whole, now B. A
+/// file has it where a cell has BW, or where there is no I and every B has a W of its stage and micro-batch.
+///
+/// @throws InvalidArgument  naming row (the rank) and cell, both counted from 1 and idle cells included; also where the
+///                          two notations are mixed.
 DUALPIPE_DECL Schedule from_csv(std::string_view text, std::string name = "custom");
 
 /// Where everything runs: the rank of `stage` and `micro_batch` is at [stage * num_micro_batches + micro_batch], -1
@@ -62,5 +66,6 @@ DUALPIPE_DECL Schedule forward_only(const Schedule& training, int num_micro_batc
 }  // namespace dualpipe
 
 #if defined(DUALPIPE_HEADER_ONLY)
+#include "dualpipe/detail/schedule/csv.ipp"
 #include "dualpipe/detail/schedule/schedule.ipp"
 #endif

@@ -31,11 +31,8 @@ std::string check_and_describe(const CheckOptions& options) {
       message = error.what();
     }
     message.erase(message.find_last_not_of('\n') + 1);
-    for (std::size_t i = 1; i < found.size(); ++i) {
-      message += i == 1 ? "\nfurther findings:" : "";
-      message += detail::str("\n  ", found[i].rank >= 0 ? detail::str("rank ", found[i].rank, ", ") : "",
-                             found[i].cell >= 0 ? detail::str("cell ", found[i].cell + 1, ": ") : "", found[i].message);
-    }
+    if (found.size() > 1) message += "\nfurther findings:";
+    for (std::size_t i = 1; i < found.size(); ++i) message += "\n  " + to_string(found[i]);
     throw InvalidArgument(message);
   }
   const Program program = lower(plan, options.publish);

@@ -81,7 +81,7 @@ std::string json(const Comparison& comparison, const CompareOptions& options) {
   ordered_json object{{"stages_described", comparison.described_stages}, {"memory_limit", nullptr}};
   if (options.memory_limit) object["memory_limit"] = *options.memory_limit;
   object["rows"] = std::move(rows);
-  return dumped(object) + "\n";
+  return dumped(object);
 }
 
 /// The fastest row within the limit for each number of micro-batches and of ranks.

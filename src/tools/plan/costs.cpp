@@ -110,24 +110,9 @@ void scale_stage(CostModel& model, int stage, double factor, int num_stages) {
 }
 
 /// "1", or "1 to 1.5"
-std::string range(const Costs& costs, double StageCosts::* member, double even) {
-  if (costs.stages.empty()) return time(even, costs.seconds_per_unit);
-  double least = costs.stages.front().*member, most = least;
-  for (const StageCosts& stage : costs.stages) {
-    least = std::min(least, stage.*member);
-    most = std::max(most, stage.*member);
-  }
-  const std::string low = time(least, costs.seconds_per_unit), high = time(most, costs.seconds_per_unit);
-  return low == high ? low : low + " to " + high;
-}
-
-std::string send_range(const Costs& costs) {
-  double least = costs.send, most = costs.send;
-  for (const SendCost& send : costs.sends) {
-    least = std::min(least, send.duration);
-    most = std::max(most, send.duration);
-  }
-  const std::string low = time(least, costs.seconds_per_unit), high = time(most, costs.seconds_per_unit);
+std::string range(const std::vector<double>& durations, double seconds_per_unit) {
+  const auto [least, most] = std::minmax_element(durations.begin(), durations.end());
+  const std::string low = time(*least, seconds_per_unit), high = time(*most, seconds_per_unit);
   return low == high ? low : low + " to " + high;
 }
 
@@ -270,13 +255,21 @@ void add_cost_file(CLI::App& app) {
 }
 
 std::string describe(const Costs& costs, Publish publish) {
-  std::string pair = time(costs.pair, costs.seconds_per_unit);
+  const double unit = costs.seconds_per_unit;
+  const auto of_stages = [&](double StageCosts::* member, double even) {
+    std::vector<double> durations;
+    for (const StageCosts& stage : costs.stages) durations.push_back(stage.*member);
+    if (durations.empty()) durations = {even};
+    return range(durations, unit);
+  };
+  std::vector<double> sends{costs.send};
+  for (const SendCost& send : costs.sends) sends.push_back(send.duration);
+  std::string pair = time(costs.pair, unit);
   if (!costs.stages.empty() && costs.forward + costs.backward > 0)
     pair = detail::str("(F+B)*", costs.pair / (costs.forward + costs.backward));
-  std::string text = "F=" + range(costs, &StageCosts::forward, costs.forward) +
-                     " B=" + range(costs, &StageCosts::backward, costs.backward) +
-                     " W=" + range(costs, &StageCosts::weight, costs.weight) + " pair=" + pair +
-                     " send=" + send_range(costs);
+  std::string text =
+      "F=" + of_stages(&StageCosts::forward, costs.forward) + " B=" + of_stages(&StageCosts::backward, costs.backward) +
+      " W=" + of_stages(&StageCosts::weight, costs.weight) + " pair=" + pair + " send=" + range(sends, unit);
   for (std::size_t rank = 0; rank < costs.slowdown.size(); ++rank)
     if (costs.slowdown[rank] != 1)
       text += detail::str(", rank ", rank, " takes ", costs.slowdown[rank], " times as long");

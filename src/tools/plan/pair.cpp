@@ -54,8 +54,7 @@ std::string show_pair(const PairOptions& pair, const ViewOptions& view, const Ou
                    {"sequential", apart},
                    {"compute", report.compute},
                    {"exposed", report.collectives.exposed},
-                   {"hidden", report.collectives.hidden}}) +
-           "\n";
+                   {"hidden", report.collectives.hidden}});
   }
   PictureOptions options = picture_options(view, output, timeline);
   options.lanes = true;

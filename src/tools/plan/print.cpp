@@ -37,7 +37,7 @@ const char* name_of(Do what) {
 }  // namespace
 
 std::string dumped(const ordered_json& value) {
-  return value.dump(-1, ' ', false, ordered_json::error_handler_t::replace);
+  return value.dump(-1, ' ', false, ordered_json::error_handler_t::replace) + "\n";
 }
 
 std::string percent(double part, double whole) {
@@ -97,8 +97,7 @@ std::string json(const Schedule& schedule) {
   return dumped({{"name", schedule.name},
                  {"num_stages", schedule.num_stages},
                  {"num_micro_batches", schedule.num_micro_batches},
-                 {"ranks", std::move(ranks)}}) +
-         "\n";
+                 {"ranks", std::move(ranks)}});
 }
 
 std::string json(const Program& program) {

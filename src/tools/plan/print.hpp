@@ -12,7 +12,7 @@
 // What dualpipe-plan prints. Texts and JSON end in a newline.
 namespace dualpipe::planner::tool {
 
-/// On one line, without the newline; what is no UTF-8 is replaced.
+/// On one line; what is no UTF-8 is replaced.
 std::string dumped(const nlohmann::ordered_json& value);
 
 /// Number and unit: of what is measured to a hundredth of a millisecond, or to a millisecond from ten seconds on.

@@ -140,7 +140,7 @@ std::string report_traces(const ReportOptions& options) {
     else
       out += (out.empty() ? "" : "\n") + text_of(result);
   }
-  return options.output.format != "json" ? out : dumped(all.size() == 1 ? all.front() : all) + "\n";
+  return options.output.format != "json" ? out : dumped(all.size() == 1 ? all.front() : all);
 }
 
 }  // namespace

@@ -134,7 +134,7 @@ std::string search_json(const SearchResult& result, const SearchFlags& options) 
   if (result.limits.activations != unlimited) limits["activations"] = result.limits.activations;
   if (result.limits.weights != unlimited) limits["weights"] = result.limits.weights;
   if (std::isfinite(result.limits.memory)) limits["memory"] = result.limits.memory;
-  return dumped(object) + "\n";
+  return dumped(object);
 }
 
 CostModel model_for(const SearchFlags& options, int num_ranks, int stages) {

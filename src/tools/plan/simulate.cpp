@@ -88,7 +88,7 @@ std::string simulate_and_print(const SimulateOptions& options) {
       for (const RankMemory& rank : memories)
         object["memory"].push_back({{"state", rank.state}, {"peak", rank.peak}, {"peak_weights", rank.peak_weights}});
     if (options.deviation) object["jitter"] = jitter_json(jitter, makespans);
-    return dumped(object) + "\n";
+    return dumped(object);
   }
   return describe(plan) + "; " + describe(model.time, options.publish) + "\n" + text(result, unit) +
          (tells_memory ? memory_text(memories) : "") + (options.deviation ? jitter_text(jitter, makespans, unit) : "");

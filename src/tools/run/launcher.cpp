@@ -1,24 +1,21 @@
 #include "tools/run/launcher.hpp"
 
 #include <fcntl.h>
-#include <netinet/in.h>
-#include <sys/socket.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <array>
 #include <asio/io_context.hpp>
+#include <asio/ip/tcp.hpp>
 #include <asio/posix/stream_descriptor.hpp>
 #include <asio/signal_set.hpp>
 #include <asio/steady_timer.hpp>
 #include <cerrno>
 #include <cstdio>
-#include <cstring>
-#include <deque>
 #include <iostream>
+#include <list>
 #include <map>
-#include <memory>
 #include <optional>
+#include <regex>
 #include <string_view>
 #include <system_error>
 
@@ -29,48 +26,35 @@ namespace dualpipe::run {
 namespace {
 
 using namespace std::chrono_literals;
+using asio::ip::tcp;
 
 /// After a failure the other ranks usually end by themselves, with a message that names the culprit.
 constexpr auto kTimeToEndByThemselves = 3s;
 /// How long a rank's own children may go on writing once all ranks have ended.
 constexpr auto kTimeToDrain = 1s;
 
-std::string signal_name(int signal) {
-  const char* name = ::sigabbrev_np(signal);
-  return name ? std::string("SIG") + name : "signal " + std::to_string(signal);
-}
-
 void say(const std::string& text) { std::cerr << "dualpipe-run: " + text + "\n" << std::flush; }
 
-/// A port that nobody else is given while this object lives. It is bound but does not listen, which lets rank 0 listen
+/// A port that nobody else is given while the socket lives. It is bound but does not listen, which lets rank 0 listen
 /// there.
-class ReservedPort {
- public:
-  ReservedPort() {
-    if (!bind_any(AF_INET6) && !bind_any(AF_INET))
-      throw std::system_error(errno, std::generic_category(), "cannot reserve a port for the ranks to meet");
+tcp::socket reserved_port(asio::io_context& io) {
+  const auto reserved = [&](tcp protocol) {
+    tcp::socket socket(io, protocol);
+    ::fcntl(socket.native_handle(), F_SETFD, FD_CLOEXEC);
+    socket.set_option(tcp::socket::reuse_address(true));
+    socket.bind({protocol, 0});
+    return socket;
+  };
+  try {
+    return reserved(tcp::v6());
+  } catch (const std::system_error&) {  // no IPv6 here
   }
-  int port() const { return port_; }
-
- private:
-  bool bind_any(int family) {
-    socket_ = Descriptor(::socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    const int yes = 1;
-    sockaddr_storage address{};
-    address.ss_family = static_cast<sa_family_t>(family);
-    socklen_t size = family == AF_INET6 ? sizeof(sockaddr_in6) : sizeof(sockaddr_in);
-    if (socket_.get() < 0 || ::setsockopt(socket_.get(), SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes) != 0 ||
-        ::bind(socket_.get(), reinterpret_cast<const sockaddr*>(&address), size) != 0 ||
-        ::getsockname(socket_.get(), reinterpret_cast<sockaddr*>(&address), &size) != 0)
-      return false;
-    port_ = ntohs(family == AF_INET6 ? reinterpret_cast<const sockaddr_in6&>(address).sin6_port
-                                     : reinterpret_cast<const sockaddr_in&>(address).sin_port);
-    return true;
+  try {
+    return reserved(tcp::v4());
+  } catch (const std::system_error& error) {
+    throw std::system_error(error.code(), "cannot reserve a port for the ranks to meet");
   }
-
-  Descriptor socket_;
-  int port_ = 0;
-};
+}
 
 bool is_terminal(int fd) {
   const char* kind = ::getenv("TERM");
@@ -101,18 +85,6 @@ std::vector<std::string> rank_environment(const Options& options, int local_rank
   return result;
 }
 
-/// How a process ended.
-struct Ending {
-  bool killed = false;
-  int status = 0;  ///< exit code or signal
-  bool failed() const { return killed || status != 0; }
-  int exit_code() const { return killed ? 128 + status : status; }
-  std::string describe() const {
-    return killed ? "killed by " + signal_name(status) + " (signal " + std::to_string(status) + ")"
-                  : "exit code " + std::to_string(status);
-  }
-};
-
 class Launcher {
  public:
   explicit Launcher(const Options& options) : options_(options), signals_(io_), patience_(io_) {
@@ -130,7 +102,7 @@ class Launcher {
   int run() {
     start();
     await_signal();
-    reap();  // those that ended before
+    note_endings();  // those that ended before
     io_.run();
     end_groups();
     return report();
@@ -153,67 +125,51 @@ class Launcher {
   };
 
   void start() {
-    const bool one_thread = options_.ranks > 1 && ::getenv("OMP_NUM_THREADS") == nullptr;
     if (options_.master_port == 0) {
-      port_.emplace();
-      options_.master_port = port_->port();
+      port_ = reserved_port(io_);
+      options_.master_port = port_->local_endpoint().port();
     }
-    const Descriptor nothing(::open("/dev/null", O_RDONLY | O_CLOEXEC));
     try {
-      for (int local_rank = 0; local_rank < options_.ranks; ++local_rank)
-        start_rank(local_rank, one_thread, nothing.get());
+      for (int local_rank = 0; local_rank < options_.ranks; ++local_rank) start_rank(local_rank);
     } catch (...) {
-      signal_ranks(SIGKILL);
-      for (const Rank& rank : ranks_) ::waitpid(rank.pid, nullptr, 0);
+      end_groups();
       throw;
     }
-    if (one_thread && !options_.quiet)
+    if (one_thread_ && !options_.quiet)
       say("OMP_NUM_THREADS is not set: each rank gets 1 thread, so that ranks do not crowd each other");
   }
 
-  void start_rank(int local_rank, bool one_thread, int nothing) {
+  void start_rank(int local_rank) {
     const int rank = options_.node_rank * options_.ranks + local_rank;
     Command command;
     command.arguments = options_.program;
-    command.environment = rank_environment(options_, local_rank, one_thread);
+    command.environment = rank_environment(options_, local_rank, one_thread_);
     command.default_signals = handled_;
     // A background process group that reads a terminal is stopped; only what is piped into the launcher is for rank 0.
-    if (local_rank != 0 || ::isatty(STDIN_FILENO)) command.input = nothing;
-    if (!options_.prefix) {
-      ranks_.push_back({rank, spawn(command, guard_), std::nullopt});
-      return;
+    if (local_rank != 0 || ::isatty(STDIN_FILENO)) command.input = nothing_.get();
+    std::optional<Pipe> output, error;
+    if (options_.prefix) {
+      command.output = output.emplace().write.get();
+      command.error = error.emplace().write.get();
     }
-    Pipe output, error;
-    command.output = output.write.get();
-    command.error = error.write.get();
     ranks_.push_back({rank, spawn(command, guard_), std::nullopt});
-    read_from(std::move(output.read), STDOUT_FILENO, rank);
-    read_from(std::move(error.read), STDERR_FILENO, rank);
-  }
-
-  void read_from(Descriptor pipe, int target, int rank) {
-    std::string label = options_.label;
-    const std::string number = std::to_string(rank);
-    for (std::size_t at = 0; (at = label.find("%r", at)) != std::string::npos; at += number.size())
-      label.replace(at, 2, number);
-    streams_.push_back(std::make_unique<Stream>(io_, pipe.release(), target, std::move(label)));
-    ++open_streams_;
-    read_more(*streams_.back());
+    if (!options_.prefix) return;
+    const std::string label = std::regex_replace(options_.label, std::regex("%r"), std::to_string(rank));
+    read_more(streams_.emplace_back(io_, output->read.release(), STDOUT_FILENO, label));
+    read_more(streams_.emplace_back(io_, error->read.release(), STDERR_FILENO, label));
   }
 
   void read_more(Stream& stream) {
     stream.pipe.async_read_some(
         asio::buffer(stream.buffer), [this, &stream](const asio::error_code& error, std::size_t size) {
           if (error == asio::error::operation_aborted) return;
-          if (error) {
-            write_out(stream.target, stream.labeller.finish());
-            stream.pipe.close();
-            --open_streams_;
-            stop_when_over();
-            return;
+          if (!error) {
+            write_out(stream.target, stream.labeller.feed({stream.buffer.data(), size}, LineLabeller::Clock::now()));
+            return read_more(stream);
           }
-          write_out(stream.target, stream.labeller.feed({stream.buffer.data(), size}, LineLabeller::Clock::now()));
-          read_more(stream);
+          write_out(stream.target, stream.labeller.finish());
+          streams_.remove_if([&](const Stream& other) { return &other == &stream; });
+          stop_when_over();
         });
   }
 
@@ -222,7 +178,7 @@ class Launcher {
     while (!text.empty()) {
       const ssize_t written = ::write(target, text.data(), text.size());
       if (written >= 0) {
-        text.remove_prefix(static_cast<std::size_t>(written));
+        text.remove_prefix(written);
       } else if (errno == EAGAIN) {
         ::usleep(1000);  // somebody else made our stdout non-blocking
       } else if (errno != EINTR) {
@@ -235,10 +191,7 @@ class Launcher {
   void await_signal() {
     signals_.async_wait([this](const asio::error_code& error, int signal) {
       if (error) return;
-      if (signal == SIGCHLD)
-        reap();
-      else
-        forward(signal);
+      signal == SIGCHLD ? note_endings() : forward(signal);
       await_signal();
     });
   }
@@ -251,15 +204,20 @@ class Launcher {
 
   void interrupt(int cause, int signal) {
     interrupted_ = cause;
-    ending_ = true;
     signal_ranks(signal);
     kill_after_grace();
   }
 
   void kill_after_grace() {
-    patience_.expires_after(options_.grace);
-    patience_.async_wait([this](const asio::error_code& error) {
-      if (!error) signal_ranks(SIGKILL);
+    after(options_.grace, [this] { signal_ranks(SIGKILL); });
+  }
+
+  /// In place of what it was to do before.
+  template <class Action>
+  void after(std::chrono::milliseconds delay, Action action) {
+    patience_.expires_after(delay);
+    patience_.async_wait([action](const asio::error_code& error) {
+      if (!error) action();
     });
   }
 
@@ -269,32 +227,22 @@ class Launcher {
     }
   }
 
-  /// Notes who has ended, without reaping: while the leader is a zombie nobody else gets its process group's number.
-  void reap() {
-    bool failed_now = false;
+  void note_endings() {
     bool all_ended = true;
     const bool failed_before = first_failed_.has_value();
     for (Rank& rank : ranks_) {
       if (rank.ending) continue;
-      siginfo_t info{};
-      if (::waitid(P_PID, static_cast<id_t>(rank.pid), &info, WEXITED | WNOHANG | WNOWAIT) != 0 || info.si_pid == 0) {
-        all_ended = false;
-        continue;
-      }
-      rank.ending = Ending{info.si_code != CLD_EXITED, info.si_status};
-      if (!rank.ending->failed()) continue;
+      rank.ending = ending_of(rank.pid);
+      all_ended = all_ended && rank.ending;
+      if (!rank.ending || !rank.ending->failed()) continue;
       // Of two that are found together the one that was killed is the cause, the other reacted.
       if (!first_failed_ || (!failed_before && rank.ending->killed && !first_failed_->ending->killed))
         first_failed_ = rank;
-      failed_now = true;
     }
     if (all_ended) {
       drain();
-    } else if (failed_now && !ending_) {
-      ending_ = true;
-      patience_.expires_after(kTimeToEndByThemselves);
-      patience_.async_wait([this](const asio::error_code& error) {
-        if (error) return;
+    } else if (first_failed_ && !failed_before && !interrupted_) {
+      after(kTimeToEndByThemselves, [this] {
         signal_ranks(SIGTERM);
         kill_after_grace();
       });
@@ -305,34 +253,27 @@ class Launcher {
   void drain() {
     if (draining_) return;
     draining_ = true;
-    patience_.expires_after(kTimeToDrain);
-    patience_.async_wait([this](const asio::error_code& error) {
-      if (error) return;
+    after(kTimeToDrain, [this] {
       end_groups();
-      patience_.expires_after(kTimeToDrain);
-      patience_.async_wait([this](const asio::error_code& again) {
-        if (!again) io_.stop();
-      });
+      after(kTimeToDrain, [this] { io_.stop(); });
     });
     stop_when_over();
   }
 
   void stop_when_over() {
-    if (draining_ && open_streams_ == 0) io_.stop();
+    if (draining_ && streams_.empty()) io_.stop();
   }
 
   void end_groups() {
     for (Rank& rank : ranks_) {
       if (rank.pid < 0) continue;
-      ::kill(-rank.pid, SIGKILL);
-      while (::waitpid(rank.pid, nullptr, 0) < 0 && errno == EINTR) {
-      }
+      end_group(rank.pid);
       rank.pid = -1;
     }
   }
 
   int report() {
-    for (const auto& stream : streams_) write_out(stream->target, stream->labeller.finish());
+    for (Stream& stream : streams_) write_out(stream.target, stream.labeller.finish());
     if (!first_failed_) return 0;
     std::string text;
     if (interrupted_) text = "ended by " + signal_name(*interrupted_) + "; ";
@@ -342,18 +283,18 @@ class Launcher {
   }
 
   Options options_;
+  const bool one_thread_ = options_.ranks > 1 && ::getenv("OMP_NUM_THREADS") == nullptr;
   Guard guard_;  // before anything that a second process should not hold
+  const Descriptor nothing_{::open("/dev/null", O_RDONLY | O_CLOEXEC)};
   asio::io_context io_;
   asio::signal_set signals_;
   asio::steady_timer patience_;
   std::vector<int> handled_;
-  std::optional<ReservedPort> port_;
+  std::optional<tcp::socket> port_;
   std::vector<Rank> ranks_;
-  std::vector<std::unique_ptr<Stream>> streams_;
-  int open_streams_ = 0;
+  std::list<Stream> streams_;  // that are open
   std::optional<Rank> first_failed_;
   std::optional<int> interrupted_;
-  bool ending_ = false;
   bool draining_ = false;
 };
 

@@ -37,7 +37,7 @@ void LineLabeller::show_progress(Clock::time_point now, std::string& out) {
         out += part;
       out += '\r';
     }
-    partial_.erase(0, static_cast<std::size_t>(overwritten.data() - partial_.data()));  // a newline may end it yet
+    partial_.erase(0, overwritten.data() - partial_.data());  // a newline may end it yet
   } else if (last_progress_ == Clock::time_point::min() || now - last_progress_ >= kProgressInterval) {
     if (!overwritten.empty()) {
       append(overwritten, out);
@@ -46,7 +46,7 @@ void LineLabeller::show_progress(Clock::time_point now, std::string& out) {
     swallow_newline_ = end + 1 == partial_.size();
     partial_.erase(0, end + 1);
   } else {
-    partial_.erase(0, static_cast<std::size_t>(overwritten.data() - partial_.data()));
+    partial_.erase(0, overwritten.data() - partial_.data());
   }
 }
 

@@ -7,6 +7,7 @@
 
 #include <cerrno>
 #include <cstdlib>
+#include <cstring>
 #include <system_error>
 #include <utility>
 
@@ -49,6 +50,11 @@ bool read_all(int fd, void* data, std::size_t size) {
   do got = ::read(fd, data, size);
   while (got < 0 && errno == EINTR);
   return got == static_cast<ssize_t>(size);
+}
+
+void wait_for(pid_t pid) {
+  while (::waitpid(pid, nullptr, 0) < 0 && errno == EINTR) {
+  }
 }
 
 /// Collects process ids until the launcher says (by a zero) that all has ended, or is gone.
@@ -103,8 +109,7 @@ Guard::Guard() {
 Guard::~Guard() {
   const pid_t over = 0;
   write_all(pipe_.write.get(), &over, sizeof over);
-  while (::waitpid(pid_, nullptr, 0) < 0 && errno == EINTR) {
-  }
+  wait_for(pid_);
 }
 
 pid_t spawn(const Command& command, const Guard& guard) {
@@ -136,11 +141,32 @@ pid_t spawn(const Command& command, const Guard& guard) {
   report.write.reset();
   int reason = 0;
   if (read_all(report.read.get(), &reason, sizeof reason)) {
-    while (::waitpid(pid, nullptr, 0) < 0 && errno == EINTR) {
-    }
+    wait_for(pid);
     throw_errno(reason, "cannot run '" + command.arguments.front() + "'");
   }
   return pid;
+}
+
+std::string Ending::describe() const {
+  return killed ? "killed by " + signal_name(status) + " (signal " + std::to_string(status) + ")"
+                : "exit code " + std::to_string(status);
+}
+
+std::optional<Ending> ending_of(pid_t pid) {
+  siginfo_t info{};
+  if (::waitid(P_PID, static_cast<id_t>(pid), &info, WEXITED | WNOHANG | WNOWAIT) != 0 || info.si_pid == 0)
+    return std::nullopt;
+  return Ending{info.si_code != CLD_EXITED, info.si_status};
+}
+
+void end_group(pid_t leader) {
+  ::kill(-leader, SIGKILL);
+  wait_for(leader);
+}
+
+std::string signal_name(int signal) {
+  const char* name = ::sigabbrev_np(signal);
+  return name ? std::string("SIG") + name : "signal " + std::to_string(signal);
 }
 
 }  // namespace dualpipe::run

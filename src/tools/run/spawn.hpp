@@ -3,6 +3,7 @@
 #include <sys/types.h>
 
 #include <csignal>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -55,5 +56,22 @@ struct Command {
 /// Starts `command` as the leader of a process group of its own that ends with this process.
 /// @throws std::system_error  the program cannot be executed; nothing was started.
 pid_t spawn(const Command& command, const Guard& guard);
+
+/// How a process ended.
+struct Ending {
+  bool killed = false;
+  int status = 0;  ///< exit code or signal
+  bool failed() const { return killed || status != 0; }
+  int exit_code() const { return killed ? 128 + status : status; }
+  std::string describe() const;
+};
+
+/// Empty while it runs. Does not reap: while the leader is a zombie nobody else gets its process group's number.
+std::optional<Ending> ending_of(pid_t pid);
+
+/// Kills what is left of the group that `leader` began, and reaps the leader.
+void end_group(pid_t leader);
+
+std::string signal_name(int signal);
 
 }  // namespace dualpipe::run

@@ -132,6 +132,7 @@ TEST_P(Contract, ADeadlineNamesPeerAndOperation) {
       {"all_gather", [](Communicator& comm) { comm.all_gather(torch::ones({1})).wait(); }},
       {"all_to_all", [](Communicator& comm) { comm.all_to_all({torch::ones({1}), torch::ones({1})}).wait(); }},
       {"barrier", [](Communicator& comm) { comm.barrier().wait(); }},
+      {"commit", [](Communicator& comm) { comm.commit(""); }},
       {"split", [](Communicator& comm) { comm.split(0, 0); }},
   };
   for (const Case& test : cases) {
@@ -179,6 +180,7 @@ TEST_P(Contract, AnAbortEndsEveryKindOfWait) {
       {"all_gather", [](Communicator& comm) { comm.all_gather(torch::ones({1})).wait(); }},
       {"all_to_all", [](Communicator& comm) { comm.all_to_all(Tensors(3, torch::ones({1}))).wait(); }},
       {"barrier", [](Communicator& comm) { comm.barrier().wait(); }},
+      {"commit", [](Communicator& comm) { comm.commit(""); }},
       {"split", [](Communicator& comm) { comm.split(0, 0); }},
   };
   for (const Case& test : cases) {

@@ -6,9 +6,13 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <pthread.h>
 
+#include <algorithm>
+#include <condition_variable>
 #include <exception>
+#include <map>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <thread>
 #include <utility>
 
@@ -16,6 +20,76 @@
 
 namespace dualpipe {
 namespace detail {
+
+/// The steps of ranks that are threads: one record for all, so that a step is over for all of its group or for none.
+class LocalSteps {
+ public:
+  /// Counts the vote. @return the step
+  std::uint64_t vote(std::int64_t number, const std::vector<int>& members, int rank, std::string ballot) {
+    const std::lock_guard lock(mutex_);
+    Group& group = group_of(number, members);
+    const std::uint64_t step = group.steps + 1;
+    group.ballots[rank] = std::move(ballot);
+    if (failed_ || group.ballots.size() < members.size()) return step;
+    group.last.clear();
+    for (const int member : members) group.last.push_back(std::move(group.ballots[member]));
+    group.ballots.clear();
+    group.steps = step;
+    changed_.notify_all();
+    return step;
+  }
+  /// Returns when the step is no longer open, when a rank that has not voted has left, or at the deadline.
+  StepEnd wait(std::int64_t number, const std::vector<int>& members, std::uint64_t step,
+               std::chrono::steady_clock::time_point deadline) {
+    std::unique_lock lock(mutex_);
+    const Group& group = group_of(number, members);
+    StepEnd end;
+    changed_.wait_until(lock, deadline, [&] {
+      end = end_of(group, members, step);
+      return end.outcome != StepOutcome::open || end.has_left;
+    });
+    return end;
+  }
+  void fail() {
+    const std::lock_guard lock(mutex_);
+    failed_ = true;
+    changed_.notify_all();
+  }
+  void leave(int rank) {
+    const std::lock_guard lock(mutex_);
+    left_.insert(rank);
+    changed_.notify_all();
+  }
+
+ private:
+  struct Group {
+    std::uint64_t steps = 0;             ///< that are over
+    std::map<int, std::string> ballots;  ///< of the next one, by rank
+    std::vector<std::string> last;       ///< of the last one
+  };
+
+  Group& group_of(std::int64_t number, const std::vector<int>& members) {
+    return groups_[{number, *std::min_element(members.begin(), members.end())}];
+  }
+  StepEnd end_of(const Group& group, const std::vector<int>& members, std::uint64_t step) const {
+    if (group.steps >= step) return {.outcome = StepOutcome::over, .ballots = group.last, .missing = {}};
+    if (failed_) return {.outcome = StepOutcome::rolled_back, .ballots = {}, .missing = {}};
+    StepEnd end;
+    for (const int member : members)
+      if (!group.ballots.contains(member)) end.missing.push_back(member);
+    const auto living =
+        std::partition(end.missing.begin(), end.missing.end(), [&](int member) { return left_.contains(member); });
+    end.has_left = living != end.missing.begin();
+    return end;
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  /// Groups of one number have no rank in common.
+  std::map<std::pair<std::int64_t, int>, Group> groups_;  // by number and lowest rank
+  std::set<int> left_;
+  bool failed_ = false;
+};
 
 /// Ranks that are threads of one process: a message goes straight into its receiver's queue, its tensors stay where
 /// they are.
@@ -26,10 +100,15 @@ class LocalTransport final : public Transport, public std::enable_shared_from_th
   LocalTransport(int rank, int size, std::chrono::milliseconds timeout, at::Device device)
       : Transport(rank, size, timeout, /*epoch=*/0, device) {}
   ~LocalTransport() override {
-    if (!has_failed()) for_others([this](LocalTransport& other) { other.departed(rank()); });
+    if (has_failed() || ranks_ == nullptr) return;
+    for_others([this](LocalTransport& other) { other.departed(rank()); });
+    steps_->leave(rank());
   }
   /// Once, before any thread uses one of the `ranks`.
-  void join(std::shared_ptr<const Ranks> ranks) { ranks_ = std::move(ranks); }
+  void join(std::shared_ptr<const Ranks> ranks, std::shared_ptr<LocalSteps> steps) {
+    ranks_ = std::move(ranks);
+    steps_ = std::move(steps);
+  }
 
  private:
   void start(int to, Message message, std::shared_ptr<Request> request) override {
@@ -42,11 +121,18 @@ class LocalTransport final : public Transport, public std::enable_shared_from_th
 
   void spread(int origin, const std::string& reason) noexcept override {
     for_others([&](LocalTransport& other) { other.failed(origin, reason); });
+    steps_->fail();  // afterwards: who learns it there knows the reason
+  }
+
+  std::uint64_t vote(std::int64_t group, const std::vector<int>& members, std::string ballot) override {
+    return steps_->vote(group, members, rank(), std::move(ballot));
+  }
+  StepEnd wait_for_step(std::int64_t group, const std::vector<int>& members, std::uint64_t step) override {
+    return steps_->wait(group, members, step, deadline());
   }
 
   template <class Action>
   void for_others(const Action& action) const {
-    if (ranks_ == nullptr) return;
     for (const auto& weak : *ranks_) {
       const auto other = weak.lock();
       if (other != nullptr && other.get() != this) action(*other);
@@ -54,6 +140,7 @@ class LocalTransport final : public Transport, public std::enable_shared_from_th
   }
 
   std::shared_ptr<const Ranks> ranks_;
+  std::shared_ptr<LocalSteps> steps_;
 };
 
 /// What ended a rank.
@@ -115,9 +202,10 @@ std::vector<std::shared_ptr<Communicator>> local_communicators(int num_ranks, co
   for (int r = 0; r < num_ranks; ++r)
     transports.push_back(std::make_shared<detail::LocalTransport>(r, num_ranks, options.timeout, device));
   const auto ranks = std::make_shared<const detail::LocalTransport::Ranks>(transports.begin(), transports.end());
+  const auto steps = std::make_shared<detail::LocalSteps>();
   std::vector<std::shared_ptr<Communicator>> communicators;
   for (auto& transport : transports) {
-    transport->join(ranks);
+    transport->join(ranks, steps);
     communicators.push_back(detail::MessageCommunicator::world(std::move(transport)));
   }
   return communicators;

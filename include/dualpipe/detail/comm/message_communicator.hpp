@@ -37,6 +37,7 @@ class MessageCommunicator final : public Communicator {
   DUALPIPE_DECL Pending all_gather(at::Tensor tensor, const std::optional<Signature>& expected) override;
   DUALPIPE_DECL Pending all_to_all(Tensors tensors, const std::optional<Signature>& expected) override;
   DUALPIPE_DECL Pending barrier() override;
+  DUALPIPE_DECL std::vector<std::string> commit(std::string ballot) override;
   DUALPIPE_DECL Pending fence() override;
   DUALPIPE_DECL std::shared_ptr<Communicator> split(int color, int key) override;
   DUALPIPE_DECL void abort(const std::string& reason) noexcept override;

@@ -155,6 +155,12 @@ Pending MessageCommunicator::barrier() {
   return pending(head, receives, Watch(), nullptr);
 }
 
+std::vector<std::string> MessageCommunicator::commit(std::string ballot) {
+  DUALPIPE_CHECK(ballot.size() <= std::size_t{1} << 20, "commit: the ballot has ", ballot.size(),
+                 " bytes, more than 1 MiB");
+  return transport_->commit(group(), members_, std::move(ballot));
+}
+
 Pending MessageCommunicator::fence() {
   return Pending(std::make_shared<MessageFence>(transport_, device_, headers_.local("fence")));
 }

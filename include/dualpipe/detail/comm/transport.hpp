@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "dualpipe/detail/comm/message.hpp"
+#include "dualpipe/detail/comm/step_end.hpp"
 
 namespace dualpipe::detail {
 
@@ -60,6 +61,10 @@ class Transport {
   /// Whether all requests are done and the family has not failed.
   DUALPIPE_DECL bool succeeded(std::span<const std::shared_ptr<Request>> requests) const;
 
+  /// The end of a step: Communicator::commit() of the ranks `members` of `group`.
+  DUALPIPE_DECL std::vector<std::string> commit(std::int64_t group, const std::vector<int>& members,
+                                                std::string ballot);
+
   /// The first failure wins: all waiting and later calls throw, here and on every other rank. Any thread.
   DUALPIPE_DECL void abort(int origin, const std::string& reason) noexcept;
   /// Aborts because of `request` and throws; `problem` completes "rank 3: receive from rank 2 (message 17 of group 0):
@@ -84,6 +89,11 @@ class Transport {
   virtual void start(int to, Message message, std::shared_ptr<Request> request) = 0;
   /// Tells every rank that can be reached of the failure; these call failed(). Called at most once.
   virtual void spread(int origin, const std::string& reason) noexcept = 0;
+  /// Votes for the next step of a group. @return the step, counted from 1
+  virtual std::uint64_t vote(std::int64_t group, const std::vector<int>& members, std::string ballot) = 0;
+  /// Returns when the step is no longer open, when a rank that has not voted has left, or at the deadline. After a
+  /// failure it is open no longer.
+  virtual StepEnd wait_for_step(std::int64_t group, const std::vector<int>& members, std::uint64_t step) = 0;
   /// Called when the rank starts or stops blocking, with the mutex held. A back end that stops reading while nobody
   /// takes what has arrived must read on meanwhile: the wanted message may come later.
   virtual void waiting(bool /*begins*/) const {}
@@ -96,6 +106,9 @@ class Transport {
   DUALPIPE_DECL void departed(int peer);
   /// Another rank has aborted: as abort(), without spread().
   DUALPIPE_DECL void failed(int origin, const std::string& reason) noexcept;
+
+  /// Of an operation that begins to wait now.
+  std::chrono::steady_clock::time_point deadline() const { return std::chrono::steady_clock::now() + timeout_; }
 
  private:
   /// As in MPI: messages without a receive, or receives without a message.
@@ -118,7 +131,11 @@ class Transport {
   DUALPIPE_DECL static std::string disagreement(const Request& receive, const Header& got);
   DUALPIPE_DECL void throw_if_failed(const Request& request) const;
   [[noreturn]] DUALPIPE_DECL void throw_failure(const Request& request) const;  // mutex held
-  DUALPIPE_DECL bool lost(const Request& request) const;                        // mutex held
+  /// "rank 3: barrier (collective 4 of group 0): …"
+  DUALPIPE_DECL std::string report(const Request& request, const std::string& problem) const;
+  /// Why this rank waits no longer for `missing`, the first of which has left or not.
+  DUALPIPE_DECL std::string waited_for(const std::vector<int>& missing, bool has_left) const;
+  DUALPIPE_DECL bool lost(const Request& request) const;  // mutex held
 
   const int rank_;
   const int size_;

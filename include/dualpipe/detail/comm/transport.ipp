@@ -137,7 +137,7 @@ bool Transport::succeeded(std::span<const std::shared_ptr<Request>> requests) co
 }
 
 void Transport::wait(std::span<const std::shared_ptr<Request>> requests, const Request& whole) {
-  const auto deadline = std::chrono::steady_clock::now() + timeout_;
+  const auto until = deadline();
   std::unique_lock lock(mutex_);
   const Request* gone = nullptr;
   const auto over = [&] {
@@ -148,24 +148,43 @@ void Transport::wait(std::span<const std::shared_ptr<Request>> requests, const R
   };
   if (!over()) {
     waiting(true);
-    changed_.wait_until(lock, deadline, over);
+    changed_.wait_until(lock, until, over);
     waiting(false);
   }
   if (failure_) throw_failure(whole);
   if (gone != nullptr) {
     lock.unlock();
-    raise(gone->peer, whole, str("rank ", gone->peer, " has left, having destroyed its communicator"));
+    raise(gone->peer, whole, waited_for({gone->peer}, true));
   }
-  std::string missing;
-  int origin = -1;
-  for (const auto& request : requests) {
-    if (request->done) continue;
-    if (origin < 0) origin = request->peer;
-    missing += str(missing.empty() ? "" : ", ", "rank ", request->peer);
-  }
+  std::vector<int> missing;
+  for (const auto& request : requests)
+    if (!request->done) missing.push_back(request->peer);
   if (missing.empty()) return;
   lock.unlock();
-  raise(origin, whole, str("waited for ", missing, " longer than the timeout of ", timeout_.count(), " ms"));
+  raise(missing.front(), whole, waited_for(missing, false));
+}
+
+std::vector<std::string> Transport::commit(std::int64_t group, const std::vector<int>& members, std::string ballot) {
+  Request whole =
+      Request::collective({.group = group, .channel = Channel::collective, .operation = "commit", .signature = {}});
+  throw_if_failed(whole);
+  whole.header.sequence = vote(group, members, std::move(ballot));
+  StepEnd end = wait_for_step(group, members, whole.header.sequence);
+  std::optional<CommError> own;
+  if (end.outcome == StepOutcome::open) {
+    own.emplace(end.missing.front(), whole.operation(), report(whole, waited_for(end.missing, end.has_left)));
+    abort(own->origin_rank(), own->what());
+    end = wait_for_step(group, members, whole.header.sequence);  // it may have ended since
+  }
+  if (end.outcome == StepOutcome::over) return std::move(end.ballots);
+  const std::lock_guard lock(mutex_);
+  if (end.outcome == StepOutcome::rolled_back && own) throw *own;
+  if (end.outcome == StepOutcome::rolled_back) throw_failure(whole);
+  throw CommError(
+      failure_->origin, whole.operation(),
+      report(whole, str("failed because of rank ", failure_->origin, ": ", failure_->reason,
+                        "\n  This rank was cut off from the others, which may have ended the step without it: "
+                        "go back to a checkpoint.")));
 }
 
 void Transport::abort(int origin, const std::string& reason) noexcept {
@@ -207,7 +226,7 @@ void Transport::notify() noexcept {
 }
 
 void Transport::raise(int origin, const Request& request, const std::string& problem) {
-  const std::string message = str("rank ", rank_, ": ", request.describe(), ": ", problem);
+  const std::string message = report(request, problem);
   abort(origin, message);
   throw CommError(origin, request.operation(), message);
 }
@@ -219,8 +238,18 @@ void Transport::throw_if_failed(const Request& request) const {
 
 void Transport::throw_failure(const Request& request) const {
   throw CommError(failure_->origin, request.operation(),
-                  str("rank ", rank_, ": ", request.describe(), ": failed because of rank ", failure_->origin, ": ",
-                      failure_->reason));
+                  report(request, str("failed because of rank ", failure_->origin, ": ", failure_->reason)));
+}
+
+std::string Transport::report(const Request& request, const std::string& problem) const {
+  return str("rank ", rank_, ": ", request.describe(), ": ", problem);
+}
+
+std::string Transport::waited_for(const std::vector<int>& missing, bool has_left) const {
+  if (has_left) return str("rank ", missing.front(), " has left, having destroyed its communicator");
+  std::string ranks;
+  for (const int rank : missing) ranks += str(ranks.empty() ? "" : ", ", "rank ", rank);
+  return str("waited for ", ranks, " longer than the timeout of ", timeout_.count(), " ms");
 }
 
 }  // namespace dualpipe::detail

@@ -15,7 +15,6 @@ struct BatchUse {
   bool computes_loss = false;  ///< in this call: false in predictions
   int num_micro_batches = 0;   ///< of a whole batch
   int batch_dim = 0;
-  bool compare_values = false;  ///< among the ranks that pass the same member
   bool trains = false;
   bool sizes = false;  ///< say how large each micro-batch is
 };

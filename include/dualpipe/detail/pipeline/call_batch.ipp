@@ -11,10 +11,10 @@
 namespace dualpipe::detail {
 
 /// A member of a batch, of the whole one or of all of its micro-batches.
-inline CallStatement::Part batch_part(const Batch& batch, Tensors Batch::* member, bool needed, bool compare) {
+inline CallStatement::Part batch_part(const Batch& batch, Tensors Batch::* member, bool needed) {
   CallStatement::Part part{.needed = needed, .passed = !(batch.*member).empty()};
   for (const Batch& micro_batch : batch.micro_batches) part.passed = part.passed || !(micro_batch.*member).empty();
-  if (!compare || !part.passed) return part;
+  if (!part.passed) return part;
   Digest digest;
   digest.add_values(batch.*member);
   for (const Batch& micro_batch : batch.micro_batches) digest.add_values(micro_batch.*member);
@@ -63,9 +63,9 @@ std::vector<Batch> prepare(const Batch& batch, const BatchUse& use, CallStatemen
       DUALPIPE_CHECK(micro_batches[m].inputs[i].defined(), "micro-batch ", m, ": Batch::inputs[", i, "] is undefined");
 
   statement.num_micro_batches = count;
-  statement.inputs = batch_part(batch, &Batch::inputs, use.feeds_inputs, use.compare_values);
-  statement.targets = batch_part(batch, &Batch::targets, use.computes_loss, use.compare_values);
-  statement.extras = batch_part(batch, &Batch::extras, false, use.compare_values);
+  statement.inputs = batch_part(batch, &Batch::inputs, use.feeds_inputs);
+  statement.targets = batch_part(batch, &Batch::targets, use.computes_loss);
+  statement.extras = batch_part(batch, &Batch::extras, false);
   if (use.sizes && statement.inputs.passed)
     for (const Batch& micro_batch : micro_batches)
       statement.sizes.push_back(micro_batch_size(micro_batch, use.batch_dim));

@@ -18,7 +18,7 @@ struct CallStatement {
   struct Part {
     bool needed = false;       ///< the rank needs it where the call has it at all
     bool passed = false;       ///< the batch has it
-    std::uint64_t digest = 0;  ///< of the values, 0 where they are not compared
+    std::uint64_t digest = 0;  ///< of sizes and values; values on a device are compared at the end of the step
   };
 
   Call call = Call::step;
@@ -32,13 +32,18 @@ struct CallStatement {
 /// Collective: the statements of all ranks, by rank. One message per rank, a second one only after a finding.
 DUALPIPE_DECL std::vector<CallStatement> exchange_statements(Communicator& communicator, const CallStatement& mine);
 
+/// The error of two ranks that pass another member of the batch; `name` as in "inputs".
+DUALPIPE_DECL std::string other_batch(const char* name, int rank, int first, std::int64_t step);
+
 /// What the statements of all ranks say together.
 struct CallAgreement {
   std::int64_t num_micro_batches = 0;    ///< 0: no rank has a batch
   std::vector<std::int64_t> sizes = {};  ///< as in CallStatement; empty: no rank knows
 };
 /// @throws InvalidArgument  the findings, or what ranks disagree about; the same text for the same statements.
-DUALPIPE_DECL CallAgreement agreement(const std::vector<CallStatement>& statements);
+///
+/// @param step  how many steps were before, -1 where the call does not train.
+DUALPIPE_DECL CallAgreement agreement(const std::vector<CallStatement>& statements, std::int64_t step);
 
 }  // namespace dualpipe::detail
 

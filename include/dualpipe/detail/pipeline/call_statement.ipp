@@ -61,18 +61,27 @@ std::vector<CallStatement> exchange_statements(Communicator& communicator, const
   return statements;
 }
 
+std::string other_batch(const char* name, int rank, int first, std::int64_t step) {
+  const std::string when =
+      step < 0 ? "" : str(" of step ", step + 1, step > 0 ? ", those of the steps before were alike" : "");
+  return str("ranks disagree about the batch", when, ": Batch::", name, " of rank ", rank,
+             " has other sizes or values than that of rank ", first,
+             "; all ranks that pass it must pass the same, since one feeds the inputs and another computes the loss. ",
+             step > 0
+                 ? "Often a loader shuffles with LibTorch's default generator, which one rank has used for something "
+                   "else, as dropout does: give the loader a generator of its own, seeded alike on all ranks"
+                 : "Seed what loads and shuffles the data alike on every rank");
+}
+
 /// Ranks that pass a member of the batch pass the same, and where one does, all do that need it.
 inline void check_part(const std::vector<CallStatement>& statements, CallStatement::Part CallStatement::* member,
-                       const char* name, const char* use) {
+                       const char* name, const char* use, std::int64_t step) {
   int first = -1;
   for (int rank = 0; rank < static_cast<int>(statements.size()); ++rank) {
     const CallStatement::Part& part = statements[rank].*member;
     if (!part.passed) continue;
     if (first < 0) first = rank;
-    DUALPIPE_CHECK(part.digest == (statements[first].*member).digest, "ranks disagree about the batch: Batch::", name,
-                   " of rank ", rank, " has other sizes or values than that of rank ", first,
-                   "; all ranks that pass it must pass the same, since one feeds the inputs and another computes the "
-                   "loss. Seed what loads and shuffles the data alike on every rank");
+    DUALPIPE_CHECK(part.digest == (statements[first].*member).digest, other_batch(name, rank, first, step));
   }
   for (int rank = 0; rank < static_cast<int>(statements.size()) && first >= 0; ++rank) {
     const CallStatement::Part& part = statements[rank].*member;
@@ -81,7 +90,7 @@ inline void check_part(const std::vector<CallStatement>& statements, CallStateme
   }
 }
 
-CallAgreement agreement(const std::vector<CallStatement>& statements) {
+CallAgreement agreement(const std::vector<CallStatement>& statements, std::int64_t step) {
   std::vector<std::string> findings;
   for (const CallStatement& statement : statements) findings.push_back(statement.finding);
   throw_findings(findings);
@@ -111,9 +120,9 @@ CallAgreement agreement(const std::vector<CallStatement>& statements) {
                      "that hold it");
     }
   }
-  check_part(statements, &CallStatement::inputs, "inputs", "feeds the first stage");
-  check_part(statements, &CallStatement::targets, "targets", "computes the loss");
-  check_part(statements, &CallStatement::extras, "extras", "uses them");
+  check_part(statements, &CallStatement::inputs, "inputs", "feeds the first stage", step);
+  check_part(statements, &CallStatement::targets, "targets", "computes the loss", step);
+  check_part(statements, &CallStatement::extras, "extras", "uses them", step);
   return agreed;
 }
 

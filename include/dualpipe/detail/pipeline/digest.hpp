@@ -32,13 +32,13 @@ class Digest {
       add_type(tensor);
     }
   }
-  /// Number, dtypes, sizes and values of tensors. Copies those of a device to the host.
+  /// Number, dtypes, sizes and values of tensors; not the values of those on a device.
   void add_values(const Tensors& tensors) {
     add(static_cast<std::uint64_t>(tensors.size()));
     for (const at::Tensor& tensor : tensors) {
       add_type(tensor);
-      if (!tensor.defined()) continue;
-      const at::Tensor host = tensor.detach().cpu().contiguous();
+      if (!tensor.defined() || !tensor.is_cpu()) continue;
+      const at::Tensor host = tensor.detach().contiguous();
       add(std::string_view(static_cast<const char*>(host.const_data_ptr()), host.nbytes()));
     }
   }

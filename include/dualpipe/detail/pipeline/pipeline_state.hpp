@@ -13,6 +13,7 @@
 #include "dualpipe/detail/config.hpp"
 #include "dualpipe/detail/pipeline/arrival_memory.hpp"
 #include "dualpipe/detail/pipeline/call_statement.hpp"
+#include "dualpipe/detail/pipeline/device_hash.hpp"
 #include "dualpipe/detail/pipeline/executor.hpp"
 #include "dualpipe/detail/pipeline/forward_plans.hpp"
 #include "dualpipe/detail/pipeline/health.hpp"
@@ -77,7 +78,7 @@ class PipelineState {
   Tensors parameters_;
   std::vector<int> loss_ranks_;
   std::int64_t step_ = 0;
-  bool batches_compared_ = false;
+  DeviceHashes last_hashes_;  // of the step before, if asynchronous
 };
 
 }  // namespace dualpipe::detail

@@ -109,15 +109,13 @@ CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* 
                        .computes_loss = loss != nullptr && computes_loss(),
                        .num_micro_batches = options_.num_micro_batches,
                        .batch_dim = options_.batch_dim,
-                       .compare_values = !trains || !batches_compared_,
                        .trains = trains,
                        .sizes = call == Call::predict};
     inputs.micro_batches = prepare(batch, use, mine);
     if (trains) mine.trainable = replicas_->trainable();
   });
   const auto statements = health_.guarded([&] { return exchange_statements(*communicator_, mine); });
-  const CallAgreement agreed = agreement(statements);
-  if (trains) batches_compared_ = true;
+  const CallAgreement agreed = agreement(statements, trains ? step_ : -1);
   if (trains && options_.compare_replicas_every > 0 && step_ % options_.compare_replicas_every == 0) {
     const std::string difference = health_.guarded([&] { return replicas_->difference(); });
     DUALPIPE_CHECK(difference.empty(), difference);
@@ -154,8 +152,9 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
   std::optional<GradientTransaction> gradients;
   std::optional<BufferTransaction> buffers;
   return observed([&] {
-    ++step_;
+    const std::int64_t number = step_++;
     inputs.arrivals = arrivals_->known_arrivals(training_, inputs, module);
+    DeviceHashes hashes(*communicator_, batch);
     gradients.emplace(parameters_);
     buffers.emplace(module);
     RunOutputs outputs = executor_->run(*training_, inputs, observers_.all());
@@ -163,13 +162,20 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
     replicas_->broadcast_buffers();
     gradients->add_up();
     observers_.finish(*communicator_, outputs);
-    at::Tensor losses = vote(*communicator_, outputs, count);
-    Pending end = communicator_->fence();
-    const bool later = options_.asynchronous && !end.done();
-    if (!later) end.synchronize();  // the only wait of the host for a device
+    StepVote all;
+    Pending end;
+    if (options_.asynchronous) {
+      const MemberHashes before = std::exchange(last_hashes_, std::move(hashes)).values();
+      all = vote_ahead(*communicator_, outputs, count, before, end);
+    } else {
+      communicator_->fence().synchronize();  // the only wait of the host for a device
+      all = vote(*communicator_, outputs, count, hashes.values());
+    }
+    check_hashes(all.hashes, options_.asynchronous ? number - 1 : number);
     gradients->commit();
     buffers->commit();
-    return result(std::move(losses), std::move(outputs), count, later ? communicator_->fence() : Pending());
+    if (end && end.done()) end = {};
+    return result(std::move(all.losses), std::move(outputs), count, std::move(end));
   });
 }
 
@@ -186,10 +192,12 @@ StepResult PipelineState::evaluate(const Batch& batch, const LossFn& loss, const
   const int count = static_cast<int>(enter(Call::evaluate, batch, &loss, inputs).num_micro_batches);
   inputs.loss = loss;
   return observed([&] {
+    DeviceHashes hashes(*communicator_, batch);
     RunOutputs outputs = run_forward(forward_->of(count), inputs, module);
-    at::Tensor losses = vote(*communicator_, outputs, count);
     communicator_->fence().synchronize();
-    return result(std::move(losses), std::move(outputs), count, {});
+    StepVote all = vote(*communicator_, outputs, count, hashes.values());
+    check_hashes(all.hashes, -1);
+    return result(std::move(all.losses), std::move(outputs), count, {});
   });
 }
 
@@ -199,15 +207,16 @@ Tensors PipelineState::predict(const Batch& batch, const torch::nn::Module& modu
   Tensors merged;
   const std::vector<std::string> findings = observed([&] {
     const auto plan = forward_->of(static_cast<int>(agreed.num_micro_batches));
+    DeviceHashes hashes(*communicator_, batch);
     RunOutputs outputs = run_forward(plan, inputs, module);
     std::string finding;
     if (computes_loss()) {
       const auto all = gather_outputs(*communicator_, *plan, loss_ranks_, std::move(outputs.outputs));
       finding = finding_of([&] { merged = merge_outputs(all, agreed.sizes, options_.batch_dim); });
     }
-    // Returns after every rank's host has come this far.
     std::vector<std::string> found = all_gather_text(*communicator_, finding);
     communicator_->fence().synchronize();
+    check_hashes(vote(*communicator_, {}, 0, hashes.values()).hashes, -1);
     return found;
   });
   throw_findings(findings);

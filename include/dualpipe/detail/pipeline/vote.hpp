@@ -2,26 +2,110 @@
 
 #include <ATen/ATen.h>
 
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
 #include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/detail/pipeline/call_statement.hpp"
+#include "dualpipe/detail/pipeline/device_hash.hpp"
 #include "dualpipe/detail/pipeline/executor.hpp"
 
 namespace dualpipe::detail {
 
-/// Collective: the end of a step. Returns after every rank's host has reached it and everything announced before
-/// matches.
+/// How a step has ended.
+struct StepVote {
+  at::Tensor losses;                 ///< [num_micro_batches] float64 in memory of the host, of all micro-batches
+  std::vector<MemberHashes> hashes;  ///< by rank
+};
+
+/// What a rank says at the end of a step. Its bytes travel: this head, and a loss for each of its micro-batches.
+struct BallotHead {
+  std::array<std::uint64_t, 3> hashes{};
+  std::array<bool, 3> has_hash{};
+};
+struct BallotLoss {
+  std::int64_t micro_batch = 0;
+  double loss = 0;
+};
+
+inline std::string packed_ballot(const MemberHashes& hashes, const std::vector<BallotLoss>& losses) {
+  BallotHead head;
+  for (std::size_t i = 0; i < hashes.size(); ++i) {
+    head.has_hash[i] = hashes[i].has_value();
+    head.hashes[i] = hashes[i].value_or(0);
+  }
+  std::string ballot(reinterpret_cast<const char*>(&head), sizeof head);
+  for (const BallotLoss& loss : losses) ballot.append(reinterpret_cast<const char*>(&loss), sizeof loss);
+  return ballot;
+}
+
+inline StepVote unpacked(const std::vector<std::string>& ballots, int num_micro_batches) {
+  StepVote result{.losses = at::zeros({num_micro_batches}, at::kDouble), .hashes = {}};
+  for (const std::string& ballot : ballots) {
+    BallotHead head;
+    std::memcpy(&head, ballot.data(), sizeof head);
+    MemberHashes hashes;
+    for (std::size_t i = 0; i < hashes.size(); ++i)
+      if (head.has_hash[i]) hashes[i] = head.hashes[i];
+    result.hashes.push_back(hashes);
+    for (std::size_t at = sizeof head; at < ballot.size(); at += sizeof(BallotLoss)) {
+      BallotLoss loss;
+      std::memcpy(&loss, ballot.data() + at, sizeof loss);
+      result.losses.mutable_data_ptr<double>()[loss.micro_batch] = loss.loss;
+    }
+  }
+  return result;
+}
+
+/// Ranks that pass a member of the batch pass the same values.
 ///
-/// @return  [num_micro_batches] float64 in memory of the host: the losses of all micro-batches, valid when the device
-///          has finished what it was given.
-inline at::Tensor vote(Communicator& communicator, const RunOutputs& outputs, int num_micro_batches) {
+/// @param step  as in agreement().
+inline void check_hashes(const std::vector<MemberHashes>& hashes, std::int64_t step) {
+  constexpr std::array<const char*, 3> names = {"inputs", "targets", "extras"};
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    int first = -1;
+    for (int rank = 0; rank < std::ssize(hashes); ++rank) {
+      if (!hashes[rank][i]) continue;
+      if (first < 0) first = rank;
+      DUALPIPE_CHECK(hashes[rank][i] == hashes[first][i], other_batch(names[i], rank, first, step));
+    }
+  }
+}
+
+/// Collective: the end of a step, which is over on all ranks or on none; see Communicator::commit(). Whatever has
+/// failed on this rank's device must have been found before.
+inline StepVote vote(Communicator& communicator, const RunOutputs& outputs, int num_micro_batches,
+                     const MemberHashes& hashes) {
+  Tensors values;
+  std::vector<BallotLoss> losses;
+  for (const auto& [micro_batch, loss] : outputs.losses) {
+    values.push_back(loss.reshape({}).to(at::kDouble));
+    losses.push_back({.micro_batch = micro_batch});
+  }
+  if (!values.empty()) {
+    const at::Tensor on_host = at::stack(values).cpu();
+    for (std::size_t i = 0; i < losses.size(); ++i) losses[i].loss = on_host.const_data_ptr<double>()[i];
+  }
+  return unpacked(communicator.commit(packed_ballot(hashes, losses)), num_micro_batches);
+}
+
+/// As vote(), but the hosts do not wait for their devices.
+///
+/// @param end  gets what is over when the device has finished the step; the losses hold then.
+inline StepVote vote_ahead(Communicator& communicator, const RunOutputs& outputs, int num_micro_batches,
+                           const MemberHashes& hashes, Pending& end) {
   at::Tensor losses = at::zeros({num_micro_batches}, at::device(communicator.device()).dtype(at::kDouble));
   for (const auto& [micro_batch, loss] : outputs.losses) losses[micro_batch].copy_(loss.reshape({}));
-  // Where devices move the tensors, all_reduce alone says nothing about the hosts.
-  Communicator& hosts = communicator.control();
-  Pending arrived = &hosts == &communicator ? Pending() : hosts.barrier();
   communicator.all_reduce({losses}).wait();
   at::Tensor on_host = losses.to(at::kCPU, /*non_blocking=*/true);
-  if (arrived) arrived.wait();
-  return on_host;
+  end = communicator.fence();
+  StepVote result = unpacked(communicator.commit(packed_ballot(hashes, {})), 0);
+  result.losses = std::move(on_host);
+  return result;
 }
 
 }  // namespace dualpipe::detail

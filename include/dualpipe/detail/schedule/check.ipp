@@ -13,6 +13,7 @@
 #include "dualpipe/detail/schedule/cell_table.hpp"
 #include "dualpipe/detail/schedule/deadlock.hpp"
 #include "dualpipe/detail/schedule/dependencies.hpp"
+#include "dualpipe/detail/schedule/for_each_op.hpp"
 #include "dualpipe/error.hpp"
 
 namespace dualpipe::detail {
@@ -71,8 +72,6 @@ class ScheduleChecker {
   }
 
  private:
-  std::int64_t count_ops() const;
-
   // Makes the table if the schedule has ops enough to fill it. If not, the schedule is incomplete, and two mistyped
   // numbers could make the table huge.
   bool has_table();
@@ -86,13 +85,6 @@ class ScheduleChecker {
   CellTable table_;
 };
 
-inline std::int64_t ScheduleChecker::count_ops() const {
-  std::int64_t ops = 0;
-  for (const auto& steps : schedule_.ranks)
-    for (const Step& step : steps) ops += step.overlapped ? 2 : 1;
-  return ops;
-}
-
 inline bool ScheduleChecker::has_table() {
   const int stages = schedule_.num_stages;
   const int micro_batches = schedule_.num_micro_batches;
@@ -101,7 +93,7 @@ inline bool ScheduleChecker::has_table() {
                   micro_batches);
     return false;
   }
-  const std::int64_t ops = count_ops();
+  const std::int64_t ops = count_ops(schedule_);
   const std::int64_t places = std::int64_t{stages} * micro_batches;
   if (places <= ops) {
     table_ = CellTable(stages, micro_batches);
@@ -110,12 +102,10 @@ inline bool ScheduleChecker::has_table() {
   // Fewer ops than forwards needed, so one of the first ops + 1 forwards is missing.
   std::vector<char> seen(ops + 1, 0);
   for (const auto& steps : schedule_.ranks) {
-    for (const Step& step : steps) {
-      for (const Op& op : {step.op, step.overlapped.value_or(step.op)}) {
-        const std::int64_t place = std::int64_t{op.stage} * micro_batches + op.micro_batch;
-        if (op.pass == Pass::Forward && place >= 0 && place <= ops) seen[place] = 1;
-      }
-    }
+    for_each_op(steps, [&](const Op& op) {
+      const std::int64_t place = std::int64_t{op.stage} * micro_batches + op.micro_batch;
+      if (op.pass == Pass::Forward && place >= 0 && place <= ops) seen[place] = 1;
+    });
   }
   const auto first = std::find(seen.begin(), seen.end(), char{0}) - seen.begin();
   const Op missing{Pass::Forward, static_cast<int>(first / micro_batches), static_cast<int>(first % micro_batches)};
@@ -131,10 +121,8 @@ inline void ScheduleChecker::collect() {
     for (int cell = 0; cell < std::ssize(steps); ++cell) {
       const Step& step = steps[cell];
       const CellPlace place{rank, cell};
-      collect(step.op, place);
-      if (!step.overlapped) continue;
-      collect(*step.overlapped, place);
-      if (step.op.pass != Pass::Forward || !is_backward(step.overlapped->pass))
+      visit_ops(step, [&](const Op& op) { collect(op, place); });
+      if (step.overlapped && (step.op.pass != Pass::Forward || !is_backward(step.overlapped->pass)))
         findings_.add(place.rank, place.cell, to_string(step),
                       " is no pair of a forward and a backward (F first, then B or I)");
     }
@@ -215,20 +203,24 @@ inline void ScheduleChecker::find_misordered() {
 
 namespace dualpipe {
 
+std::string to_string(const Violation& violation) {
+  std::string where;
+  if (violation.rank >= 0) where += detail::str("rank ", violation.rank, ", ");
+  if (violation.cell >= 0) where += detail::str("cell ", violation.cell + 1, ": ");
+  return where + violation.message;
+}
+
 std::vector<Violation> violations(const Schedule& schedule) { return detail::ScheduleChecker(schedule).run(); }
 
 void check(const Schedule& schedule) {
   const std::vector<Violation> found = violations(schedule);
   if (found.empty()) return;
   const Violation& first = found.front();
-  std::string where;
-  if (first.rank >= 0) where += detail::str("rank ", first.rank, ", ");
-  if (first.cell >= 0) where += detail::str("cell ", first.cell + 1, ": ");
   std::string more;
   if (found.size() > 1)
     more = detail::str("\n(and ", found.size() - 1, found.size() == 2 ? " more finding)" : " more findings)");
   constexpr int radius = 2;
-  throw InvalidArgument(detail::str("schedule \"", schedule.name, "\" cannot run: ", where, first.message, more, "\n",
+  throw InvalidArgument(detail::str("schedule \"", schedule.name, "\" cannot run: ", to_string(first), more, "\n",
                                     cells_around(schedule, first.rank, first.cell, radius)));
 }
 

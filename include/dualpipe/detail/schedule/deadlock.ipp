@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "dualpipe/detail/schedule/dependencies.hpp"
+#include "dualpipe/detail/schedule/for_each_op.hpp"
 #include "dualpipe/error.hpp"
 
 namespace dualpipe::detail {
@@ -91,8 +92,7 @@ std::optional<Deadlock> find_deadlock(const Schedule& schedule, const CellTable&
         waits_for[rank] = missing;
         break;
       }
-      finish(step.op);
-      if (step.overlapped) finish(*step.overlapped);
+      visit_ops(step, finish);
     }
   }
   return deadlock_of(schedule, cells, next_cell, waits_for);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dualpipe/detail/schedule/dependencies.hpp"
+#include "dualpipe/detail/schedule/for_each_op.hpp"
 #include "dualpipe/error.hpp"
 
 namespace dualpipe::detail {
@@ -92,8 +93,7 @@ class DryRun {
     for (const auto& instructions : program_.ranks)
       for (const Instruction& instruction : instructions) {
         if (instruction.what != Do::compute) continue;
-        see(instruction.step.op);
-        if (instruction.step.overlapped) see(*instruction.step.overlapped);
+        visit_ops(instruction.step, see);
       }
     DUALPIPE_CHECK(num_stages_ * num_micro_batches_ == forwards, "the program has ", forwards, " forwards, but ",
                    num_stages_, " stages with ", num_micro_batches_, " micro-batches each need ",
@@ -174,10 +174,8 @@ class DryRun {
 
   void perform(int rank, const Instruction& instruction) {
     if (instruction.what == Do::compute) {
-      compute(rank, instruction.step.op);
-      if (instruction.step.overlapped) compute(rank, *instruction.step.overlapped);
-      mark(rank, instruction.step.op);
-      if (instruction.step.overlapped) mark(rank, *instruction.step.overlapped);
+      visit_ops(instruction.step, [&](const Op& op) { compute(rank, op); });
+      visit_ops(instruction.step, [&](const Op& op) { mark(rank, op); });
       return;
     }
     const bool sender = instruction.what == Do::release;

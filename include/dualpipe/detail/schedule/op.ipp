@@ -5,6 +5,7 @@
 #include <charconv>
 #include <system_error>
 
+#include "dualpipe/detail/schedule/quoted_op.hpp"
 #include "dualpipe/error.hpp"
 
 namespace dualpipe::detail {
@@ -13,25 +14,6 @@ inline constexpr std::string_view pair_suffix = ")OVERLAP_F_B";
 
 inline bool is_digit(char c) { return c >= '0' && c <= '9'; }
 
-// For messages: in quotes, unprintable bytes as \xNN, long text cut.
-inline std::string quoted_op(std::string_view text) {
-  constexpr std::size_t shown = 48;
-  constexpr std::string_view hex = "0123456789abcdef";
-  std::string out = "\"";
-  for (const char c : text.substr(0, shown)) {
-    const auto byte = static_cast<unsigned char>(c);
-    if (byte >= 0x20 && byte < 0x7f) {
-      out += c;
-    } else {
-      out += "\\x";
-      out += hex[byte >> 4];
-      out += hex[byte & 15];
-    }
-  }
-  out += text.size() > shown ? "...\"" : "\"";
-  return out;
-}
-
 // Takes a number off the front of `rest`.
 inline int take_op_number(std::string_view& rest, std::string_view text, const char* what) {
   DUALPIPE_CHECK(!rest.empty() && is_digit(rest.front()), quoted_op(text), " has no ", what,
@@ -39,7 +21,7 @@ inline int take_op_number(std::string_view& rest, std::string_view text, const c
   int value = 0;
   const auto [end, error] = std::from_chars(rest.data(), rest.data() + rest.size(), value);
   DUALPIPE_CHECK(error == std::errc{}, quoted_op(text), " has a ", what, " that is too large");
-  rest.remove_prefix(static_cast<std::size_t>(end - rest.data()));
+  rest.remove_prefix(end - rest.data());
   return value;
 }
 

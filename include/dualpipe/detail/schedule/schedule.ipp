@@ -3,7 +3,6 @@
 #include "dualpipe/schedule/schedule.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <iterator>
 #include <map>
@@ -12,134 +11,14 @@
 #include <tuple>
 #include <utility>
 
+#include "dualpipe/detail/schedule/for_each_op.hpp"
 #include "dualpipe/error.hpp"
-
-namespace dualpipe::detail {
-
-inline std::string_view trimmed_cell(std::string_view cell) {
-  constexpr std::string_view blank = " \t\r";
-  const std::size_t begin = cell.find_first_not_of(blank);
-  if (begin == std::string_view::npos) return {};
-  return cell.substr(begin, cell.find_last_not_of(blank) - begin + 1);
-}
-
-// The text up to `separator`, which is taken off `rest` together with it.
-inline std::string_view take_until(std::string_view& rest, char separator) {
-  const std::size_t end = rest.find(separator);
-  const std::string_view head = rest.substr(0, end);
-  rest = end == std::string_view::npos ? std::string_view{} : rest.substr(end + 1);
-  return head;
-}
-
-// An action that torch's lowering adds between the ops, as in 0SEND_F3 or 1UNSHARD. It follows from the ops, so it is
-// skipped.
-inline bool is_torch_action(std::string_view cell) {
-  constexpr std::string_view digits = "0123456789";
-  constexpr std::array<std::string_view, 7> actions = {"SEND_F",  "RECV_F",  "SEND_B",     "RECV_B",
-                                                       "UNSHARD", "RESHARD", "REDUCE_GRAD"};
-  const std::size_t begin = cell.find_first_not_of(digits);
-  if (begin == 0 || begin == std::string_view::npos) return false;
-  const std::string_view action = cell.substr(begin, cell.find_last_not_of(digits) - begin + 1);
-  return std::find(actions.begin(), actions.end(), action) != actions.end();
-}
-
-// The highest stage or micro-batch in a file, and where it is.
-struct HighestNumber {
-  int value = -1;
-  std::size_t row = 0;
-  std::size_t cell = 0;
-
-  void see(int number, std::size_t at_row, std::size_t at_cell) {
-    if (number > value) *this = {number, at_row, at_cell};
-  }
-};
-
-// Every stage and every micro-batch has ops of its own, so a number above the count of ops is a mistake. Refusing it
-// keeps tables over stages and micro-batches as small as the file.
-inline int count_of_highest(const HighestNumber& highest, std::int64_t ops, const char* what) {
-  DUALPIPE_CHECK(highest.value < ops, "row ", highest.row, " (rank ", highest.row - 1, "), cell ", highest.cell, ": ",
-                 what, " ", highest.value, " in a schedule of only ", ops, ops == 1 ? " op" : " ops",
-                 "; they are numbered from 0 without gaps");
-  return highest.value + 1;
-}
-
-// Checked before any row is read: each empty row takes many times the memory of its line end. Every op has one of these
-// letters.
-inline void check_row_count(std::string_view text) {
-  const auto rows = std::count(text.begin(), text.end(), '\n') + 1;
-  const auto letters =
-      std::count_if(text.begin(), text.end(), [](char c) { return c == 'F' || c == 'I' || c == 'W' || c == 'B'; });
-  constexpr std::ptrdiff_t idle_ranks = 4096;
-  DUALPIPE_CHECK(rows <= letters + idle_ranks, "the text of a schedule has ", rows,
-                 " rows, one for each rank, but not more than ", letters, letters == 1 ? " op" : " ops");
-}
-
-template <class Visit>
-inline void for_each_op(const std::vector<Step>& steps, const Visit& visit) {
-  for (const Step& step : steps) {
-    visit(step.op);
-    if (step.overlapped) visit(*step.overlapped);
-  }
-}
-
-}  // namespace dualpipe::detail
 
 namespace dualpipe {
 
-std::string to_csv(const Schedule& schedule) {
-  std::string text;
-  for (const auto& steps : schedule.ranks) {
-    // A comma stands for two idle cells; an empty line at the end of the file would be skipped.
-    if (steps.empty()) text += ',';
-    for (std::size_t i = 0; i < steps.size(); ++i) {
-      if (i > 0) text += ',';
-      text += to_string(steps[i]);
-    }
-    text += '\n';
-  }
-  return text;
-}
-
-Schedule from_csv(std::string_view text, std::string name) {
-  const std::size_t last = text.find_last_not_of("\r\n");
-  text = text.substr(0, last == std::string_view::npos ? 0 : last + 1);
-  Schedule schedule;
-  schedule.name = std::move(name);
-  detail::check_row_count(text);
-  detail::HighestNumber stage, micro_batch;
-  std::int64_t ops = 0;
-  for (std::string_view rest = text; !rest.empty();) {
-    std::string_view line = detail::take_until(rest, '\n');
-    const std::size_t row = schedule.ranks.size() + 1;
-    auto& steps = schedule.ranks.emplace_back();
-    for (std::size_t cell = 1; !line.empty(); ++cell) {
-      const std::string_view content = detail::trimmed_cell(detail::take_until(line, ','));
-      if (content.empty() || detail::is_torch_action(content)) continue;
-      try {
-        steps.push_back(parse_step(content));
-      } catch (const InvalidArgument& error) {
-        throw InvalidArgument(detail::str("row ", row, " (rank ", row - 1, "), cell ", cell, ": ", error.what()));
-      }
-      const auto see = [&](const Op& op) {
-        ++ops;
-        stage.see(op.stage, row, cell);
-        micro_batch.see(op.micro_batch, row, cell);
-      };
-      see(steps.back().op);
-      if (steps.back().overlapped) see(*steps.back().overlapped);
-    }
-  }
-  DUALPIPE_CHECK(ops > 0, "the text of schedule \"", schedule.name,
-                 "\" has no ops; expected one row per rank, as in 0F0,0F1,0B0,0B1");
-  schedule.num_stages = detail::count_of_highest(stage, ops, "stage");
-  schedule.num_micro_batches = detail::count_of_highest(micro_batch, ops, "micro-batch");
-  return schedule;
-}
-
 std::vector<int> placement(const Schedule& schedule) {
   const std::int64_t places = std::int64_t{schedule.num_stages} * schedule.num_micro_batches;
-  std::int64_t ops = 0;
-  for (const auto& steps : schedule.ranks) detail::for_each_op(steps, [&](const Op&) { ++ops; });
+  const std::int64_t ops = detail::count_ops(schedule);
   DUALPIPE_CHECK(schedule.num_stages >= 0 && schedule.num_micro_batches >= 0 && places <= ops, "schedule \"",
                  schedule.name, "\" is incomplete: ", schedule.num_stages, " stages and ", schedule.num_micro_batches,
                  " micro-batches, but only ", ops, " ops");

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "dualpipe/detail/schedule/dependencies.hpp"
+#include "dualpipe/detail/schedule/for_each_op.hpp"
 #include "dualpipe/error.hpp"
 
 namespace dualpipe::detail {
@@ -35,8 +36,7 @@ bool Simulator::load(const Schedule& schedule) {
       if (step.overlapped)
         DUALPIPE_CHECK(step.op.pass == Pass::Forward && is_backward(step.overlapped->pass), "rank ", rank, ", step ",
                        at, ": a pair is a forward and a backward, got ", to_string(step));
-      enter(rank, at, step.op);
-      if (step.overlapped) enter(rank, at, *step.overlapped);
+      visit_ops(step, [&](const Op& op) { enter(rank, at, op); });
     }
 
   // Runs every rank as far as possible. A result wakes the rank that waits for it.
@@ -48,8 +48,9 @@ bool Simulator::load(const Schedule& schedule) {
     const auto& steps = schedule.ranks[rank];
     for (int& at = next_[rank]; at < static_cast<int>(steps.size()); ++at) {
       const Step& step = steps[at];
-      for (const Op* op : {&step.op, step.overlapped ? &*step.overlapped : nullptr})
-        if (op != nullptr && missing_[rank] == nothing && made_[input_slot(*op)] == 0) missing_[rank] = input_slot(*op);
+      visit_ops(step, [&](const Op& op) {
+        if (missing_[rank] == nothing && made_[input_slot(op)] == 0) missing_[rank] = input_slot(op);
+      });
       if (missing_[rank] != nothing) break;
       append(rank, at, step);
     }
