@@ -152,8 +152,8 @@ void StepRun::start_forward() {
   if (context_.last(op) && run.loss)
     loss = [&run, batch](const Tensors& outputs) { return run.loss(outputs, batch ? batch->targets : Tensors()); };
   StageContext context{op.stage, op.micro_batch, run.step, run.training, batch ? viewed(batch->extras) : Tensors()};
-  forward_ = std::make_unique<MicroBatch>(context_.stage_of(op), std::move(inputs), std::move(context), std::move(loss),
-                                          received.has_value(), std::move(shared));
+  forward_ = std::make_unique<MicroBatch>(context_.stage_of(op), inputs, context, std::move(loss), received.has_value(),
+                                          std::move(shared));
 }
 
 void StepRun::start_backward() {
