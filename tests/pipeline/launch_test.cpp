@@ -22,15 +22,15 @@ Outcome launch(int num_ranks, const std::string& filter) {
 }
 
 TEST(Launch, GradientsEqualOneProcessOnTwoRanks) {
-  const Outcome outcome = launch(2, "Rank.Gradients*:Rank.Dropout*");
+  const Outcome outcome = launch(2, "Rank.Gradients*:Rank.Dropout*:Rank.Outputs*");
   EXPECT_EQ(outcome.exit_code, 0) << outcome.output;
-  EXPECT_THAT(outcome.output, ::testing::HasSubstr("[1] [  PASSED  ] 2 tests."));
+  EXPECT_THAT(outcome.output, ::testing::HasSubstr("[1] [  PASSED  ] 3 tests."));
 }
 
 TEST(Launch, GradientsEqualOneProcessOnFourRanks) {
-  const Outcome outcome = launch(4, "Rank.Gradients*:Rank.Dropout*");
+  const Outcome outcome = launch(4, "Rank.Gradients*:Rank.Dropout*:Rank.Outputs*");
   EXPECT_EQ(outcome.exit_code, 0) << outcome.output;
-  EXPECT_THAT(outcome.output, ::testing::HasSubstr("[3] [  PASSED  ] 2 tests."));
+  EXPECT_THAT(outcome.output, ::testing::HasSubstr("[3] [  PASSED  ] 3 tests."));
 }
 
 TEST(Launch, AStepIsOverEverywhereOrNowhere) {

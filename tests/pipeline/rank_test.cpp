@@ -77,6 +77,30 @@ TEST(Rank, DropoutSeededPerMicroBatch) {
       EXPECT_LE(difference(item.value().grad(), model[stage]->named_parameters()[item.key()].grad()), 1e-12);
 }
 
+TEST(Rank, OutputsThatShareMemoryAreReadButNotWritten) {
+  const auto comm = connect("shared");
+  const int num_micro_batches = 2 * comm->size();
+  const Batch batch = random_batch(2 * num_micro_batches, 5);
+  bool writes = false;
+  const Model model = [&writes](int stage) {
+    Layer module(stage);
+    return Piece{module.ptr(), [=, &writes](const Tensors& x) mutable {
+                   if (writes && stage == 1) x[0].mul_(2);
+                   const at::Tensor y = module->forward(x.size() == 1 ? x[0] : x[0] + x[1].sum() * 0.01);
+                   return Tensors{y, y.narrow(1, 1, 2)};
+                 }};
+  };
+  const Reference expected =
+      reference(model, comm->size(), batch, num_micro_batches, squared_error(), 1.0 / num_micro_batches);
+  DualPipe pipe(comm, {.num_micro_batches = num_micro_batches}, as_factory(model));
+  pipe->step(batch, squared_error());
+  expect_gradients(pipe, expected);
+  writes = true;
+  EXPECT_THAT(message_of([&] { pipe->step(batch, squared_error()); }),
+              ::testing::HasSubstr("stage 1 writes in place into tensor 0 or 1"));
+  expect_gradients(pipe, expected);
+}
+
 /// The others report what they saw; the test that launches this reads it.
 TEST(Rank, OneIsKilledInTheMiddleOfAStep) {
   const auto comm = connect("killed");

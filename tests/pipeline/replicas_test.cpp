@@ -40,6 +40,12 @@ std::string construction(const std::string& kind, int num_ranks, const StageFact
   return *texts.begin();
 }
 
+class Warnings : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
+  std::vector<std::string> texts;
+};
+
 // --- tied parameters
 
 TEST(TiedParameters, OfStagesOnDifferentRanksAreAnError) {
@@ -105,6 +111,28 @@ TEST(TiedParameters, AWeightHandedOnAsAnActivation) {
       for (const auto& item : child.value()->named_parameters())
         EXPECT_LE(difference(item.value().grad(), model[comm->rank()]->named_parameters()[item.key()].grad()), 1e-12);
   });
+}
+
+TEST(TiedParameters, ThatAStageUsesWithoutRegisteringThemAreNamedInOneWarning) {
+  std::vector<std::vector<std::string>> said(kRanks);
+  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    Warnings warnings;
+    const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+    Layer first(0);  // as in a process: each rank has its own
+    DualPipe pipe(comm, {.num_micro_batches = kMicroBatches, .schedule = "1f1b"}, [first](int stage) {
+      Layer module = stage == 0 ? first : Layer(stage);
+      return Stage(module).compute("layer", [=](const at::Tensor& x) mutable {
+        const at::Tensor y = module->forward(x);
+        return stage + 1 == kRanks ? y.matmul(first->weight.t()) : y;
+      });
+    });
+    for (int i = 0; i < 2; ++i) pipe->step(random_batch(16, 1), squared_error());
+    said[comm->rank()] = warnings.texts;
+  });
+  for (int rank = 0; rank + 1 < kRanks; ++rank) EXPECT_TRUE(said[rank].empty()) << ::testing::PrintToString(said[rank]);
+  ASSERT_EQ(said[kRanks - 1].size(), 1u);
+  EXPECT_THAT(said[kRanks - 1][0], AllOf(HasSubstr("rank 3: stage 3 uses a tensor of sizes [6, 6]"),
+                                         HasSubstr("Register it with the stage's module")));
 }
 
 // --- copies that drift
@@ -198,12 +226,6 @@ TEST(Replicas, AreComparedInTheFirstStepUnlessToldOtherwise) {
 }
 
 // --- buffers that holders change in different ways
-
-class Warnings : public c10::WarningHandler {
- public:
-  void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
-  std::vector<std::string> texts;
-};
 
 TEST(Replicas, BuffersThatAreLostAreNamedInOneWarning) {
   struct NormalizedImpl : torch::nn::Module {

@@ -36,7 +36,7 @@ concept OwnsModule = requires(const M& module) { module_pointer(module); };
 ///                where that is one number; what the first module of a Sequential takes is known to that module only.
 /// @throws InvalidArgument  an empty holder or a null pointer.
 template <class M>
-Stage as_stage(M module) {
+Stage as_stage(const M& module) {
   static_assert(detail::OwnsModule<M>,
                 "as_stage takes a module: a holder such as torch::nn::Linear, or a std::shared_ptr to a class that "
                 "derives from torch::nn::Module");

@@ -78,6 +78,9 @@ class StageRun {
   DUALPIPE_DECL Tensors backward(Tensors output_gradients);        ///< B
   DUALPIPE_DECL Tensors backward_input(Tensors output_gradients);  ///< I
 
+  /// Tensors that the backward would accumulate gradients into. Between the way forward and the way back, in training.
+  DUALPIPE_DECL Tensors leaves() const;
+
   int num_nodes() const { return num_nodes_; }
   /// The chain's node that runs or ran last on this way; before the first, -1 forward and num_nodes() backward.
   int node() const { return backward_ ? next_ + 1 : next_ - 1; }

@@ -19,8 +19,8 @@ class MicroBatch {
  public:
   /// @param received  the inputs come from another stage, which wants their gradients.
   /// @param shared    see StageRun.
-  DUALPIPE_DECL MicroBatch(const Stage& stage, Tensors inputs, StageContext context, StageLoss loss, bool received,
-                           SharedPairs shared);
+  DUALPIPE_DECL MicroBatch(const Stage& stage, const Tensors& inputs, const StageContext& context, StageLoss loss,
+                           bool received, SharedPairs shared);
 
   StageRun& run() { return run_; }
 

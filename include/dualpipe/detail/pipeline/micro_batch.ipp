@@ -6,8 +6,8 @@
 
 namespace dualpipe::detail {
 
-MicroBatch::MicroBatch(const Stage& stage, Tensors inputs, StageContext context, StageLoss loss, bool received,
-                       SharedPairs shared)
+MicroBatch::MicroBatch(const Stage& stage, const Tensors& inputs, const StageContext& context, StageLoss loss,
+                       bool received, SharedPairs shared)
     : run_(stage, inputs, context, std::move(loss), std::move(shared)) {
   if (!context.training || !received) return;
   for (const at::Tensor& input : inputs) {

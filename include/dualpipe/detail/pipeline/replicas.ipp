@@ -306,7 +306,7 @@ void Replicas::warn_of_lost_buffers() {
   if (found.empty()) return;
   watches_buffers_ = false;
   const std::string text = text_of(found);
-  if (communicator_.rank() == 0)
+  if (communicator_.rank() == 0) {
     TORCH_WARN(
         "ranks that hold the same stage have changed its buffers in different ways, each by its own micro-batches: ",
         text,
@@ -314,6 +314,7 @@ void Replicas::warn_of_lost_buffers() {
         "statistics, as those of BatchNorm, come from a part of the batch. Layers without them (GroupNorm, "
         "LayerNorm) do not have this problem, nor have kinds that keep each stage on one rank (dualpipev, zbv, "
         "1f1b). This is said once");
+  }
 }
 
 }  // namespace dualpipe::detail

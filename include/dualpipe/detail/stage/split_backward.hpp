@@ -52,6 +52,9 @@ class BackwardGraph {
   BackwardGraph(BackwardGraph&&) noexcept = default;
   BackwardGraph& operator=(BackwardGraph&&) noexcept = default;
 
+  /// What a backward would accumulate into, before one has run: each tensor that requires grad and is no result.
+  DUALPIPE_DECL Tensors leaves() const;
+
   /// B: all gradients in one run of the engine; parameters' gradients are accumulated. Frees the graph.
   ///
   /// @param output_gradients  one per output; undefined where nothing flows in; ignored where the output has no

@@ -8,6 +8,7 @@
 #include <c10/util/flat_hash_map.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/tensor.h>
 #include <torch/csrc/autograd/variable.h>
@@ -202,6 +203,22 @@ BackwardGraph::Roots BackwardGraph::start(const char* what, const Tensors& outpu
     roots.gradients.push_back(output_gradients[i]);
   }
   return roots;
+}
+
+Tensors BackwardGraph::leaves() const {
+  Tensors found;
+  ska::flat_hash_set<const torch::autograd::Node*> seen;
+  std::vector<const torch::autograd::Node*> stack;
+  for (const auto& edge : outputs_) stack.push_back(edge.function.get());
+  while (!stack.empty()) {
+    const torch::autograd::Node* const node = stack.back();
+    stack.pop_back();
+    if (node == nullptr || !seen.insert(node).second) continue;
+    if (const auto* accumulator = dynamic_cast<const torch::autograd::AccumulateGrad*>(node))
+      found.push_back(accumulator->variable);
+    for (const auto& edge : node->next_edges()) stack.push_back(edge.function.get());
+  }
+  return found;
 }
 
 Tensors BackwardGraph::backward(const Tensors& output_gradients) {

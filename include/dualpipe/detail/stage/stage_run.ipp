@@ -145,6 +145,13 @@ void StageRun::finish_forward() {
   if (nodes_.back().communication) values_ = detail::detach_outputs(values_, context_.training);
 }
 
+Tensors StageRun::leaves() const {
+  Tensors all;
+  for (const Node& node : nodes_)
+    for (at::Tensor& leaf : node.graph.leaves()) all.push_back(std::move(leaf));
+  return all;
+}
+
 void StageRun::start_backward(Tensors output_gradients, bool whole_first) {
   backward_ = true;
   whole_first_ = whole_first;
