@@ -25,7 +25,6 @@ struct RunContext {
   Mailbox mailbox = {};
   MicroBatches micro_batches = {};
   RunOutputs outputs = {};
-  bool found_unregistered = false;
 
   int rank() const { return communicator.rank(); }
   /// As errors name this rank.

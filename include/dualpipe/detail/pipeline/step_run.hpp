@@ -46,8 +46,8 @@ class StepRun {
   DUALPIPE_DECL void start_backward();
   DUALPIPE_DECL Event advance();
   DUALPIPE_DECL void end_forward();
-  /// Once, if the forward used a parameter that no module of this rank has.
-  DUALPIPE_DECL void warn_of_unregistered() const;
+  /// @throws InvalidArgument  in the first step: the forward has used a parameter that no module of this rank has.
+  DUALPIPE_DECL void check_registered() const;
   DUALPIPE_DECL void end_backward();
   DUALPIPE_DECL void release_backward();
   DUALPIPE_DECL void record(const PairOp& op, const Mark& begin) const;

@@ -3,7 +3,6 @@
 #include "dualpipe/detail/pipeline/step_run.hpp"
 
 #include <ATen/ATen.h>
-#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <exception>
@@ -173,26 +172,24 @@ void StepRun::start_backward() {
   backward_->start_backward(std::move(gradients), context_.inputs.loss_scale, whole);
 }
 
-void StepRun::warn_of_unregistered() const {
-  if (!context_.inputs.training || context_.inputs.step != 0 || context_.found_unregistered) return;
+void StepRun::check_registered() const {
+  if (!context_.inputs.training || context_.inputs.step != 0) return;
   const Tensors registered = unique_parameters(context_.stages);
-  for (const at::Tensor& leaf : forward_->run().leaves()) {
-    if (std::any_of(registered.begin(), registered.end(), [&](const at::Tensor& each) { return each.is_same(leaf); }))
-      continue;
-    context_.found_unregistered = true;
-    TORCH_WARN("rank ", context_.world_rank(), ": stage ", forward_op_->stage, " uses a tensor of sizes ", leaf.sizes(),
-               " that requires grad and is a parameter of none of this rank's stages. DualPipe's parameters() do not "
-               "have it, and its gradient is neither summed over the ranks that hold the stage nor put back after a "
-               "failed step; if a stage of another rank has it as a parameter, that trains a copy of its own. Register "
-               "it with the stage's module. This is said once");
-    return;
-  }
+  for (const at::Tensor& leaf : forward_->run().leaves())
+    DUALPIPE_CHECK(
+        std::any_of(registered.begin(), registered.end(), [&](const at::Tensor& each) { return each.is_same(leaf); }),
+        "stage ", forward_op_->stage, ", its loss included, uses a tensor of sizes ", leaf.sizes(),
+        " that requires grad and is a parameter of none of this rank's stages. DualPipe's parameters() do not have it, "
+        "its "
+        "gradient is neither summed over the ranks that hold the stage nor put back after a failed step, and if a "
+        "stage of "
+        "another rank has it as a parameter, that trains a copy of its own. Register it with the stage's module");
 }
 
 void StepRun::end_forward() {
   const Op op = *forward_op_;
   Tensors outputs = forward_->finish_forward();
-  warn_of_unregistered();
+  check_registered();
   if (const auto result = output_of(op, context_.num_stages())) {
     add_shared(outputs, forward_->run().shared());
     context_.mailbox.put(*result, std::move(outputs));
