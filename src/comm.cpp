@@ -1,4 +1,5 @@
 // The bodies of the communicators, compiled once.
+#include "dualpipe/detail/comm/activity.ipp"
 #include "dualpipe/detail/comm/communicator.ipp"
 #include "dualpipe/detail/comm/local.ipp"
 #include "dualpipe/detail/comm/message.ipp"

@@ -1,5 +1,6 @@
 #include "socket/connect.hpp"
 
+#include <fcntl.h>
 #include <netinet/tcp.h>
 
 #include <algorithm>
@@ -212,11 +213,13 @@ class ConnectionBuilder {
   void keep(int rank, Attempt& attempt, std::int64_t clock_offset_ns) {
     attempt.timer.cancel();
     Socket& socket = attempt.socket;
+    const int fd = socket.native_handle();
+    // A program that this process starts, as a data loader does, must not keep the connection open after its death.
+    ::fcntl(fd, F_SETFD, FD_CLOEXEC);
     if (socket.local_endpoint().protocol().family() != AF_UNIX) {
       socket.set_option(tcp::no_delay(true));
       // An idle connection notices within half a minute that a host has lost its power or its network. While operations
       // are pending, their deadlines do.
-      const int fd = socket.native_handle();
       const auto set = [fd](int level, int option, int value) {
         ::setsockopt(fd, level, option, &value, sizeof value);
       };

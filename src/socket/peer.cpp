@@ -78,6 +78,10 @@ void Peer::beat() {
   enqueue({wire::beat_frame()});
 }
 
+void Peer::ask() { enqueue({wire::question_frame()}); }
+
+void Peer::answer(const RankActivity& activity) { enqueue({wire::answer_frame(activity)}); }
+
 void Peer::shut() { ::shutdown(handle_, SHUT_RDWR); }
 
 void Peer::tell(const wire::Failure& failure) {
@@ -243,6 +247,12 @@ bool Peer::parse_frame() {
       owner_.told_of_failure(*this, wire::read_failure(head));
       return true;
     case wire::Kind::beat:
+      return true;
+    case wire::Kind::question:
+      owner_.asked(*this);
+      return true;
+    case wire::Kind::answer:
+      owner_.answered(*this, wire::read_answer(head));
       return true;
     case wire::Kind::message:
       break;

@@ -26,6 +26,8 @@ class PeerOwner {
   virtual void arrived(Peer& peer, Message message) = 0;
   virtual void voted(Peer& peer, Vote vote) = 0;
   virtual void told_of_failure(Peer& peer, wire::Failure failure) = 0;
+  virtual void asked(Peer& peer) = 0;
+  virtual void answered(Peer& peer, RankActivity activity) = 0;
   virtual void said_goodbye(Peer& peer, const Word& word) = 0;
   /// Nothing more comes from the peer; `why` completes "rank 2 …".
   ///
@@ -60,6 +62,8 @@ class Peer : public std::enable_shared_from_this<Peer> {
   void tell(const wire::Failure& failure);
   /// Tells the peer that this rank lives, unless something is under way that does.
   void beat();
+  void ask();
+  void answer(const RankActivity& activity);
   /// Ends the connection.
   void shut();
   /// Whether everything sent reaches the peer even if this process ends now.

@@ -8,8 +8,11 @@
 #include <asio/post.hpp>
 #include <asio/steady_timer.hpp>
 #include <atomic>
+#include <condition_variable>
 #include <csignal>
 #include <functional>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <system_error>
@@ -32,6 +35,9 @@ using Clock = std::chrono::steady_clock;
 
 /// A destroyed communicator may take this long to send what is queued.
 constexpr auto farewell_limit = 1500ms;
+
+/// A rank that lives answers at once, whatever its user's thread does.
+constexpr auto answer_limit = 1s;
 
 /// The thread that runs `io`; stopped and joined by the destructor.
 class IoThread {
@@ -135,6 +141,33 @@ class SocketTransport final : public Transport, public PeerOwner {
     return end;
   }
 
+  std::vector<int> missing_votes(std::int64_t group, const std::vector<int>& /*members*/,
+                                 std::uint64_t step) const override {
+    return steps_.missing(group, step);
+  }
+
+  std::optional<RankActivity> ask(int rank) override {
+    if (rank < 0 || rank >= size() || rank == this->rank()) return std::nullopt;  // nonsense from a peer
+    Peer& peer = *peers_[static_cast<std::size_t>(rank)];
+    if (peer.is_over()) return std::nullopt;
+    std::unique_lock lock(answers_mutex_);
+    answers_.erase(rank);
+    peer.ask();
+    waiting(true);
+    answers_changed_.wait_for(lock, answer_limit, [&] { return answers_.contains(rank); });
+    waiting(false);
+    const auto answer = answers_.find(rank);
+    return answer == answers_.end() ? std::nullopt : std::optional(answer->second);
+  }
+
+  void asked(Peer& peer) override { peer.answer(activity()); }
+
+  void answered(Peer& peer, RankActivity activity) override {
+    const std::lock_guard lock(answers_mutex_);
+    answers_[peer.rank()] = std::move(activity);
+    answers_changed_.notify_all();
+  }
+
   void waiting(bool begins) const override {
     if (!begins) {
       --waiting_;
@@ -234,6 +267,10 @@ class SocketTransport final : public Transport, public PeerOwner {
 
   Steps::Peers peers_;
   Steps steps_;
+  std::mutex answers_mutex_;  // guards these two
+  std::condition_variable answers_changed_;
+  std::map<int, RankActivity> answers_;
+
   std::atomic<bool> failed_{false};
   std::atomic<bool> leaving_{false};
   mutable std::atomic<int> waiting_{0};

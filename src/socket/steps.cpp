@@ -26,6 +26,11 @@ StepEnd Steps::wait(std::int64_t group, std::uint64_t step, std::chrono::steady_
   return end;
 }
 
+std::vector<int> Steps::missing(std::int64_t group, std::uint64_t step) const {
+  const std::lock_guard lock(mutex_);
+  return step == 0 ? std::vector<int>() : protocol_.end(group, step).missing;
+}
+
 void Steps::vote_arrived(int from, Vote vote) {
   const std::lock_guard lock(mutex_);
   protocol_.vote_arrived(from, std::move(vote));

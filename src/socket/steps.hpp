@@ -31,6 +31,9 @@ class Steps {
   /// failure it is open no longer.
   StepEnd wait(std::int64_t group, std::uint64_t step, std::chrono::steady_clock::time_point deadline);
 
+  /// Ranks of the step whose votes have not come.
+  std::vector<int> missing(std::int64_t group, std::uint64_t step) const;
+
   // What happens. After a failure each tells the other ranks what is new.
   void vote_arrived(int from, Vote vote);
   void goodbye_arrived(int from, const Word& word);

@@ -165,11 +165,21 @@ std::string goodbye_frame(const Word& word) {
 }
 
 std::string beat_frame() { return Writer().finish(Kind::beat, 0); }
+std::string question_frame() { return Writer().finish(Kind::question, 0); }
+
+std::string answer_frame(const RankActivity& activity) {
+  Writer out;
+  out.put(static_cast<std::uint32_t>(activity.waits_for.size()));
+  for (const int rank : activity.waits_for) out.put(static_cast<std::int32_t>(rank));
+  out.put_text(activity.operation);
+  out.put(activity.seconds);
+  return out.finish(Kind::answer, 0);
+}
 
 Prefix read_prefix(std::string_view bytes) {
   Reader in(bytes);
   const auto prefix = in.get<Prefix>();
-  const bool known = prefix.kind >= Kind::message && prefix.kind <= Kind::beat;
+  const bool known = prefix.kind >= Kind::message && prefix.kind <= Kind::answer;
   const bool too_long = prefix.head_bytes > longest_head || (prefix.kind != Kind::message && prefix.payload_bytes != 0);
   if (prefix.magic != Prefix().magic || !known || too_long)
     throw Malformed(str("a frame begins with ", prefix.magic, " ", static_cast<std::uint32_t>(prefix.kind), " ",
@@ -219,6 +229,17 @@ Failure read_failure(std::string_view head) {
   failure.word = get_word(in);
   in.finish();
   return failure;
+}
+
+RankActivity read_answer(std::string_view head) {
+  Reader in(head);
+  RankActivity activity;
+  activity.waits_for.resize(in.get_count(sizeof(std::int32_t)));
+  for (int& rank : activity.waits_for) rank = in.get<std::int32_t>();
+  activity.operation = in.get_text();
+  activity.seconds = in.get<double>();
+  in.finish();
+  return activity;
 }
 
 Word read_goodbye(std::string_view head) {

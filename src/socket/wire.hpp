@@ -6,6 +6,7 @@
 #include <string>
 #include <string_view>
 
+#include "dualpipe/detail/comm/activity.hpp"
 #include "dualpipe/detail/comm/message.hpp"
 #include "socket/commit.hpp"
 
@@ -28,7 +29,9 @@ enum class Kind : std::uint32_t {
   vote = 2,
   failure = 3,  ///< the reason, and a word about the ends of steps
   goodbye = 4,
-  beat = 5,  ///< the sender lives
+  beat = 5,      ///< the sender lives
+  question = 6,  ///< what does the receiver do?
+  answer = 7,
 };
 
 struct Prefix {
@@ -50,6 +53,8 @@ std::string vote_frame(const Vote& vote);
 std::string failure_frame(const Failure& failure);
 std::string goodbye_frame(const Word& word);
 std::string beat_frame();
+std::string question_frame();
+std::string answer_frame(const RankActivity& activity);
 
 /// These throw Malformed.
 Prefix read_prefix(std::string_view bytes);  ///< of sizeof(Prefix) bytes
@@ -57,6 +62,7 @@ Header read_header(std::string_view head);
 Vote read_vote(std::string_view head);
 Failure read_failure(std::string_view head);
 Word read_goodbye(std::string_view head);
+RankActivity read_answer(std::string_view head);
 /// Fresh memory for the tensors that `header` announces. @throws Malformed  they do not have `payload_bytes` in all.
 Tensors allocate(const Header& header, std::uint64_t payload_bytes);
 

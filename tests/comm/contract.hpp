@@ -41,6 +41,8 @@ struct BackEnd {
   bool buffered = true;
   /// Whether all_reduce adds in rank order.
   bool rank_order = true;
+  /// Whether a deadline of any operation names the rank for which all others wait.
+  bool follows_waits = true;
 };
 inline std::ostream& operator<<(std::ostream& out, const BackEnd& back_end) { return out << back_end.name; }
 inline std::string name_of(const ::testing::TestParamInfo<BackEnd>& info) { return info.param.name; }

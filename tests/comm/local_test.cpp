@@ -4,9 +4,12 @@
 #include <torch/torch.h>
 
 #include <atomic>
+#include <map>
+#include <optional>
 #include <thread>
 
 #include "comm/contract.hpp"
+#include "dualpipe/detail/comm/activity.hpp"
 
 namespace dualpipe {
 namespace {
@@ -189,6 +192,26 @@ TEST(SignatureText, NamesWhatTravels) {
   EXPECT_EQ(to_string(signature_of({leaf, at::Tensor(), torch::tensor(true), torch::zeros({0}, at::kBFloat16)})),
             "[float32 [4, 8] requires_grad, undefined, bool [], bfloat16 [0]]");
   EXPECT_EQ(to_string(Signature{}), "[]");
+}
+
+// ---- who is to blame for a wait
+
+TEST(Culprit, IsWhoWaitsForNobody) {
+  std::map<int, detail::RankActivity> ranks{
+      {1, {{2, 3}, "barrier", 2}}, {2, {{3}, "receive from rank 3", 1}}, {3, {{}, "split", 7.5}}};
+  const auto ask = [&](int rank) { return ranks.contains(rank) ? std::optional(ranks.at(rank)) : std::nullopt; };
+  const detail::Culprit busy = detail::find_culprit(0, {1}, ask);
+  EXPECT_EQ(busy.rank, 3);
+  EXPECT_EQ(busy.chain,
+            "; rank 1 waits for rank 2, rank 3 in barrier; rank 2 waits for rank 3 in receive from rank 3; rank 3 runs "
+            "code of its own for 7.5 s, since split");
+  ranks.erase(3);
+  EXPECT_THAT(detail::find_culprit(0, {2, 1}, ask).chain, ::testing::EndsWith("; rank 3 does not answer"));
+  ranks[3] = {{0}, "receive from rank 0", 1};
+  const detail::Culprit circle = detail::find_culprit(0, {2}, ask);
+  EXPECT_EQ(circle.rank, 2);
+  EXPECT_THAT(circle.chain,
+              ::testing::EndsWith("rank 3 waits for rank 0 in receive from rank 0; they wait for each other"));
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <csignal>
+#include <cstdlib>
 #include <functional>
 #include <iostream>
 #include <map>
@@ -71,6 +72,21 @@ void struck(const World& world, int signal, std::chrono::milliseconds timeout) {
   } catch (const CommError& error) {
     std::cout << "origin " << error.origin_rank() << " message " << error.what() << std::endl;
     throw;
+  }
+}
+
+/// Rank 1 is killed, and leaves a program behind that it has started.
+void survived_by_a_child(const World& world) {
+  const auto comm = connect_sockets(world, {.timeout = 60s});
+  exchange(comm, 2);
+  if (world.rank == 1) {
+    require(std::system("sleep 4 </dev/null >/dev/null 2>&1 &") == 0, "no shell");
+    std::raise(SIGKILL);
+  }
+  try {
+    comm->barrier().wait();
+  } catch (const CommError& error) {
+    std::cout << "origin " << error.origin_rank() << " message " << error.what() << std::endl;
   }
 }
 
@@ -213,6 +229,7 @@ int main(int argc, char** argv) {
       {"bandwidth", bandwidth},
       {"steps-killed",
        [&](const World& world) { steps(world, SIGKILL, std::chrono::microseconds(std::stoi(argv[2]))); }},
+      {"child", survived_by_a_child},
       {"steps-stopped", [](const World& world) { steps(world, SIGSTOP, 20ms); }},
   };
   World world;

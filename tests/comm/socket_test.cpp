@@ -525,6 +525,13 @@ TEST_P(SocketProcesses, TheOneThatFailedIsBlamedNotThoseWhoReacted) {
             static_cast<std::size_t>(GetParam() - 1));
 }
 
+TEST_P(SocketProcesses, AChildProcessDoesNotHideADeath) {
+  Process ranks(run(GetParam(), "child"));
+  EXPECT_EQ(ranks.wait(), 128 + SIGKILL) << ranks.err();
+  expect_blame(ranks);
+  EXPECT_THAT(ranks.out(), HasSubstr("rank 1 closed its connection without saying goodbye (killed?)"));
+}
+
 /// What follows "over " in the output: how many steps are over for each survivor.
 std::vector<int> steps_over(const std::string& output) {
   std::vector<int> steps;

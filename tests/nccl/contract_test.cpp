@@ -30,8 +30,12 @@ contract::BackEnd nccl(std::string name, bool communicator_per_edge) {
                        });
     test::expect_clean(emulation);
   };
-  return {
-      .name = std::move(name), .run = run, .any_order = communicator_per_edge, .buffered = false, .rank_order = false};
+  return {.name = std::move(name),
+          .run = run,
+          .any_order = communicator_per_edge,
+          .buffered = false,
+          .rank_order = false,
+          .follows_waits = false};
 }
 
 }  // namespace

@@ -58,6 +58,8 @@ enum class Reduce { sum, max, min };
 ///     communicator), so all ranks must issue theirs in one global order.
 ///   - all_reduce adds in rank order; NCCL chooses its own order. The result is bitwise the same on all ranks in any
 ///     case.
+///   - A deadline names the rank for which all others wait, directly or not; with NCCL, and between wrappers, the rank
+///     for which the operation waits.
 ///   - Span::begin of a receive is exact between ranks of one host; across hosts the difference of the clocks is an
 ///     estimate.
 class Communicator : public std::enable_shared_from_this<Communicator> {

@@ -163,6 +163,29 @@ TEST_P(Contract, ADeadlineNamesPeerAndOperation) {
   }
 }
 
+/// Rank 0 waits for 1, that for 2, that for 3, and that for nobody: it is named, whoever's deadline comes first.
+TEST_P(Contract, ADeadlineNamesTheRankForWhichAllWait) {
+  if (!GetParam().follows_waits) GTEST_SKIP() << "its deadlines name the rank for which an operation waits";
+  const std::vector<std::function<void(Communicator&)>> calls = {
+      [](Communicator& comm) { comm.receive(comm.rank() + 1).wait(); },
+      [](Communicator& comm) { comm.commit(""); },
+  };
+  for (const auto& call : calls) {
+    std::latch over(3);
+    run(
+        4,
+        [&](Ptr comm) {
+          if (comm->rank() == 3) return over.wait();
+          std::this_thread::sleep_for(50ms * comm->rank());
+          const CommError error = comm_error([&] { call(*comm); });
+          over.count_down();
+          EXPECT_EQ(error.origin_rank(), 3);
+          EXPECT_THAT(error.what(), HasSubstr("rank 3 runs code of its own"));
+        },
+        300ms);
+  }
+}
+
 TEST_P(Contract, AnAbortEndsEveryKindOfWait) {
   struct Case {
     const char* name;

@@ -50,6 +50,11 @@ class LocalSteps {
     });
     return end;
   }
+  /// Ranks that have not voted.
+  std::vector<int> missing(std::int64_t number, const std::vector<int>& members, std::uint64_t step) {
+    const std::lock_guard lock(mutex_);
+    return end_of(group_of(number, members), members, step).missing;
+  }
   void fail() {
     const std::lock_guard lock(mutex_);
     failed_ = true;
@@ -129,6 +134,15 @@ class LocalTransport final : public Transport, public std::enable_shared_from_th
   }
   StepEnd wait_for_step(std::int64_t group, const std::vector<int>& members, std::uint64_t step) override {
     return steps_->wait(group, members, step, deadline());
+  }
+
+  std::vector<int> missing_votes(std::int64_t group, const std::vector<int>& members,
+                                 std::uint64_t step) const override {
+    return steps_->missing(group, members, step);
+  }
+  std::optional<RankActivity> ask(int rank) override {
+    const auto other = (*ranks_)[static_cast<std::size_t>(rank)].lock();
+    return other == nullptr ? std::nullopt : std::optional(other->activity());
   }
 
   template <class Action>

@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "dualpipe/detail/comm/activity.hpp"
 #include "dualpipe/detail/comm/message.hpp"
 #include "dualpipe/detail/comm/step_end.hpp"
 
@@ -94,6 +95,11 @@ class Transport {
   /// Returns when the step is no longer open, when a rank that has not voted has left, or at the deadline. After a
   /// failure it is open no longer.
   virtual StepEnd wait_for_step(std::int64_t group, const std::vector<int>& members, std::uint64_t step) = 0;
+  /// Ranks whose votes for the step have not come.
+  virtual std::vector<int> missing_votes(std::int64_t group, const std::vector<int>& members,
+                                         std::uint64_t step) const = 0;
+  /// What another rank does; nothing if it does not answer within a second.
+  virtual std::optional<RankActivity> ask(int rank) = 0;
   /// Called when the rank starts or stops blocking, with the mutex held. A back end that stops reading while nobody
   /// takes what has arrived must read on meanwhile: the wanted message may come later.
   virtual void waiting(bool /*begins*/) const {}
@@ -107,6 +113,8 @@ class Transport {
   /// Another rank has aborted: as abort(), without spread().
   DUALPIPE_DECL void failed(int origin, const std::string& reason) noexcept;
 
+  /// What this rank does. Any thread.
+  DUALPIPE_DECL RankActivity activity() const;
   /// Of an operation that begins to wait now.
   std::chrono::steady_clock::time_point deadline() const { return std::chrono::steady_clock::now() + timeout_; }
 
@@ -119,6 +127,14 @@ class Transport {
   struct Failure {
     int origin = -1;
     std::string reason;
+  };
+  /// What the rank waits for: requests, or the votes of a step.
+  struct Wait {
+    std::string operation;
+    std::span<const std::shared_ptr<Request>> requests = {};
+    std::int64_t group = 0;
+    std::vector<int> members = {};  ///< of the step; empty: it waits for requests
+    std::uint64_t step = 0;
   };
   using QueueKey = std::tuple<int, std::int64_t, Channel>;  // peer, group, channel
 
@@ -133,8 +149,13 @@ class Transport {
   [[noreturn]] DUALPIPE_DECL void throw_failure(const Request& request) const;  // mutex held
   /// "rank 3: barrier (collective 4 of group 0): …"
   DUALPIPE_DECL std::string report(const Request& request, const std::string& problem) const;
-  /// Why this rank waits no longer for `missing`, the first of which has left or not.
-  DUALPIPE_DECL std::string waited_for(const std::vector<int>& missing, bool has_left) const;
+  DUALPIPE_DECL std::vector<int> missing_of(std::span<const std::shared_ptr<Request>> requests) const;  // mutex held
+  /// The error of a rank that waits no longer.
+  DUALPIPE_DECL CommError overdue(const Request& request, const std::vector<int>& missing);
+  DUALPIPE_DECL CommError has_left(const Request& request, int peer) const;
+  /// Notes what the rank waits in, until end_wait().
+  DUALPIPE_DECL void begin_wait(Wait wait);               // mutex held
+  DUALPIPE_DECL void end_wait();                          // mutex held
   DUALPIPE_DECL bool lost(const Request& request) const;  // mutex held
 
   const int rank_;
@@ -149,6 +170,9 @@ class Transport {
   std::map<QueueKey, MatchQueue> queues_;
   std::vector<bool> departed_;
   std::optional<Failure> failure_;
+  std::optional<Wait> wait_;
+  std::string last_wait_;
+  std::chrono::steady_clock::time_point wait_changed_ = std::chrono::steady_clock::now();
   std::weak_ptr<TransportListener> listener_;
   std::atomic<bool> has_listener_{false};
 };

@@ -146,22 +146,28 @@ void Transport::wait(std::span<const std::shared_ptr<Request>> requests, const R
     }
     return failure_ || gone != nullptr || all_requests_done(requests);
   };
-  if (!over()) {
+  if (over()) {
+    if (failure_) throw_failure(whole);
+  } else {
+    begin_wait({.operation = whole.describe(), .requests = requests});
     waiting(true);
     changed_.wait_until(lock, until, over);
     waiting(false);
   }
-  if (failure_) throw_failure(whole);
-  if (gone != nullptr) {
+  const std::vector<int> missing = failure_ || gone != nullptr ? std::vector<int>() : missing_of(requests);
+  std::optional<CommError> error;
+  if (!missing.empty()) {
     lock.unlock();
-    raise(gone->peer, whole, waited_for({gone->peer}, true));
+    error = overdue(whole, missing);
+    lock.lock();
   }
-  std::vector<int> missing;
-  for (const auto& request : requests)
-    if (!request->done) missing.push_back(request->peer);
-  if (missing.empty()) return;
+  end_wait();
+  if (failure_) throw_failure(whole);
+  if (gone != nullptr) error = has_left(whole, gone->peer);
+  if (!error) return;
   lock.unlock();
-  raise(missing.front(), whole, waited_for(missing, false));
+  abort(error->origin_rank(), error->what());
+  throw *error;
 }
 
 std::vector<std::string> Transport::commit(std::int64_t group, const std::vector<int>& members, std::string ballot) {
@@ -169,12 +175,21 @@ std::vector<std::string> Transport::commit(std::int64_t group, const std::vector
       Request::collective({.group = group, .channel = Channel::collective, .operation = "commit", .signature = {}});
   throw_if_failed(whole);
   whole.header.sequence = vote(group, members, std::move(ballot));
-  StepEnd end = wait_for_step(group, members, whole.header.sequence);
+  const std::uint64_t step = whole.header.sequence;
+  {
+    const std::lock_guard lock(mutex_);
+    begin_wait({.operation = whole.describe(), .group = group, .members = members, .step = step});
+  }
+  StepEnd end = wait_for_step(group, members, step);
   std::optional<CommError> own;
   if (end.outcome == StepOutcome::open) {
-    own.emplace(end.missing.front(), whole.operation(), report(whole, waited_for(end.missing, end.has_left)));
+    own = end.has_left ? has_left(whole, end.missing.front()) : overdue(whole, end.missing);
     abort(own->origin_rank(), own->what());
-    end = wait_for_step(group, members, whole.header.sequence);  // it may have ended since
+    end = wait_for_step(group, members, step);  // it may have ended since
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    end_wait();
   }
   if (end.outcome == StepOutcome::over) return std::move(end.ballots);
   const std::lock_guard lock(mutex_);
@@ -245,11 +260,45 @@ std::string Transport::report(const Request& request, const std::string& problem
   return str("rank ", rank_, ": ", request.describe(), ": ", problem);
 }
 
-std::string Transport::waited_for(const std::vector<int>& missing, bool has_left) const {
-  if (has_left) return str("rank ", missing.front(), " has left, having destroyed its communicator");
-  std::string ranks;
-  for (const int rank : missing) ranks += str(ranks.empty() ? "" : ", ", "rank ", rank);
-  return str("waited for ", ranks, " longer than the timeout of ", timeout_.count(), " ms");
+std::vector<int> Transport::missing_of(std::span<const std::shared_ptr<Request>> requests) const {
+  std::vector<int> missing;
+  for (const auto& request : requests)
+    if (!request->done) missing.push_back(request->peer);
+  return missing;
+}
+
+CommError Transport::overdue(const Request& request, const std::vector<int>& missing) {
+  const Culprit culprit = find_culprit(rank_, missing, [this](int other) { return ask(other); });
+  return {culprit.rank, request.operation(),
+          report(request, str("waited for ", list_of_ranks(missing), " longer than the timeout of ", timeout_.count(),
+                              " ms", culprit.chain))};
+}
+
+CommError Transport::has_left(const Request& request, int peer) const {
+  return {peer, request.operation(),
+          report(request, str("rank ", peer, " has left, having destroyed its communicator"))};
+}
+
+void Transport::begin_wait(Wait wait) {
+  wait_ = std::move(wait);
+  wait_changed_ = std::chrono::steady_clock::now();
+}
+
+void Transport::end_wait() {
+  if (!wait_) return;
+  last_wait_ = std::move(wait_->operation);
+  wait_.reset();
+  wait_changed_ = std::chrono::steady_clock::now();
+}
+
+RankActivity Transport::activity() const {
+  const std::lock_guard lock(mutex_);
+  const std::chrono::duration<double> since = std::chrono::steady_clock::now() - wait_changed_;
+  if (!wait_) return {.waits_for = {}, .operation = last_wait_, .seconds = since.count()};
+  return {.waits_for = wait_->members.empty() ? missing_of(wait_->requests)
+                                              : missing_votes(wait_->group, wait_->members, wait_->step),
+          .operation = wait_->operation,
+          .seconds = since.count()};
 }
 
 }  // namespace dualpipe::detail

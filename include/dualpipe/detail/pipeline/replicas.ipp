@@ -7,6 +7,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <iterator>
+#include <map>
 #include <optional>
 #include <sstream>
 #include <unordered_set>
@@ -14,6 +16,7 @@
 
 #include "dualpipe/detail/comm/agree.hpp"
 #include "dualpipe/detail/host.hpp"
+#include "dualpipe/detail/pipeline/device_hash.hpp"
 #include "dualpipe/detail/pipeline/digest.hpp"
 
 namespace dualpipe::detail {
@@ -66,53 +69,94 @@ Tensors unique_parameters(const std::map<int, Stage>& stages) {
   return parameters;
 }
 
-/// What each rank says of its parameters, so that ranks that are threads of one process see what they share: the
-/// process, then stage, address and name of each parameter, a line each.
+/// Of type, sizes and values. Those of a device are hashed there.
+inline std::uint64_t digest_of(const at::Tensor& tensor) {
+  Digest digest;
+  digest.add_values({tensor});
+  if (tensor.defined() && !tensor.is_cpu())
+    digest.add(static_cast<std::uint64_t>(device_hash(tensor).item<std::int64_t>()));
+  return digest.value();
+}
+
+/// As for a parameter that begins with one value throughout: such ones are equal without having to do with each other.
+constexpr std::uint64_t no_digest = 0;
+
+inline std::uint64_t digest_of_start(const at::Tensor& parameter) {
+  const at::Tensor flat = parameter.detach().flatten();
+  return flat.numel() < 2 || flat.eq(flat[0]).all().item<bool>() ? no_digest : digest_of(parameter);
+}
+
+/// A parameter, as all ranks hear of it.
+struct ParameterPlace {
+  int rank = 0;
+  int stage = 0;
+  std::string address;  ///< with the process: ranks that are threads see what they share
+  std::uint64_t digest = no_digest;
+  std::string name;
+};
+
+/// The process, and a line for each parameter.
 inline std::string parameters_text(const std::map<int, Stage>& stages) {
+  const at::NoGradGuard no_grad;
   std::string text = str(boot_id(), '-', ::getpid(), '\n');
   for (const auto& [number, stage] : stages) {
     if (!stage.module()) continue;
     for (const auto& item : stage.module()->named_parameters())
       if (item.value().defined() && item.value().has_storage() && item.value().numel() > 0)
-        text += str(number, ' ', item.value().const_data_ptr(), ' ', item.key(), '\n');
+        text +=
+            str(number, ' ', item.value().const_data_ptr(), ' ', digest_of_start(item.value()), ' ', item.key(), '\n');
   }
   return text;
 }
 
 /// @param texts  of all ranks.
-inline void check_not_shared(const std::vector<std::string>& texts, const Schedule& schedule) {
-  struct Place {
-    int rank, stage;
-    std::string name;
-  };
-  std::map<std::string, Place> first_places;  // by process and address
-  for (int rank = 0; rank < static_cast<int>(texts.size()); ++rank) {
+inline std::vector<ParameterPlace> parameter_places(const std::vector<std::string>& texts) {
+  std::vector<ParameterPlace> places;
+  for (int rank = 0; rank < std::ssize(texts); ++rank) {
     std::istringstream lines(texts[rank]);
-    std::string process, address;
+    std::string process;
     std::getline(lines, process);
-    Place place{rank, 0, {}};
-    while (lines >> place.stage >> address && std::getline(lines >> std::ws, place.name)) {
-      const auto& first = first_places.try_emplace(str(process, ' ', address), place).first->second;
-      const std::vector<int> ranks = holders(schedule, place.stage), first_ranks = holders(schedule, first.stage);
-      DUALPIPE_CHECK(
-          ranks == first_ranks, "stages ", first.stage, " and ", place.stage, " share a parameter, '", first.name,
-          "' of the one and '", place.name,
-          "' of the other, but different ranks hold them, and each would train its own copy. Kinds dualpipe, "
-          "dualpipev and zbv keep the first and the last stage on the same ranks; else let stage ",
-          std::min(first.stage, place.stage), " return the weight with its outputs, and the stages between hand it on");
-      DUALPIPE_CHECK(
-          rank == first.rank, "ranks ", first.rank, " and ", rank, " are threads of one process, and parameter '",
-          place.name, "' of stage ", place.stage,
-          " is the same tensor for both, which would train it at the same time; let the stage factory make a "
-          "module of its own each time it is called");
+    ParameterPlace place{.rank = rank, .address = {}, .name = {}};
+    while (lines >> place.stage >> place.address >> place.digest && std::getline(lines >> std::ws, place.name)) {
+      place.address = process + ' ' + place.address;
+      places.push_back(place);
     }
+  }
+  return places;
+}
+
+inline constexpr const char* ways_to_tie =
+    "Kinds dualpipe, dualpipev and zbv keep the first and the last stage on the same ranks; else let the first of the "
+    "stages return the weight with its outputs, and those between hand it on";
+
+inline void check_not_shared(const std::vector<ParameterPlace>& places, const Schedule& schedule) {
+  std::map<std::string, ParameterPlace> first_places;  // by address
+  for (const ParameterPlace& place : places) {
+    const ParameterPlace& first = first_places.try_emplace(place.address, place).first->second;
+    DUALPIPE_CHECK(holders(schedule, place.stage) == holders(schedule, first.stage), "stages ", first.stage, " and ",
+                   place.stage, " share a parameter, '", first.name, "' of the one and '", place.name,
+                   "' of the other, but different ranks hold them, and each would train its own copy. ", ways_to_tie);
+    DUALPIPE_CHECK(place.rank == first.rank, "ranks ", first.rank, " and ", place.rank,
+                   " are threads of one process, and parameter '", place.name, "' of stage ", place.stage,
+                   " is the same tensor for both, which would train it at the same time; let the stage factory make a "
+                   "module of its own each time it is called");
   }
 }
 
-inline std::uint64_t digest_of(const at::Tensor& tensor) {
-  Digest digest;
-  digest.add_values({tensor});
-  return digest.value();
+/// In processes of their own, tied stages look like stages that were seeded alike. Both are worth a word.
+inline void warn_of_equal(const std::vector<ParameterPlace>& places, const Schedule& schedule) {
+  std::map<std::pair<std::string, std::uint64_t>, int> first_stages;  // by name and digest
+  for (const ParameterPlace& place : places) {
+    if (place.digest == no_digest) continue;
+    const int first = first_stages.try_emplace({place.name, place.digest}, place.stage).first->second;
+    if (holders(schedule, place.stage) == holders(schedule, first)) continue;
+    TORCH_WARN("stages ", first, " and ", place.stage, " begin with equal values of a parameter of the same name, '",
+               place.name,
+               "', and different ranks hold them. If they were seeded alike: seed each stage by its number. If "
+               "it is one weight that both use: each will train its own copy. ",
+               ways_to_tie, ". This is said once");
+    return;
+  }
 }
 
 inline std::uint32_t version_of(const at::Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
@@ -130,7 +174,9 @@ Replicas::Replicas(Communicator& communicator, const Schedule& schedule, const s
   const auto member = [&](const std::vector<int>& ranks) {
     return std::find(ranks.begin(), ranks.end(), communicator.rank()) != ranks.end();
   };
-  check_not_shared(all_gather_text(communicator, parameters_text(stages)), schedule);
+  const auto places = parameter_places(all_gather_text(communicator, parameters_text(stages)));
+  check_not_shared(places, schedule);
+  if (communicator.rank() == 0) warn_of_equal(places, schedule);
 
   std::vector<std::shared_ptr<Communicator>> groups = make_holder_groups(communicator, sets);
   std::unordered_set<at::TensorImpl*> seen_parameters, seen_buffers;
