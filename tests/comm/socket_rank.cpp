@@ -104,6 +104,7 @@ void steps(const World& world, int signal, std::chrono::microseconds after) {
     for (;; ++over) comm->commit(std::to_string(world.rank));
   } catch (const CommError& error) {
     std::cout << "over " << over << " origin " << error.origin_rank() << " message " << error.what() << std::endl;
+    throw;
   }
 }
 

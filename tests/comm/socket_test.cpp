@@ -557,7 +557,7 @@ TEST_P(SocketProcesses, AKilledRankLeavesTheOthersAtOneStep) {
 
 TEST_P(SocketProcesses, AStoppedRankIsFoundByItsSilenceNotByTheDeadline) {
   Process ranks(run(GetParam(), "steps-stopped", {"--grace", "0.1"}));
-  ranks.wait();
+  EXPECT_EQ(ranks.wait(), 1) << ranks.err();
   const std::vector<int> over = steps_over(ranks.out());
   EXPECT_EQ(over.size(), static_cast<std::size_t>(GetParam() - 1)) << ranks.out();
   EXPECT_EQ(std::set<int>(over.begin(), over.end()).size(), 1u) << ranks.out();

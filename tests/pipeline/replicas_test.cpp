@@ -55,7 +55,7 @@ TEST(TiedParameters, OfStagesOnDifferentRanksAreAnError) {
     SCOPED_TRACE(kind);
     EXPECT_THAT(construction(kind, kRanks, factory),
                 AllOf(HasSubstr("stages 0 and 3 share a parameter, 'weight' of the one and 'weight' of the other"),
-                      HasSubstr("dualpipe, dualpipev and zbv"), HasSubstr("let stage 0 return the weight")));
+                      HasSubstr("dualpipe, dualpipev and zbv"), HasSubstr("let the first of the stages return the weight")));
   }
   // Two of a rank's own stages: of four on two ranks, 0 and 2 are on the same one.
   EXPECT_EQ(construction("interleaved", 2, [](int stage) { return Layer(stage); }), "");
