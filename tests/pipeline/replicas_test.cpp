@@ -53,9 +53,10 @@ TEST(TiedParameters, OfStagesOnDifferentRanksAreAnError) {
   const StageFactory factory = [&](int stage) { return stage == 0 || stage == 3 ? shared : Layer(stage); };
   for (const std::string kind : {"1f1b", "zb1p", "gpipe"}) {
     SCOPED_TRACE(kind);
-    EXPECT_THAT(construction(kind, kRanks, factory),
-                AllOf(HasSubstr("stages 0 and 3 share a parameter, 'weight' of the one and 'weight' of the other"),
-                      HasSubstr("dualpipe, dualpipev and zbv"), HasSubstr("let the first of the stages return the weight")));
+    EXPECT_THAT(
+        construction(kind, kRanks, factory),
+        AllOf(HasSubstr("stages 0 and 3 share a parameter, 'weight' of the one and 'weight' of the other"),
+              HasSubstr("dualpipe, dualpipev and zbv"), HasSubstr("let the first of the stages return the weight")));
   }
   // Two of a rank's own stages: of four on two ranks, 0 and 2 are on the same one.
   EXPECT_EQ(construction("interleaved", 2, [](int stage) { return Layer(stage); }), "");
