@@ -12,8 +12,9 @@ namespace dualpipe {
 
 struct NcclOptions {
   /// Name, epoch and timeout of the communicator, and the store where ranks find each other. The timeout of an
-  /// operation counts from wait(), and includes the device's part.
-  ConnectOptions connect = {};
+  /// operation counts from wait(), and includes the device's part. The thread that tells others that this rank lives also
+  /// launches operations, in which the driver may keep it for a while, so silence lasts longer before it means something.
+  ConnectOptions connect = {.liveness = std::chrono::minutes(1)};
   int device = -1;  ///< CUDA device of this rank; -1: the world's local rank
   /// A communicator and a stream for each edge that connect() announces: their transfers run at the same time, and each
   /// takes its own memory and thread blocks. False: one for all edges, whose transfers run one after the other.
