@@ -17,7 +17,7 @@ std::uint64_t CommitProtocol::vote(std::int64_t group, const std::vector<int>& m
 }
 
 void CommitProtocol::vote_arrived(int from, Vote vote) {
-  if (state_.lost.contains(from)) return;
+  if (failing_ || state_.lost.contains(from)) return;
   Voting& voting = groups_[vote.group];
   voting.arrived[from].push_back(std::move(vote));
   count_votes(voting);
@@ -75,7 +75,15 @@ void CommitProtocol::give_up() { unknown_ = true; }
 /// The steps that are over for the sender are over.
 void CommitProtocol::merge(const Word& word) {
   for (const auto& [group, last] : word.over) {
-    if (last.step > over(group).step) state_.over[group] = last;
+    if (last.step <= over(group).step) continue;
+    const auto found = groups_.find(group.number);
+    if (found != groups_.end() && found->second.name == group) {
+      Voting& voting = found->second;
+      if (last.ballots.size() != voting.members.size()) continue;  // nonsense from a peer
+      for (auto& [member, votes] : voting.arrived)
+        while (!votes.empty() && votes.front().step <= last.step) votes.pop_front();
+    }
+    state_.over[group] = last;
   }
 }
 
@@ -148,7 +156,8 @@ StepEnd CommitProtocol::end(std::int64_t group, std::uint64_t step) const {
   } else {
     for (const int member : voting.members) {
       const auto arrived = voting.arrived.find(member);
-      if (arrived == voting.arrived.end() || arrived->second.empty()) end.missing.push_back(member);
+      if (arrived == voting.arrived.end() || arrived->second.empty() || arrived->second.front().step != step)
+        end.missing.push_back(member);
     }
     const auto living =
         std::partition(end.missing.begin(), end.missing.end(), [this](int member) { return left_.contains(member); });

@@ -18,7 +18,7 @@
 // A rank votes when it has come to the end of a step, and is through with the step when it has the votes of its whole
 // group. That alone would not do: a rank that is through can fail in its next step, and its failure can reach others
 // before the last vote does; or a rank dies when only some have its vote. So from the first failure on nobody gets
-// through by votes. Each rank sends a word to all that it has not lost, and again whenever it has something new to say:
+// through by votes. Each rank sends a word to all that have not left, and again whenever it has something new to say:
 // with which steps it is through, and whom it has lost. What a word says holds for who reads it: its steps are over, and
 // its lost are lost. A rank has decided when the last words of all that are left equal its own; it says so, and who
 // reads that has decided too.

@@ -214,12 +214,11 @@ class ConnectionBuilder {
     attempt.timer.cancel();
     Socket& socket = attempt.socket;
     const int fd = socket.native_handle();
-    // A program that this process starts, as a data loader does, must not keep the connection open after its death.
+    // A program that this process starts must not keep the connection open after its death.
     ::fcntl(fd, F_SETFD, FD_CLOEXEC);
     if (socket.local_endpoint().protocol().family() != AF_UNIX) {
       socket.set_option(tcp::no_delay(true));
-      // An idle connection notices within half a minute that a host has lost its power or its network. While operations
-      // are pending, their deadlines do.
+      // Where nobody looks for silent ranks, an idle connection notices within half a minute that a host is gone.
       const auto set = [fd](int level, int option, int value) {
         ::setsockopt(fd, level, option, &value, sizeof value);
       };

@@ -82,12 +82,13 @@ void Peer::ask() { enqueue({wire::question_frame()}); }
 
 void Peer::answer(const RankActivity& activity) { enqueue({wire::answer_frame(activity)}); }
 
-void Peer::shut() { ::shutdown(handle_, SHUT_RDWR); }
+void Peer::shut() noexcept { ::shutdown(handle_, SHUT_RDWR); }
 
 void Peer::tell(const wire::Failure& failure) {
+  std::vector<Outgoing> dropped;  // ends after the lock, as its tensors may run code of the user
   {
     const std::lock_guard lock(mutex_);
-    while (!queue_.empty() && queue_.back().sent == 0) queue_.pop_back();
+    for (; !queue_.empty() && queue_.back().sent == 0; queue_.pop_back()) dropped.push_back(std::move(queue_.back()));
   }
   enqueue({wire::failure_frame(failure)});
 }

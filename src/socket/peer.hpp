@@ -65,7 +65,7 @@ class Peer : public std::enable_shared_from_this<Peer> {
   void ask();
   void answer(const RankActivity& activity);
   /// Ends the connection.
-  void shut();
+  void shut() noexcept;
   /// Whether everything sent reaches the peer even if this process ends now.
   bool flushed() const;
   /// If reading has paused, reads at least one more message. Any thread.

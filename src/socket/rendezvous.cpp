@@ -88,7 +88,7 @@ Rendezvous::~Rendezvous() {
 
 void Rendezvous::give_up(const CommError& error) noexcept {
   try {
-    store_->set(failure_key, str(error.origin_rank(), " ", error.what()));
+    if (!store_->check({failure_key})) store_->set(failure_key, str(error.origin_rank(), " ", error.what()));
     if (!serves_) return;
     const auto limit = Clock::now() + reading_limit;
     while (store_->add(left_key, 0) < store_->add(entered_key, 0) - 1 && Clock::now() < limit)

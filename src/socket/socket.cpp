@@ -14,6 +14,7 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -36,8 +37,12 @@ using Clock = std::chrono::steady_clock;
 /// A destroyed communicator may take this long to send what is queued.
 constexpr auto farewell_limit = 1500ms;
 
-/// A rank that lives answers at once, whatever its user's thread does.
+/// A rank that lives answers at once, whatever its user's thread does, unless its connection is busy.
 constexpr auto answer_limit = 1s;
+/// How long a rank waits for the others to agree about a step after a failure, where nobody looks for silent ranks.
+constexpr auto patience_without_liveness = 30s;
+constexpr auto least_liveness = 100ms;
+constexpr auto longest_liveness = std::chrono::hours(24 * 365);  // within the range of the clock
 
 /// The thread that runs `io`; stopped and joined by the destructor.
 class IoThread {
@@ -73,9 +78,9 @@ class SocketTransport final : public Transport, public PeerOwner {
   SocketTransport(const World& world, const ConnectOptions& options, Rendezvous::Clock::time_point deadline,
                   Route route)
       : Transport(world.rank, world.size, options.timeout, options.epoch),
-        liveness_(options.liveness),
+        liveness_(std::min<std::chrono::milliseconds>(options.liveness, longest_liveness)),
         peers_(static_cast<std::size_t>(world.size)),
-        steps_(world.rank, peers_, liveness_ > 0ms ? 3 * liveness_ : options.timeout) {
+        steps_(world.rank, peers_, liveness_ > 0ms ? 3 * liveness_ : patience_without_liveness) {
     if (world.size == 1) return;
     Rendezvous rendezvous(world, options, deadline);
     std::vector<Connection> connections;
@@ -147,7 +152,6 @@ class SocketTransport final : public Transport, public PeerOwner {
   }
 
   std::optional<RankActivity> ask(int rank) override {
-    if (rank < 0 || rank >= size() || rank == this->rank()) return std::nullopt;  // nonsense from a peer
     Peer& peer = *peers_[static_cast<std::size_t>(rank)];
     if (peer.is_over()) return std::nullopt;
     std::unique_lock lock(answers_mutex_);
@@ -163,6 +167,7 @@ class SocketTransport final : public Transport, public PeerOwner {
   void asked(Peer& peer) override { peer.answer(activity()); }
 
   void answered(Peer& peer, RankActivity activity) override {
+    for (const int rank : activity.waits_for) require_rank(rank);
     const std::lock_guard lock(answers_mutex_);
     answers_[peer.rank()] = std::move(activity);
     answers_changed_.notify_all();
@@ -187,6 +192,8 @@ class SocketTransport final : public Transport, public PeerOwner {
   void told_of_failure(Peer& peer, wire::Failure failure) override {
     const int origin = failure.origin;
     const std::string reason = failure.reason;
+    require_rank(origin);
+    for (const int rank : failure.word.lost) require_rank(rank);
     steps_.failure_arrived(peer.rank(), std::move(failure));
     read_all();
     failed(origin, reason);
@@ -223,6 +230,10 @@ class SocketTransport final : public Transport, public PeerOwner {
     }
   }
 
+  void require_rank(int rank) const {
+    if (rank < 0 || rank >= size()) throw wire::Malformed(str("there is no rank ", rank));
+  }
+
   /// Beats, and looks who has not been heard for too long, every fifth of that time. On the I/O thread.
   ///
   /// @param due  when it should have been called.
@@ -233,11 +244,13 @@ class SocketTransport final : public Transport, public PeerOwner {
     for_peers([&](Peer& peer) {
       if (peer.is_over()) return;
       if (was_stopped || peer.is_paused()) peer.listen_anew();
+      if (peer.is_paused()) peer.resume();  // a word may stand behind what nobody takes
       if (now - peer.last_heard() > liveness_) {
-        lost(peer,
-             str("has given no sign of life for ", liveness_.count(),
-                 " ms (stopped, or its host or the network failed?)"),
-             /*suspected=*/true);
+        if (silent_.insert(peer.rank()).second)
+          lost(peer,
+               str("has given no sign of life for ", liveness_.count(),
+                   " ms (stopped, or its host or the network failed?)"),
+               /*suspected=*/true);
       } else {
         peer.beat();
       }
@@ -264,6 +277,7 @@ class SocketTransport final : public Transport, public PeerOwner {
   const std::chrono::milliseconds liveness_;
   asio::io_context io_{1};
   asio::steady_timer pulse_{io_};
+  std::set<int> silent_;  // used by the I/O thread
 
   Steps::Peers peers_;
   Steps steps_;
@@ -284,7 +298,8 @@ std::shared_ptr<Communicator> connect_sockets(const World& world, const ConnectO
                  " in a world of ", world.size);
   DUALPIPE_CHECK(options.timeout.count() > 0, "the timeout of a communicator must be positive, got ",
                  options.timeout.count(), " ms");
-  DUALPIPE_CHECK(options.liveness.count() >= 0, "the liveness of a communicator must be 0 or positive, got ",
+  DUALPIPE_CHECK(options.liveness.count() == 0 || options.liveness >= detail::least_liveness,
+                 "the liveness of a communicator must be 0 or at least ", detail::least_liveness.count(), " ms, got ",
                  options.liveness.count(), " ms");
   DUALPIPE_CHECK(world.size == 1 || options.store || (world.master_port > 0 && world.master_port <= 65535), "the ",
                  world.size, " ranks have no port to meet at (master_port is ", world.master_port,

@@ -17,7 +17,7 @@ StepEnd Steps::wait(std::int64_t group, std::uint64_t step, std::chrono::steady_
     return end.outcome != StepOutcome::open;
   };
   changed_.wait_until(lock, deadline, [&] { return ended() || end.has_left || failure_; });
-  // Every rank answers a failure, is dead, or is found silent.
+  // After a failure every rank answers, is dead, or is found silent.
   if (failure_ && !changed_.wait_for(lock, patience_, ended)) {
     protocol_.give_up();
     speak();
@@ -64,7 +64,8 @@ void Steps::settle(int origin, const std::string& reason, const Event& event) no
     event();
     speak();
   } catch (...) {
-    // No memory: peers see the connection end.
+    for (const auto& peer : peers_)
+      if (peer) peer->shut();  // no memory: the others see that this rank is lost
   }
 }
 

@@ -11,7 +11,7 @@
 namespace dualpipe::detail::wire {
 namespace {
 
-constexpr std::uint64_t longest_head = 16 << 20;
+constexpr std::uint64_t longest_head = 64 << 20;  // a failure's: the ballots of the last step of each group
 constexpr std::size_t longest_reason = 64 << 10;
 
 class Writer {

@@ -62,7 +62,10 @@ class Rank {
     for (int member = 0; member < size_; ++member) members.push_back(member);
     steps_begun_ = protocol_.vote(group, members, ballot(rank_, steps_begun_ + 1));
     drain();
+    fail_if_one_has_left();
   }
+  /// It waits for others, and nothing has failed that it knows.
+  bool waits() const { return !left && !failed_ && steps_begun_ > steps_over(); }
   void fail() {
     failed_ = true;
     protocol_.failed();
@@ -79,9 +82,7 @@ class Rank {
       if (!rolled_back_) protocol_.vote_arrived(from, *vote);
     } else if (const auto* goodbye = std::get_if<Goodbye>(&packet)) {
       protocol_.goodbye_arrived(from, goodbye->word);
-      // As a rank that waits for a vote of one that has left.
-      if (protocol_.has_left(from) && steps_begun_ > steps_over() && protocol_.end(group, steps_begun_).has_left)
-        fail();
+      fail_if_one_has_left();
     } else if (rule_ == Rule::naive) {
       failed_ = true;
       if (steps_begun_ > steps_over()) rolled_back_ = true;
@@ -108,6 +109,10 @@ class Rank {
   static constexpr std::int64_t group = 7;
   static std::string ballot(int rank, std::uint64_t step) {
     return std::to_string(rank) + " in step " + std::to_string(step);
+  }
+  /// As a rank that waits for a vote of one that has left.
+  void fail_if_one_has_left() {
+    if (waits() && protocol_.end(group, steps_begun_).has_left) fail();
   }
   void drain() {
     for (auto& outgoing : protocol_.take_outbox()) sending.push_back(std::move(outgoing));
@@ -145,7 +150,7 @@ class Simulation {
       if (!rank->alive || rank->knows_nothing() || (rank->left && lost.contains(rank->number()))) continue;
       over.push_back(rank->steps_over());
       rank->expect_right_ballots();
-      result.stuck = result.stuck || (rank->failed() && !rank->left && !rank->decided());
+      result.stuck = result.stuck || rank->waits() || (rank->failed() && !rank->left && !rank->decided());
     }
     if (over.empty()) return result;
     const auto [least, most] = std::minmax_element(over.begin(), over.end());

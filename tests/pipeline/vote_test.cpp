@@ -72,6 +72,18 @@ TEST(Vote, BringsLossesAndHashesOfAllRanks) {
   });
 }
 
+TEST(Vote, ABallotOfAnotherKindIsAnErrorOnAllRanks) {
+  for (const std::string& strange : {std::string(), std::string(100, 'x'), std::string(48, '\377')}) {
+    run_ranks(3, [&](std::shared_ptr<Communicator> comm) {
+      if (comm->rank() == 1) {
+        comm->commit(strange);
+        return;
+      }
+      EXPECT_THAT(error_of([&] { detail::vote(*comm, {}, 4, {}); }), HasSubstr("with a ballot of its own"));
+    });
+  }
+}
+
 TEST(Vote, ValuesThatDifferAreNamedWithTheStep) {
   const std::vector<detail::MemberHashes> hashes{{{{}, 4, {}}}, {{{}, {}, {}}}, {{{}, 5, {}}}};
   EXPECT_THAT(error_of([&] { detail::check_hashes(hashes, 11); }),

@@ -123,7 +123,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   /// learns of it first, either commit() returns on all ranks that go on, or it throws on all. Waits for the hosts of
   /// the other ranks, not for devices. After a failure it may return once more; the next call throws.
   ///
-  /// @param ballot  of this rank, at most 1 MiB.
+  /// @param ballot  of this rank, at most 4 MiB / size().
   /// @return  the ballots of all ranks, by rank.
   /// @throws CommError  the step is over nowhere; or this rank was cut off from the others and does not know, which the
   ///                    text says.

@@ -16,7 +16,8 @@ struct ConnectOptions {
   int epoch = 0;                  ///< raise it to connect again after a failure
   std::chrono::milliseconds timeout = std::chrono::minutes(5);  ///< longest wait of one operation, connecting included
   /// Ranks tell each other all the time that they live. One that has been silent for so long is stopped, or its host or
-  /// network has failed: it ends the operations of all. A rank that computes is not silent. 0: nobody looks.
+  /// network has failed: it ends the operations of all. A rank that computes is not silent, one in a debugger is. At
+  /// least 100 ms; 0: nobody looks.
   std::chrono::milliseconds liveness = std::chrono::seconds(10);
   /// Where the ranks find each other. None: a TCPStore at the world's master address; the launcher serves it, or else
   /// rank 0 until its process ends.

@@ -156,8 +156,9 @@ Pending MessageCommunicator::barrier() {
 }
 
 std::vector<std::string> MessageCommunicator::commit(std::string ballot) {
-  DUALPIPE_CHECK(ballot.size() <= std::size_t{1} << 20, "commit: the ballot has ", ballot.size(),
-                 " bytes, more than 1 MiB");
+  const std::size_t limit = (std::size_t{4} << 20) / members_.size();
+  DUALPIPE_CHECK(ballot.size() <= limit, "commit: the ballot has ", ballot.size(), " bytes, but ", members_.size(),
+                 " ranks may have ", limit, " each");
   return transport_->commit(group(), members_, std::move(ballot));
 }
 

@@ -131,7 +131,7 @@ class Transport {
   /// What the rank waits for: requests, or the votes of a step.
   struct Wait {
     std::string operation;
-    std::span<const std::shared_ptr<Request>> requests = {};
+    Requests requests = {};
     std::int64_t group = 0;
     std::vector<int> members = {};  ///< of the step; empty: it waits for requests
     std::uint64_t step = 0;

@@ -149,7 +149,7 @@ void Transport::wait(std::span<const std::shared_ptr<Request>> requests, const R
   if (over()) {
     if (failure_) throw_failure(whole);
   } else {
-    begin_wait({.operation = whole.describe(), .requests = requests});
+    begin_wait({.operation = whole.describe(), .requests = {requests.begin(), requests.end()}});
     waiting(true);
     changed_.wait_until(lock, until, over);
     waiting(false);

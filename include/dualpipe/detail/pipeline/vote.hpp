@@ -43,10 +43,18 @@ inline std::string packed_ballot(const MemberHashes& hashes, const std::vector<B
   return ballot;
 }
 
-inline StepVote unpacked(const std::vector<std::string>& ballots, int num_micro_batches) {
-  StepVote result{.losses = at::zeros({num_micro_batches}, at::kDouble), .hashes = {}};
+/// @param losses  [num_micro_batches] of the result, zeros.
+/// @throws InvalidArgument  the same on all ranks: one has committed something else than a step of the pipeline.
+inline StepVote unpacked(const std::vector<std::string>& ballots, at::Tensor losses) {
+  StepVote result{.losses = std::move(losses), .hashes = {}};
+  const auto check = [](bool right) {
+    DUALPIPE_CHECK(right,
+                   "a rank has called Communicator::commit() of the pipeline's communicator, beside step(), with a "
+                   "ballot of its own; use another communicator");
+  };
   for (const std::string& ballot : ballots) {
     BallotHead head;
+    check(ballot.size() >= sizeof head && (ballot.size() - sizeof head) % sizeof(BallotLoss) == 0);
     std::memcpy(&head, ballot.data(), sizeof head);
     MemberHashes hashes;
     for (std::size_t i = 0; i < hashes.size(); ++i)
@@ -55,6 +63,7 @@ inline StepVote unpacked(const std::vector<std::string>& ballots, int num_micro_
     for (std::size_t at = sizeof head; at < ballot.size(); at += sizeof(BallotLoss)) {
       BallotLoss loss;
       std::memcpy(&loss, ballot.data() + at, sizeof loss);
+      check(loss.micro_batch >= 0 && loss.micro_batch < result.losses.numel());
       result.losses.mutable_data_ptr<double>()[loss.micro_batch] = loss.loss;
     }
   }
@@ -90,7 +99,8 @@ inline StepVote vote(Communicator& communicator, const RunOutputs& outputs, int 
     const at::Tensor on_host = at::stack(values).cpu();
     for (std::size_t i = 0; i < losses.size(); ++i) losses[i].loss = on_host.const_data_ptr<double>()[i];
   }
-  return unpacked(communicator.commit(packed_ballot(hashes, losses)), num_micro_batches);
+  at::Tensor all = at::zeros({num_micro_batches}, at::kDouble);
+  return unpacked(communicator.commit(packed_ballot(hashes, losses)), std::move(all));
 }
 
 /// As vote(), but the hosts do not wait for their devices.
@@ -103,7 +113,7 @@ inline StepVote vote_ahead(Communicator& communicator, const RunOutputs& outputs
   communicator.all_reduce({losses}).wait();
   at::Tensor on_host = losses.to(at::kCPU, /*non_blocking=*/true);
   end = communicator.fence();
-  StepVote result = unpacked(communicator.commit(packed_ballot(hashes, {})), 0);
+  StepVote result = unpacked(communicator.commit(packed_ballot(hashes, {})), at::empty({0}, at::kDouble));
   result.losses = std::move(on_host);
   return result;
 }
