@@ -25,7 +25,7 @@ struct StepVote {
 /// What a rank says at the end of a step. Its bytes travel: this head, and a loss for each of its micro-batches.
 struct BallotHead {
   std::array<std::uint64_t, 3> hashes{};
-  std::array<bool, 3> has_hash{};
+  std::array<std::uint8_t, 3> has_hash{};
 };
 struct BallotLoss {
   std::int64_t micro_batch = 0;
@@ -35,7 +35,7 @@ struct BallotLoss {
 inline std::string packed_ballot(const MemberHashes& hashes, const std::vector<BallotLoss>& losses) {
   BallotHead head;
   for (std::size_t i = 0; i < hashes.size(); ++i) {
-    head.has_hash[i] = hashes[i].has_value();
+    head.has_hash[i] = hashes[i].has_value() ? 1 : 0;
     head.hashes[i] = hashes[i].value_or(0);
   }
   std::string ballot(reinterpret_cast<const char*>(&head), sizeof head);
@@ -58,7 +58,7 @@ inline StepVote unpacked(const std::vector<std::string>& ballots, at::Tensor los
     std::memcpy(&head, ballot.data(), sizeof head);
     MemberHashes hashes;
     for (std::size_t i = 0; i < hashes.size(); ++i)
-      if (head.has_hash[i]) hashes[i] = head.hashes[i];
+      if (head.has_hash[i] != 0) hashes[i] = head.hashes[i];
     result.hashes.push_back(hashes);
     for (std::size_t at = sizeof head; at < ballot.size(); at += sizeof(BallotLoss)) {
       BallotLoss loss;
