@@ -24,8 +24,8 @@ std::string random_token() {
 }  // namespace
 
 Announcements::Announcements(const World& world, Rendezvous& rendezvous, Route route)
-    : world_(world), rendezvous_(rendezvous), announcements_(static_cast<std::size_t>(world.size)) {
-  Announcement& own = announcements_[static_cast<std::size_t>(world.rank)];
+    : world_(world), rendezvous_(rendezvous), announcements_(world.size) {
+  Announcement& own = announcements_[world.rank];
   own.host = host_identity() + (route == Route::tcp ? str(" ", world.rank) : "");
   own.token = random_token();
   if (world.rank + 1 < world.size) own.unix_name = "dualpipe." + own.token;
@@ -97,7 +97,7 @@ void Announcements::read_announcement(int rank, const std::string& text) {
     const std::int64_t size = json.at("size");
     if (version != wire::protocol_version) disagree("protocol version", version, wire::protocol_version);
     if (size != world_.size) disagree("WORLD_SIZE", size, world_.size);
-    Announcement& known = announcements_[static_cast<std::size_t>(rank)];
+    Announcement& known = announcements_[rank];
     known.host = json.at("host");
     known.token = json.at("token");
     known.unix_name = json.value("unix", "");
@@ -112,7 +112,7 @@ void Announcements::read_endpoints(int rank, const std::string& text) {
   parse(rank, text, [&](const nlohmann::json& json) {
     const std::int64_t port = json.at("port");
     if (port < 1 || port > 65535) throw std::invalid_argument(str("port ", port));
-    auto& endpoints = announcements_[static_cast<std::size_t>(rank)].endpoints;
+    auto& endpoints = announcements_[rank].endpoints;
     endpoints.clear();
     for (const std::string address : json.at("addresses")) {
       asio::error_code error;

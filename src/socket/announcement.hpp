@@ -27,7 +27,7 @@ class Announcements {
 
   Announcements(const World& world, Rendezvous& rendezvous, Route route);
 
-  const Announcement& operator[](int rank) const { return announcements_[static_cast<std::size_t>(rank)]; }
+  const Announcement& operator[](int rank) const { return announcements_[rank]; }
   const Announcement& own() const { return (*this)[world_.rank]; }
   bool is_near(int rank) const { return (*this)[rank].host == own().host; }
 

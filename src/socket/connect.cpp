@@ -63,9 +63,9 @@ class ConnectionBuilder {
         epoch_(epoch),
         deadline_(deadline),
         announcements_(world, rendezvous, route),
-        calls_(static_cast<std::size_t>(world.size)),
-        sockets_(static_cast<std::size_t>(world.size)),
-        offsets_(static_cast<std::size_t>(world.size), 0) {}
+        calls_(world.size),
+        sockets_(world.size),
+        offsets_(world.size, 0) {}
 
   std::vector<Connection> build(asio::io_context& io) {
     listen();
@@ -227,14 +227,14 @@ class ConnectionBuilder {
       set(IPPROTO_TCP, TCP_KEEPINTVL, 5);
       set(IPPROTO_TCP, TCP_KEEPCNT, 3);
     }
-    sockets_[static_cast<std::size_t>(rank)] = std::move(socket);
-    offsets_[static_cast<std::size_t>(rank)] = announcements_.is_near(rank) ? 0 : clock_offset_ns;
+    sockets_[rank] = std::move(socket);
+    offsets_[rank] = announcements_.is_near(rank) ? 0 : clock_offset_ns;
   }
 
   /// A barrier: each rank that has all its connections sends one byte to every other.
   void agree_to_begin() {
     std::vector<bool> ready(sockets_.size(), false);
-    ready[static_cast<std::size_t>(world_.rank)] = true;
+    ready[world_.rank] = true;
     std::vector<std::uint8_t> bytes(sockets_.size(), 0);
     std::optional<int> gone;
     int unsent = world_.size - 1;
@@ -292,7 +292,7 @@ class ConnectionBuilder {
   }
   std::optional<int> first_missing() const {
     for (int rank = 0; rank < world_.size; ++rank)
-      if (rank != world_.rank && !sockets_[static_cast<std::size_t>(rank)]) return rank;
+      if (rank != world_.rank && !sockets_[rank]) return rank;
     return std::nullopt;
   }
   std::string why_missing(int rank) {
@@ -311,7 +311,7 @@ class ConnectionBuilder {
   CommError failure(int rank, const std::string& what) const {
     return {rank, "rendezvous", str("rank ", world_.rank, ": rank ", rank, " ", what)};
   }
-  Calls& calls(int rank) { return calls_[static_cast<std::size_t>(rank)]; }
+  Calls& calls(int rank) { return calls_[rank]; }
 
   const World& world_;
   const int epoch_;

@@ -79,7 +79,7 @@ class SocketTransport final : public Transport, public PeerOwner {
                   Route route)
       : Transport(world.rank, world.size, options.timeout, options.epoch),
         liveness_(std::min<std::chrono::milliseconds>(options.liveness, longest_liveness)),
-        peers_(static_cast<std::size_t>(world.size)),
+        peers_(world.size),
         steps_(world.rank, peers_, liveness_ > 0ms ? 3 * liveness_ : patience_without_liveness) {
     if (world.size == 1) return;
     Rendezvous rendezvous(world, options, deadline);
@@ -92,7 +92,7 @@ class SocketTransport final : public Transport, public PeerOwner {
     }
     for (Connection& connection : connections) {
       if (connection.peer == world.rank) continue;
-      auto& peer = peers_[static_cast<std::size_t>(connection.peer)];
+      auto& peer = peers_[connection.peer];
       peer = std::make_shared<Peer>(std::move(connection), *this);
       peer->start_reading();
     }
@@ -125,7 +125,7 @@ class SocketTransport final : public Transport, public PeerOwner {
 
  private:
   void start(int to, Message message, std::shared_ptr<Request> request) override {
-    peers_[static_cast<std::size_t>(to)]->send(message, std::move(request));
+    peers_[to]->send(message, std::move(request));
   }
 
   void spread(int origin, const std::string& reason) noexcept override {
@@ -152,7 +152,7 @@ class SocketTransport final : public Transport, public PeerOwner {
   }
 
   std::optional<RankActivity> ask(int rank) override {
-    Peer& peer = *peers_[static_cast<std::size_t>(rank)];
+    Peer& peer = *peers_[rank];
     if (peer.is_over()) return std::nullopt;
     std::unique_lock lock(answers_mutex_);
     answers_.erase(rank);

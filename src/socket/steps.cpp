@@ -71,7 +71,7 @@ void Steps::settle(int origin, const std::string& reason, const Event& event) no
 
 void Steps::speak() {
   for (const auto& [to, what] : protocol_.take_outbox()) {
-    Peer& peer = *peers_[static_cast<std::size_t>(to)];
+    Peer& peer = *peers_[to];
     if (const auto* vote = std::get_if<Vote>(&what)) {
       peer.send(*vote);
     } else {

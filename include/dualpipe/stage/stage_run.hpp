@@ -87,7 +87,7 @@ class StageRun {
   /// Name of the stage's node that ran last on the way forward, of which the chain may have merged several.
   const std::string& node_name() const { return node_name_; }
   /// Whether node `node` keeps anything for the backward of its collective.
-  bool keeps_handle(int node) const { return nodes_[static_cast<std::size_t>(node)].handle != nullptr; }
+  bool keeps_handle(int node) const { return nodes_[node].handle != nullptr; }
 
  private:
   /// What one node of the chain left.

@@ -120,8 +120,7 @@ class LocalTransport final : public Transport, public std::enable_shared_from_th
     message.accepted = [sender = weak_from_this(), request = std::move(request)] {
       if (const auto transport = sender.lock()) transport->complete(request);
     };
-    if (const auto receiver = (*ranks_)[static_cast<std::size_t>(to)].lock())
-      receiver->deliver(rank(), std::move(message));
+    if (const auto receiver = (*ranks_)[to].lock()) receiver->deliver(rank(), std::move(message));
   }
 
   void spread(int origin, const std::string& reason) noexcept override {
@@ -141,7 +140,7 @@ class LocalTransport final : public Transport, public std::enable_shared_from_th
     return steps_->missing(group, members, step);
   }
   std::optional<RankActivity> ask(int rank) override {
-    const auto other = (*ranks_)[static_cast<std::size_t>(rank)].lock();
+    const auto other = (*ranks_)[rank].lock();
     return other == nullptr ? std::nullopt : std::optional(other->activity());
   }
 
@@ -251,7 +250,7 @@ void run_ranks(int num_ranks, const std::function<void(std::shared_ptr<Communica
     std::vector<std::jthread> threads;
     try {
       for (int r = 0; r < num_ranks; ++r) {
-        threads.emplace_back(run, r, std::move(communicators[static_cast<std::size_t>(r)]));
+        threads.emplace_back(run, r, std::move(communicators[r]));
       }
     } catch (const std::exception& error) {  // no more threads: the others wait for ranks that never start
       for (const auto& communicator : communicators) {

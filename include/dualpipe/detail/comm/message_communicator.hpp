@@ -26,7 +26,7 @@ class MessageCommunicator final : public Communicator {
   std::int64_t group() const noexcept { return headers_.group(); }
   const std::vector<int>& members() const noexcept { return members_; }
 
-  int world_rank(int rank) const override { return members_[static_cast<std::size_t>(rank)]; }
+  int world_rank(int rank) const override { return members_[rank]; }
   at::Device device() const override { return device_; }
   DUALPIPE_DECL Communicator& control() override;
   DUALPIPE_DECL void connect(const std::vector<Edge>& edges) override;

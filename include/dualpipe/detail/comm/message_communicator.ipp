@@ -51,7 +51,7 @@ MessageCommunicator::MessageCommunicator(std::shared_ptr<Transport> transport, s
       headers_(group, transport_->epoch(), members_.size()) {}
 
 std::shared_ptr<MessageCommunicator> MessageCommunicator::world(std::shared_ptr<Transport> transport) {
-  std::vector<int> members(static_cast<std::size_t>(transport->size()));
+  std::vector<int> members(transport->size());
   std::iota(members.begin(), members.end(), 0);
   const int rank = transport->rank();
   const at::Device device = transport->device();
@@ -141,7 +141,7 @@ Pending MessageCommunicator::broadcast(Tensors tensors, int root) {
 }
 
 Pending MessageCommunicator::all_gather(at::Tensor tensor, const std::optional<Signature>& expected) {
-  return exchange("all_gather", Tensors(static_cast<std::size_t>(size()), tensor), device_, expected);
+  return exchange("all_gather", Tensors(size(), tensor), device_, expected);
 }
 
 Pending MessageCommunicator::all_to_all(Tensors tensors, const std::optional<Signature>& expected) {
@@ -203,7 +203,7 @@ Pending MessageCommunicator::exchange(const char* operation, Tensors outgoing, a
 Requests MessageCommunicator::receive_from_others(const Header& head) {
   Requests receives;
   for (int r = 0; r < size(); ++r) {
-    receives.push_back(r == rank() ? nullptr : transport_->receive(members_[static_cast<std::size_t>(r)], head, false));
+    receives.push_back(r == rank() ? nullptr : transport_->receive(members_[r], head, false));
   }
   return receives;
 }
@@ -211,7 +211,7 @@ Requests MessageCommunicator::receive_from_others(const Header& head) {
 void MessageCommunicator::send_to_others(const Header& head, const Tensors& shared) {
   for (int i = 1; i < size(); ++i) {
     const int r = (rank() + i) % size();  // spreads the load: not all to rank 0 first
-    transport_->send(members_[static_cast<std::size_t>(r)], {head, MessageTensors::of_fresh(shared, device()), {}});
+    transport_->send(members_[r], {head, MessageTensors::of_fresh(shared, device()), {}});
   }
 }
 
@@ -233,7 +233,7 @@ void MessageCommunicator::connect(const std::vector<Edge>& edges) {
     values[static_cast<std::int64_t>(i)][1] = to;
   }
   const Request whole = Request::collective(headers_.local("connect"));
-  const Tensors all = exchange("connect", Tensors(static_cast<std::size_t>(size()), own), at::kCPU).take();
+  const Tensors all = exchange("connect", Tensors(size(), own), at::kCPU).take();
   for (std::size_t r = 0; r < all.size(); ++r) {
     if (at::equal(all[r], own)) continue;
     transport_->raise(
@@ -244,12 +244,12 @@ void MessageCommunicator::connect(const std::vector<Edge>& edges) {
 
 std::shared_ptr<Communicator> MessageCommunicator::split(int color, int key) {
   const auto own = at::tensor({std::int64_t{color}, std::int64_t{key}, transport_->next_group()}, at::kLong);
-  const Tensors all = exchange("split", Tensors(static_cast<std::size_t>(size()), own), at::kCPU).take();
+  const Tensors all = exchange("split", Tensors(size(), own), at::kCPU).take();
   std::vector<std::int64_t> colors;
   std::vector<std::pair<std::int64_t, int>> order;  // key and rank here of those with this rank's color
   std::int64_t first_group = 0;
   for (int r = 0; r < size(); ++r) {
-    const auto values = all[static_cast<std::size_t>(r)].accessor<std::int64_t, 1>();
+    const auto values = all[r].accessor<std::int64_t, 1>();
     if (values[0] >= 0) colors.push_back(values[0]);
     if (values[0] == color) order.emplace_back(values[1], r);
     first_group = std::max(first_group, values[2]);
@@ -264,7 +264,7 @@ std::shared_ptr<Communicator> MessageCommunicator::split(int color, int key) {
   int rank_there = 0;
   for (const auto& [member_key, r] : order) {
     if (r == rank()) rank_there = static_cast<int>(members.size());
-    members.push_back(members_[static_cast<std::size_t>(r)]);
+    members.push_back(members_[r]);
   }
   const auto index = std::lower_bound(colors.begin(), colors.end(), color) - colors.begin();
   return std::make_shared<MessageCommunicator>(transport_, first_group + index, std::move(members), rank_there,

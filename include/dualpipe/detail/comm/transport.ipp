@@ -19,7 +19,7 @@ Transport::Transport(int rank, int size, std::chrono::milliseconds timeout, std:
       timeout_(std::min<std::chrono::milliseconds>(timeout, std::chrono::hours(24 * 365))),
       epoch_(epoch),
       device_(device),
-      departed_(static_cast<std::size_t>(size), false) {
+      departed_(size, false) {
   DUALPIPE_CHECK(timeout.count() > 0, "the timeout of a communicator must be positive, got ", timeout.count(), " ms");
 }
 
@@ -112,14 +112,12 @@ void Transport::complete(const std::shared_ptr<Request>& request) {
 void Transport::departed(int peer) {
   {
     const std::lock_guard lock(mutex_);
-    departed_[static_cast<std::size_t>(peer)] = true;
+    departed_[peer] = true;
   }
   notify();
 }
 
-bool Transport::lost(const Request& request) const {
-  return !request.done && departed_[static_cast<std::size_t>(request.peer)];
-}
+bool Transport::lost(const Request& request) const { return !request.done && departed_[request.peer]; }
 
 bool Transport::done(std::span<const std::shared_ptr<Request>> requests) const {
   const std::lock_guard lock(mutex_);

@@ -132,8 +132,7 @@ void StepRun::start_forward() {
   const Op op = *forward_op_;
   own_ = {PairSide::forward, -1};
   const RunInputs& run = context_.inputs;
-  const Batch* const batch =
-      run.micro_batches.empty() ? nullptr : &run.micro_batches[static_cast<std::size_t>(op.micro_batch)];
+  const Batch* const batch = run.micro_batches.empty() ? nullptr : &run.micro_batches[op.micro_batch];
   Tensors inputs;
   SharedPairs shared;
   const std::optional<StageResult> received = input_of(op, context_.num_stages());

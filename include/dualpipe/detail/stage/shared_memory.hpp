@@ -85,8 +85,8 @@ inline bool is_parameter(const at::Tensor& tensor) {
 inline SharedPairs shared_pairs(const Tensors& outputs, const Tensors& inputs, const SharedPairs& shared) {
   const auto were_shared = [&](const at::Tensor& a, const at::Tensor& b) {
     return std::any_of(shared.begin(), shared.end(), [&](const auto& pair) {
-      const at::Tensor& first = inputs[static_cast<std::size_t>(pair.first)];
-      const at::Tensor& second = inputs[static_cast<std::size_t>(pair.second)];
+      const at::Tensor& first = inputs[pair.first];
+      const at::Tensor& second = inputs[pair.second];
       return (share_memory(a, first) && share_memory(b, second)) || (share_memory(a, second) && share_memory(b, first));
     });
   };
@@ -124,7 +124,7 @@ class SharedWrites {
 
  private:
   std::int64_t version(int position) const {
-    const at::Tensor& tensor = tensors_[static_cast<std::size_t>(position)];
+    const at::Tensor& tensor = tensors_[position];
     return tensor.is_inference() ? 0 : tensor._version();
   }
 

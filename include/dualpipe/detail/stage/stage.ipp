@@ -105,7 +105,7 @@ bool Stage::communicates() const {
 }
 
 Stage::Segment Stage::segment(int node) const {
-  return node < std::ssize(description_->chain) ? description_->chain[static_cast<std::size_t>(node)] : Segment{};
+  return node < std::ssize(description_->chain) ? description_->chain[node] : Segment{};
 }
 
 std::string Stage::chain_name(int node) const {

@@ -49,7 +49,7 @@ inline Tensors take_moved(Tensors& values, const std::vector<int>& moves) {
   for (const int position : moves) {
     DUALPIPE_CHECK(position < std::ssize(values), "the collective moves the tensor at position ", position,
                    ", but it is given ", values.size(), values.size() == 1 ? " tensor" : " tensors");
-    moved.push_back(std::exchange(values[static_cast<std::size_t>(position)], at::Tensor()));
+    moved.push_back(std::exchange(values[position], at::Tensor()));
   }
   return moved;
 }
@@ -69,7 +69,7 @@ StageRun::StageRun(const Stage& stage, Tensors inputs, StageContext context, Sta
   DUALPIPE_CHECK(!takes || std::ssize(values_) == *takes, "stage ", context_.stage, " takes ", *takes,
                  *takes == 1 ? " tensor" : " tensors", ", got ", values_.size(), " (micro-batch ", context_.micro_batch,
                  ")");
-  nodes_.reserve(static_cast<std::size_t>(num_nodes_));
+  nodes_.reserve(num_nodes_);
 }
 
 void StageRun::advance() {
@@ -136,7 +136,7 @@ void StageRun::settle() {
   Tensors moved = std::exchange(pending_, {}).take();
   DUALPIPE_CHECK(moved.size() == moves.size(), "the collective moves ", moves.size(), " tensors, but its ",
                  backward_ ? "backward" : "forward", " gave ", moved.size());
-  for (std::size_t i = 0; i < moves.size(); ++i) values_[static_cast<std::size_t>(moves[i])] = std::move(moved[i]);
+  for (std::size_t i = 0; i < moves.size(); ++i) values_[moves[i]] = std::move(moved[i]);
 }
 
 void StageRun::finish_forward() {
@@ -160,7 +160,7 @@ void StageRun::start_backward(Tensors output_gradients, bool whole_first) {
 }
 
 void StageRun::advance_backward(int index) {
-  Node& node = nodes_[static_cast<std::size_t>(index)];
+  Node& node = nodes_[index];
   if (!node.communication) {
     node.whole = !split_ || (index == 0 && whole_first_);
     values_ = node.whole ? node.graph.backward(values_) : node.graph.backward_input(values_, &owner_);
@@ -178,16 +178,16 @@ Tensors StageRun::finish_backward() {
 }
 
 bool StageRun::has_weight_part(int node) const {
-  const Node& here = nodes_[static_cast<std::size_t>(node)];
+  const Node& here = nodes_[node];
   return !here.communication && split_ && !here.whole;
 }
 
 void StageRun::backward_weight(int node) {
-  if (has_weight_part(node)) nodes_[static_cast<std::size_t>(node)].graph.backward_weight();
+  if (has_weight_part(node)) nodes_[node].graph.backward_weight();
 }
 
 bool StageRun::backward_weight_part(int node) {
-  return has_weight_part(node) && nodes_[static_cast<std::size_t>(node)].graph.backward_weight_part(&owner_);
+  return has_weight_part(node) && nodes_[node].graph.backward_weight_part(&owner_);
 }
 
 void StageRun::backward_weight() {
