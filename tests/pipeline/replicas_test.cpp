@@ -151,6 +151,20 @@ TEST(TiedParameters, ThatAStageUsesWithoutRegisteringThemAreAnError) {
   });
 }
 
+/// As a stage does that differentiates within its forward.
+TEST(TiedParameters, TensorsThatAForwardMakesForItselfAreNone) {
+  run_ranks(kRanks, [](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe(comm, {.num_micro_batches = kMicroBatches}, [](int stage) {
+      Layer module(stage);
+      return Stage(module).compute("layer", [=](const at::Tensor& x) mutable {
+        const at::Tensor fresh = x.detach().requires_grad_();
+        return module->forward(x) + 0 * fresh;
+      });
+    });
+    pipe->step(random_batch(16, 1), squared_error());
+  });
+}
+
 TEST(TiedParameters, OfALossAreAnError) {
   run_ranks(kRanks, [](std::shared_ptr<Communicator> comm) {
     const auto scale = torch::ones({kWidth}, f64()).requires_grad_();

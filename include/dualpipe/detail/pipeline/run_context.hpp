@@ -1,6 +1,9 @@
 #pragma once
 
+#include <c10/util/intrusive_ptr.h>
+
 #include <map>
+#include <vector>
 
 #include "dualpipe/detail/pipeline/executor.hpp"
 #include "dualpipe/detail/pipeline/mailbox.hpp"
@@ -25,6 +28,8 @@ struct RunContext {
   Mailbox mailbox = {};
   MicroBatches micro_batches = {};
   RunOutputs outputs = {};
+  /// Tensors that the first step would train, though no stage has registered them.
+  std::vector<c10::weak_intrusive_ptr<at::TensorImpl>> unregistered = {};
 
   int rank() const { return communicator.rank(); }
   /// As errors name this rank.

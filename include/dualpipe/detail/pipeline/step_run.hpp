@@ -46,7 +46,8 @@ class StepRun {
   DUALPIPE_DECL void start_backward();
   DUALPIPE_DECL Event advance();
   DUALPIPE_DECL void end_forward();
-  /// @throws InvalidArgument  in the first step: the forward has used a parameter that no module of this rank has.
+  /// @throws InvalidArgument  in the first step: forwards of two micro-batches have used a tensor that requires grad and that no module of
+  ///                          this rank has.
   DUALPIPE_DECL void check_registered() const;
   DUALPIPE_DECL void end_backward();
   DUALPIPE_DECL void release_backward();

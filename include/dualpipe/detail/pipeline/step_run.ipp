@@ -174,15 +174,21 @@ void StepRun::start_backward() {
 void StepRun::check_registered() const {
   if (!context_.inputs.training || context_.inputs.step != 0) return;
   const Tensors registered = unique_parameters(context_.stages);
-  for (const at::Tensor& leaf : forward_->run().leaves())
+  for (const at::Tensor& leaf : forward_->run().leaves()) {
+    if (std::any_of(registered.begin(), registered.end(), [&](const at::Tensor& each) { return each.is_same(leaf); }))
+      continue;
+    // What a forward makes for itself, as to differentiate within it, is another tensor in each micro-batch.
+    std::vector<c10::weak_intrusive_ptr<at::TensorImpl>>& seen = context_.unregistered;
+    const bool again = std::any_of(seen.begin(), seen.end(),
+                                   [&](const auto& each) { return each.lock().get() == leaf.unsafeGetTensorImpl(); });
     DUALPIPE_CHECK(
-        std::any_of(registered.begin(), registered.end(), [&](const at::Tensor& each) { return each.is_same(leaf); }),
-        "stage ", forward_op_->stage, ", its loss included, uses a tensor of sizes ", leaf.sizes(),
-        " that requires grad and is a parameter of none of this rank's stages. DualPipe's parameters() do not have it, "
-        "its "
-        "gradient is neither summed over the ranks that hold the stage nor put back after a failed step, and if a "
-        "stage of "
-        "another rank has it as a parameter, that trains a copy of its own. Register it with the stage's module");
+        !again, "stage ", forward_op_->stage, ", its loss included, uses a tensor of sizes ", leaf.sizes(),
+        " that requires grad and is a parameter of none of this rank's stages. DualPipe's parameters() do "
+        "not have it, its gradient is neither summed over the ranks that hold the stage nor put back after a "
+        "failed step, and if a stage of another rank has it as a parameter, that trains a copy of its own. "
+        "Register it with the stage's module");
+    seen.emplace_back(leaf.getIntrusivePtr());
+  }
 }
 
 void StepRun::end_forward() {
