@@ -145,25 +145,16 @@ LastStep CommitProtocol::over(GroupName group) const {
 StepEnd CommitProtocol::end(std::int64_t group, std::uint64_t step) const {
   const Voting& voting = groups_.at(group);
   LastStep last = over(voting.name);
-  StepEnd end;
-  if (last.step >= step) {
-    end.outcome = StepOutcome::over;
-    end.ballots = std::move(last.ballots);
-  } else if (unknown_) {
-    end.outcome = StepOutcome::unknown;
-  } else if (state_.decided) {
-    end.outcome = StepOutcome::rolled_back;
-  } else {
-    for (const int member : voting.members) {
-      const auto arrived = voting.arrived.find(member);
-      if (arrived == voting.arrived.end() || arrived->second.empty() || arrived->second.front().step != step)
-        end.missing.push_back(member);
-    }
-    const auto living =
-        std::partition(end.missing.begin(), end.missing.end(), [this](int member) { return left_.contains(member); });
-    end.has_left = living != end.missing.begin();
+  if (last.step >= step) return {.outcome = StepOutcome::over, .ballots = std::move(last.ballots), .missing = {}};
+  if (unknown_) return {.outcome = StepOutcome::unknown, .ballots = {}, .missing = {}};
+  if (state_.decided) return {.outcome = StepOutcome::rolled_back, .ballots = {}, .missing = {}};
+  std::vector<int> missing;
+  for (const int member : voting.members) {
+    const auto arrived = voting.arrived.find(member);
+    if (arrived == voting.arrived.end() || arrived->second.empty() || arrived->second.front().step != step)
+      missing.push_back(member);
   }
-  return end;
+  return open_step(std::move(missing), left_);
 }
 
 }  // namespace dualpipe::detail

@@ -79,13 +79,10 @@ class LocalSteps {
   StepEnd end_of(const Group& group, const std::vector<int>& members, std::uint64_t step) const {
     if (group.steps >= step) return {.outcome = StepOutcome::over, .ballots = group.last, .missing = {}};
     if (failed_) return {.outcome = StepOutcome::rolled_back, .ballots = {}, .missing = {}};
-    StepEnd end;
+    std::vector<int> missing;
     for (const int member : members)
-      if (!group.ballots.contains(member)) end.missing.push_back(member);
-    const auto living =
-        std::partition(end.missing.begin(), end.missing.end(), [&](int member) { return left_.contains(member); });
-    end.has_left = living != end.missing.begin();
-    return end;
+      if (!group.ballots.contains(member)) missing.push_back(member);
+    return open_step(std::move(missing), left_);
   }
 
   std::mutex mutex_;

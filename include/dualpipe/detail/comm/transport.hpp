@@ -146,7 +146,9 @@ class Transport {
   /// Empty if there is none.
   DUALPIPE_DECL static std::string disagreement(const Request& receive, const Header& got);
   DUALPIPE_DECL void throw_if_failed(const Request& request) const;
-  [[noreturn]] DUALPIPE_DECL void throw_failure(const Request& request) const;  // mutex held
+  /// After a failure; `more` is said behind its reason.
+  [[noreturn]] DUALPIPE_DECL void throw_failure(const Request& request,
+                                                const std::string& more = {}) const;  // mutex held
   /// "rank 3: barrier (collective 4 of group 0): …"
   DUALPIPE_DECL std::string report(const Request& request, const std::string& problem) const;
   DUALPIPE_DECL std::vector<int> missing_of(std::span<const std::shared_ptr<Request>> requests) const;  // mutex held

@@ -193,11 +193,9 @@ std::vector<std::string> Transport::commit(std::int64_t group, const std::vector
   const std::lock_guard lock(mutex_);
   if (end.outcome == StepOutcome::rolled_back && own) throw *own;
   if (end.outcome == StepOutcome::rolled_back) throw_failure(whole);
-  throw CommError(
-      failure_->origin, whole.operation(),
-      report(whole, str("failed because of rank ", failure_->origin, ": ", failure_->reason,
-                        "\n  This rank was cut off from the others, which may have ended the step without it: "
-                        "go back to a checkpoint.")));
+  throw_failure(whole,
+                "\n  This rank was cut off from the others, which may have ended the step without it: go back to a "
+                "checkpoint.");
 }
 
 void Transport::abort(int origin, const std::string& reason) noexcept {
@@ -249,9 +247,9 @@ void Transport::throw_if_failed(const Request& request) const {
   if (failure_) throw_failure(request);
 }
 
-void Transport::throw_failure(const Request& request) const {
+void Transport::throw_failure(const Request& request, const std::string& more) const {
   throw CommError(failure_->origin, request.operation(),
-                  report(request, str("failed because of rank ", failure_->origin, ": ", failure_->reason)));
+                  report(request, str("failed because of rank ", failure_->origin, ": ", failure_->reason, more)));
 }
 
 std::string Transport::report(const Request& request, const std::string& problem) const {

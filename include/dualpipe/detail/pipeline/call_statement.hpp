@@ -32,7 +32,8 @@ struct CallStatement {
 /// Collective: the statements of all ranks, by rank. One message per rank, a second one only after a finding.
 DUALPIPE_DECL std::vector<CallStatement> exchange_statements(Communicator& communicator, const CallStatement& mine);
 
-/// The error of two ranks that pass another member of the batch; `name` as in "inputs".
+/// The error of two ranks that pass different values of a member of the batch; `name` as in "inputs", `step` as in
+/// agreement().
 DUALPIPE_DECL std::string other_batch(const char* name, int rank, int first, std::int64_t step);
 
 /// What the statements of all ranks say together.
@@ -40,9 +41,8 @@ struct CallAgreement {
   std::int64_t num_micro_batches = 0;    ///< 0: no rank has a batch
   std::vector<std::int64_t> sizes = {};  ///< as in CallStatement; empty: no rank knows
 };
-/// @throws InvalidArgument  the findings, or what ranks disagree about; the same text for the same statements.
-///
 /// @param step  how many steps were before, -1 where the call does not train.
+/// @throws InvalidArgument  the findings, or what ranks disagree about; the same text for the same statements.
 DUALPIPE_DECL CallAgreement agreement(const std::vector<CallStatement>& statements, std::int64_t step);
 
 }  // namespace dualpipe::detail

@@ -15,9 +15,10 @@ namespace dualpipe::detail {
 /// a moment.
 inline at::Tensor device_hash(const at::Tensor& tensor) {
   at::Tensor bytes = tensor.detach().contiguous().flatten().view(at::kByte);
-  const std::int64_t rest = bytes.numel() % static_cast<std::int64_t>(sizeof(std::int64_t));
-  if (rest != 0) bytes = at::constant_pad_nd(bytes, {0, static_cast<std::int64_t>(sizeof(std::int64_t)) - rest});
-  if (bytes.storage_offset() % static_cast<std::int64_t>(sizeof(std::int64_t)) != 0) bytes = bytes.clone();
+  constexpr std::int64_t word_size = sizeof(std::int64_t);
+  const std::int64_t rest = bytes.numel() % word_size;
+  if (rest != 0) bytes = at::constant_pad_nd(bytes, {0, word_size - rest});
+  if (bytes.storage_offset() % word_size != 0) bytes = bytes.clone();
   const at::Tensor words = bytes.view(at::kLong);
   // Each word has a weight of its own, so that another order is another hash; odd weights lose no bit. Sums wrap around.
   constexpr std::int64_t factor = 0x1E3779B97F4A7C15;
