@@ -18,6 +18,8 @@ struct World {
   /// The launcher (torchrun) already serves the store at master_address:master_port.
   bool launcher_hosts_store = false;
   std::string error_file;  ///< where torchrun reads a failing rank's message; empty: nowhere
+  /// Known to the ranks of this job only: each connection across hosts proves it. Empty: the network is trusted.
+  std::string secret;
 
   using Lookup = std::function<std::optional<std::string>(const std::string& name)>;
 
