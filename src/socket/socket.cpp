@@ -24,6 +24,7 @@
 #include "dualpipe/detail/error_text.hpp"
 #include "socket/blocked_signals.hpp"
 #include "socket/connect.hpp"
+#include "socket/encryption.hpp"
 #include "socket/peer.hpp"
 #include "socket/steps.hpp"
 
@@ -75,23 +76,15 @@ class IoThread {
 /// Ranks that are processes, each connected to each other.
 class SocketTransport final : public Transport, public PeerOwner {
  public:
-  SocketTransport(const World& world, const ConnectOptions& options, Rendezvous::Clock::time_point deadline,
-                  Route route)
+  SocketTransport(const World& world, const ConnectOptions& options, Clock::time_point deadline, Route route)
       : Transport(world.rank, world.size, options.timeout, options.epoch),
         liveness_(std::min<std::chrono::milliseconds>(options.liveness, longest_liveness)),
         peers_(world.size),
         steps_(world.rank, peers_, liveness_ > 0ms ? 3 * liveness_ : patience_without_liveness) {
     if (world.size == 1) return;
-    Rendezvous rendezvous(world, options, deadline);
-    std::vector<Connection> connections;
-    try {
-      connections = connect_all(io_, world, rendezvous, options.epoch, deadline, route);
-    } catch (const CommError& error) {
-      rendezvous.give_up(error);
-      throw;
-    }
-    for (Connection& connection : connections) {
-      if (connection.peer == world.rank) continue;
+    if (options.encryption) encryption_.emplace(world.secret);
+    for (Connection& connection :
+         connect_all(io_, world, options, deadline, route, encryption_ ? &*encryption_ : nullptr)) {
       auto& peer = peers_[connection.peer];
       peer = std::make_shared<Peer>(std::move(connection), *this);
       peer->start_reading();
@@ -262,7 +255,7 @@ class SocketTransport final : public Transport, public PeerOwner {
   }
 
   bool flushed() const {
-    bool all = true;
+    bool all = !encryption_ || encryption_->flushed();
     for_peers([&](const Peer& peer) { all = all && peer.flushed(); });
     return all;
   }
@@ -275,6 +268,7 @@ class SocketTransport final : public Transport, public PeerOwner {
   }
 
   const std::chrono::milliseconds liveness_;
+  std::optional<Encryption> encryption_;  // serves the connections of peers
   asio::io_context io_{1};
   asio::steady_timer pulse_{io_};
   std::set<int> silent_;  // used by the I/O thread
@@ -304,9 +298,11 @@ std::shared_ptr<Communicator> connect_sockets(const World& world, const ConnectO
   DUALPIPE_CHECK(world.size == 1 || options.store || (world.master_port > 0 && world.master_port <= 65535), "the ",
                  world.size, " ranks have no port to meet at (master_port is ", world.master_port,
                  "): set MASTER_ADDR and MASTER_PORT, or start the program with dualpipe-run or torchrun");
+  DUALPIPE_CHECK(!options.encryption || !world.secret.empty(),
+                 "encryption needs a secret, and this job has none: DUALPIPE_SECRET_FILE names a file with one");
   // A later deadline would leave the range of the clock.
   const auto patience = std::min<std::chrono::milliseconds>(options.timeout, std::chrono::hours(24 * 365));
-  const auto deadline = Rendezvous::Clock::now() + patience;
+  const auto deadline = Clock::now() + patience;
   try {
     return MessageCommunicator::world(std::make_shared<SocketTransport>(world, options, deadline, route));
   } catch (const Error&) {
