@@ -286,6 +286,10 @@ class MeetingGuest final : public Meeting {
             [this](Contact contact) { connected(std::move(contact)); })) {
     caller_->start();
   }
+  /// Returns when rank 0 has let this rank in.
+  void join() {
+    wait_until([this] { return !session_.empty(); }, [this] { return waits_for(); }, [this] { return late(); });
+  }
   ~MeetingGuest() override {
     caller_->close();
     if (line_) line_->close();
@@ -335,10 +339,7 @@ class MeetingGuest final : public Meeting {
     }
   }
 
-  void say(const std::string& mine) override {
-    wait_until([this] { return !session_.empty(); }, [this] { return waits_for(); }, [this] { return late(); });
-    line_->send({{"said", mine}});
-  }
+  void say(const std::string& mine) override { line_->send({{"said", mine}}); }
 
   std::string waits_for() const override {
     return line_ ? Meeting::waits_for({missing(), status_.lacks}) : "rank 0 at " + caller_->outcomes();
@@ -385,7 +386,9 @@ std::unique_ptr<Meeting> meet(asio::io_context& io, const World& world, const Co
                                     return is_host || theirs.rank == 0 ? "" : str("rank ", theirs.rank, " answers");
                                   }};
   if (world.rank == 0) return std::make_unique<MeetingHost>(io, world, options, deadline, route, introduction);
-  return std::make_unique<MeetingGuest>(io, world, options, deadline, route, introduction);
+  auto guest = std::make_unique<MeetingGuest>(io, world, options, deadline, route, introduction);
+  guest->join();
+  return guest;
 }
 
 }  // namespace dualpipe::detail

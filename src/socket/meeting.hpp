@@ -99,7 +99,10 @@ class Meeting {
   bool was_stopped_ = false;  ///< this process, since the last pulse: silence of others means nothing
 };
 
+/// Rank 0 returns when it listens, the others when it has let them in.
+///
 /// @param io  has no other work.
+/// @throws CommError  as Meeting::wait_until(), or rank 0 cannot listen.
 std::unique_ptr<Meeting> meet(asio::io_context& io, const World& world, const ConnectOptions& options,
                               Meeting::Clock::time_point deadline, Route route, Encryption* encryption);
 

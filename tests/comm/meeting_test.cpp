@@ -80,8 +80,8 @@ TEST(Meeting, NamesThoseWhoDoNotCome) {
   const auto errors = errors_of(4, [&](int rank) {
     if (rank == 0 || rank == 3) connect_sockets(world_of(rank, 4), options_with(store, 300ms));
   });
-  EXPECT_EQ(errors[0], errors[3]) << "one text for all";
-  EXPECT_THAT(errors[0], AllOf(HasSubstr("no sign of rank 1, 2 within 300 ms"), HasSubstr("WORLD_SIZE")));
+  for (const int rank : {0, 3})
+    EXPECT_THAT(errors[rank], AllOf(HasSubstr("no sign of rank 1, 2 within 300 ms"), HasSubstr("WORLD_SIZE")));
 }
 
 TEST(Meeting, SaysWhereRankZeroWasLookedFor) {
