@@ -223,7 +223,7 @@ class Launcher {
     } else if (!unwritable_) {
       unwritable_ = std::string(target == STDOUT_FILENO ? "standard output" : "standard error") +
                     " cannot be written: " + std::generic_category().message(error);
-      if (!interrupted_ && !draining_) interrupt(*unwritable_, SIGTERM);
+      if (!interrupted_ && !draining_ && first_failed_ == nullptr) interrupt(*unwritable_, SIGTERM);
     }
   }
 
@@ -244,8 +244,9 @@ class Launcher {
   }
 
   void interrupt(const std::string& cause, int signal) {
+    failed_uninterrupted_ = failed_uninterrupted_ || (first_failed_ != nullptr && !interrupted_);
     interrupted_ = cause;
-    signal_ranks(signal);
+    failed_uninterrupted_ ? end_ranks(signal) : signal_ranks(signal);
     kill_after_grace();
   }
 
@@ -340,7 +341,8 @@ class Launcher {
 
   int report() {
     for (Stream& stream : streams_) write_out(stream.target, stream.labeller.finish());
-    const int exit_code = report_failure();
+    const bool ended_for_it = unwritable_ && interrupted_ == unwritable_;
+    const int exit_code = ended_for_it ? 1 : report_failure();
     if (unwritable_) say(*unwritable_);
     return unwritable_ && exit_code == 0 ? 1 : exit_code;
   }
@@ -349,7 +351,7 @@ class Launcher {
   int report_failure() {
     if (first_failed_ == nullptr) return 0;
     const std::string first = name(*first_failed_);
-    if (interrupted_) {
+    if (interrupted_ && !failed_uninterrupted_) {
       say(*interrupted_ + "; " + first + " ended first: " + first_failed_->ending->describe());
       return first_failed_->ending->exit_code();
     }
@@ -411,6 +413,7 @@ class Launcher {
   const Rank* first_failed_ = nullptr;         // by the order in which they ended
   std::optional<std::int64_t> ended_from_ns_;  // when the launcher began to end ranks because another one had failed
   std::optional<std::string> interrupted_;     // by what
+  bool failed_uninterrupted_ = false;          // the interruption came after the failure
   std::optional<std::string> unwritable_;      // output that is lost
   bool draining_ = false;
 };
