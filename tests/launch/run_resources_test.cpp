@@ -204,8 +204,8 @@ TEST_F(RunResources, TooFewProcessesAreOneError) {
     if (succeeded) break;
     EXPECT_EQ(exit_code, 1);
     EXPECT_EQ(run.err(),
-              "dualpipe-run: cannot start a process; ulimit -u and the cgroup's pids.max say how many this user may "
-              "have: Resource temporarily unavailable\n");
+              "dualpipe-run: cannot start a process (limits: ulimit -u, the cgroup's pids.max): "
+              "Resource temporarily unavailable\n");
   }
   EXPECT_TRUE(succeeded);
 }

@@ -23,9 +23,8 @@ namespace {
   throw std::system_error(error, std::generic_category(), what);
 }
 
-constexpr const char* kNoProcess =
-    "cannot start a process; ulimit -u and the cgroup's pids.max say how many this user may have";
-constexpr const char* kNoPipe = "cannot make a pipe; ulimit -n says how many open files the launcher may have";
+constexpr const char* kNoProcess = "cannot start a process (limits: ulimit -u, the cgroup's pids.max)";
+constexpr const char* kNoPipe = "cannot make a pipe (limit: ulimit -n)";
 
 constexpr int kFirstNonStandard = STDERR_FILENO + 1;
 
