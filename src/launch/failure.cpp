@@ -35,8 +35,7 @@ void report_failure(const World& world, const std::exception& error) noexcept {
     const detail::FailureReport report = report_of(world, error);
     std::cout.flush();
     std::cerr << report.message + "\n" << std::flush;
-    const bool began_elsewhere = report.origin >= 0 && report.origin != world.rank;
-    if (world.error_file.empty() || (began_elsewhere && !world.launcher_finds_origin)) return;
+    if (world.error_file.empty()) return;
     try {
       detail::write_file(world.error_file, detail::to_json(report));
     } catch (const std::exception& failure) {

@@ -5,11 +5,14 @@
 namespace dualpipe::detail {
 
 std::string to_json(const FailureReport& report) {
-  constexpr std::int64_t nanoseconds = 1'000'000'000;
+  // torchrun calls the rank with the smallest timestamp the root cause, in whole seconds, the lowest rank of several.
+  // One that was killed, or is stopped, writes nothing and gets the time at which torchrun sees its end, which is 30 s
+  // after it has begun to end the others. So that it is the cause then, consequences count as later.
+  constexpr std::int64_t second_ns = 1'000'000'000, later_s = 60;
+  const bool is_consequence = report.origin >= 0 && report.origin != report.rank;
+  const std::int64_t timestamp = report.time_ns / second_ns + (is_consequence ? later_s : 0);
   const nlohmann::json json = {
-      // torchrun's part: it shows the message of the rank with the smallest timestamp.
-      {"message",
-       {{"message", report.message}, {"extraInfo", {{"timestamp", std::to_string(report.time_ns / nanoseconds)}}}}},
+      {"message", {{"message", report.message}, {"extraInfo", {{"timestamp", std::to_string(timestamp)}}}}},
       {"rank", report.rank},
       {"origin", report.origin},
       {"operation", report.operation},

@@ -15,7 +15,7 @@ struct FailureReport {
   std::int64_t time_ns = 0;  ///< since 1970
 };
 
-/// JSON that torchrun reads as one of its own error files.
+/// JSON that torchrun reads as one of its own error files, and takes for later where the failure began elsewhere.
 std::string to_json(const FailureReport& report);
 
 /// @return nullopt for any other text.

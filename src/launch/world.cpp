@@ -85,7 +85,6 @@ World from_launcher(const World::Lookup& lookup) {
   } else {
     world.run_id = lookup("DUALPIPE_RUN_ID").value_or("");
     world.error_file = lookup("DUALPIPE_ERROR_FILE").value_or("");
-    world.launcher_finds_origin = !world.error_file.empty();
   }
   return world;
 }

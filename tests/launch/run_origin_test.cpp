@@ -2,7 +2,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <csignal>
+#include <filesystem>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -102,6 +104,23 @@ TEST(RunOrigin, MayBeOnAnotherNode) {
   EXPECT_THAT(outcome.said, ::testing::MatchesRegex("dualpipe-run: rank 5 on node 1 failed first; rank [0-3] says: "
                                                     "receive from 5: failed because of rank 5\n"));
 }
+
+class TorchrunOrigin : public ::testing::TestWithParam<std::string> {};
+
+/// torchrun looks for ranks that have ended ten times a second, and finds all of them together.
+TEST_P(TorchrunOrigin, IsTheRootCause) {
+  if (!std::filesystem::exists(TORCHRUN)) GTEST_SKIP() << "there is no " << TORCHRUN;
+  Process run({TORCHRUN, "--nproc-per-node", "4", "--standalone", "--no-python", FAILING_RANK, GetParam(), "2"},
+              {{"OMP_NUM_THREADS", "1"}});
+  EXPECT_EQ(run.wait(std::chrono::seconds(100)), 1);
+  const std::string text = run.err();
+  const std::size_t cause = text.find("Root Cause (first observed failure):");
+  ASSERT_NE(cause, std::string::npos) << text;
+  EXPECT_THAT(text.substr(cause), HasSubstr("rank      : 2 (local_rank: 2)")) << text;
+}
+
+INSTANTIATE_TEST_SUITE_P(How, TorchrunOrigin, ::testing::Values("throws", "killed"),
+                         [](const auto& how) { return how.param; });
 
 /// No message can make the launcher misread a report, and nobody has to write one.
 TEST(RunOrigin, IsTakenFromWellFormedReportsOnly) {

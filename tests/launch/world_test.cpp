@@ -70,7 +70,6 @@ TEST(World, ReadsTheLaunchersVariables) {
   EXPECT_EQ(world.master_port, 29500);
   EXPECT_EQ(world.run_id, "morning");
   EXPECT_EQ(world.error_file, "/run/error.json");
-  EXPECT_TRUE(world.launcher_finds_origin);
   EXPECT_FALSE(world.launcher_hosts_store);
 }
 
@@ -84,7 +83,6 @@ TEST(World, ReadsTorchrunsVariables) {
   EXPECT_EQ(world.run_id, "job.2");
   EXPECT_TRUE(world.launcher_hosts_store);
   EXPECT_EQ(world.error_file, "/tmp/error.json");
-  EXPECT_FALSE(world.launcher_finds_origin);
   EXPECT_FALSE(world_of(with(torchrun, {{"TORCHELASTIC_USE_AGENT_STORE", "False"}})).launcher_hosts_store);
 }
 

@@ -129,7 +129,11 @@ TEST(Rank, OneIsKilledInTheMiddleOfAStep) {
 
 /// The launcher says which rank it was; the test that launches this reads it.
 TEST(Rank, OneFailsInTheMiddleOfAStep) {
-  const auto comm = connect("failing");
+  ConnectOptions options;
+  options.name = "failing";
+  options.timeout = std::chrono::minutes(1);
+  options.liveness = std::chrono::seconds(3);
+  const auto comm = connect_sockets(World::from_env(), options);
   DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = 8}, [&](int number) {
     const Piece piece = layer(number);
     return Stage(piece.module).compute("piece", [&, piece](const Tensors& x, const StageContext& context) {

@@ -7,9 +7,9 @@
 namespace dualpipe {
 
 /// For the exception that ends a rank's main(): prints "rank 3: message" to stderr. Also tells the launcher by
-/// `world.error_file`, if it named one. dualpipe-run gathers from these files which rank failed first. torchrun takes
-/// every file for a cause, so a CommError that began on another rank writes none there. A file that cannot be written is
-/// mentioned on stderr and otherwise ignored.
+/// `world.error_file`, if it named one: dualpipe-run gathers from these files which rank failed first, torchrun shows
+/// them. A CommError that began on another rank bears a time one minute later there, as torchrun calls the earliest the
+/// root cause. A file that cannot be written is mentioned on stderr and otherwise ignored.
 ///
 ///   int main() {
 ///     const World world = World::from_env();

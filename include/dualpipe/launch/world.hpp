@@ -18,9 +18,6 @@ struct World {
   /// The launcher (torchrun) already serves the store at master_address:master_port.
   bool launcher_hosts_store = false;
   std::string error_file;  ///< where the launcher reads a failing rank's message; empty: nowhere
-  /// The launcher (dualpipe-run) finds the rank that failed first from what all ranks write there. Any other (torchrun)
-  /// takes each message for a cause.
-  bool launcher_finds_origin = false;
   /// Known to the ranks of this job only: each connection across hosts proves it. Empty: the network is trusted.
   std::string secret;
 
