@@ -290,7 +290,7 @@ class Launcher {
     }
     if (all_ended) {
       drain();
-    } else if (first_failed_ != nullptr && !interrupted_) {
+    } else if (first_failed_ != nullptr && (!interrupted_ || failed_uninterrupted_)) {
       if (all_left_are_stopped)
         end_ranks(SIGKILL);  // they would not hear of anything else
       else if (!failed_before)

@@ -1,6 +1,7 @@
 #include "tools/run/spawn.hpp"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -128,6 +129,8 @@ Pipe::Pipe() {
 Guard::Guard() {
   const BlockedSignals blocked;  // a folder without a guard would stay
   folder_ = make_private_folder();
+  lock_ = Descriptor(::open(folder_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (lock_.get() >= 0) ::flock(lock_.get(), LOCK_SH | LOCK_NB);
   pid_ = ::fork();
   if (pid_ < 0) {
     const int error = errno;

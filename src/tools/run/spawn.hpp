@@ -46,6 +46,7 @@ class Guard {
 
  private:
   std::filesystem::path folder_;
+  Descriptor lock_;  ///< keeps cleaners of /tmp, as systemd-tmpfiles, away from the folder
   Pipe pipe_;
   pid_t pid_ = -1;
 };
