@@ -186,14 +186,25 @@ TEST_F(RunResources, TooFewDescriptorsAreOneError) {
   EXPECT_TRUE(succeeded);
 }
 
+std::size_t processes_of(uid_t user) {
+  std::size_t count = 0;
+  for (const fs::directory_entry& entry : fs::directory_iterator("/proc")) {
+    struct stat status{};
+    const bool is_process = entry.path().filename().string().find_first_not_of("0123456789") == std::string::npos;
+    if (is_process && ::stat(entry.path().c_str(), &status) == 0 && status.st_uid == user) ++count;
+  }
+  return count;
+}
+
 /// As many processes as a user may have are counted for all that the user runs.
 TEST_F(RunResources, TooFewProcessesAreOneError) {
   if (::geteuid() != 0) GTEST_SKIP() << "needs a user without other processes";
+  constexpr uid_t nobody_else = 53531;
   fs::permissions(temporary_.path(), fs::perms::all);
   bool succeeded = false;
   for (int limit = 1; !succeeded && limit < 20; ++limit) {
     SCOPED_TRACE(limit);
-    Process run({"setpriv", "--reuid", "53531", "--clear-groups", "--inh-caps=-all", "prlimit",
+    Process run({"setpriv", "--reuid", std::to_string(nobody_else), "--clear-groups", "--inh-caps=-all", "prlimit",
                  "--nproc=" + std::to_string(limit), DUALPIPE_RUN, "-q", "-n", "4", "--", "sleep", "0.1"},
                 here());
     const int exit_code = run.wait();
@@ -201,6 +212,7 @@ TEST_F(RunResources, TooFewProcessesAreOneError) {
       GTEST_SKIP() << run.err();
     succeeded = exit_code == 0;
     EXPECT_EQ(files(), 0u);
+    EXPECT_EQ(processes_of(nobody_else), 0u);
     if (succeeded) break;
     EXPECT_EQ(exit_code, 1);
     EXPECT_EQ(run.err(),

@@ -90,8 +90,7 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv, int
       ->capture_default_str();
   app.add_flag("--no-prefix", no_prefix, "leave the output as it is");
   app.add_option("--wait-before-term", wait_before_term,
-                 "seconds from the first failure to SIGTERM for the ranks that are left; those that are stopped are "
-                 "killed at once when no other is left")
+                 "seconds from a failure to SIGTERM; none where all ranks that are left are stopped")
       ->capture_default_str()
       ->check(CLI::Range(0.0, 86400.0));
   app.add_option("--grace", grace, "seconds from SIGTERM to SIGKILL")
