@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <string>
 
 #include "launch/process.hpp"
@@ -45,6 +46,21 @@ TEST(Launch, AKilledRankEndsTheOthersWithItsName) {
   for (const int survivor : {0, 1, 3})
     EXPECT_THAT(outcome.output, ::testing::HasSubstr("[" + std::to_string(survivor) + "] survived: "))
         << outcome.output;
+}
+
+TEST(Launch, TheLauncherNamesTheRankThatThrew) {
+  const Outcome outcome = launch(4, "Rank.OneFails*");
+  EXPECT_EQ(outcome.exit_code, 1) << outcome.output;
+  EXPECT_THAT(outcome.output,
+              ::testing::ContainsRegex("dualpipe-run: rank 2 failed first: [^\n]*no such token[^\n]*; exit code 1\n"));
+}
+
+TEST(Launch, TheLauncherNamesTheRankThatWasStopped) {
+  ::setenv("DUALPIPE_TEST_STOP", "1", 1);
+  const Outcome outcome = launch(4, "Rank.OneFails*");
+  ::unsetenv("DUALPIPE_TEST_STOP");
+  EXPECT_EQ(outcome.exit_code, 1) << outcome.output;
+  EXPECT_THAT(outcome.output, ::testing::HasSubstr("dualpipe-run: rank 2 was stopped or hung; killed\n"));
 }
 
 }  // namespace

@@ -6,10 +6,13 @@
 
 #include <chrono>
 #include <csignal>
+#include <cstdlib>
 #include <iostream>
+#include <stdexcept>
 #include <string>
 
 #include "dualpipe/comm/socket.hpp"
+#include "dualpipe/launch/failure.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "pipeline/pipeline.hpp"
 
@@ -122,6 +125,31 @@ TEST(Rank, OneIsKilledInTheMiddleOfAStep) {
   for (const auto& parameter : pipe->parameters()) EXPECT_TRUE(torch::equal(parameter.grad(), gradients[i++]));
   EXPECT_THAT(message, ::testing::HasSubstr("rank 2"));
   if (!HasFailure()) std::cout << "survived: " << message << std::endl;
+}
+
+/// The launcher says which rank it was; the test that launches this reads it.
+TEST(Rank, OneFailsInTheMiddleOfAStep) {
+  ConnectOptions options;
+  options.name = "failing";
+  options.timeout = std::chrono::minutes(1);
+  options.liveness = std::chrono::seconds(3);
+  const auto comm = connect_sockets(World::from_env(), options);
+  DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = 8}, [&](int number) {
+    const Piece piece = layer(number);
+    return Stage(piece.module).compute("piece", [&, piece](const Tensors& x, const StageContext& context) {
+      if (comm->rank() == 2 && context.micro_batch == 5) {
+        if (std::getenv("DUALPIPE_TEST_STOP") != nullptr) std::raise(SIGSTOP);
+        throw std::out_of_range("no such token");
+      }
+      return piece.forward(x);
+    });
+  });
+  try {
+    pipe->step(random_batch(16, 3), squared_error());
+  } catch (const std::exception& error) {
+    report_failure(World::from_env(), error);
+    FAIL() << "as it should";
+  }
 }
 
 /// A rank that fails right after a step reaches ranks that still wait in the vote of that step.
