@@ -128,8 +128,9 @@ class LocalTransport final : public Transport, public std::enable_shared_from_th
   std::uint64_t vote(std::int64_t group, const std::vector<int>& members, std::string ballot) override {
     return steps_->vote(group, members, rank(), std::move(ballot));
   }
-  StepEnd wait_for_step(std::int64_t group, const std::vector<int>& members, std::uint64_t step) override {
-    return steps_->wait(group, members, step, deadline());
+  StepEnd wait_for_step(std::int64_t group, const std::vector<int>& members, std::uint64_t step,
+                        Clock::time_point until) override {
+    return steps_->wait(group, members, step, until);
   }
 
   std::vector<int> missing_votes(std::int64_t group, const std::vector<int>& members,
