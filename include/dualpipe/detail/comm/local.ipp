@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "dualpipe/detail/comm/message_communicator.hpp"
+#include "dualpipe/detail/error_text.hpp"
 
 namespace dualpipe {
 namespace detail {
@@ -171,10 +172,8 @@ struct RankFailure {
   std::string reason() const {
     try {
       std::rethrow_exception(error);
-    } catch (const std::exception& e) {
-      return e.what();
     } catch (...) {
-      return "an exception that is no std::exception";
+      return current_error_text();
     }
   }
 };
@@ -247,13 +246,15 @@ void run_ranks(int num_ranks, const std::function<void(std::shared_ptr<Communica
     std::vector<std::jthread> threads;
     try {
       for (int r = 0; r < num_ranks; ++r) {
-        threads.emplace_back(run, r, std::move(communicators[r]));
+        threads.emplace_back(run, r, communicators[r]);
+        communicators[r].reset();
       }
-    } catch (const std::exception& error) {  // no more threads: the others wait for ranks that never start
-      for (const auto& communicator : communicators) {
-        if (communicator != nullptr) communicator->abort(error.what());
-      }
-      throw;
+    } catch (const std::exception& error) {  // the others wait for ranks that never start
+      const std::string reason =
+          detail::str("run_ranks cannot start a thread for rank ", threads.size(), " of ", num_ranks, ": ",
+                      error.what(), "; the limits of this process on threads (ulimit -u) and memory (ulimit -v) count");
+      communicators[threads.size()]->abort(reason);
+      throw Error(reason);
     }
   }
   if (!failures.empty()) std::rethrow_exception(detail::first_cause(failures).error);

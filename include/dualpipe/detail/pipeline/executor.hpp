@@ -9,6 +9,7 @@
 #include "dualpipe/comm/communicator.hpp"
 #include "dualpipe/detail/config.hpp"
 #include "dualpipe/detail/pipeline/arrivals.hpp"
+#include "dualpipe/detail/pipeline/flight_recorder.hpp"
 #include "dualpipe/detail/pipeline/pair_orders.hpp"
 #include "dualpipe/detail/pipeline/recorder.hpp"
 #include "dualpipe/pipeline/batch.hpp"
@@ -74,7 +75,9 @@ struct RunOutputs {
 class Executor {
  public:
   /// @param stages  those this rank holds, by their number; copied, so that nodes added later have no effect.
-  DUALPIPE_DECL Executor(std::shared_ptr<Communicator> communicator, std::map<int, Stage> stages);
+  /// @param flight  outlives this.
+  DUALPIPE_DECL Executor(std::shared_ptr<Communicator> communicator, std::map<int, Stage> stages,
+                         FlightRecorder& flight);
   Executor(const Executor&) = delete;
   Executor& operator=(const Executor&) = delete;
 
@@ -89,6 +92,7 @@ class Executor {
  private:
   std::shared_ptr<Communicator> communicator_;
   std::map<int, Stage> stages_;
+  FlightRecorder& flight_;
   PairOrders orders_;
   bool fills_waits_ = false;  ///< see RunContext
 };

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <limits>
 #include <map>
 #include <string>
@@ -20,6 +21,7 @@ DUALPIPE_DECL std::string describe(const DualPipeOptions& options, const Schedul
 struct StageTraits {
   bool communicate = false;                                   ///< some stage has a collective
   int data_dependent_from = std::numeric_limits<int>::max();  ///< the first whose shapes depend on data
+  std::int64_t run = 0;  ///< tells this pipeline from others: a time of the first rank
 };
 /// Collective.
 ///

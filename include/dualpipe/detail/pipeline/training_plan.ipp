@@ -8,6 +8,7 @@
 
 #include "dualpipe/detail/comm/agree.hpp"
 #include "dualpipe/detail/pipeline/digest.hpp"
+#include "dualpipe/detail/pipeline/flight_recorder.hpp"
 #include "dualpipe/detail/pipeline/merge_outputs.hpp"
 #include "dualpipe/schedule/check.hpp"
 #include "dualpipe/schedule/load.hpp"
@@ -47,11 +48,12 @@ StageTraits traits_of_all(Communicator& communicator, const std::map<int, Stage>
     if (stage.communicates()) traits.communicate = true;
     if (stage.has_data_dependent_shapes()) traits.data_dependent_from = std::min(traits.data_dependent_from, number);
   }
-  const std::string mine = str(traits.communicate ? 1 : 0, ' ', traits.data_dependent_from);
+  const std::string mine = str(traits.communicate ? 1 : 0, ' ', traits.data_dependent_from, ' ', wall_clock_ns());
   for (const std::string& text : all_gather_text(communicator, mine)) {
     std::istringstream words(text);
     StageTraits theirs;
-    words >> theirs.communicate >> theirs.data_dependent_from;
+    words >> theirs.communicate >> theirs.data_dependent_from >> theirs.run;
+    if (traits.run == 0) traits.run = theirs.run;
     traits.communicate = traits.communicate || theirs.communicate;
     traits.data_dependent_from = std::min(traits.data_dependent_from, theirs.data_dependent_from);
   }
