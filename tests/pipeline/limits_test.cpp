@@ -14,8 +14,10 @@
 #include <string>
 #include <vector>
 
+#include "dualpipe/schedule/generate.hpp"
 #include "pipeline/pipeline.hpp"
 #include "pipeline/resources.hpp"
+#include "temporary_folder.hpp"
 
 namespace dualpipe::test {
 namespace {
@@ -76,6 +78,46 @@ TEST(Limits, StepsThatFailLeaveNothing) {
       EXPECT_THAT(message_of([&] { pipe->step(batch, squared_error()); }), HasSubstr("boom"));
     });
     EXPECT_TRUE(kept.expired());
+  });
+}
+
+/// The schedules of all ranks, by address.
+std::set<const Schedule*> schedules_of(int num_ranks, const DualPipeOptions& options) {
+  std::mutex mutex;
+  std::set<const Schedule*> schedules;
+  run_ranks(num_ranks, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe(comm, options, [](int stage) { return Layer(stage); });
+    comm->barrier().wait();  // all are alive
+    const std::lock_guard lock(mutex);
+    schedules.insert(&pipe->schedule());
+  });
+  return schedules;
+}
+
+TEST(Limits, RanksThatAreThreadsHoldOneSchedule) {
+  EXPECT_EQ(schedules_of(4, {.num_micro_batches = 8}).size(), 1U);
+  EXPECT_EQ(failure_on_all(2,
+                           [](std::shared_ptr<Communicator> comm) {
+                             DualPipe pipe(comm, {.num_micro_batches = 4 + 2 * comm->rank()}, as_factory(layer));
+                           })
+                .substr(0, 40),
+            "ranks disagree about the options:\n  rank");
+  const TemporaryFolder folder;
+  const std::string path = folder.write("schedule.csv", to_csv(make_schedule({"1f1b", 2, 4})));
+  run_ranks(2, [&](std::shared_ptr<Communicator> comm) {
+    const auto make = [&](int num_micro_batches, const std::string& schedule) {
+      return DualPipe(comm, {.num_micro_batches = num_micro_batches, .schedule = schedule}, as_factory(layer));
+    };
+    DualPipe four = make(4, "gpipe"), again = make(4, "gpipe"), six = make(6, "gpipe"), file = make(4, path);
+    EXPECT_EQ(&four->schedule(), &again->schedule());
+    EXPECT_EQ(six->schedule(), make_schedule({"gpipe", 2, 6}));
+    EXPECT_EQ(file->schedule().ranks, make_schedule({"1f1b", 2, 4}).ranks);
+    // A file that has changed meanwhile is read again.
+    comm->barrier().wait();
+    if (comm->rank() == 0) folder.write("schedule.csv", to_csv(make_schedule({"gpipe", 2, 4})));
+    comm->barrier().wait();
+    EXPECT_EQ(make(4, path)->schedule().ranks, make_schedule({"gpipe", 2, 4}).ranks);
+    EXPECT_EQ(file->schedule().ranks, make_schedule({"1f1b", 2, 4}).ranks);
   });
 }
 

@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "dualpipe/detail/comm/message_communicator.hpp"
+#include "dualpipe/detail/comm/shared_values.hpp"
 #include "dualpipe/detail/error_text.hpp"
 
 namespace dualpipe {
@@ -108,10 +109,13 @@ class LocalTransport final : public Transport, public std::enable_shared_from_th
     steps_->leave(rank());
   }
   /// Once, before any thread uses one of the `ranks`.
-  void join(std::shared_ptr<const Ranks> ranks, std::shared_ptr<LocalSteps> steps) {
+  void join(std::shared_ptr<const Ranks> ranks, std::shared_ptr<LocalSteps> steps,
+            std::shared_ptr<SharedValues> values) {
     ranks_ = std::move(ranks);
     steps_ = std::move(steps);
+    values_ = std::move(values);
   }
+  SharedValues* shared_values() noexcept override { return values_.get(); }
 
  private:
   void start(int to, Message message, std::shared_ptr<Request> request) override {
@@ -152,6 +156,7 @@ class LocalTransport final : public Transport, public std::enable_shared_from_th
 
   std::shared_ptr<const Ranks> ranks_;
   std::shared_ptr<LocalSteps> steps_;
+  std::shared_ptr<SharedValues> values_;
 };
 
 /// What ended a rank.
@@ -212,9 +217,10 @@ std::vector<std::shared_ptr<Communicator>> local_communicators(int num_ranks, co
     transports.push_back(std::make_shared<detail::LocalTransport>(r, num_ranks, options.timeout, device));
   const auto ranks = std::make_shared<const detail::LocalTransport::Ranks>(transports.begin(), transports.end());
   const auto steps = std::make_shared<detail::LocalSteps>();
+  const auto values = std::make_shared<detail::SharedValues>();
   std::vector<std::shared_ptr<Communicator>> communicators;
   for (auto& transport : transports) {
-    transport->join(ranks, steps);
+    transport->join(ranks, steps, values);
     communicators.push_back(detail::MessageCommunicator::world(std::move(transport)));
   }
   return communicators;

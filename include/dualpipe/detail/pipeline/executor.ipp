@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <memory>
+#include <set>
 #include <utility>
 
+#include "dualpipe/detail/pipeline/digest.hpp"
 #include "dualpipe/detail/pipeline/overlap.hpp"
 #include "dualpipe/detail/pipeline/run_context.hpp"
 #include "dualpipe/detail/pipeline/step_run.hpp"
@@ -119,6 +121,12 @@ Plan make_plan(Schedule schedule, Publish publish, const PairReady& ready) {
   dry_run(plan.program);
   plan.publish = publish;
   plan.placement = placement(schedule);
+  std::set<Communicator::Edge> edges;
+  for (const Transfer& transfer : plan.program.order) edges.insert({transfer.from, transfer.to});
+  plan.edges.assign(edges.begin(), edges.end());
+  Digest digest;
+  digest.add(to_csv(schedule));
+  plan.checksum = digest.value();
   plan.schedule = std::move(schedule);
   return plan;
 }

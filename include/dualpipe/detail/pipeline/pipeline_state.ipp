@@ -82,23 +82,20 @@ PipelineState::PipelineState(std::shared_ptr<Communicator> communicator, DualPip
       flight_(communicator_->world_rank(communicator_->rank()), numbers()),
       health_(communicator_, flight_, record_path(options_, *communicator_)) {
   Communicator& comm = *communicator_;
-  Plan plan;
   agree_that_fine(comm, finding_of([&] {
                     make_folder(options_.record_to);
-                    plan = training_plan(options_, comm.size());
+                    training_ = training_plan(options_, comm);
                   }));
-  agree_on(comm, "options", describe(options_, plan.schedule));
+  agree_on(comm, "options", describe(options_, *training_));
 
   std::map<int, Stage> stages;
-  agree_that_fine(comm, finding_of([&] { stages = made_stages(plan.schedule, comm, factory); }));
+  agree_that_fine(comm, finding_of([&] { stages = made_stages(schedule(), comm, factory); }));
   const StageTraits traits = traits_of_all(comm, stages);
   // A pair of stages with collectives has its results in another order, and all ranks must send in the same one.
-  if (traits.communicate) plan = make_plan(std::move(plan.schedule), options_.publish, communicating_pair);
-
-  training_ = std::make_shared<const Plan>(std::move(plan));
+  if (traits.communicate) training_ = communicating_plan(*training_, comm);
   flight_.describe(schedule().name, schedule().num_stages, schedule().num_micro_batches, traits.run);
 
-  forward_ = std::make_unique<ForwardPlans>(schedule(), options_.publish);
+  forward_ = std::make_unique<ForwardPlans>(comm, training_);
   forward_->of(options_.num_micro_batches);
   arrivals_ = std::make_unique<ArrivalMemory>(communicator_, traits.data_dependent_from);
   parameters_ = unique_parameters(stages);
@@ -116,8 +113,7 @@ void PipelineState::start() {
 }
 
 std::vector<Communicator::Edge> PipelineState::edges() const {
-  std::set<Communicator::Edge> all;
-  for (const Transfer& transfer : training_->program.order) all.insert({transfer.from, transfer.to});
+  std::set<Communicator::Edge> all(training_->edges.begin(), training_->edges.end());
   for (const int from : loss_ranks_)
     for (const int to : loss_ranks_)
       if (from != to) all.insert({from, to});
