@@ -80,6 +80,9 @@ class Transport {
   /// `listener` learns of every change from now on, as long as it lives.
   DUALPIPE_DECL void listen(std::weak_ptr<TransportListener> listener);
 
+  /// As Communicator::shared_values().
+  virtual SharedValues* shared_values() noexcept { return nullptr; }
+
   /// The next free group id. Two ranks never use one id for two groups that both belong to. Used by the rank's thread
   /// only.
   std::int64_t next_group() const noexcept { return next_group_; }
