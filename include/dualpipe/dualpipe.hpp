@@ -21,6 +21,7 @@
 #include "dualpipe/stage/collective.hpp"
 #include "dualpipe/stage/partition.hpp"
 #include "dualpipe/stage/stage.hpp"
+#include "dualpipe/train/checkpoint.hpp"
 #include "dualpipe/train/clip.hpp"
 #include "dualpipe/train/safetensors.hpp"
 #include "dualpipe/version.hpp"

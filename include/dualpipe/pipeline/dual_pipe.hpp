@@ -119,6 +119,7 @@ class DualPipeImpl : public torch::nn::Module {
   /// The observer sees what this rank does, from the next call on.
   DUALPIPE_DECL void add_observer(std::shared_ptr<Observer> observer);
 
+  DUALPIPE_DECL const std::shared_ptr<Communicator>& communicator() const;
   DUALPIPE_DECL const Schedule& schedule() const;
   DUALPIPE_DECL std::vector<int> local_stages() const;
   /// This rank runs the first stage for some micro-batches and needs their inputs.

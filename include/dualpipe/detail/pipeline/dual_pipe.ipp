@@ -39,6 +39,8 @@ void DualPipeImpl::add_observer(std::shared_ptr<Observer> observer) {
   state_->add_observer(std::move(observer));
 }
 
+const std::shared_ptr<Communicator>& DualPipeImpl::communicator() const { return state_->communicator(); }
+
 const Schedule& DualPipeImpl::schedule() const { return state_->schedule(); }
 
 std::vector<int> DualPipeImpl::local_stages() const {
