@@ -184,7 +184,7 @@ Opened open_checkpoint(const CheckpointGroup& group, const fs::path& folder) {
   });
   const std::vector<std::string> sums = group.gather(Checksum::of(text));
   for (std::size_t rank = 1; rank < sums.size(); ++rank)
-    DUALPIPE_CHECK(sums[rank] == sums[0], "ranks 0 and ", rank, " see different checkpoints in ", folder.string(),
+    DUALPIPE_CHECK(sums[rank] == sums[0], "ranks 0 and ", rank, " see different checkpoints",
                    "; all ranks need one shared folder");
   // Every file once, by one of the ranks.
   group.on_all([&] {

@@ -1,12 +1,15 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <random>
+#include <system_error>
 #include <utility>
+#include <vector>
 
 #include "dualpipe/detail/files.hpp"
 #include "dualpipe/error.hpp"
@@ -114,13 +117,19 @@ class CheckpointWriter::Impl {
       make_folder(partial, extra.step, token);
     });
     const std::string expected = group.gather(token)[0];
-    group.on_all([&] {
+    const std::string finding = finding_of([&] {
       std::error_code ignored;
       const fs::path path = partial / token_name;
-      DUALPIPE_CHECK(fs::exists(path, ignored) && read_file(path.string()) == expected, "rank ", group.rank(),
-                     " does not see in ", root_.string(),
-                     " what rank 0 has written there; all ranks need one shared folder");
+      DUALPIPE_CHECK(fs::exists(path, ignored) && read_file(path.string()) == expected, "cannot see in ",
+                     root_.string(), " what rank 0 has written there; all ranks need one shared folder");
     });
+    const std::vector<std::string> findings = group.gather(finding);
+    if (group.rank() == 0 &&
+        std::any_of(findings.begin(), findings.end(), [](const auto& text) { return !text.empty(); })) {
+      std::error_code ignored;
+      fs::remove_all(partial, ignored);
+    }
+    throw_findings(findings);
 
     if (group.rank() == 0) {
       for (const auto& [name, tensor] : extra.tensors) files.shards["extra.safetensors"][name] = tensor.detach();

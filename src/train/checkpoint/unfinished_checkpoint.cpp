@@ -99,9 +99,7 @@ void UnfinishedCheckpoint::write() {
   Written written;
   const std::string finding = finding_of([&] { written = write_shards(partial_, shards_); });
   shards_.clear();
-  const std::lock_guard lock(mutex_);
   mine_ = json_of(finding, written);
-  changed_.notify_all();
 }
 
 void UnfinishedCheckpoint::write_in_background() {
@@ -119,7 +117,7 @@ void UnfinishedCheckpoint::meet_in_folder() {
   while (std::ssize(records) < group_.size()) {
     {
       std::unique_lock lock(mutex_);
-      if (changed_.wait_for(lock, poll_interval, [&] { return stopped_; })) return;
+      if (stop_.wait_for(lock, poll_interval, [&] { return stopping_; })) return;
     }
     for (int rank = 1; rank < group_.size(); ++rank) {
       std::error_code ignored;
@@ -131,10 +129,7 @@ void UnfinishedCheckpoint::meet_in_folder() {
 }
 
 void UnfinishedCheckpoint::wait() {
-  {
-    std::unique_lock lock(mutex_);
-    changed_.wait(lock, [&] { return !mine_.is_null(); });
-  }
+  stop();  // before any rank can remove what this one still writes
   std::map<int, Json> records;
   std::vector<std::string> findings;
   for (const std::string& text : group_.gather(mine_.dump(-1, ' ', true))) {
@@ -142,7 +137,6 @@ void UnfinishedCheckpoint::wait() {
     records[rank] = Json::parse(text);
     findings.push_back(records[rank].at("finding").get<std::string>());
   }
-  stop();
   group_.on_all([&] {
     if (whole_ && !finished_) finish(records);
     if (whole_ && !finding_.empty()) {
@@ -168,9 +162,9 @@ void UnfinishedCheckpoint::finish(const std::map<int, Json>& records) {
 void UnfinishedCheckpoint::stop() {
   {
     const std::lock_guard lock(mutex_);
-    stopped_ = true;
+    stopping_ = true;
   }
-  changed_.notify_all();
+  stop_.notify_all();
   if (thread_.joinable()) thread_.join();
 }
 

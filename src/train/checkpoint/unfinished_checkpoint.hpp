@@ -53,6 +53,7 @@ class UnfinishedCheckpoint {
   /// @param records  of all ranks.
   void finish(const std::map<int, nlohmann::json>& records);
   void meet_in_folder();
+  /// Returns when this rank's files are written.
   void stop();
 
   CheckpointGroup group_;
@@ -61,10 +62,10 @@ class UnfinishedCheckpoint {
   std::optional<Completion> whole_;
   std::thread thread_;
   std::mutex mutex_;
-  std::condition_variable changed_;
-  bool stopped_ = false;
-  nlohmann::json mine_;  // what this rank wrote; null until then
-  // On rank 0, set by its thread, and after that by wait().
+  std::condition_variable stop_;
+  bool stopping_ = false;
+  // Of the thread, and after it of wait().
+  nlohmann::json mine_;  // what this rank wrote
   bool finished_ = false;
   std::string finding_;
 };
