@@ -38,6 +38,7 @@ PARTS = {
     "config": "config",
     "train/atomic_file": "checkpoint",
     "train/checkpoint": "checkpoint",
+    "train/metrics": "checkpoint",
     "train/safetensors": "checkpoint",
     "comm/pending": "pending",
     "tools/plan": "tools/plan",

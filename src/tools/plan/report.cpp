@@ -69,7 +69,7 @@ TraceReport report_of(const Timeline& trace) {
   return result;
 }
 
-ordered_json json_of(const Overlap& overlap) {
+ordered_json overlap_json(const Overlap& overlap) {
   return {{"total", overlap.total()}, {"hidden", overlap.hidden}, {"exposed", overlap.exposed}};
 }
 
@@ -77,8 +77,8 @@ void add_usage(ordered_json& object, const Usage& usage) {
   object["busy"] = usage.busy;
   object["compute"] = usage.compute;
   object["bubble"] = usage.bubble;
-  object["collectives"] = json_of(usage.collectives);
-  object["transfers"] = json_of(usage.transfers);
+  object["collectives"] = overlap_json(usage.collectives);
+  object["transfers"] = overlap_json(usage.transfers);
 }
 
 void add_report(ordered_json& object, const Report& report) {
@@ -92,7 +92,7 @@ void add_report(ordered_json& object, const Report& report) {
   add_usage(object["total"] = ordered_json::object(), report.total());
 }
 
-ordered_json json_of(const TraceReport& report) {
+ordered_json trace_json(const TraceReport& report) {
   ordered_json object{
       {"name", report.name}, {"seconds_per_unit", report.seconds_per_unit}, {"steps", report.num_steps}};
   add_report(object, report.whole);
@@ -136,7 +136,7 @@ std::string report_traces(const ReportOptions& options) {
   for (const Timeline& timeline : timelines) {
     const TraceReport result = report_of(timeline);
     if (options.output.format == "json")
-      all.push_back(json_of(result));
+      all.push_back(trace_json(result));
     else
       out += (out.empty() ? "" : "\n") + text_of(result);
   }
