@@ -43,6 +43,7 @@ void read_line(std::string_view line, RunLog& log) {
 
 // Pixels.
 constexpr double run_margin = 12, run_width = 940, axis_width = 58, axis_space = 24, head_space = 24, panel_gap = 10;
+constexpr double greatest_drawn = 1e300;  // sums of more would overflow
 constexpr double loss_height = 300, small_height = 110;
 constexpr std::array run_colors{"#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f"};
 
@@ -58,7 +59,8 @@ struct Extent {
   }
   /// With some room, also where all values are one.
   Extent padded() const {
-    const double room = length() > 0 ? length() * 0.04 : std::max(std::abs(least) * 0.1, 1e-12);
+    const double size = std::max(std::abs(least), std::abs(greatest));
+    const double room = length() > 0 ? std::max({length() * 0.04, size * 1e-9, 1e-30}) : std::max(size * 0.1, 1e-12);
     return {least - room, greatest + room};
   }
 };
@@ -83,6 +85,8 @@ class Curves {
       : runs_(runs), key_(std::move(key)), title_(std::move(title)) {
     for (const RunLog& run : runs)
       for (const double value : values_of(run)) range_.include(value);
+    DUALPIPE_CHECK(is_empty() || std::max(-range_.least, range_.greatest) <= greatest_drawn, "cannot draw values of ",
+                   title_, " from ", range_.least, " to ", range_.greatest);
   }
 
   bool is_empty() const { return range_.is_empty(); }

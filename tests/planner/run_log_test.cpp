@@ -107,6 +107,7 @@ TEST(RunLog, GapsDivideACurveAndSinglePointsAreSeen) {
   EXPECT_EQ(curves(to_svg({{"run", {8}, {{"loss", {1}}}}})).size(), 1u);
   EXPECT_THAT(error_of([&] { to_svg({{"run", {1}, {{"loss", {gap}}}}}); }), HasSubstr("nothing to draw"));
   EXPECT_THAT(error_of([] { to_svg(std::vector<RunLog>{}); }), HasSubstr("nothing to draw"));
+  EXPECT_THAT(error_of([] { to_svg({{"run", {1}, {{"loss", {1e308}}}}}); }), HasSubstr("cannot draw values of loss"));
 }
 
 TEST(RunLog, LongRunsKeepTheirPeaks) {

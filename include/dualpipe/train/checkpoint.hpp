@@ -55,6 +55,7 @@ class CheckpointWriter {
   /// @throws InvalidArgument  a folder that cannot be written or that ranks do not share, a full disk, a later step in
   ///                          the folder, names that several stages use, another optimizer. Earlier checkpoints are
   ///                          what they were.
+  /// @throws CommError        another rank failed, here and below.
   void save(const torch::nn::Module& model, const torch::optim::Optimizer& optimizer, const CheckpointExtra& extra);
   template <class Contained>
   void save(const torch::nn::ModuleHolder<Contained>& model, const torch::optim::Optimizer& optimizer,
