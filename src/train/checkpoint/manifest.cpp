@@ -2,7 +2,6 @@
 
 #define XXH_INLINE_ALL  // nothing to link
 #include <fcntl.h>
-#include <stdio.h>
 #include <xxhash.h>
 
 #include <cerrno>
