@@ -43,7 +43,7 @@ void Grid::sum_gradients(dualpipe::DualPipeImpl& pipe, const IsExpert& is_expert
   of_alike.wait();
 }
 
-void Grid::clip_gradients(dualpipe::DualPipeImpl& pipe, const IsExpert& is_expert, double max_norm) const {
+double Grid::clip_gradients(dualpipe::DualPipeImpl& pipe, const IsExpert& is_expert, double max_norm) const {
   Tensors counted;
   for (const auto& stage : pipe.named_children()) {
     const int number = std::stoi(stage.key().substr(std::string("stage").size()));
@@ -53,7 +53,7 @@ void Grid::clip_gradients(dualpipe::DualPipeImpl& pipe, const IsExpert& is_exper
       if ((expert ? alike_ : peers_)->rank() == 0) counted.push_back(item.value());
     }
   }
-  dualpipe::clip_grad_norm(*world_, counted, pipe.parameters(), max_norm);
+  return dualpipe::clip_grad_norm(*world_, counted, pipe.parameters(), max_norm).item<double>();
 }
 
 }  // namespace example

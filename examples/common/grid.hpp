@@ -41,7 +41,9 @@ class Grid {
   void sum_gradients(dualpipe::DualPipeImpl& pipe, const IsExpert& is_expert) const;
   /// Collective: scales the gradients of the whole model to a 2-norm of at most `max_norm`, each parameter counted
   /// once.
-  void clip_gradients(dualpipe::DualPipeImpl& pipe, const IsExpert& is_expert, double max_norm) const;
+  ///
+  /// @return  the norm before.
+  double clip_gradients(dualpipe::DualPipeImpl& pipe, const IsExpert& is_expert, double max_norm) const;
 
  private:
   std::shared_ptr<dualpipe::Communicator> world_;
