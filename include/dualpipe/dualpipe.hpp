@@ -22,4 +22,5 @@
 #include "dualpipe/stage/partition.hpp"
 #include "dualpipe/stage/stage.hpp"
 #include "dualpipe/train/clip.hpp"
+#include "dualpipe/train/mesh.hpp"
 #include "dualpipe/version.hpp"
