@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <set>
 #include <utility>
@@ -16,7 +17,6 @@
 #include "dualpipe/detail/pipeline/merge_outputs.hpp"
 #include "dualpipe/detail/pipeline/training_plan.hpp"
 #include "dualpipe/detail/pipeline/unfinished_step.hpp"
-#include "dualpipe/detail/pipeline/vote.hpp"
 #include "dualpipe/train/clip.hpp"
 
 namespace dualpipe::detail {
@@ -54,18 +54,19 @@ inline LossFn trainable_loss(const LossFn& loss) {
   };
 }
 
-PipelineState::PipelineState(std::shared_ptr<Communicator> communicator, DualPipeOptions options,
-                             const StageFactory& factory)
-    : communicator_(std::move(communicator)), options_(std::move(options)), health_(communicator_) {
-  DUALPIPE_CHECK(communicator_ != nullptr, "DualPipe needs a communicator");
-  Communicator& comm = *communicator_;
+PipelineState::PipelineState(Ranks ranks, DualPipeOptions options, const StageFactory& factory, IsExpert is_expert)
+    : ranks_(std::move(ranks)),
+      communicator_(ranks_.pipeline),
+      options_(std::move(options)),
+      is_expert_(std::move(is_expert)),
+      health_(communicator_) {
   Plan plan;
-  agree_that_fine(comm, finding_of([&] { plan = training_plan(options_, comm.size()); }));
-  agree_on(comm, "options", describe(options_, plan.schedule));
+  agree_that_fine(world(), finding_of([&] { plan = training_plan(options_, communicator_->size()); }));
+  agree_on(world(), "options", describe(options_, plan.schedule));
 
   std::map<int, Stage> stages;
-  agree_that_fine(comm, finding_of([&] { stages = made_stages(plan.schedule, comm, factory); }));
-  const StageTraits traits = traits_of_all(comm, stages);
+  agree_that_fine(world(), finding_of([&] { stages = made_stages(plan.schedule, *communicator_, factory); }));
+  const StageTraits traits = traits_of_all(world(), stages);
   // A pair of stages with collectives has its results in another order, and all ranks must send in the same one.
   if (traits.communicate) plan = make_plan(std::move(plan.schedule), options_.publish, communicating_pair);
 
@@ -80,7 +81,9 @@ PipelineState::PipelineState(std::shared_ptr<Communicator> communicator, DualPip
 
 void PipelineState::start() {
   communicator_->connect(edges());
-  replicas_ = std::make_unique<Replicas>(*communicator_, schedule(), stages());
+  std::vector<int> in_order(schedule().num_stages);
+  std::iota(in_order.begin(), in_order.end(), 0);
+  replicas_ = std::make_unique<Replicas>(world(), ranks_.shape, schedule(), stages(), is_expert_, in_order);
   replicas_->broadcast();
   for (const auto& [number, stage] : stages()) stage.freeze(communicator_->world_rank(rank()), number);
 }
@@ -114,8 +117,8 @@ CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* 
     inputs.micro_batches = prepare(batch, use, mine);
     if (trains) mine.trainable = replicas_->trainable();
   });
-  const auto statements = health_.guarded([&] { return exchange_statements(*communicator_, mine); });
-  const CallAgreement agreed = agreement(statements, trains ? step_ : -1);
+  const auto statements = health_.guarded([&] { return exchange_statements(world(), mine); });
+  const CallAgreement agreed = agreement(statements, ranks_.shape, ranks_.replica(), trains ? step_ : -1);
   if (trains && options_.compare_replicas_every > 0 && step_ % options_.compare_replicas_every == 0) {
     const std::string difference = health_.guarded([&] { return replicas_->difference(); });
     DUALPIPE_CHECK(difference.empty(), difference);
@@ -144,10 +147,10 @@ auto PipelineState::observed(const Body& body) {
 
 StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const torch::nn::Module& module) {
   RunInputs inputs;
-  const int count = options_.num_micro_batches;
+  const MicroBatchCount count = count_of(options_.num_micro_batches);
   enter(Call::step, batch, &loss, inputs);
   inputs.loss = trainable_loss(loss);
-  inputs.loss_scale = options_.loss_reduction == LossReduction::mean ? 1.0 / count : 1.0;
+  inputs.loss_scale = options_.loss_reduction == LossReduction::mean ? 1.0 / count.all() : 1.0;
   // They outlive what is guarded: nothing is restored before the communicator was aborted and writes no more.
   std::optional<GradientTransaction> gradients;
   std::optional<BufferTransaction> buffers;
@@ -158,7 +161,8 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
     gradients.emplace(parameters_);
     buffers.emplace(module);
     RunOutputs outputs = executor_->run(*training_, inputs, observers_.all());
-    replicas_->sum_gradients();
+    for (const auto& [held, stage] : stages()) replicas_->begin_sum(held);
+    replicas_->finish_sums(*outputs.recorder);
     replicas_->broadcast_buffers();
     gradients->add_up();
     observers_.finish(*communicator_, outputs);
@@ -166,16 +170,16 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
     Pending end;
     if (options_.asynchronous) {
       const MemberHashes before = std::exchange(last_hashes_, std::move(hashes)).values();
-      all = vote_ahead(*communicator_, outputs, count, before, end);
+      all = vote_ahead(world(), outputs, count, before, end);
     } else {
       communicator_->fence().synchronize();  // the only wait of the host for a device
-      all = vote(*communicator_, outputs, count, hashes.values());
+      all = vote(world(), outputs, count, hashes.values());
     }
-    check_hashes(all.hashes, options_.asynchronous ? number - 1 : number);
+    check_hashes(all.hashes, ranks_.shape, options_.asynchronous ? number - 1 : number);
     gradients->commit();
     buffers->commit();
     if (end && end.done()) end = {};
-    return result(std::move(all.losses), std::move(outputs), count, std::move(end));
+    return result(std::move(all.losses), std::move(outputs), count.of_replica, std::move(end));
   });
 }
 
@@ -189,15 +193,16 @@ RunOutputs PipelineState::run_forward(const std::shared_ptr<const Plan>& plan, R
 
 StepResult PipelineState::evaluate(const Batch& batch, const LossFn& loss, const torch::nn::Module& module) {
   RunInputs inputs;
-  const int count = static_cast<int>(enter(Call::evaluate, batch, &loss, inputs).num_micro_batches);
+  const MicroBatchCount count =
+      count_of(static_cast<int>(enter(Call::evaluate, batch, &loss, inputs).num_micro_batches));
   inputs.loss = loss;
   return observed([&] {
     DeviceHashes hashes(*communicator_, batch);
-    RunOutputs outputs = run_forward(forward_->of(count), inputs, module);
+    RunOutputs outputs = run_forward(forward_->of(count.of_replica), inputs, module);
     communicator_->fence().synchronize();
-    StepVote all = vote(*communicator_, outputs, count, hashes.values());
-    check_hashes(all.hashes, -1);
-    return result(std::move(all.losses), std::move(outputs), count, {});
+    StepVote all = vote(world(), outputs, count, hashes.values());
+    check_hashes(all.hashes, ranks_.shape, -1);
+    return result(std::move(all.losses), std::move(outputs), count.of_replica, {});
   });
 }
 
@@ -214,9 +219,9 @@ Tensors PipelineState::predict(const Batch& batch, const torch::nn::Module& modu
       const auto all = gather_outputs(*communicator_, *plan, loss_ranks_, std::move(outputs.outputs));
       finding = finding_of([&] { merged = merge_outputs(all, agreed.sizes, options_); });
     }
-    std::vector<std::string> found = all_gather_text(*communicator_, finding);
+    std::vector<std::string> found = all_gather_text(world(), finding);
     communicator_->fence().synchronize();
-    check_hashes(vote(*communicator_, {}, 0, hashes.values()).hashes, -1);
+    check_hashes(vote(world(), {}, count_of(0), hashes.values()).hashes, ranks_.shape, -1);
     return found;
   });
   throw_findings(findings);
@@ -224,7 +229,7 @@ Tensors PipelineState::predict(const Batch& batch, const torch::nn::Module& modu
 }
 
 at::Tensor PipelineState::clip_grad_norm(double max_norm) {
-  return dualpipe::clip_grad_norm(*communicator_, replicas_->counted_parameters(), parameters_, max_norm);
+  return dualpipe::clip_grad_norm(world(), replicas_->counted_parameters(), parameters_, max_norm);
 }
 
 StepResult PipelineState::result(at::Tensor losses, RunOutputs outputs, int num_micro_batches, Pending end) {
