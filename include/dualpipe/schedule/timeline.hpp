@@ -25,7 +25,7 @@ struct Interval {
   Step step;
   double begin = 0;  ///< in the timeline's unit
   double end = 0;
-  std::string node = {};  ///< lanes collective and node: its name, where known
+  std::string node = {};  ///< lanes collective, node and reduction: its name, where known
   bool operator==(const Interval&) const = default;
 };
 

@@ -159,7 +159,9 @@ ordered_json json_of(const Report& report) {
 }
 
 std::string text(const Report& report, double seconds_per_unit) {
-  const bool collectives = report.total().collectives.total() > 0, transfers = report.total().transfers.total() > 0;
+  const Usage total = report.total();
+  const bool collectives = total.collectives.total() > 0, transfers = total.transfers.total() > 0,
+             reductions = total.reductions.total() > 0;
   const auto shown = [&](double value) { return time(value, seconds_per_unit); };
   std::vector<std::vector<std::string>> rows{{"rank", "compute", ""}};
   const auto add = [](std::vector<std::string>& row, const std::vector<std::string>& cells) {
@@ -169,21 +171,21 @@ std::string text(const Report& report, double seconds_per_unit) {
   add(rows[0], {"bubble", ""});
   if (collectives) add(rows[0], {"collectives", "hidden"});
   if (transfers) add(rows[0], {"transfers", "hidden"});
+  if (reductions) add(rows[0], {"sums of gradients", "hidden"});
   add(rows[0], {"peak activations"});
   const auto row = [&](const std::string& name, const Usage& usage, double whole, const std::string& peak) {
     auto& cells =
         rows.emplace_back(std::vector<std::string>{name, shown(usage.compute), percent(usage.compute, whole)});
     if (collectives) add(cells, {shown(usage.collectives.exposed), percent(usage.collectives.exposed, whole)});
     add(cells, {shown(usage.bubble), percent(usage.bubble, whole)});
-    for (const auto& [any, overlap] :
-         {std::pair(collectives, usage.collectives), std::pair(transfers, usage.transfers)})
+    for (const auto& [any, overlap] : {std::pair(collectives, usage.collectives), std::pair(transfers, usage.transfers),
+                                       std::pair(reductions, usage.reductions)})
       if (any) add(cells, {shown(overlap.total()), percent(overlap.hidden, overlap.total())});
     cells.push_back(peak);
   };
   for (const RankReport& rank : report.ranks)
     row(std::to_string(rank.rank), rank, report.makespan, std::to_string(rank.peak_activations));
-  if (report.ranks.size() > 1)
-    row("all", report.total(), report.makespan * static_cast<double>(report.ranks.size()), "");
+  if (report.ranks.size() > 1) row("all", total, report.makespan * static_cast<double>(report.ranks.size()), "");
   return table(rows) + summary(report, seconds_per_unit);
 }
 
