@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <regex>
@@ -102,6 +103,40 @@ INSTANTIATE_TEST_SUITE_P(
       return s.schedule + std::to_string(s.num_ranks) + (s.communicator_per_edge ? "PerEdge" : "") +
              (s.one_transfer_at_a_time ? "OneAtATime" : "");
     });
+
+TEST(EmulatedPipeline, ReplicasTrainAsOneProcess) {
+  constexpr int kRanks = 2, kReplicas = 2, kMicroBatches = 4;
+  for (const bool one_at_a_time : {false, true})
+    for (const std::string kind : {"dualpipe", "dualpipev", "1f1b"}) {
+      SCOPED_TRACE(kind + (one_at_a_time ? ", one transfer at a time" : ""));
+      std::vector<Reference> replicas;
+      for (int replica = 0; replica < kReplicas; ++replica)
+        replicas.push_back(reference(layer, kind == "dualpipev" ? 2 * kRanks : kRanks,
+                                     random_batch(2 * kMicroBatches, 10 + replica), kMicroBatches, squared_error(),
+                                     1.0 / (kReplicas * kMicroBatches)));
+      Reference sum = replicas[0];
+      for (auto& [stage, gradients] : sum.gradients)
+        for (auto& [name, gradient] : gradients) gradient = gradient + replicas[1].gradients.at(stage).at(name);
+      const testing::NcclEmulation emulation(kRanks * kReplicas, {.one_transfer_at_a_time = one_at_a_time});
+      run_emulated(emulation, kRanks * kReplicas, {.timeout = 30s}, [&](const EmulatedRank& rank) {
+        const auto lagging =
+            std::make_shared<LaggingCommunicator>(rank.communicator, std::make_shared<AsyncRank>(rank));
+        const Mesh mesh(lagging, {.pipeline = kRanks, .data = kReplicas});
+        DualPipe pipe(mesh, {.num_micro_batches = kMicroBatches, .schedule = kind}, as_factory(layer));
+        const auto tracer = std::make_shared<Tracer>(lagging->rank());
+        for (int step = 1; step <= 3; ++step) {
+          if (step == 3) pipe->add_observer(tracer);
+          pipe->step(random_batch(2 * kMicroBatches, 10 + mesh.replica()), squared_error());
+          expect_gradients(pipe, sum, 1e-12, step);
+        }
+        const auto& intervals = tracer->last().intervals;
+        EXPECT_EQ(std::count_if(intervals.begin(), intervals.end(),
+                                [](const Interval& each) { return each.lane == Lane::reduction; }),
+                  std::ssize(pipe->local_stages()));
+      });
+      expect_clean(emulation);
+    }
+}
 
 TEST(EmulatedPipeline, AStepReadsNothingFromTheDeviceButItsData) {
   const Setting setting{.num_ranks = 4, .num_micro_batches = 8};

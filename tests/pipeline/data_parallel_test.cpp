@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <map>
@@ -13,13 +14,16 @@
 #include <string>
 #include <vector>
 
+#include "dualpipe/pipeline/tracer.hpp"
 #include "dualpipe/schedule/generate.hpp"
+#include "dualpipe/schedule/lower.hpp"
 #include "pipeline/network.hpp"
 #include "pipeline/pipeline.hpp"
 
 namespace dualpipe::test {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 
 constexpr int kSteps = 4;
@@ -328,6 +332,104 @@ TEST(DataParallelStep, EvaluateAndPredictTakeABatchOfEachReplica) {
     ASSERT_EQ(predicted.size(), 1u);
     EXPECT_TRUE(torch::equal(predicted[0], torch::cat(outputs)));
   });
+}
+
+// --- when gradients are summed
+
+/// How many steps each rank runs behind the sum of each of its stages.
+std::map<int, int> steps_behind_sums(const Program& program, int place) {
+  std::map<int, int> result;
+  const auto& instructions = program.ranks[place];
+  for (auto at = instructions.begin(); at != instructions.end(); ++at)
+    if (at->what == Instruction::Do::reduce)
+      result[program.reductions[at->transfer].stage] = static_cast<int>(std::count_if(
+          at, instructions.end(), [](const Instruction& each) { return each.what == Instruction::Do::compute; }));
+  return result;
+}
+
+TEST(DataParallelSums, RunInTheirPlacesUnderTheRestOfTheStep) {
+  for (const std::string& kind : schedule_kinds())
+    for (const int num_replicas : {1, 2}) {
+      SCOPED_TRACE(kind + ", replicas: " + std::to_string(num_replicas));
+      const int num_ranks = 4, num_micro_batches = 8;
+      const Program program =
+          lower(make_schedule({kind, num_ranks, num_micro_batches}), Publish::early, {}, num_replicas);
+      run_ranks(num_ranks * num_replicas, [&](std::shared_ptr<Communicator> comm) {
+        // Each operation is over before the next one begins, so a trace shows their order.
+        const Mesh mesh(over(Network::serial, comm), {.pipeline = num_ranks, .data = num_replicas});
+        DualPipe pipe(mesh, {.num_micro_batches = num_micro_batches, .schedule = kind}, as_factory(layer));
+        const auto tracer = std::make_shared<Tracer>(comm->rank());
+        pipe->add_observer(tracer);
+        for (int step = 0; step < 2; ++step)
+          pipe->step(batch_of(num_micro_batches, step, mesh.replica()), squared_error());
+        const std::vector<Interval> intervals = tracer->last().intervals;
+        std::map<int, int> seen;
+        for (const Interval& sum : intervals) {
+          if (sum.lane != Lane::reduction) continue;
+          EXPECT_EQ(sum.step.op.pass, Pass::BackwardWeight);
+          EXPECT_EQ(seen.count(sum.step.op.stage), 0u);
+          seen[sum.step.op.stage] =
+              static_cast<int>(std::count_if(intervals.begin(), intervals.end(), [&](const Interval& each) {
+                return each.lane == Lane::compute && each.begin >= sum.end;
+              }));
+          for (const Interval& each : intervals)
+            EXPECT_TRUE(each.lane != Lane::compute || each.begin >= sum.end || each.end <= sum.begin);
+        }
+        EXPECT_EQ(seen, steps_behind_sums(program, mesh.pipeline()->rank()));
+      });
+    }
+}
+
+/// Stages 0 and 3 use one weight, which is complete only when both are.
+TEST(DataParallelSums, OfAParameterThatTwoStagesShareComeWithTheLastOfThem) {
+  constexpr int kRanks = 4, kMicroBatches = 8;
+  for (const std::string kind : {"dualpipe", "dualpipev", "zbv"}) {
+    const int num_stages = make_schedule({kind, kRanks, kMicroBatches}).num_stages;
+    std::vector<Layer> model;
+    for (int s = 0; s < num_stages; ++s) model.push_back(s + 1 == num_stages ? model[0] : Layer(s));
+    for (const int replica : {0, 1})
+      for (const Batch& part : split_batch(batch_of(kMicroBatches, 0, replica), kMicroBatches, 0)) {
+        at::Tensor x = part.inputs[0];
+        for (Layer& module : model) x = module->forward(x);
+        (torch::mse_loss(x, part.targets[0]) / (2 * kMicroBatches)).backward();
+      }
+    run_ranks(2 * kRanks, [&](std::shared_ptr<Communicator> world) {
+      const Mesh mesh(world, {.pipeline = kRanks, .data = 2});
+      const Layer first(0);
+      DualPipe pipe(mesh, {.num_micro_batches = kMicroBatches, .schedule = kind},
+                    [&](int stage) { return stage == 0 || stage + 1 == num_stages ? first : Layer(stage); });
+      pipe->step(batch_of(kMicroBatches, 0, mesh.replica()), squared_error());
+      for (const auto& child : pipe->named_children()) {
+        const Layer& truth = model[std::stoi(child.key().substr(5))];
+        for (const auto& item : child.value()->named_parameters())
+          EXPECT_LE(difference(item.value().grad(), truth->named_parameters()[item.key()].grad()), 1e-12)
+              << kind << child.key() << item.key();
+      }
+    });
+  }
+}
+
+TEST(DataParallelSums, AParameterOfAnotherStageThatIsNotRegisteredIsAnError) {
+  constexpr int kRanks = 4, kMicroBatches = 8;
+  const auto step = [&](int owner, int user) {
+    std::vector<std::string> texts(kRanks);
+    run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+      const Layer shared(owner);
+      DualPipe pipe(comm, {.num_micro_batches = kMicroBatches}, [&](int stage) {
+        Layer module = stage == owner ? shared : Layer(stage);
+        return Stage(module).compute("layer", [=](const at::Tensor& x) mutable {
+          const at::Tensor y = module->forward(x);
+          return stage == user ? y.matmul(shared->weight.t()) : y;
+        });
+      });
+      texts[comm->rank()] = message_of([&] { pipe->step(batch_of(kMicroBatches, 0, 0), squared_error()); });
+    });
+    return texts[0];
+  };
+  // Stage 3 is complete before stage 0.
+  EXPECT_THAT(step(3, 0), AllOf(HasSubstr("stage 0, its loss included, uses a parameter of sizes [6, 6]"),
+                                HasSubstr("Register it with the module of each stage")));
+  EXPECT_EQ(step(0, 3), "");
 }
 
 // --- parameters of experts

@@ -28,6 +28,8 @@ const char* name_of(Do what) {
       return "compute";
     case Do::send:
       return "send";
+    case Do::reduce:
+      return "reduce";
     case Do::release:
       break;
   }
@@ -111,6 +113,16 @@ std::string json(const Program& program) {
                     ",\"from\":", transfer.from, ",\"to\":", transfer.to, "}");
     separator = ",";
   }
+  if (!program.reductions.empty()) {
+    out += "],\n\"reductions\":[";
+    separator = "";
+    for (const auto& [stage, ranks, behind] : program.reductions) {
+      std::string list;
+      for (const int rank : ranks) list += (list.empty() ? "" : ",") + std::to_string(rank);
+      out += detail::str(separator, "\n{\"stage\":", stage, ",\"ranks\":[", list, "],\"behind\":", behind, "}");
+      separator = ",";
+    }
+  }
   out += "],\n\"ranks\":[";
   separator = "";
   for (const auto& instructions : program.ranks) {
@@ -118,8 +130,11 @@ std::string json(const Program& program) {
     separator = "";
     for (const Instruction& instruction : instructions) {
       out += detail::str(separator, "{\"do\":\"", name_of(instruction.what), "\",");
-      out += instruction.what == Do::compute ? "\"step\":\"" + to_string(instruction.step) + "\"}"
-                                             : detail::str("\"transfer\":", instruction.transfer, "}");
+      if (instruction.what == Do::compute)
+        out += "\"step\":\"" + to_string(instruction.step) + "\"}";
+      else
+        out +=
+            detail::str(instruction.what == Do::reduce ? "\"reduction\":" : "\"transfer\":", instruction.transfer, "}");
       separator = ",";
     }
     out += "]";
@@ -135,11 +150,22 @@ std::string text(const Program& program) {
     out += detail::str("  ", i, ": ", to_string(transfer),
                        transfer.payload == Payload::activation ? ", activation\n" : ", gradient\n");
   }
+  if (!program.reductions.empty()) out += "sums of gradients:\n";
+  for (std::size_t i = 0; i < program.reductions.size(); ++i) {
+    const auto& [stage, ranks, behind] = program.reductions[i];
+    std::string list;
+    for (const int rank : ranks) list += (list.empty() ? "" : ", ") + std::to_string(rank);
+    out += detail::str("  ", i, ": stage ", stage, " on rank", ranks.size() > 1 ? "s " : " ", list, ", behind ", behind,
+                       " transfers\n");
+  }
   for (std::size_t rank = 0; rank < program.ranks.size(); ++rank) {
     out += detail::str("rank ", rank, ":\n");
     for (const Instruction& instruction : program.ranks[rank]) {
       if (instruction.what == Do::compute)
         out += detail::str("  compute ", to_string(instruction.step), "\n");
+      else if (instruction.what == Do::reduce)
+        out += detail::str("  reduce ", instruction.transfer, "  (stage ",
+                           program.reductions[instruction.transfer].stage, ")\n");
       else
         out += detail::str("  ", name_of(instruction.what), " ", instruction.transfer, "  (",
                            to_string(program.order[instruction.transfer]), ")\n");

@@ -21,6 +21,8 @@ namespace dualpipe {
 
 namespace detail {
 
+class Replicas;
+
 /// A schedule with the program it was lowered to, proven to finish.
 struct Plan {
   Schedule schedule;
@@ -34,9 +36,10 @@ struct Plan {
 };
 /// Lowers and dry-runs.
 ///
-/// @param ready  as in `lower`; the same on all ranks, as it decides the order of transfers.
+/// @param ready         as in `lower`; the same on all ranks, as it decides the order of transfers.
+/// @param num_replicas  as in `lower`.
 /// @throws InvalidArgument  as `lower` and `dry_run` do.
-DUALPIPE_DECL Plan make_plan(Schedule schedule, Publish publish, const PairReady& ready = {});
+DUALPIPE_DECL Plan make_plan(Schedule schedule, Publish publish, const PairReady& ready = {}, int num_replicas = 0);
 /// Where pairs have their results if stages have collectives: the gradient first, the activation behind the last
 /// collective of the forward.
 inline constexpr PairReady communicating_pair{.activation = 1, .gradient = 0.75};
@@ -48,8 +51,9 @@ struct RunInputs {
   LossFn loss;            ///< null: outputs only
   double loss_scale = 1;  ///< gradient that enters each loss
   std::int64_t step = 0;
-  bool training = true;       ///< false: no graphs are built
-  bool keep_outputs = false;  ///< of the last stage
+  bool training = true;          ///< false: no graphs are built
+  bool keep_outputs = false;     ///< of the last stage
+  Replicas* replicas = nullptr;  ///< begins the sums of gradients; null: the plan has none
   /// Called at the first receive, if at all: what transfers of this plan brought before under the same conditions; what
   /// is not known yet is filled in. Null: every transfer is taken as it comes.
   std::function<Arrivals&()> arrivals = nullptr;

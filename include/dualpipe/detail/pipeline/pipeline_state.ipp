@@ -5,7 +5,6 @@
 #include <ATen/ATen.h>
 
 #include <limits>
-#include <numeric>
 #include <optional>
 #include <set>
 #include <utility>
@@ -61,14 +60,16 @@ PipelineState::PipelineState(Ranks ranks, DualPipeOptions options, const StageFa
       is_expert_(std::move(is_expert)),
       health_(communicator_) {
   Plan plan;
-  agree_that_fine(world(), finding_of([&] { plan = training_plan(options_, communicator_->size()); }));
+  agree_that_fine(world(),
+                  finding_of([&] { plan = training_plan(options_, communicator_->size(), ranks_.shape.data); }));
   agree_on(world(), "options", describe(options_, plan.schedule));
 
   std::map<int, Stage> stages;
   agree_that_fine(world(), finding_of([&] { stages = made_stages(plan.schedule, *communicator_, factory); }));
   const StageTraits traits = traits_of_all(world(), stages);
   // A pair of stages with collectives has its results in another order, and all ranks must send in the same one.
-  if (traits.communicate) plan = make_plan(std::move(plan.schedule), options_.publish, communicating_pair);
+  if (traits.communicate)
+    plan = make_plan(std::move(plan.schedule), options_.publish, communicating_pair, ranks_.shape.data);
 
   training_ = std::make_shared<const Plan>(std::move(plan));
   forward_ = std::make_unique<ForwardPlans>(schedule(), options_.publish);
@@ -81,9 +82,9 @@ PipelineState::PipelineState(Ranks ranks, DualPipeOptions options, const StageFa
 
 void PipelineState::start() {
   communicator_->connect(edges());
-  std::vector<int> in_order(schedule().num_stages);
-  std::iota(in_order.begin(), in_order.end(), 0);
-  replicas_ = std::make_unique<Replicas>(world(), ranks_.shape, schedule(), stages(), is_expert_, in_order);
+  std::vector<int> sum_order;
+  for (const Reduction& reduction : training_->program.reductions) sum_order.push_back(reduction.stage);
+  replicas_ = std::make_unique<Replicas>(world(), ranks_.shape, schedule(), stages(), is_expert_, sum_order);
   replicas_->broadcast();
   for (const auto& [number, stage] : stages()) stage.freeze(communicator_->world_rank(rank()), number);
 }
@@ -150,6 +151,7 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
   const MicroBatchCount count = count_of(options_.num_micro_batches);
   enter(Call::step, batch, &loss, inputs);
   inputs.loss = trainable_loss(loss);
+  inputs.replicas = replicas_.get();
   inputs.loss_scale = options_.loss_reduction == LossReduction::mean ? 1.0 / count.all() : 1.0;
   // They outlive what is guarded: nothing is restored before the communicator was aborted and writes no more.
   std::optional<GradientTransaction> gradients;
@@ -161,7 +163,6 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
     gradients.emplace(parameters_);
     buffers.emplace(module);
     RunOutputs outputs = executor_->run(*training_, inputs, observers_.all());
-    for (const auto& [held, stage] : stages()) replicas_->begin_sum(held);
     replicas_->finish_sums(*outputs.recorder);
     replicas_->broadcast_buffers();
     gradients->add_up();

@@ -29,8 +29,8 @@ class Replicas {
   ///
   /// @param world      of all replicas, as `shape` numbers them; outlives this.
   /// @param stages     those of this rank.
-  /// @param sum_order  all stages, in the order in which all ranks begin their sums. A parameter that several stages
-  ///                   share is summed with the last of them.
+  /// @param sum_order  the stages that several ranks hold, in the order in which all ranks begin their sums. A parameter
+  ///                   that several stages share is summed with the last of them.
   /// @throws InvalidArgument  on every rank: a parameter shared by stages that different sets of ranks hold, or by ranks
   ///                          that are threads of one process.
   DUALPIPE_DECL Replicas(Communicator& world, const MeshShape& shape, const Schedule& schedule,
@@ -44,6 +44,8 @@ class Replicas {
   /// over them, by the time finish_sums() returns. It is bitwise the same on all of them. One absent on some ranks counts
   /// as zeros there; one absent on all stays undefined. Sparse gradients become dense. Frozen parameters take no part.
   DUALPIPE_DECL void begin_sum(int stage);
+  /// Whether a parameter of this rank is summed before the gradients of `stage` are complete.
+  DUALPIPE_DECL bool summed_before(const at::Tensor& parameter, int stage) const;
   /// Waits for all sums that were begun, and records when they were under way.
   DUALPIPE_DECL void finish_sums(Recorder& recorder);
   /// Collective: parameters and buffers of the lowest holder replace the others'.
@@ -92,6 +94,7 @@ class Replicas {
 
   Communicator& world_;
   std::vector<Group> groups_;
+  std::vector<int> sum_order_;
   std::vector<Sum> sums_;
   Tensors counted_;
   bool any_copies_ = false;              // some stage has several holders

@@ -213,7 +213,7 @@ inline std::map<int, std::unordered_set<at::TensorImpl*>> summed_with(const std:
 
 Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& schedule,
                    const std::map<int, Stage>& stages, const IsExpert& is_expert, const std::vector<int>& sum_order)
-    : world_(world) {
+    : world_(world), sum_order_(sum_order) {
   const auto places = parameter_places(all_gather_text(world, parameters_text(stages)));
   check_not_shared(places, schedule);
   if (world.rank() == 0) warn_of_equal(places, schedule);
@@ -299,13 +299,22 @@ void Replicas::begin_sum(int stage) {
   }
 }
 
+bool Replicas::summed_before(const at::Tensor& parameter, int stage) const {
+  const auto own = std::find(sum_order_.begin(), sum_order_.end(), stage);
+  for (const Group& group : groups_)
+    for (const auto& [number, parameters] : group.of_stage)
+      if (std::any_of(parameters.begin(), parameters.end(), [&](const auto& each) { return each.is_same(parameter); }))
+        return std::find(sum_order_.begin(), own, number) != own;
+  return false;
+}
+
 void Replicas::finish_sums(Recorder& recorder) {
   for (Sum& sum : sums_) {
     sum.gradients.wait();
     if (sum.counts) sum.counts.wait();
     for (std::size_t i = 0; i < sum.parameters.size(); ++i)
       if (sum.present.const_data_ptr<int>()[i] == 0) sum.parameters[i].mutable_grad().reset();
-    recorder.record(Lane::reduction, {{Pass::BackwardWeight, sum.stage, 0}, {}}, sum.gradients);
+    recorder.record(Lane::reduction, {{Pass::BackwardWeight, sum.stage, 0}, {}}, sum.gradients, "gradients");
   }
   sums_.clear();
 }

@@ -10,8 +10,12 @@
 
 namespace dualpipe::detail {
 
-/// The plan of a training step that the options ask for. @throws InvalidArgument
-DUALPIPE_DECL Plan training_plan(const DualPipeOptions& options, int num_ranks);
+/// The plan of a training step that the options ask for.
+///
+/// @param num_ranks     of a pipeline.
+/// @param num_replicas  of the pipeline.
+/// @throws InvalidArgument
+DUALPIPE_DECL Plan training_plan(const DualPipeOptions& options, int num_ranks, int num_replicas);
 
 /// The options and the schedule made of them, as far as all ranks must have the same.
 DUALPIPE_DECL std::string describe(const DualPipeOptions& options, const Schedule& schedule);

@@ -14,7 +14,7 @@
 
 namespace dualpipe::detail {
 
-Plan training_plan(const DualPipeOptions& options, int num_ranks) {
+Plan training_plan(const DualPipeOptions& options, int num_ranks, int num_replicas) {
   DUALPIPE_CHECK(options.num_micro_batches >= 1, "num_micro_batches must be at least 1, got ",
                  options.num_micro_batches);
   DUALPIPE_CHECK(options.num_ranks == 0 || options.num_ranks == num_ranks, "num_ranks is ", options.num_ranks,
@@ -27,7 +27,7 @@ Plan training_plan(const DualPipeOptions& options, int num_ranks) {
     DUALPIPE_CHECK(merge.dim >= 0, "merge_outputs: dim must not be negative, got ", merge.dim);
   Schedule schedule = load_schedule({options.schedule, num_ranks, options.num_micro_batches, options.chunks_per_rank});
   check(schedule);
-  return make_plan(std::move(schedule), options.publish);
+  return make_plan(std::move(schedule), options.publish, {}, num_replicas);
 }
 
 std::string describe(const DualPipeOptions& options, const Schedule& schedule) {
