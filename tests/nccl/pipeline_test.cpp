@@ -147,14 +147,14 @@ TEST(EmulatedPipeline, AStepReadsNothingFromTheDeviceButItsData) {
     lagging.take_counts();
     pipe->step(batch, squared_error());
     const CallCounts counts = lagging.take_counts();
-    // This test computes on the host, so it waits for received tensors and for the gradients. Losses come with the
-    // votes of the hosts.
-    EXPECT_EQ(counts.host_waits, counts.receives + 1);
-    ASSERT_EQ(counts.collectives, 1);
-    Signature gradients;
-    for (const at::Tensor& parameter : pipe->parameters())
+    // This test computes on the host, so it waits for received tensors and for the gradients of each stage. Losses come
+    // with the votes of the hosts.
+    EXPECT_EQ(counts.host_waits, counts.receives + 2);
+    ASSERT_EQ(counts.collectives, 2);
+    Signature gradients;  // all stages have the same sizes
+    for (const at::Tensor& parameter : pipe->children()[0]->parameters())
       gradients.push_back({.dtype = at::kDouble, .sizes = parameter.sizes().vec()});
-    EXPECT_EQ(to_string(counts.collected[0]), to_string(gradients));
+    for (const Signature& collected : counts.collected) EXPECT_EQ(to_string(collected), to_string(gradients));
   });
 }
 

@@ -182,6 +182,12 @@ TEST(DataParallelStart, WhatDiffersBetweenReplicasIsAnErrorOnAllRanks) {
   EXPECT_THAT(
       failure([](const Mesh& mesh) { DualPipe(mesh, {.num_micro_batches = 4, .num_ranks = 4}, as_factory(layer)); }),
       HasSubstr("num_ranks is 4"));
+  EXPECT_THAT(failure_on_all(2,
+                             [](std::shared_ptr<Communicator> world) {
+                               const Mesh mesh(world, {.data = 2, .expert = 2});
+                               DualPipe(mesh, {.num_micro_batches = 4, .schedule = "1f1b"}, as_factory(layer));
+                             }),
+              HasSubstr("expert groups of 2 ranks, but nothing says which parameters are theirs"));
 }
 
 TEST(DataParallelStep, FrozenParametersOfAnyTypeTakeNoPart) {

@@ -81,7 +81,8 @@ class DualPipeImpl : public torch::nn::Module {
   ///
   /// @param is_expert  parameters and buffers whose copies are on the ranks of Mesh::expert_replicas() only, and on those
   ///                   at the other places that hold the stage. Their gradients are summed over these ranks, so the
-  ///                   stage's collectives bring together what the batches of an expert group give.
+  ///                   stage's collectives bring together what the batches of an expert group give. Not empty where the
+  ///                   mesh has expert groups of several ranks.
   /// @throws InvalidArgument  also what differs between replicas.
   DUALPIPE_DECL DualPipeImpl(const Mesh& mesh, DualPipeOptions options, const StageFactory& factory,
                              IsExpert is_expert = nullptr);
@@ -110,10 +111,10 @@ class DualPipeImpl : public torch::nn::Module {
   ///                          known at the end of the step, of an asynchronous one at the end of the next.
   /// @throws CommError        another rank failed.
   DUALPIPE_DECL StepResult step(const Batch& batch, const LossFn& loss);
-  /// Collective. Forward only, without gradients, with any number of micro-batches (DualPipeOptions::num_micro_batches
-  /// when the batch is whole). Does not touch train() or eval(). Errors are those of step().
+  /// Collective. Forward only, without gradients, with any number of micro-batches, the same in each replica
+  /// (DualPipeOptions::num_micro_batches when the batch is whole). Leaves train() and eval() alone; errors as step().
   DUALPIPE_DECL StepResult evaluate(const Batch& batch, const LossFn& loss);
-  /// Collective. The last stage's outputs on the ranks where computes_loss(); empty elsewhere. Those of the
+  /// Collective. The last stage's outputs for this replica's batch, where computes_loss(); else empty. Those of the
   /// micro-batches are merged as DualPipeOptions::merge_outputs says: by default concatenated along batch_dim. A list
   /// takes one place for each micro-batch: with two lists, first all of output 0, then all of output 1.
   ///

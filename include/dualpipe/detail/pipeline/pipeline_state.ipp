@@ -60,8 +60,13 @@ PipelineState::PipelineState(Ranks ranks, DualPipeOptions options, const StageFa
       is_expert_(std::move(is_expert)),
       health_(communicator_) {
   Plan plan;
-  agree_that_fine(world(),
-                  finding_of([&] { plan = training_plan(options_, communicator_->size(), ranks_.shape.data); }));
+  const std::string finding = finding_of([&] {
+    DUALPIPE_CHECK(ranks_.shape.expert == 1 || is_expert_, "the mesh has expert groups of ", ranks_.shape.expert,
+                   " ranks, but nothing says which parameters are theirs, so all ranks that hold a stage would get the "
+                   "same experts; pass is_expert, or a mesh with expert = 1");
+    plan = training_plan(options_, communicator_->size(), ranks_.shape.data);
+  });
+  agree_that_fine(world(), finding);
   agree_on(world(), "options", describe(options_, plan.schedule));
 
   std::map<int, Stage> stages;

@@ -58,7 +58,8 @@ class Replicas {
   /// @return the same on every rank: the first one that differs, and the way out; empty if all are equal.
   DUALPIPE_DECL std::string difference() const;
 
-  /// Parameters for which this rank is the lowest holder; over all ranks of all replicas every parameter of the model is counted once.
+  /// Parameters for which this rank is the lowest holder; over all ranks of all replicas every parameter of the model is
+  /// counted once.
   const Tensors& counted_parameters() const noexcept { return counted_; }
 
  private:

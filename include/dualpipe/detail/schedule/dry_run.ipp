@@ -51,6 +51,7 @@ class DryRun {
     incoming_[0].assign(cells_, none);
     incoming_[1].assign(cells_, none);
     for (int transfer = 0; transfer < static_cast<int>(program.order.size()); ++transfer) enter(transfer);
+    if (!program.reductions.empty()) count_weight_parts();
     for (int reduction = 0; reduction < static_cast<int>(program.reductions.size()); ++reduction)
       enter_reduction(reduction);
   }
@@ -110,20 +111,19 @@ class DryRun {
         if (instruction.what != Do::compute) continue;
         visit_ops(instruction.step, see);
       }
-    if (program_.reductions.empty()) return check_forwards(forwards);
-    weights_left_.resize(program_.ranks.size());
-    for (std::size_t rank = 0; rank < program_.ranks.size(); ++rank)
-      for (const Instruction& instruction : program_.ranks[rank])
-        if (instruction.what == Do::compute)
-          visit_ops(instruction.step, [&](const Op& op) { weights_left_[rank][op.stage] += has_weight_part(op); });
-    check_forwards(forwards);
-  }
-
-  void check_forwards(std::int64_t forwards) {
     DUALPIPE_CHECK(num_stages_ * num_micro_batches_ == forwards, "the program has ", forwards, " forwards, but ",
                    num_stages_, " stages with ", num_micro_batches_, " micro-batches each need ",
                    num_stages_ * num_micro_batches_);
     cells_ = forwards;
+  }
+
+  void count_weight_parts() {
+    weights_left_.resize(program_.ranks.size());
+    for (std::size_t rank = 0; rank < program_.ranks.size(); ++rank)
+      for (const Instruction& instruction : program_.ranks[rank]) {
+        if (instruction.what != Do::compute) continue;
+        visit_ops(instruction.step, [&](const Op& op) { weights_left_[rank][op.stage] += has_weight_part(op); });
+      }
   }
 
   static bool has_weight_part(const Op& op) { return op.pass == Pass::Backward || op.pass == Pass::BackwardWeight; }
