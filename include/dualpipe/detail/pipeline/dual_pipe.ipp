@@ -13,7 +13,8 @@ namespace detail {
 
 inline PipelineState::Ranks one_pipeline(std::shared_ptr<Communicator> communicator) {
   DUALPIPE_CHECK(communicator != nullptr, "DualPipe needs a communicator");
-  return {communicator, communicator, {.pipeline = communicator->size()}};
+  const int size = communicator->size();
+  return {communicator, std::move(communicator), {.pipeline = size}};
 }
 
 }  // namespace detail
