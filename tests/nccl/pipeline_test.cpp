@@ -104,38 +104,60 @@ INSTANTIATE_TEST_SUITE_P(
              (s.one_transfer_at_a_time ? "OneAtATime" : "");
     });
 
-TEST(EmulatedPipeline, ReplicasTrainAsOneProcess) {
+/// Two replicas; with `communicates` each stage also has collectives over them, which double what it computes.
+void expect_replicas_equal_one_process(const std::string& kind, bool communicates, bool one_at_a_time) {
+  SCOPED_TRACE(kind + (communicates ? ", with collectives" : "") + (one_at_a_time ? ", one transfer at a time" : ""));
   constexpr int kRanks = 2, kReplicas = 2, kMicroBatches = 4;
-  for (const bool one_at_a_time : {false, true})
-    for (const std::string kind : {"dualpipe", "dualpipev", "1f1b"}) {
-      SCOPED_TRACE(kind + (one_at_a_time ? ", one transfer at a time" : ""));
-      std::vector<Reference> replicas;
-      for (int replica = 0; replica < kReplicas; ++replica)
-        replicas.push_back(reference(layer, kind == "dualpipev" ? 2 * kRanks : kRanks,
-                                     random_batch(2 * kMicroBatches, 10 + replica), kMicroBatches, squared_error(),
-                                     1.0 / (kReplicas * kMicroBatches)));
-      Reference sum = replicas[0];
-      for (auto& [stage, gradients] : sum.gradients)
-        for (auto& [name, gradient] : gradients) gradient = gradient + replicas[1].gradients.at(stage).at(name);
-      const testing::NcclEmulation emulation(kRanks * kReplicas, {.one_transfer_at_a_time = one_at_a_time});
-      run_emulated(emulation, kRanks * kReplicas, {.timeout = 30s}, [&](const EmulatedRank& rank) {
-        const auto lagging =
-            std::make_shared<LaggingCommunicator>(rank.communicator, std::make_shared<AsyncRank>(rank));
-        const Mesh mesh(lagging, {.pipeline = kRanks, .data = kReplicas});
-        DualPipe pipe(mesh, {.num_micro_batches = kMicroBatches, .schedule = kind}, as_factory(layer));
-        const auto tracer = std::make_shared<Tracer>(lagging->rank());
-        for (int step = 1; step <= 3; ++step) {
-          if (step == 3) pipe->add_observer(tracer);
-          pipe->step(random_batch(2 * kMicroBatches, 10 + mesh.replica()), squared_error());
-          expect_gradients(pipe, sum, 1e-12, step);
-        }
-        const auto& intervals = tracer->last().intervals;
-        EXPECT_EQ(std::count_if(intervals.begin(), intervals.end(),
-                                [](const Interval& each) { return each.lane == Lane::reduction; }),
-                  std::ssize(pipe->local_stages()));
-      });
-      expect_clean(emulation);
+  const double factor = communicates ? kReplicas : 1;
+  const Model model = [factor](int stage) {
+    Layer module(stage);
+    return Piece{module.ptr(),
+                 [module, factor](const Tensors& x) mutable { return Tensors{module->forward(x[0]) * factor}; }};
+  };
+  const auto batch_of = [](int replica) { return random_batch(2 * kMicroBatches, 10 + replica); };
+  std::vector<Reference> truths;
+  for (int replica = 0; replica < kReplicas; ++replica)
+    truths.push_back(reference(model, kind == "dualpipev" ? 2 * kRanks : kRanks, batch_of(replica), kMicroBatches,
+                               squared_error(), 1.0 / (kReplicas * kMicroBatches)));
+  Reference sum = truths[0];
+  for (auto& [stage, gradients] : sum.gradients)
+    for (auto& [name, gradient] : gradients) gradient = gradient + truths[1].gradients.at(stage).at(name);
+
+  const testing::NcclEmulation emulation(kRanks * kReplicas, {.one_transfer_at_a_time = one_at_a_time});
+  run_emulated(emulation, kRanks * kReplicas, {.timeout = 30s}, [&](const EmulatedRank& rank) {
+    const auto lagging = std::make_shared<LaggingCommunicator>(rank.communicator, std::make_shared<AsyncRank>(rank));
+    const Mesh mesh(lagging, {.pipeline = kRanks, .data = kReplicas, .expert = kReplicas});
+    const auto stages = [&](int number) {
+      Layer module(number);
+      Stage stage(module);
+      stage.compute("layer", [module](const at::Tensor& x) mutable { return module->forward(x); });
+      if (communicates)
+        stage.communicate("gather", all_gather(mesh.expert()), {0})
+            .communicate("scatter", reduce_scatter(mesh.expert()), {0});
+      return stage;
+    };
+    DualPipe pipe(mesh, {.num_micro_batches = kMicroBatches, .schedule = kind}, stages,
+                  [](const std::string&) { return false; });
+    const auto tracer = std::make_shared<Tracer>(lagging->rank());
+    for (int step = 1; step <= 3; ++step) {
+      if (step == 3) pipe->add_observer(tracer);
+      pipe->step(batch_of(mesh.replica()), squared_error());
+      expect_gradients(pipe, sum, 1e-12, step);
     }
+    const auto& intervals = tracer->last().intervals;
+    EXPECT_EQ(std::count_if(intervals.begin(), intervals.end(),
+                            [](const Interval& each) { return each.lane == Lane::reduction; }),
+              std::ssize(pipe->local_stages()));
+  });
+  expect_clean(emulation);
+}
+
+TEST(EmulatedPipeline, ReplicasTrainAsOneProcess) {
+  for (const std::string kind : {"dualpipe", "dualpipev", "1f1b"}) {
+    expect_replicas_equal_one_process(kind, /*communicates=*/false, /*one_at_a_time=*/false);
+    expect_replicas_equal_one_process(kind, /*communicates=*/false, /*one_at_a_time=*/true);
+    expect_replicas_equal_one_process(kind, /*communicates=*/true, /*one_at_a_time=*/false);
+  }
 }
 
 TEST(EmulatedPipeline, AStepReadsNothingFromTheDeviceButItsData) {
