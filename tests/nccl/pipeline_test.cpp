@@ -314,7 +314,7 @@ TEST(EmulatedFailure, AForgottenEventIsCaughtInAStep) {
 #ifdef __SANITIZE_THREAD__
   GTEST_SKIP() << "data races are the point";
 #endif
-  const Setting setting{.num_ranks = 2, .num_micro_batches = 4};
+  Setting setting{.num_ranks = 2, .num_micro_batches = 4};
   const Batch batch = rows_for(setting);
   const Reference expected = reference(layer, 2, batch, setting.num_micro_batches, squared_error(), 0.25);
   std::atomic<int> wrong{0};
@@ -327,9 +327,15 @@ TEST(EmulatedFailure, AForgottenEventIsCaughtInAStep) {
     if (rank == 1)
       device = std::make_shared<ForgetfulDevice>(device, ForgetfulDevice::Forgets::to_wait_for_the_transfer);
   };
-  // The first values read too early may be those that ranks compare before the first step.
-  const std::string message = message_of([&] { run_pipeline(setting, step, forgets); });
-  EXPECT_TRUE(wrong > 0 || message.find("disagree") != std::string::npos) << message;
+  // The first values read too early may be those that ranks compare before the first step. A host that is late reads the
+  // right ones, so one run in ten shows nothing.
+  std::string messages;
+  for (setting.seed = 1; setting.seed <= 40; ++setting.seed) {
+    const std::string message = message_of([&] { run_pipeline(setting, step, forgets); });
+    if (wrong > 0 || message.find("disagree") != std::string::npos) return;
+    messages += message + '\n';
+  }
+  ADD_FAILURE() << messages;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
