@@ -2,37 +2,42 @@
 
 #include <chrono>
 #include <iostream>
-#include <nlohmann/json.hpp>
 #include <string>
 
 #include "dualpipe/detail/files.hpp"
 #include "dualpipe/error.hpp"
+#include "launch/failure_report.hpp"
 
 namespace dualpipe {
 namespace {
 
-/// In the format of torchrun, which shows the message of the rank with the smallest timestamp.
-std::string error_file_text(const std::string& message) {
-  const auto now =
-      std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch());
-  const nlohmann::json report = {
-      {"message", {{"message", message}, {"extraInfo", {{"timestamp", std::to_string(now.count())}}}}}};
-  return report.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+detail::FailureReport report_of(const World& world, const std::exception& error) {
+  using std::chrono::duration_cast, std::chrono::nanoseconds, std::chrono::system_clock;
+  detail::FailureReport report{.message = error.what(),
+                               .rank = world.rank,
+                               .origin = world.rank,
+                               .operation = {},
+                               .time_ns = duration_cast<nanoseconds>(system_clock::now().time_since_epoch()).count()};
+  // Errors of a communicator already begin with the rank.
+  if (const std::string name = detail::str("rank ", world.rank, ": "); !report.message.starts_with(name))
+    report.message = name + report.message;
+  if (const auto* failure = dynamic_cast<const CommError*>(&error)) {
+    report.origin = failure->origin_rank();
+    report.operation = failure->operation();
+  }
+  return report;
 }
 
 }  // namespace
 
 void report_failure(const World& world, const std::exception& error) noexcept {
   try {
-    std::string message = error.what();
-    // Errors of a communicator already begin with the rank.
-    if (const std::string name = detail::str("rank ", world.rank, ": "); !message.starts_with(name))
-      message = name + message;
+    const detail::FailureReport report = report_of(world, error);
     std::cout.flush();
-    std::cerr << message + "\n" << std::flush;
+    std::cerr << report.message + "\n" << std::flush;
     if (world.error_file.empty()) return;
     try {
-      detail::write_file(world.error_file, error_file_text(message));
+      detail::write_file(world.error_file, detail::to_json(report));
     } catch (const std::exception& failure) {
       std::cerr << detail::str("rank ", world.rank, ": the launcher's error file was not written: ", failure.what(),
                                "\n");

@@ -7,6 +7,7 @@
 #include <system_error>
 
 #include "dualpipe/error.hpp"
+#include "launch/secret.hpp"
 
 namespace dualpipe {
 namespace {
@@ -83,6 +84,7 @@ World from_launcher(const World::Lookup& lookup) {
     world.error_file = lookup("TORCHELASTIC_ERROR_FILE").value_or("");
   } else {
     world.run_id = lookup("DUALPIPE_RUN_ID").value_or("");
+    world.error_file = lookup("DUALPIPE_ERROR_FILE").value_or("");
   }
   return world;
 }
@@ -190,9 +192,17 @@ World from_slurm(const World::Lookup& lookup) {
 }  // namespace
 
 World World::from(const Lookup& lookup) {
-  if (lookup("RANK") || lookup("WORLD_SIZE")) return from_launcher(lookup);
-  if (lookup("SLURM_PROCID")) return from_slurm(lookup);
-  return {};
+  World world;
+  if (lookup("RANK") || lookup("WORLD_SIZE"))
+    world = from_launcher(lookup);
+  else if (lookup("SLURM_PROCID"))
+    world = from_slurm(lookup);
+  else
+    return world;
+  constexpr const char* secret_file = "DUALPIPE_SECRET_FILE";
+  if (const std::optional<std::string> path = lookup(secret_file))
+    world.secret = detail::read_secret(secret_file, *path);
+  return world;
 }
 
 World World::from_env() {

@@ -24,6 +24,7 @@
 #include "dualpipe/detail/error_text.hpp"
 #include "socket/blocked_signals.hpp"
 #include "socket/connect.hpp"
+#include "socket/encryption.hpp"
 #include "socket/peer.hpp"
 #include "socket/steps.hpp"
 
@@ -75,23 +76,15 @@ class IoThread {
 /// Ranks that are processes, each connected to each other.
 class SocketTransport final : public Transport, public PeerOwner {
  public:
-  SocketTransport(const World& world, const ConnectOptions& options, Rendezvous::Clock::time_point deadline,
-                  Route route)
+  SocketTransport(const World& world, const ConnectOptions& options, Clock::time_point deadline, Route route)
       : Transport(world.rank, world.size, options.timeout, options.epoch),
         liveness_(std::min<std::chrono::milliseconds>(options.liveness, longest_liveness)),
         peers_(world.size),
         steps_(world.rank, peers_, liveness_ > 0ms ? 3 * liveness_ : patience_without_liveness) {
     if (world.size == 1) return;
-    Rendezvous rendezvous(world, options, deadline);
-    std::vector<Connection> connections;
-    try {
-      connections = connect_all(io_, world, rendezvous, options.epoch, deadline, route);
-    } catch (const CommError& error) {
-      rendezvous.give_up(error);
-      throw;
-    }
-    for (Connection& connection : connections) {
-      if (connection.peer == world.rank) continue;
+    if (options.encryption) encryption_.emplace(world.secret);
+    for (Connection& connection :
+         connect_all(io_, world, options, deadline, route, encryption_ ? &*encryption_ : nullptr)) {
       auto& peer = peers_[connection.peer];
       peer = std::make_shared<Peer>(std::move(connection), *this);
       peer->start_reading();
@@ -137,9 +130,10 @@ class SocketTransport final : public Transport, public PeerOwner {
     return steps_.vote(group, members, std::move(ballot));
   }
 
-  StepEnd wait_for_step(std::int64_t group, const std::vector<int>& /*members*/, std::uint64_t step) override {
+  StepEnd wait_for_step(std::int64_t group, const std::vector<int>& /*members*/, std::uint64_t step,
+                        Clock::time_point until) override {
     waiting(true);
-    StepEnd end = steps_.wait(group, step, deadline());
+    StepEnd end = steps_.wait(group, step, until);
     waiting(false);
     // The other operations may not have heard of it yet.
     if (const auto failure = steps_.failure()) failed(failure->first, failure->second);
@@ -186,7 +180,10 @@ class SocketTransport final : public Transport, public PeerOwner {
     if (!failed_ && !leaving_) deliver(peer.rank(), std::move(message));
   }
 
-  void voted(Peer& peer, Vote vote) override { steps_.vote_arrived(peer.rank(), std::move(vote)); }
+  void voted(Peer& peer, Vote vote) override {
+    if (!steps_.vote_arrived(peer.rank(), std::move(vote)))
+      throw wire::Malformed("a vote for a step that cannot have begun");
+  }
 
   /// Passed on before this rank reacts: a rank that learned of the failure by the reaction would blame this rank.
   void told_of_failure(Peer& peer, wire::Failure failure) override {
@@ -262,7 +259,7 @@ class SocketTransport final : public Transport, public PeerOwner {
   }
 
   bool flushed() const {
-    bool all = true;
+    bool all = !encryption_ || encryption_->flushed();
     for_peers([&](const Peer& peer) { all = all && peer.flushed(); });
     return all;
   }
@@ -275,6 +272,7 @@ class SocketTransport final : public Transport, public PeerOwner {
   }
 
   const std::chrono::milliseconds liveness_;
+  std::optional<Encryption> encryption_;  // serves the connections of peers
   asio::io_context io_{1};
   asio::steady_timer pulse_{io_};
   std::set<int> silent_;  // used by the I/O thread
@@ -304,9 +302,11 @@ std::shared_ptr<Communicator> connect_sockets(const World& world, const ConnectO
   DUALPIPE_CHECK(world.size == 1 || options.store || (world.master_port > 0 && world.master_port <= 65535), "the ",
                  world.size, " ranks have no port to meet at (master_port is ", world.master_port,
                  "): set MASTER_ADDR and MASTER_PORT, or start the program with dualpipe-run or torchrun");
+  DUALPIPE_CHECK(!options.encryption || !world.secret.empty(),
+                 "encryption needs a secret, and this job has none: DUALPIPE_SECRET_FILE names a file with one");
   // A later deadline would leave the range of the clock.
   const auto patience = std::min<std::chrono::milliseconds>(options.timeout, std::chrono::hours(24 * 365));
-  const auto deadline = Rendezvous::Clock::now() + patience;
+  const auto deadline = Clock::now() + patience;
   try {
     return MessageCommunicator::world(std::make_shared<SocketTransport>(world, options, deadline, route));
   } catch (const Error&) {

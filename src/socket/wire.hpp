@@ -15,7 +15,7 @@
 namespace dualpipe::detail::wire {
 
 /// Raised with every change of this format: ranks with different formats refuse each other.
-constexpr std::uint32_t protocol_version = 3;
+constexpr std::uint32_t protocol_version = 4;
 constexpr std::uint64_t protocol_magic = 0x4455'414c'5049'5045;  // "DUALPIPE"
 
 /// The bytes are not what a rank of this version sends.

@@ -1,12 +1,16 @@
 // dualpipe-plan: schedules on the command line. Needs no LibTorch.
+#include <fcntl.h>
+
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <exception>
+#include <iostream>
 #include <new>
 #include <string>
 
 #include "dualpipe/version.hpp"
 #include "tools/plan/commands.hpp"
+#include "tools/standard_streams.hpp"
 
 namespace dualpipe::planner::tool {
 namespace {
@@ -32,7 +36,9 @@ int run(int argc, char** argv) {
     app.parse(argc, argv);
     return 0;
   } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : bad_usage;
+    if (app.exit(error) != 0) return bad_usage;
+    if (std::cout.flush()) return 0;
+    std::fprintf(stderr, "dualpipe-plan: cannot write to standard output\n");
   } catch (const std::bad_alloc&) {
     std::fprintf(stderr, "dualpipe-plan: out of memory\n");
   } catch (const std::exception& error) {
@@ -44,4 +50,7 @@ int run(int argc, char** argv) {
 }  // namespace
 }  // namespace dualpipe::planner::tool
 
-int main(int argc, char** argv) { return dualpipe::planner::tool::run(argc, argv); }
+int main(int argc, char** argv) {
+  if (!dualpipe::open_standard_streams(O_RDONLY)) return 1;
+  return dualpipe::planner::tool::run(argc, argv);
+}

@@ -1,6 +1,7 @@
 // One rank of the tests that need real processes; see socket_test.cpp for what is expected of each mode. Started by a
 // launcher.
 #include <ATen/ATen.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <csignal>
@@ -120,6 +121,40 @@ void missing(const World& world) {
   }
 }
 
+/// Rank `struck` raises `signal` in the meeting, while all wait for the last rank, which does not come in time.
+void struck_in_meeting(const World& world, int signal, int struck) {
+  if (world.rank == world.size - 1) std::this_thread::sleep_for(20s);
+  std::jthread striker([&] {
+    if (world.rank != struck) return;
+    std::this_thread::sleep_for(500ms);
+    std::raise(signal);
+  });
+  try {
+    connect_sockets(world, {.timeout = 60s, .liveness = 1s});
+    std::cout << "connected" << std::endl;
+  } catch (const CommError& error) {
+    std::cout << "origin " << error.origin_rank() << " message " << error.what() << std::endl;
+    throw;
+  }
+}
+
+/// All ranks are stopped for longer than their liveness, at about the same time.
+void suspended(const World& world) {
+  const auto comm = connect_sockets(world, {.timeout = 60s, .liveness = 500ms});
+  exchange(comm, 2);
+  const std::string pid = std::to_string(::getpid());
+  const std::string command = "(kill -STOP " + pid + "; sleep 1.5; kill -CONT " + pid + ") </dev/null &";
+  require(std::system(command.c_str()) == 0, "no shell");
+  const auto end = std::chrono::steady_clock::now() + 2500ms;
+  // All go on until the last has had enough.
+  for (bool over = false; !over;) {
+    const double more = std::chrono::steady_clock::now() < end ? 1 : 0;
+    over = comm->all_reduce({at::full({1}, more, at::kDouble)}).take().at(0).item<double>() == 0;
+    std::this_thread::sleep_for(10ms);
+  }
+  std::cout << "fine" << std::endl;
+}
+
 void two_names(const World& world) {
   const auto first = connect_sockets(world, {.name = "first", .timeout = 60s});
   const auto second = connect_sockets(world, {.name = "second", .timeout = 60s});
@@ -223,6 +258,9 @@ int main(int argc, char** argv) {
       {"stopped", [](const World& world) { struck(world, SIGSTOP, 1s); }},
       {"endless", [](const World& world) { struck(world, 0, 2s); }},
       {"missing", missing},
+      {"meeting-killed", [&](const World& world) { struck_in_meeting(world, SIGKILL, std::stoi(argv[2])); }},
+      {"meeting-stopped", [&](const World& world) { struck_in_meeting(world, SIGSTOP, std::stoi(argv[2])); }},
+      {"suspended", suspended},
       {"two_names", two_names},
       {"reconnect", reconnect},
       {"throws", throws},

@@ -1,57 +1,44 @@
 #include "dualpipe/comm/socket.hpp"
 
-#include <arpa/inet.h>
-#include <fcntl.h>
 #include <gmock/gmock.h>
-#include <netinet/in.h>
 #include <pthread.h>
-#include <sys/resource.h>
-#include <sys/socket.h>
 #include <torch/torch.h>
-#include <unistd.h>
 
 #include <csignal>
 #include <filesystem>
 #include <latch>
-#include <nlohmann/json.hpp>
 #include <random>
 #include <set>
 #include <thread>
 #include <torch/csrc/distributed/c10d/HashStore.hpp>
-#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 
 #include "comm/contract.hpp"
+#include "comm/socket_tests.hpp"
 #include "launch/process.hpp"
 #include "socket/connect.hpp"
-#include "socket/host.hpp"
-#include "socket/wire.hpp"
 
 namespace dualpipe {
 namespace {
 
 using namespace std::chrono_literals;
 using detail::Route;
-using dualpipe::testing::Process;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 using Ptr = std::shared_ptr<Communicator>;
-using StorePtr = c10::intrusive_ptr<c10d::Store>;
+using namespace dualpipe::testing;
 
-World world_of(int rank, int size) {
-  World world;
-  world.rank = world.local_rank = rank;
-  world.size = world.local_size = size;
-  return world;
-}
-
-contract::BackEnd sockets(const std::string& name, Route route) {
-  const auto run = [route](int num_ranks, std::chrono::milliseconds timeout, const contract::Body& body) {
+/// @param secret  empty: none, and nothing is encrypted.
+contract::BackEnd sockets(const std::string& name, Route route, const std::string& secret = "") {
+  const auto run = [route, secret](int num_ranks, std::chrono::milliseconds timeout, const contract::Body& body) {
     const StorePtr store = c10::make_intrusive<c10d::HashStore>();
     const auto connect = [&](int rank) {
       ConnectOptions options;
       options.timeout = timeout;
       options.store = store;
-      return detail::connect_sockets(world_of(rank, num_ranks), options, route);
+      options.encryption = !secret.empty();
+      World world = world_of(rank, num_ranks);
+      world.secret = secret;
+      return detail::connect_sockets(world, options, route);
     };
     contract::run_connected(num_ranks, connect, body);
   };
@@ -61,57 +48,13 @@ contract::BackEnd sockets(const std::string& name, Route route) {
 }  // namespace
 
 namespace contract {
-INSTANTIATE_TEST_SUITE_P(Sockets, Contract, ::testing::Values(sockets("Unix", Route::best), sockets("Tcp", Route::tcp)),
+INSTANTIATE_TEST_SUITE_P(Sockets, Contract,
+                         ::testing::Values(sockets("Unix", Route::best), sockets("Tcp", Route::tcp),
+                                           sockets("Tls", Route::tcp, "a secret of the tests")),
                          name_of);
 }
 
 namespace {
-
-/// Runs `body` as each rank on a thread of its own and returns the errors by rank, empty where there was none.
-std::vector<std::string> errors_of(int num_ranks, const std::function<void(int rank)>& body) {
-  std::vector<std::string> errors(static_cast<std::size_t>(num_ranks));
-  {
-    std::vector<std::jthread> threads;
-    for (int rank = 0; rank < num_ranks; ++rank) {
-      threads.emplace_back([&, rank] {
-        try {
-          body(rank);
-        } catch (const std::exception& error) {
-          errors[static_cast<std::size_t>(rank)] = error.what();
-        }
-      });
-    }
-  }
-  return errors;
-}
-
-int free_port() {
-  const int fd = ::socket(AF_INET, SOCK_STREAM, 0);
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  socklen_t size = sizeof address;
-  ::bind(fd, reinterpret_cast<const sockaddr*>(&address), size);
-  ::getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size);
-  ::close(fd);
-  return ntohs(address.sin_port);
-}
-
-ConnectOptions options_with(StorePtr store, std::chrono::milliseconds timeout = 60s) {
-  ConnectOptions options;
-  options.timeout = timeout;
-  options.store = std::move(store);
-  return options;
-}
-
-/// Where the ranks of a default communicator without a run id meet in `store`.
-StorePtr meeting_place(const StorePtr& store) {
-  return c10::make_intrusive<c10d::PrefixStore>("dualpipe//dualpipe/0", store);
-}
-
-std::string announcement(int version, int size) {
-  return nlohmann::json({{"version", version}, {"size", size}, {"host", "elsewhere"}, {"token", std::string(32, '0')}})
-      .dump();
-}
 
 TEST(Sockets, AWorldOfOneNeedsNoStore) {
   const Ptr comm = connect_sockets(World());
@@ -149,161 +92,8 @@ TEST(Sockets, MeetAtAPort) {
   EXPECT_THAT(errors, ::testing::Each(""));
 }
 
-TEST(Sockets, NameThoseWhoDoNotCome) {
-  const StorePtr store = c10::make_intrusive<c10d::HashStore>();
-  const auto errors = errors_of(4, [&](int rank) {
-    if (rank == 1 || rank == 2) return;
-    connect_sockets(world_of(rank, 4), options_with(store, 300ms));
-  });
-  for (const int rank : {0, 3})
-    EXPECT_THAT(errors[static_cast<std::size_t>(rank)],
-                AllOf(HasSubstr("no sign of rank 1, 2 within 300 ms"), HasSubstr("WORLD_SIZE")));
-}
-
-TEST(Sockets, SayWhenNobodyServesThePort) {
-  World world = world_of(1, 2);
-  world.master_port = free_port();
-  ConnectOptions options;
-  options.timeout = 200ms;
-  try {
-    connect_sockets(world, options);
-    FAIL();
-  } catch (const CommError& error) {
-    EXPECT_EQ(error.origin_rank(), 0);
-    EXPECT_THAT(error.what(), AllOf(HasSubstr(std::to_string(world.master_port)), HasSubstr("MASTER_PORT")));
-  }
-}
-
-TEST(Sockets, NameARankThatComesButDoesNotConnect) {
-  const StorePtr store = c10::make_intrusive<c10d::HashStore>();
-  meeting_place(store)->set("announcement/1", announcement(static_cast<int>(detail::wire::protocol_version), 2));
-  const auto errors = errors_of(1, [&](int) { connect_sockets(world_of(0, 2), options_with(store, 300ms)); });
-  EXPECT_THAT(errors[0], HasSubstr("rank 1 has started but does not connect"));
-}
-
-TEST(Sockets, SayWhereARankCannotBeReached) {
-  const StorePtr store = c10::make_intrusive<c10d::HashStore>();
-  const int closed = free_port();
-  meeting_place(store)->set("announcement/0", announcement(static_cast<int>(detail::wire::protocol_version), 2));
-  meeting_place(store)->set("tcp/0", nlohmann::json({{"port", closed}, {"addresses", {"127.0.0.1"}}}).dump());
-  const auto errors = errors_of(2, [&](int rank) {
-    if (rank == 1) connect_sockets(world_of(1, 2), options_with(store, 300ms));
-  });
-  EXPECT_THAT(errors[1], AllOf(HasSubstr(detail::str("rank 0 has started but cannot be reached at 127.0.0.1:", closed,
-                                                     " (Connection refused)")),
-                               HasSubstr("firewall")));
-}
-
-TEST(Sockets, TellWhatTheyWaitForLongBeforeTheyGiveUp) {
-  struct Recorder : c10::WarningHandler {
-    std::vector<std::string> texts;
-    void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
-  } recorder;
-  const c10::WarningUtils::WarningHandlerGuard guard(&recorder);
-  World world = world_of(1, 3);
-  world.master_port = free_port();
-  ConnectOptions options;
-  options.timeout = 400ms;
-  EXPECT_THROW(connect_sockets(world, options), CommError);
-  options.store = c10::make_intrusive<c10d::HashStore>();
-  EXPECT_THROW(connect_sockets(world, options), CommError);
-  EXPECT_THAT(recorder.texts,
-              ::testing::ElementsAre(
-                  ::testing::StartsWith(detail::str("rank 1 waits for rank 0 to serve the store at 127.0.0.1:",
-                                                    world.master_port, " (Connection refused), and gives up in")),
-                  ::testing::StartsWith("rank 1 waits for rank 0, 2 to start (communicator 'dualpipe', epoch 0)")));
-}
-
-TEST(Sockets, AnnounceLoopbackAddressesLast) {
-  World world;
-  world.master_port = 1;
-  for (const std::string master : {"127.0.0.1", "127.0.1.1"}) {
-    world.master_address = master;  // as a host's own name often is on this host
-    const std::vector<std::string> addresses = detail::own_addresses(world);
-    EXPECT_THAT(addresses, ::testing::Contains(::testing::StartsWith("127.")));
-    EXPECT_TRUE(std::is_partitioned(addresses.begin(), addresses.end(), [](const std::string& address) {
-      return !address.starts_with("127.");
-    })) << ::testing::PrintToString(addresses);
-  }
-}
-
-TEST(Sockets, RefuseRanksOfAnotherKind) {
-  const auto error_with = [](const std::string& other) {
-    const StorePtr store = c10::make_intrusive<c10d::HashStore>();
-    meeting_place(store)->set("announcement/1", other);
-    return errors_of(1, [&](int) { connect_sockets(world_of(0, 2), options_with(store)); })[0];
-  };
-  EXPECT_THAT(error_with(announcement(static_cast<int>(detail::wire::protocol_version), 3)),
-              HasSubstr("rank 1 has WORLD_SIZE 3, this rank 2"));
-  EXPECT_THAT(error_with(announcement(99, 2)),
-              HasSubstr(detail::str("rank 1 has protocol version 99, this rank ", detail::wire::protocol_version)));
-}
-
-TEST(Sockets, NameARankWhoseAnnouncementIsMalformed) {
-  const nlohmann::json good = nlohmann::json::parse(announcement(static_cast<int>(detail::wire::protocol_version), 2));
-  const auto with = [&](const char* key, const nlohmann::json& value) {
-    nlohmann::json changed = good;
-    changed[key] = value;
-    return changed.dump();
-  };
-  for (const std::string& text :
-       {std::string(), std::string("{"), std::string("[]"), std::string("{\"version\": true}"), with("version", "two"),
-        with("host", nullptr), with("token", "short"), with("token", std::string(33, '0')),
-        with("unix", std::string(200, 'x'))}) {
-    const StorePtr store = c10::make_intrusive<c10d::HashStore>();
-    meeting_place(store)->set("announcement/1", text);
-    try {
-      connect_sockets(world_of(0, 2), options_with(store));
-      ADD_FAILURE() << text;
-    } catch (const CommError& error) {
-      EXPECT_EQ(error.origin_rank(), 1);
-      EXPECT_THAT(error.what(), HasSubstr("rank 0: rank 1 has published something malformed")) << text;
-    }
-  }
-  for (const std::string text : {"7", "{\"port\": 0, \"addresses\": []}", "{\"port\": 70000, \"addresses\": []}",
-                                 "{\"port\": 1}", "{\"port\": 1, \"addresses\": [\"nowhere\"]}"}) {
-    const StorePtr store = c10::make_intrusive<c10d::HashStore>();
-    meeting_place(store)->set("announcement/0", good.dump());
-    meeting_place(store)->set("tcp/0", text);
-    try {
-      connect_sockets(world_of(1, 2), options_with(store));
-      ADD_FAILURE() << text;
-    } catch (const CommError& error) {
-      EXPECT_THAT(error.what(), HasSubstr("rank 1: rank 0 has published something malformed")) << text;
-    }
-  }
-}
-
-TEST(Sockets, SayThatThereAreNoMoreDescriptors) {
-  rlimit before{};
-  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
-  const int first_free = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
-  ::close(first_free);
-  std::vector<std::string> texts;
-  // More of the connecting succeeds from one try to the next.
-  for (int more = 0; more < 8; ++more) {
-    const StorePtr store = c10::make_intrusive<c10d::HashStore>();
-    meeting_place(store)->set("announcement/0", announcement(static_cast<int>(detail::wire::protocol_version), 2));
-    meeting_place(store)->set("tcp/0", nlohmann::json({{"port", 1}, {"addresses", {"127.0.0.1"}}}).dump());
-    rlimit limit = before;
-    limit.rlim_cur = static_cast<rlim_t>(first_free + more);
-    ::setrlimit(RLIMIT_NOFILE, &limit);
-    try {
-      connect_sockets(world_of(1, 2), options_with(store, 100ms));
-      texts.emplace_back("connected");
-    } catch (const CommError& error) {
-      texts.emplace_back(error.what());
-    } catch (const std::exception& error) {
-      texts.emplace_back(detail::str("not a CommError: ", error.what()));
-    }
-    ::setrlimit(RLIMIT_NOFILE, &before);
-  }
-  EXPECT_THAT(texts, ::testing::Each(::testing::StartsWith("rank 1: ")));
-  EXPECT_THAT(texts.front(), HasSubstr("Too many open files"));
-}
-
 TEST(Sockets, SayThatNoThreadCanStartAndLeaveSignalsAsTheyWere) {
-  const StorePtr store = c10::make_intrusive<c10d::HashStore>();
+  const int port = free_port();
   pthread_attr_t before, huge;
   ASSERT_EQ(::pthread_getattr_default_np(&before), 0);
   ASSERT_EQ(::pthread_getattr_default_np(&huge), 0);
@@ -317,7 +107,7 @@ TEST(Sockets, SayThatNoThreadCanStartAndLeaveSignalsAsTheyWere) {
     ::pthread_sigmask(SIG_SETMASK, nullptr, &mask_before);
     std::string problem;
     try {
-      const Ptr comm = connect_sockets(world_of(rank, 2), options_with(store));
+      const Ptr comm = connect_sockets(world_at(port, rank, 2), {.timeout = 60s});
       comm->barrier().wait();
     } catch (const CommError& error) {
       problem = error.what();
@@ -333,41 +123,9 @@ TEST(Sockets, SayThatNoThreadCanStartAndLeaveSignalsAsTheyWere) {
   EXPECT_EQ(changed_masks, 0);
   EXPECT_THAT(errors_of(2,
                         [&](int rank) {
-                          ConnectOptions next = options_with(store);
-                          next.epoch = 1;
-                          connect_sockets(world_of(rank, 2), next)->barrier().wait();
+                          connect_sockets(world_at(port, rank, 2), {.epoch = 1, .timeout = 60s})->barrier().wait();
                         }),
               ::testing::Each(""));
-}
-
-TEST(Sockets, DropStrangersUnharmed) {
-  const StorePtr store = c10::make_intrusive<c10d::HashStore>();
-  const StorePtr place = meeting_place(store);
-  place->set("announcement/1", announcement(static_cast<int>(detail::wire::protocol_version),
-                                            2));  // so that rank 0 waits for a rank of another host
-  std::vector<int> strangers;
-  const auto errors = errors_of(2, [&](int rank) {
-    if (rank == 1) {
-      while (!place->check({"tcp/0"})) std::this_thread::sleep_for(1ms);
-      const int port = nlohmann::json::parse(place->get_to_str("tcp/0")).at("port");
-      for (const std::string& greeting :
-           {std::string(), std::string("GET / HTTP/1.1\r\n\r\n"), std::string(1 << 16, 'x')}) {
-        const int fd = ::socket(AF_INET, SOCK_STREAM, 0);
-        sockaddr_in address{};
-        address.sin_family = AF_INET;
-        address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-        address.sin_port = htons(static_cast<std::uint16_t>(port));
-        if (::connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) throw Error("no listener");
-        ::send(fd, greeting.data(), greeting.size(), MSG_NOSIGNAL);
-        strangers.push_back(fd);
-      }
-    }
-    const Ptr comm =
-        detail::connect_sockets(world_of(rank, 2), options_with(store), rank == 0 ? Route::best : Route::tcp);
-    comm->barrier().wait();
-  });
-  EXPECT_THAT(errors, ::testing::Each(""));
-  for (const int fd : strangers) ::close(fd);
 }
 
 TEST(Sockets, MayBeConnectedAgainUnderTheSameName) {
@@ -461,19 +219,6 @@ TEST(Sockets, LeavingDoesNotWaitForAPeerThatTakesNothing) {
 
 // ---- ranks that are processes
 
-std::vector<std::string> run(int ranks, const std::string& mode, const std::vector<std::string>& flags = {}) {
-  std::vector<std::string> command = {DUALPIPE_RUN, "-q", "-n", std::to_string(ranks)};
-  command.insert(command.end(), flags.begin(), flags.end());
-  command.insert(command.end(), {"--", SOCKET_RANK, mode});
-  return command;
-}
-
-std::size_t count(const std::string& text, const std::string& what) {
-  std::size_t found = 0;
-  for (std::size_t at = text.find(what); at != std::string::npos; at = text.find(what, at + 1)) ++found;
-  return found;
-}
-
 class SocketProcesses : public ::testing::TestWithParam<int> {
  protected:
   void expect_fine(const std::string& mode) {
@@ -507,7 +252,7 @@ TEST_P(SocketProcesses, AStoppedPeerIsNamedByTheDeadline) {
   EXPECT_THAT(ranks.out(), HasSubstr("waited for rank 1 longer than the timeout of 1000 ms"));
 }
 
-/// Rank 0, which serves the store, gives up first: its end must not overtake the reason.
+/// Rank 0, where the others meet, gives up first: its end must not overtake the reason.
 TEST_P(SocketProcesses, MissingRanksAreNamedByAllThatCame) {
   Process ranks(run(GetParam(), "missing"));
   EXPECT_EQ(ranks.wait(), 0) << ranks.err();

@@ -9,17 +9,22 @@
 #include <stdexcept>
 #include <string>
 
-#include "process.hpp"
+#include "dualpipe/error.hpp"
+#include "launch/failure_report.hpp"
+#include "temporary_folder.hpp"
 
 namespace dualpipe {
 namespace {
 
 class ReportFailure : public ::testing::Test {
  protected:
-  std::string report(const World& world, const std::string& message) {
+  std::string report(const World& world, const std::exception& error) {
     ::testing::internal::CaptureStderr();
-    report_failure(world, std::runtime_error(message));
+    report_failure(world, error);
     return ::testing::internal::GetCapturedStderr();
+  }
+  std::string report(const World& world, const std::string& message) {
+    return report(world, std::runtime_error(message));
   }
 
   static std::string text_of(const std::filesystem::path& path) {
@@ -51,6 +56,50 @@ TEST_F(ReportFailure, WritesWhatTorchrunReads) {
   EXPECT_EQ(
       std::distance(std::filesystem::directory_iterator(std::filesystem::path(world.error_file).parent_path()), {}), 1)
       << "the draft must be gone";
+}
+
+/// The message and the seconds that torchrun finds in a file.
+std::pair<std::string, long long> as_torchrun_reads(const std::string& text) {
+  const nlohmann::json message = nlohmann::json::parse(text).at("message");
+  return {message.at("message").get<std::string>(),
+          std::stoll(message.at("extraInfo").at("timestamp").get<std::string>())};
+}
+
+TEST_F(ReportFailure, IsEarlierForTorchrunWhereItBegan) {
+  World world;
+  world.rank = 1;
+  world.error_file = (folder_ / "error.json").string();
+  EXPECT_EQ(report(world, CommError(3, "receive from 3", "rank 1: receive from 3: failed")),
+            "rank 1: receive from 3: failed\n");
+  const auto [consequence, consequence_time] = as_torchrun_reads(text_of(world.error_file));
+  EXPECT_EQ(consequence, "rank 1: receive from 3: failed");
+  for (const int origin : {1, -1}) {
+    report(world, CommError(origin, "receive from 3", "rank 1: gone"));
+    const auto [cause, time] = as_torchrun_reads(text_of(world.error_file));
+    EXPECT_EQ(cause, "rank 1: gone");
+    EXPECT_LT(time, consequence_time) << "although it came later";
+  }
+}
+
+TEST_F(ReportFailure, TellsTheLauncherWhereItBegan) {
+  World world;
+  world.rank = 1;
+  world.error_file = (folder_ / "error.json").string();
+  report(world, CommError(3, "receive from 3", "rank 1: receive from 3: failed"));
+  const auto consequence = detail::failure_report_from(text_of(world.error_file));
+  ASSERT_TRUE(consequence);
+  EXPECT_EQ(consequence->message, "rank 1: receive from 3: failed");
+  EXPECT_EQ(consequence->rank, 1);
+  EXPECT_EQ(consequence->origin, 3);
+  EXPECT_EQ(consequence->operation, "receive from 3");
+  report(world, "the loss is gone");
+  const auto cause = detail::failure_report_from(text_of(world.error_file));
+  ASSERT_TRUE(cause);
+  EXPECT_EQ(cause->message, "rank 1: the loss is gone");
+  EXPECT_EQ(cause->origin, 1);
+  EXPECT_EQ(cause->operation, "");
+  EXPECT_GE(cause->time_ns, consequence->time_ns);
+  EXPECT_GT(cause->time_ns, 1'500'000'000'000'000'000);
 }
 
 TEST_F(ReportFailure, WritesThroughNoLinkThatWasPlacedBeforehand) {

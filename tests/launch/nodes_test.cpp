@@ -199,7 +199,7 @@ std::string readable(const std::string& hex) {
   return out.str();
 }
 
-/// The far ends of a node's TCP connections, but for those with the store.
+/// The far ends of a node's TCP connections, but for those of the meeting.
 std::vector<std::string> far_ends(const TwoNodes& nodes, int node) {
   std::vector<std::string> found;
   for (const char* file : {"tcp", "tcp6"}) {
@@ -263,12 +263,11 @@ TEST_F(Nodes, AMeetingPlaceOutOfReachIsNamed) {
     return launch.err();
   };
   EXPECT_THAT(error_with("node0:29501"),
-              HasSubstr("rank 1: rank 0 does not serve the store at node0:29501 within 2000 ms "
-                        "(Connection refused)"));
+              HasSubstr("rank 1: rank 0 cannot be reached within 2000 ms at node0:29501 (Connection refused)"));
   EXPECT_THAT(error_with("nowhere:29501"),
               AllOf(HasSubstr("nowhere:29501"), HasSubstr("Host not found"), HasSubstr("--rendezvous")));
   nodes->cut_cable();
-  EXPECT_THAT(error_with("node0:29501"), HasSubstr("node0:29501 within 2000 ms (Network is unreachable)"));
+  EXPECT_THAT(error_with("node0:29501"), HasSubstr("within 2000 ms at node0:29501 (Network is unreachable)"));
 }
 
 TEST_F(Nodes, ANodeThatDoesNotComeIsNamed) {

@@ -2,43 +2,25 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <chrono>
 #include <fstream>
 #include <set>
 #include <string>
 
 #include "process.hpp"
+#include "shell.hpp"
 
 namespace dualpipe {
 namespace {
 
 using namespace std::chrono_literals;
-using dualpipe::testing::Process;
 using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
-
-std::vector<std::string> launcher(std::vector<std::string> arguments) {
-  arguments.insert(arguments.begin(), DUALPIPE_RUN);
-  return arguments;
-}
-
-/// `script` by /bin/sh on `ranks` ranks.
-std::vector<std::string> shell(int ranks, const std::string& script, std::vector<std::string> flags = {}) {
-  std::vector<std::string> arguments = {"-n", std::to_string(ranks)};
-  arguments.insert(arguments.end(), flags.begin(), flags.end());
-  arguments.insert(arguments.end(), {"--", "/bin/sh", "-c", script});
-  return launcher(arguments);
-}
-
-std::vector<std::string> sorted_lines(const std::string& text) {
-  std::vector<std::string> lines;
-  std::istringstream in(text);
-  for (std::string line; std::getline(in, line);) lines.push_back(line);
-  std::sort(lines.begin(), lines.end());
-  return lines;
-}
+using testing::launcher;
+using testing::Process;
+using testing::shell;
+using testing::sorted_lines;
 
 /// Whether a process runs; a zombie that its new parent has not noticed does not.
 bool exists(const std::string& pid) {

@@ -2,19 +2,24 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <cstdlib>
+#include <filesystem>
 #include <map>
 #include <string>
 
 #include "dualpipe/error.hpp"
 #include "error_of.hpp"
+#include "temporary_folder.hpp"
 
 namespace dualpipe {
 namespace {
 
 using ::testing::AllOf;
 using ::testing::HasSubstr;
+using ::testing::Not;
 using Variables = std::map<std::string, std::string>;
 
 World world_of(const Variables& variables) {
@@ -55,7 +60,8 @@ TEST(World, IsOneRankWithoutALauncher) {
 }
 
 TEST(World, ReadsTheLaunchersVariables) {
-  const World world = world_of(with(launcher_variables, {{"DUALPIPE_RUN_ID", "morning"}}));
+  const World world =
+      world_of(with(launcher_variables, {{"DUALPIPE_RUN_ID", "morning"}, {"DUALPIPE_ERROR_FILE", "/run/error.json"}}));
   EXPECT_EQ(world.rank, 5);
   EXPECT_EQ(world.size, 8);
   EXPECT_EQ(world.local_rank, 1);
@@ -63,6 +69,7 @@ TEST(World, ReadsTheLaunchersVariables) {
   EXPECT_EQ(world.master_address, "n7");
   EXPECT_EQ(world.master_port, 29500);
   EXPECT_EQ(world.run_id, "morning");
+  EXPECT_EQ(world.error_file, "/run/error.json");
   EXPECT_FALSE(world.launcher_hosts_store);
 }
 
@@ -70,7 +77,8 @@ TEST(World, ReadsTorchrunsVariables) {
   const Variables torchrun = with(launcher_variables, {{"TORCHELASTIC_RUN_ID", "job"},
                                                        {"TORCHELASTIC_RESTART_COUNT", "2"},
                                                        {"TORCHELASTIC_USE_AGENT_STORE", "True"},
-                                                       {"TORCHELASTIC_ERROR_FILE", "/tmp/error.json"}});
+                                                       {"TORCHELASTIC_ERROR_FILE", "/tmp/error.json"},
+                                                       {"DUALPIPE_ERROR_FILE", "/of/a/launcher/around/it"}});
   const World world = world_of(torchrun);
   EXPECT_EQ(world.run_id, "job.2");
   EXPECT_TRUE(world.launcher_hosts_store);
@@ -179,6 +187,77 @@ TEST(World, QuotesWhatIsWrongWithSlurm) {
   EXPECT_THAT(error_of(with(slurm_variables, {{"SLURM_LOCALID", "x"}})), HasSubstr("SLURM_LOCALID='x'"));
   EXPECT_THAT(error_of(with(slurm_variables, {{"SLURM_JOB_ID", "none"}})),
               AllOf(HasSubstr("SLURM_JOB_ID='none'"), HasSubstr("MASTER_PORT")));
+}
+
+// ---- the secret
+
+class WorldSecret : public ::testing::Test {
+ protected:
+  /// The launcher's variables, with a file of this text as the secret.
+  Variables with_secret(const std::string& text, const Variables& launcher = launcher_variables) const {
+    const std::string path = folder_.write("secret", text);
+    std::filesystem::permissions(path, std::filesystem::perms::owner_read | std::filesystem::perms::owner_write);
+    return with(launcher, {{"DUALPIPE_SECRET_FILE", path}});
+  }
+  std::string path() const { return (folder_ / "secret").string(); }
+
+  test::TemporaryFolder folder_;
+};
+
+TEST_F(WorldSecret, IsReadUnderEveryLauncher) {
+  const std::string secret = "sixteen or more!";
+  EXPECT_EQ(world_of(launcher_variables).secret, "");
+  EXPECT_EQ(world_of(with_secret(secret)).secret, secret);
+  EXPECT_EQ(world_of(with_secret(secret + "\n")).secret, secret);
+  EXPECT_EQ(world_of(with_secret(secret + "\n\n")).secret, secret + "\n");
+  EXPECT_EQ(world_of(with_secret(secret, slurm_variables)).secret, secret);
+  EXPECT_EQ(world_of(with_secret(secret, with(launcher_variables, {{"TORCHELASTIC_RUN_ID", "job"}}))).secret, secret);
+  EXPECT_EQ(world_of(with_secret(secret, {})).secret, "") << "one rank has nobody to prove it to";
+  const std::string longest(4096, 'x');
+  EXPECT_EQ(world_of(with_secret(longest + "\n")).secret, longest);
+}
+
+TEST_F(WorldSecret, IsReadThroughALinkAsAClusterMountsIt) {
+  Variables variables = with_secret("sixteen or more!");
+  std::filesystem::create_symlink("secret", folder_ / "link");
+  variables["DUALPIPE_SECRET_FILE"] = (folder_ / "link").string();
+  EXPECT_EQ(world_of(variables).secret, "sixteen or more!");
+}
+
+TEST_F(WorldSecret, HasEnoughBytesAndIsInNoError) {
+  const std::string size = "a secret has 16 to 4096 bytes, the file ";
+  EXPECT_THAT(error_of(with_secret("fifteen-of-them\n")),
+              AllOf(HasSubstr("DUALPIPE_SECRET_FILE='" + path() + "': " + size + "15; make one by: (umask 077; "),
+                    Not(HasSubstr("fifteen-of-them"))));
+  EXPECT_THAT(error_of(with_secret("")), HasSubstr(size + "0;"));
+  EXPECT_THAT(error_of(with_secret(std::string(4097, 'x'))), AllOf(HasSubstr(size + "more;"), Not(HasSubstr("xxxx"))));
+  EXPECT_THAT(error_of(with_secret(std::string(100'000, 'x'))), HasSubstr(size + "more;"));
+}
+
+TEST_F(WorldSecret, BelongsToItsUserAlone) {
+  const Variables variables = with_secret("sixteen or more!");
+  for (const int mode : {0644, 0640, 0602, 0610}) {
+    ASSERT_EQ(::chmod(path().c_str(), static_cast<mode_t>(mode)), 0);
+    EXPECT_THAT(error_of(variables), AllOf(HasSubstr("DUALPIPE_SECRET_FILE='" + path() + "': others than the owner"),
+                                           HasSubstr("run chmod 600 " + path())));
+  }
+  ASSERT_EQ(::chmod(path().c_str(), 0400), 0);
+  EXPECT_EQ(world_of(variables).secret, "sixteen or more!");
+  if (::geteuid() != 0) return;  // cannot make files of other users
+  ASSERT_EQ(::chown(path().c_str(), 53531, 53531), 0);
+  EXPECT_THAT(error_of(variables), HasSubstr("the file belongs to user 53531; it must belong to user 0"));
+}
+
+TEST_F(WorldSecret, IsInARegularFile) {
+  const auto error_with = [&](const std::string& file) {
+    return error_of(with(launcher_variables, {{"DUALPIPE_SECRET_FILE", file}}));
+  };
+  EXPECT_THAT(error_with(path()),
+              HasSubstr(path() + "': cannot read the secret of the job: No such file or directory"));
+  EXPECT_THAT(error_with(""), HasSubstr("DUALPIPE_SECRET_FILE='': cannot read the secret of the job"));
+  EXPECT_THAT(error_with(folder_.path().string()), HasSubstr("not a regular file"));
+  ASSERT_EQ(::mkfifo(path().c_str(), 0600), 0);
+  EXPECT_THAT(error_with(path()), HasSubstr("not a regular file"));
 }
 
 TEST(World, ReadsTheEnvironment) {

@@ -38,6 +38,7 @@ PARTS = {
     "comm/pending": "pending",
     "tools/plan": "tools/plan",
     "tools/run": "tools/run",
+    "tools/standard_streams": "base",
 }
 TOP = {"dualpipe"}  # may include everything
 WITHOUT_TORCH = {"base", "schedule", "planner", "launch", "config", "tools/plan", "tools/run"}

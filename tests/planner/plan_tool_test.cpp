@@ -116,6 +116,17 @@ TEST_F(PlanTool, CheckRefusesWithTheFindings) {
   expect_refused("check /dev/zero", 1, "more than");
 }
 
+TEST_F(PlanTool, StandardOutputThatCannotBeWrittenIsAFailure) {
+  for (const std::string arguments : {"show --schedule 1f1b --ranks 2 --microbatches 4", "--help", "show --help"}) {
+    for (const std::string stream : {">/dev/full", ">&-"}) {
+      const std::string command = "(" DUALPIPE_PLAN " " + arguments + " " + stream + ")";
+      const int status = std::system((command + " 2>" + (folder_ / "stderr").string()).c_str());
+      EXPECT_EQ(WEXITSTATUS(status), 1) << command;
+      EXPECT_THAT(read(folder_ / "stderr"), testing::StartsWith("dualpipe-plan: cannot write to standard output"));
+    }
+  }
+}
+
 TEST_F(PlanTool, BadInputIsOneAndBadUsageIsTwo) {
   expect_refused("show --schedule dualpipe --ranks 7 --microbatches 20", 1, "even number of ranks, got 7");
   expect_refused("show --schedule zigzag --ranks 8 --microbatches 20", 1, "\"zigzag\"");

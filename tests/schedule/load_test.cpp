@@ -3,7 +3,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <stdlib.h>
+#include <sys/resource.h>
 
+#include <csignal>
 #include <filesystem>
 #include <iterator>
 #include <string>
@@ -68,6 +70,22 @@ TEST_F(Files, AreReplacedAsAWhole) {
   fs::create_directory(path("folder"));
   EXPECT_THROW(detail::write_file(path("folder"), ""), InvalidArgument);
   EXPECT_EQ(count(), 3);
+}
+
+/// A file that may not grow fails as on a full disk: in write().
+TEST_F(Files, ThatDoNotFitLeaveWhatWasThere) {
+  detail::write_file(path("text"), "old");
+  rlimit before{};
+  ASSERT_EQ(::getrlimit(RLIMIT_FSIZE, &before), 0);
+  const rlimit limit{.rlim_cur = 4096, .rlim_max = before.rlim_max};
+  auto* const handler = std::signal(SIGXFSZ, SIG_IGN);
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &limit), 0);
+  EXPECT_THAT([&] { detail::write_file(path("text"), std::string(10'000, 'x')); },
+              ThrowsMessage<InvalidArgument>(HasSubstr("cannot write " + path("text") + ": File too large")));
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &before), 0);
+  std::signal(SIGXFSZ, handler);
+  EXPECT_EQ(detail::read_file(path("text")), "old");
+  EXPECT_EQ(count(), 1) << "the draft must be gone";
 }
 
 }  // namespace

@@ -6,9 +6,10 @@
 
 namespace dualpipe {
 
-/// For the exception that ends a rank's main(): prints "rank 3: message" to stderr. Also writes the message to
-/// `world.error_file` if the launcher named one; torchrun then shows it in its own report. A file that cannot be
-/// written is mentioned on stderr and otherwise ignored.
+/// For the exception that ends a rank's main(): prints "rank 3: message" to stderr. Also tells the launcher by
+/// `world.error_file`, if it named one: dualpipe-run gathers from these files which rank failed first, torchrun shows
+/// them. A CommError that began on another rank bears a time one minute later there, as torchrun calls the earliest the
+/// root cause. A file that cannot be written is mentioned on stderr and otherwise ignored.
 ///
 ///   int main() {
 ///     const World world = World::from_env();

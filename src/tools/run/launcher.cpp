@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <asio/io_context.hpp>
 #include <asio/ip/tcp.hpp>
@@ -10,16 +11,25 @@
 #include <asio/signal_set.hpp>
 #include <asio/steady_timer.hpp>
 #include <cerrno>
-#include <cstdio>
-#include <iostream>
+#include <chrono>
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <list>
 #include <map>
 #include <optional>
 #include <regex>
+#include <string>
 #include <string_view>
 #include <system_error>
+#include <utility>
+#include <vector>
 
+#include "launch/failure_report.hpp"
 #include "tools/run/lines.hpp"
+#include "tools/run/origin.hpp"
+#include "tools/run/private_folder.hpp"
 #include "tools/run/spawn.hpp"
 
 namespace dualpipe::run {
@@ -28,12 +38,8 @@ namespace {
 using namespace std::chrono_literals;
 using asio::ip::tcp;
 
-/// After a failure the other ranks usually end by themselves, with a message that names the culprit.
-constexpr auto kTimeToEndByThemselves = 3s;
 /// How long a rank's own children may go on writing once all ranks have ended.
 constexpr auto kTimeToDrain = 1s;
-
-void say(const std::string& text) { std::cerr << "dualpipe-run: " + text + "\n" << std::flush; }
 
 /// A port that nobody else is given while the socket lives. It is bound but does not listen, which lets rank 0 listen
 /// there.
@@ -56,6 +62,16 @@ tcp::socket reserved_port(asio::io_context& io) {
   }
 }
 
+std::int64_t now_ns() { return std::chrono::nanoseconds(std::chrono::system_clock::now().time_since_epoch()).count(); }
+
+/// The first line of a rank's message, without its "rank 3: ".
+std::string brief(const detail::FailureReport& report) {
+  constexpr std::size_t longest = 1000;
+  std::string text = report.message.substr(0, report.message.find('\n')).substr(0, longest);
+  const std::string name = "rank " + std::to_string(report.rank) + ": ";
+  return text.starts_with(name) ? text.substr(name.size()) : text;
+}
+
 bool is_terminal(int fd) {
   const char* kind = ::getenv("TERM");
   return ::isatty(fd) && kind != nullptr && std::string_view(kind) != "dumb";
@@ -63,8 +79,9 @@ bool is_terminal(int fd) {
 
 /// The launcher's own environment with what makes a process a rank; variables of a launcher around this one must not
 /// confuse the ranks.
-std::vector<std::string> rank_environment(const Options& options, int local_rank, bool one_thread) {
-  std::map<std::string, std::string> ours = {
+std::vector<std::string> rank_environment(const Options& options, int local_rank,
+                                          std::map<std::string, std::string> ours) {
+  ours.merge(std::map<std::string, std::string>{
       {"RANK", std::to_string(options.node_rank * options.ranks + local_rank)},
       {"WORLD_SIZE", std::to_string(options.nodes * options.ranks)},
       {"LOCAL_RANK", std::to_string(local_rank)},
@@ -73,8 +90,7 @@ std::vector<std::string> rank_environment(const Options& options, int local_rank
       {"MASTER_PORT", std::to_string(options.master_port)},
       {"DUALPIPE_RUN_ID", options.run_id},
       {"DUALPIPE_RUN_TERMINAL", is_terminal(STDOUT_FILENO) ? "1" : "0"},
-  };
-  if (one_thread) ours["OMP_NUM_THREADS"] = "1";
+  });
   std::vector<std::string> result;
   for (char** variable = environ; *variable != nullptr; ++variable) {
     const std::string_view text = *variable;
@@ -112,7 +128,13 @@ class Launcher {
   struct Rank {
     int rank = 0;
     pid_t pid = -1;
-    std::optional<Ending> ending;
+    std::filesystem::path error_file;
+    std::optional<Ending> ending{};
+    std::int64_t ended_ns = 0;
+    std::optional<detail::FailureReport> report{};
+    bool was_ended = false;  ///< by the launcher, because another one had failed
+
+    bool failed_by_itself() const { return ending && ending->failed() && !was_ended; }
   };
   /// One output stream of one rank.
   struct Stream {
@@ -129,21 +151,29 @@ class Launcher {
       port_ = reserved_port(io_);
       options_.master_port = port_->local_endpoint().port();
     }
+    std::map<std::string, std::string> variables;
+    const bool one_thread = options_.ranks > 1 && ::getenv("OMP_NUM_THREADS") == nullptr;
+    if (one_thread) variables["OMP_NUM_THREADS"] = "1";
+    // Nodes cannot agree on a secret here.
+    if (options_.nodes == 1 && ::getenv("DUALPIPE_SECRET_FILE") == nullptr)
+      variables["DUALPIPE_SECRET_FILE"] = make_secret(guard_.folder());
     try {
-      for (int local_rank = 0; local_rank < options_.ranks; ++local_rank) start_rank(local_rank);
+      for (int local_rank = 0; local_rank < options_.ranks; ++local_rank) start_rank(local_rank, variables);
     } catch (...) {
       end_groups();
       throw;
     }
-    if (one_thread_ && !options_.quiet)
+    if (one_thread && !options_.quiet)
       say("OMP_NUM_THREADS is not set: each rank gets 1 thread, so that ranks do not crowd each other");
   }
 
-  void start_rank(int local_rank) {
+  void start_rank(int local_rank, std::map<std::string, std::string> variables) {
     const int rank = options_.node_rank * options_.ranks + local_rank;
+    const std::filesystem::path error_file = guard_.folder() / ("error" + std::to_string(rank) + ".json");
+    variables["DUALPIPE_ERROR_FILE"] = error_file;
     Command command;
     command.arguments = options_.program;
-    command.environment = rank_environment(options_, local_rank, one_thread_);
+    command.environment = rank_environment(options_, local_rank, std::move(variables));
     command.default_signals = handled_;
     // A background process group that reads a terminal is stopped; only what is piped into the launcher is for rank 0.
     if (local_rank != 0 || ::isatty(STDIN_FILENO)) command.input = nothing_.get();
@@ -152,7 +182,7 @@ class Launcher {
       command.output = output.emplace().write.get();
       command.error = error.emplace().write.get();
     }
-    ranks_.push_back({rank, spawn(command, guard_), std::nullopt});
+    ranks_.push_back({.rank = rank, .pid = spawn(command, guard_), .error_file = error_file});
     if (!options_.prefix) return;
     const std::string label = std::regex_replace(options_.label, std::regex("%r"), std::to_string(rank));
     read_more(streams_.emplace_back(io_, output->read.release(), STDOUT_FILENO, label));
@@ -182,11 +212,22 @@ class Launcher {
       } else if (errno == EAGAIN) {
         ::usleep(1000);  // somebody else made our stdout non-blocking
       } else if (errno != EINTR) {
-        if (target == STDOUT_FILENO && errno == EPIPE && !interrupted_ && !draining_) interrupt(SIGPIPE, SIGTERM);
-        return;
+        return cannot_write(target, errno);
       }
     }
   }
+
+  void cannot_write(int target, int error) {
+    if (error == EPIPE) {
+      if (target == STDOUT_FILENO && !interrupted_ && !draining_) interrupt("ended by SIGPIPE", SIGTERM);
+    } else if (!unwritable_) {
+      unwritable_ = std::string(target == STDOUT_FILENO ? "standard output" : "standard error") +
+                    " cannot be written: " + std::generic_category().message(error);
+      if (!interrupted_ && !draining_ && first_failed_ == nullptr) interrupt(*unwritable_, SIGTERM);
+    }
+  }
+
+  void say(const std::string& text) { write_out(STDERR_FILENO, "dualpipe-run: " + text + "\n"); }
 
   void await_signal() {
     signals_.async_wait([this](const asio::error_code& error, int signal) {
@@ -199,12 +240,13 @@ class Launcher {
   void forward(int signal) {
     if (draining_) return io_.stop();
     if (signal == SIGUSR1 || signal == SIGUSR2) return signal_ranks(signal);
-    interrupt(signal, interrupted_ ? SIGKILL : signal);  // asked twice: at once
+    interrupt("ended by " + signal_name(signal), interrupted_ ? SIGKILL : signal);  // asked twice: at once
   }
 
-  void interrupt(int cause, int signal) {
+  void interrupt(const std::string& cause, int signal) {
+    failed_uninterrupted_ = failed_uninterrupted_ || (first_failed_ != nullptr && !interrupted_);
     interrupted_ = cause;
-    signal_ranks(signal);
+    failed_uninterrupted_ ? end_ranks(signal) : signal_ranks(signal);
     kill_after_grace();
   }
 
@@ -228,25 +270,50 @@ class Launcher {
   }
 
   void note_endings() {
-    bool all_ended = true;
-    const bool failed_before = first_failed_.has_value();
+    bool all_ended = true, all_left_are_stopped = true;
+    const bool failed_before = first_failed_ != nullptr;
+    const std::int64_t now = now_ns();
     for (Rank& rank : ranks_) {
       if (rank.ending) continue;
       rank.ending = ending_of(rank.pid);
-      all_ended = all_ended && rank.ending;
-      if (!rank.ending || !rank.ending->failed()) continue;
+      if (!rank.ending) {
+        all_ended = false;
+        all_left_are_stopped = all_left_are_stopped && is_stopped(rank.pid);
+        continue;
+      }
+      if (!rank.ending->failed()) continue;
+      rank.ended_ns = now;
+      rank.report = report_of(rank);
       // Of two that are found together the one that was killed is the cause, the other reacted.
-      if (!first_failed_ || (!failed_before && rank.ending->killed && !first_failed_->ending->killed))
-        first_failed_ = rank;
+      if (first_failed_ == nullptr || (!failed_before && rank.ending->killed && !first_failed_->ending->killed))
+        first_failed_ = &rank;
     }
     if (all_ended) {
       drain();
-    } else if (first_failed_ && !failed_before && !interrupted_) {
-      after(kTimeToEndByThemselves, [this] {
-        signal_ranks(SIGTERM);
-        kill_after_grace();
-      });
+    } else if (first_failed_ != nullptr && (!interrupted_ || failed_uninterrupted_)) {
+      if (all_left_are_stopped)
+        end_ranks(SIGKILL);  // they would not hear of anything else
+      else if (!failed_before)
+        after(options_.wait_before_term, [this] {
+          end_ranks(SIGTERM);
+          kill_after_grace();
+        });
     }
+  }
+
+  /// After a failure.
+  void end_ranks(int signal) {
+    if (!ended_from_ns_) ended_from_ns_ = now_ns();
+    for (Rank& rank : ranks_) rank.was_ended = rank.was_ended || !rank.ending;
+    signal_ranks(signal);
+  }
+
+  static std::optional<detail::FailureReport> report_of(const Rank& rank) {
+    std::ifstream in(rank.error_file, std::ios::binary);
+    std::optional<detail::FailureReport> report =
+        detail::failure_report_from({std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()});
+    if (report) report->rank = rank.rank;
+    return report;
   }
 
   /// All ranks have ended. What they started may still hold their output.
@@ -274,16 +341,66 @@ class Launcher {
 
   int report() {
     for (Stream& stream : streams_) write_out(stream.target, stream.labeller.finish());
-    if (!first_failed_) return 0;
-    std::string text;
-    if (interrupted_) text = "ended by " + signal_name(*interrupted_) + "; ";
-    say(text + "rank " + std::to_string(first_failed_->rank) + (interrupted_ ? " ended first: " : " failed first: ") +
-        first_failed_->ending->describe());
+    const bool ended_for_it = unwritable_ && interrupted_ == unwritable_;
+    const int exit_code = ended_for_it ? 1 : report_failure();
+    if (unwritable_) say(*unwritable_);
+    return unwritable_ && exit_code == 0 ? 1 : exit_code;
+  }
+
+  /// @return the launcher's exit code.
+  int report_failure() {
+    if (first_failed_ == nullptr) return 0;
+    const std::string first = name(*first_failed_);
+    if (interrupted_ && !failed_uninterrupted_) {
+      say(*interrupted_ + "; " + first + " ended first: " + first_failed_->ending->describe());
+      return first_failed_->ending->exit_code();
+    }
+    const int origin = find_origin(testimonies()).value_or(first_failed_->rank);
+    const int local_origin = origin - options_.node_rank * options_.ranks;
+    if (local_origin < 0 || local_origin >= options_.ranks) {
+      const Rank& witness = *std::find_if(
+          ranks_.begin(), ranks_.end(), [&](const Rank& rank) { return rank.report && rank.report->origin == origin; });
+      say("rank " + std::to_string(origin) + " on node " + std::to_string(origin / options_.ranks) + " failed first; " +
+          name(witness) + " says: " + brief(*witness.report));
+      return first_failed_->ending->exit_code();
+    }
+    const Rank& culprit = ranks_[local_origin];
+    const bool has_words = culprit.report && culprit.report->origin == culprit.rank;
+    const std::string words = has_words ? brief(*culprit.report) + "; " : "";
+    if (culprit.failed_by_itself()) {
+      say(name(culprit) + " failed first: " + words + culprit.ending->describe());
+      return culprit.ending->exit_code();
+    }
+    if (!culprit.was_ended)
+      say(name(culprit) + " failed first: it ended with exit code 0 while others needed it");
+    else if (has_words)
+      say(name(culprit) + " failed first: " + words + "killed, as it did not end");
+    else
+      say(name(culprit) + " was stopped or hung; killed");
     return first_failed_->ending->exit_code();
   }
 
+  static std::string name(const Rank& rank) { return "rank " + std::to_string(rank.rank); }
+
+  /// What the ranks of this node say of the one that failed first.
+  std::vector<Testimony> testimonies() const {
+    std::vector<Testimony> result;
+    const int world_size = options_.nodes * options_.ranks;
+    for (const Rank& rank : ranks_) {
+      if (!rank.ending || !rank.ending->failed()) continue;
+      if (!rank.report) {
+        if (!rank.was_ended)
+          result.push_back({.origin = rank.rank, .time_ns = rank.ended_ns, .killed = rank.ending->killed});
+      } else if (rank.report->origin >= 0 && rank.report->origin < world_size) {
+        // One that was ended by the launcher may call that its own failure.
+        if (!rank.was_ended || rank.report->origin != rank.rank || rank.report->time_ns < ended_from_ns_.value_or(0))
+          result.push_back({.origin = rank.report->origin, .time_ns = rank.report->time_ns});
+      }
+    }
+    return result;
+  }
+
   Options options_;
-  const bool one_thread_ = options_.ranks > 1 && ::getenv("OMP_NUM_THREADS") == nullptr;
   Guard guard_;  // before anything that a second process should not hold
   const Descriptor nothing_{::open("/dev/null", O_RDONLY | O_CLOEXEC)};
   asio::io_context io_;
@@ -292,9 +409,12 @@ class Launcher {
   std::vector<int> handled_;
   std::optional<tcp::socket> port_;
   std::vector<Rank> ranks_;
-  std::list<Stream> streams_;  // that are open
-  std::optional<Rank> first_failed_;
-  std::optional<int> interrupted_;
+  std::list<Stream> streams_;                  // that are open
+  const Rank* first_failed_ = nullptr;         // by the order in which they ended
+  std::optional<std::int64_t> ended_from_ns_;  // when the launcher began to end ranks because another one had failed
+  std::optional<std::string> interrupted_;     // by what
+  bool failed_uninterrupted_ = false;          // the interruption came after the failure
+  std::optional<std::string> unwritable_;      // output that is lost
   bool draining_ = false;
 };
 

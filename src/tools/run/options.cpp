@@ -49,7 +49,7 @@ std::string default_run_id(const Options& options) {
 std::optional<Options> parse_command_line(int argc, const char* const* argv, int& exit_code) {
   Options options;
   std::string rendezvous;
-  double grace = 5;
+  double wait_before_term = 3, grace = 5;
   bool no_prefix = false;
 
   CLI::App app{
@@ -58,9 +58,18 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv, int
       "environment,\n"
       "and DUALPIPE_RUN_TERMINAL=1 where their output ends up on a terminal: a line that ends in a carriage return is\n"
       "overwritten there by the next.\n"
-      "When one rank fails, the others of this node are ended, and those of other nodes learn of it by themselves. The "
+      "When one rank fails, the others of this node are ended, and those of other nodes learn of it by themselves. "
+      "Which one\n"
+      "failed first is what most ranks say that call dualpipe::report_failure, which writes to DUALPIPE_ERROR_FILE. "
+      "The "
       "exit\n"
-      "code is that of the first rank of this node that failed, 128 + signal when it was killed.",
+      "code is its own, 128 + signal when it was killed; that of the first failing rank of this node where it is on "
+      "another\n"
+      "node or had to be ended.\n"
+      "On one node the ranks get a secret of this launch, by which they know each other, in the file "
+      "DUALPIPE_SECRET_FILE.\n"
+      "On several set that variable yourself, to a file with the same 16 to 4096 bytes on all nodes and mode 0600.\n"
+      "Ranks inherit stdin (rank 0), stdout and stderr, no other open files.",
       "dualpipe-run"};
   app.footer(
       "PROGRAM and its arguments follow --, as in\n"
@@ -80,6 +89,10 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv, int
   app.add_option("--label", options.label, "text before each line of output, %r stands for the rank")
       ->capture_default_str();
   app.add_flag("--no-prefix", no_prefix, "leave the output as it is");
+  app.add_option("--wait-before-term", wait_before_term,
+                 "seconds from a failure to SIGTERM; none where all ranks that are left are stopped")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 86400.0));
   app.add_option("--grace", grace, "seconds from SIGTERM to SIGKILL")
       ->capture_default_str()
       ->check(CLI::Range(0.0, 86400.0));
@@ -117,7 +130,11 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv, int
     return std::nullopt;
   }
   options.prefix = !no_prefix;
-  options.grace = std::chrono::milliseconds(static_cast<std::int64_t>(grace * 1000));
+  const auto duration = [](double seconds) {
+    return std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1000));
+  };
+  options.wait_before_term = duration(wait_before_term);
+  options.grace = duration(grace);
   if (options.run_id.empty()) options.run_id = default_run_id(options);
   return options;
 }

@@ -18,6 +18,8 @@ struct Options {
   std::string label = "[%r] ";  ///< stands before each line; %r is the rank
   bool prefix = true;           ///< false: ranks write to the launcher's own stdout and stderr
   bool quiet = false;
+  /// From a failure to SIGTERM: the other ranks usually end by themselves, with a message that names the culprit.
+  std::chrono::milliseconds wait_before_term{3000};
   std::chrono::milliseconds grace{5000};  ///< from SIGTERM to SIGKILL
   std::vector<std::string> program;       ///< with its arguments
 };

@@ -33,8 +33,8 @@ struct CallStatement {
 /// Collective: the statements of all ranks, by rank. One message per rank, a second one only after a finding.
 DUALPIPE_DECL std::vector<CallStatement> exchange_statements(Communicator& communicator, const CallStatement& mine);
 
-/// The error of two ranks that pass different values of a member of the batch; `name` as in "inputs", `step` as in
-/// agreement().
+/// The error of two ranks, in numbers of the world, that pass different values of a member of the batch; `name` as in
+/// "inputs", `step` as in agreement().
 DUALPIPE_DECL std::string other_batch(const char* name, int rank, int first, std::int64_t step);
 
 /// What the statements of all ranks say together.
@@ -48,9 +48,10 @@ struct CallAgreement {
 /// @param statements  of all ranks of the mesh.
 /// @param replica     whose sizes are asked for.
 /// @param step        how many steps were before, -1 where the call does not train.
+/// @param numbers     of the ranks, as world_ranks() gives them.
 /// @throws InvalidArgument  the findings, or what ranks disagree about; the same text for the same statements.
 DUALPIPE_DECL CallAgreement agreement(const std::vector<CallStatement>& statements, const MeshShape& shape, int replica,
-                                      std::int64_t step);
+                                      std::int64_t step, const std::vector<int>& numbers);
 
 }  // namespace dualpipe::detail
 

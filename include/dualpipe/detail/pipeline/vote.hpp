@@ -83,8 +83,9 @@ inline StepVote unpacked(const std::vector<std::string>& ballots, at::Tensor los
 
 /// Ranks of a replica that pass a member of the batch pass the same values.
 ///
-/// @param step  as in agreement().
-inline void check_hashes(const std::vector<MemberHashes>& hashes, const MeshShape& shape, std::int64_t step) {
+/// @param step, numbers  as in agreement().
+inline void check_hashes(const std::vector<MemberHashes>& hashes, const MeshShape& shape, std::int64_t step,
+                         const std::vector<int>& numbers) {
   constexpr std::array<const char*, 3> names = {"inputs", "targets", "extras"};
   for (std::size_t i = 0; i < names.size(); ++i) {
     std::vector<int> firsts(shape.data, -1);  // by replica
@@ -92,7 +93,7 @@ inline void check_hashes(const std::vector<MemberHashes>& hashes, const MeshShap
       if (!hashes[rank][i]) continue;
       int& first = firsts[shape.replica_of(rank)];
       if (first < 0) first = rank;
-      DUALPIPE_CHECK(hashes[rank][i] == hashes[first][i], other_batch(names[i], rank, first, step));
+      DUALPIPE_CHECK(hashes[rank][i] == hashes[first][i], other_batch(names[i], numbers[rank], numbers[first], step));
     }
   }
 }

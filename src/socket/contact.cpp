@@ -1,0 +1,239 @@
+#include "socket/contact.hpp"
+
+#include <netinet/tcp.h>
+
+#include <algorithm>
+#include <array>
+#include <asio/basic_socket_acceptor.hpp>
+#include <asio/ip/v6_only.hpp>
+#include <asio/local/stream_protocol.hpp>
+#include <cerrno>
+#include <utility>
+
+namespace dualpipe::detail {
+namespace {
+
+using namespace std::chrono_literals;
+using asio::ip::tcp;
+using Stream = asio::generic::stream_protocol;
+
+/// Longest time until a place answers at all.
+constexpr auto connect_limit = 5s;
+constexpr auto pause_between_calls = 20ms;
+/// Strangers beside the ranks that a listener listens to at a time.
+constexpr std::size_t tolerated_strangers = 64;
+
+/// Errors of accept() that say something about one connection, not about this process (accept(2), "Error handling").
+bool concerns_one_connection(const asio::error_code& error) {
+  constexpr std::array ours = {ECONNABORTED, ECONNRESET, EPROTO,      ENETDOWN, ENOPROTOOPT, EHOSTDOWN, ENONET,
+                               EHOSTUNREACH, EOPNOTSUPP, ENETUNREACH, EPERM,    EAGAIN,      EINTR};
+  return std::find(ours.begin(), ours.end(), error.value()) != ours.end();
+}
+
+bool crosses_hosts(const StreamSocket& socket) { return socket.local_endpoint().protocol().family() != AF_UNIX; }
+
+asio::ip::address address_of(const Stream::endpoint& endpoint) {
+  tcp::endpoint result;
+  result.resize(endpoint.size());
+  std::copy_n(reinterpret_cast<const char*>(endpoint.data()), endpoint.size(), reinterpret_cast<char*>(result.data()));
+  const asio::ip::address address = result.address();
+  return address.is_v6() && address.to_v6().is_v4_mapped()
+             ? asio::ip::make_address_v4(asio::ip::v4_mapped, address.to_v6())
+             : address;
+}
+
+void set_tcp_options(StreamSocket& socket, std::chrono::milliseconds liveness) {
+  socket.set_option(tcp::no_delay(true));
+  const auto set = [fd = socket.native_handle()](int level, int option, int value) {
+    ::setsockopt(fd, level, option, &value, sizeof value);
+  };
+  // Where nobody looks for silent ranks, an idle connection notices within half a minute that a host is gone.
+  set(SOL_SOCKET, SO_KEEPALIVE, 1);
+  set(IPPROTO_TCP, TCP_KEEPIDLE, 10);
+  set(IPPROTO_TCP, TCP_KEEPINTVL, 5);
+  set(IPPROTO_TCP, TCP_KEEPCNT, 3);
+  constexpr std::chrono::milliseconds day = 24h;
+  if (liveness > 0ms) set(IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(2 * std::min(liveness, day).count()));
+}
+
+/// Starts the handshake on a connection that has just come about.
+std::shared_ptr<Handshake> shake_hands(asio::io_context& io, StreamSocket socket, Handshake::Side side,
+                                       const Introduction& introduction,
+                                       std::function<void(Contact, const std::string& problem)> done) {
+  close_on_exec(socket.native_handle());
+  asio::ip::address own, other;
+  if (crosses_hosts(socket)) {
+    set_tcp_options(socket, introduction.liveness);
+    own = address_of(socket.local_endpoint());
+    other = address_of(socket.remote_endpoint());
+    if (introduction.encryption != nullptr)
+      socket = introduction.encryption->wrap(io, std::move(socket), side == Handshake::Side::listener);
+  }
+  auto handshake =
+      std::make_shared<Handshake>(io, std::move(socket), side, introduction.own, introduction.key, introduction.check,
+                                  [own, other, done = std::move(done)](Handshake& over, const std::string& problem) {
+                                    done({.rank = over.theirs().rank,
+                                          .size = over.theirs().size,
+                                          .socket = over.take(),
+                                          .clock_offset_ns = own.is_unspecified() ? 0 : over.clock_offset_ns(),
+                                          .own_address = own,
+                                          .other_address = other},
+                                         problem);
+                                  });
+  handshake->start();
+  return handshake;
+}
+
+}  // namespace
+
+asio::generic::stream_protocol::endpoint unix_endpoint(const std::string& name) {
+  return asio::local::stream_protocol::endpoint(std::string(1, '\0') + name);
+}
+
+// ---- listening
+
+struct Listener::Door {
+  asio::basic_socket_acceptor<Stream> acceptor;
+};
+
+Listener::Listener(asio::io_context& io, Introduction introduction, int num_callers, Admitted admitted)
+    : io_(io),
+      introduction_(std::move(introduction)),
+      limit_(tolerated_strangers + num_callers),
+      admitted_(std::move(admitted)) {}
+
+void Listener::listen_here(const std::string& name) {
+  const Stream::endpoint endpoint = unix_endpoint(name);
+  auto door = std::make_shared<Door>(Door{{io_, endpoint.protocol()}});
+  close_on_exec(door->acceptor.native_handle());
+  door->acceptor.bind(endpoint);
+  door->acceptor.listen();
+  doors_.push_back(door);
+  accept(door);
+}
+
+std::uint16_t Listener::listen_at(const tcp::endpoint& endpoint) {
+  auto door = std::make_shared<Door>(Door{{io_, Stream(endpoint.protocol())}});
+  close_on_exec(door->acceptor.native_handle());
+  door->acceptor.set_option(tcp::acceptor::reuse_address(true));
+  // An unspecified address takes both families.
+  asio::error_code ignored;
+  if (endpoint.address().is_v6() && endpoint.address().is_unspecified())
+    door->acceptor.set_option(asio::ip::v6_only(false), ignored);
+  door->acceptor.bind(endpoint);
+  door->acceptor.listen();
+  tcp::endpoint bound;
+  const Stream::endpoint generic = door->acceptor.local_endpoint();
+  bound.resize(generic.size());
+  std::copy_n(reinterpret_cast<const char*>(generic.data()), generic.size(), reinterpret_cast<char*>(bound.data()));
+  doors_.push_back(door);
+  accept(door);
+  return bound.port();
+}
+
+void Listener::close() noexcept {
+  asio::error_code ignored;
+  for (const auto& door : doors_) door->acceptor.close(ignored);
+  doors_.clear();
+  for (const auto& handshake : std::exchange(handshakes_, {}))
+    if (!handshake->is_over()) handshake->give_up("this rank listens no more");
+}
+
+void Listener::accept(const std::shared_ptr<Door>& door) {
+  door->acceptor.async_accept([this, door](const asio::error_code& error, StreamSocket socket) {
+    if (error == asio::error::operation_aborted) return;
+    if (error && !concerns_one_connection(error)) throw asio::system_error(error, "cannot accept connections");
+    if (!error) meet(std::move(socket));
+    if (door->acceptor.is_open()) accept(door);
+  });
+}
+
+void Listener::meet(StreamSocket socket) {
+  handshakes_.remove_if([](const auto& handshake) { return handshake->is_over(); });
+  // The oldest has had its time: a rank needs a moment only.
+  if (handshakes_.size() >= limit_) handshakes_.front()->give_up("too many connections at once");
+  try {
+    handshakes_.push_back(shake_hands(io_, std::move(socket), Handshake::Side::listener, introduction_,
+                                      [this](Contact contact, const std::string& problem) {
+                                        if (problem.empty()) admitted_(std::move(contact));
+                                      }));
+  } catch (const asio::system_error&) {
+    // The caller has gone already.
+  }
+}
+
+// ---- calling
+
+Caller::Caller(asio::io_context& io, int rank, Introduction introduction, Places places, Connected connected)
+    : io_(io),
+      rank_(rank),
+      introduction_(std::move(introduction)),
+      places_(std::move(places)),
+      connected_(std::move(connected)),
+      timer_(io) {}
+
+void Caller::start() { call_next(); }
+
+void Caller::close() noexcept {
+  closed_ = true;
+  timer_.cancel();
+  asio::error_code ignored;
+  if (connecting_) connecting_->close(ignored);
+  if (handshake_ && !handshake_->is_over()) handshake_->give_up("this rank calls no more");
+}
+
+std::string Caller::outcomes() const {
+  std::string text;
+  for (const auto& [place, outcome] : outcomes_) text += str(text.empty() ? "" : ", ", place, " (", outcome, ")");
+  return text;
+}
+
+void Caller::call_next() {
+  if (left_.empty()) {
+    left_ = places_();
+    std::reverse(left_.begin(), left_.end());
+    if (left_.empty()) return call_again("an address", "it has none");
+  }
+  const Place place = std::move(left_.back());
+  left_.pop_back();
+  if (!place.endpoint) return call_again(place.name, place.problem);
+  connect(place);
+}
+
+void Caller::connect(const Place& place) {
+  outcomes_.emplace(place.name, "no answer");
+  connecting_ = std::make_shared<StreamSocket>(io_);
+  timer_.expires_after(connect_limit);
+  timer_.async_wait([socket = std::weak_ptr(connecting_)](const asio::error_code& error) {
+    if (const auto late = socket.lock(); !error && late) late->close();
+  });
+  connecting_->async_connect(*place.endpoint, [self = shared_from_this(), socket = connecting_,
+                                               place](const asio::error_code& error) {
+    if (self->closed_) return;
+    self->timer_.cancel();
+    self->connecting_.reset();
+    if (error)
+      return self->call_again(place.name, error == asio::error::operation_aborted ? "no answer" : error.message());
+    const auto done = [self, name = place.name](Contact contact, const std::string& problem) {
+      if (self->closed_) return;
+      if (!problem.empty()) return self->call_again(name, problem);
+      self->closed_ = true;
+      std::exchange(self->connected_, {})(std::move(contact));
+    };
+    try {
+      self->handshake_ = shake_hands(self->io_, std::move(*socket), Handshake::Side::caller, self->introduction_, done);
+    } catch (const asio::system_error& gone) {
+      self->call_again(place.name, gone.what());
+    }
+  });
+}
+
+void Caller::call_again(const std::string& place, const std::string& problem) {
+  outcomes_[place] = problem;
+  timer_.expires_after(left_.empty() ? pause_between_calls : 0ms);
+  timer_.async_wait([self = shared_from_this()](const asio::error_code& error) {
+    if (!error && !self->closed_) self->call_next();
+  });
+}
+
+}  // namespace dualpipe::detail

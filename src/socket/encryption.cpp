@@ -1,0 +1,215 @@
+#include "socket/encryption.hpp"
+
+#include <linux/sockios.h>
+#include <openssl/ssl.h>
+#include <sys/ioctl.h>
+
+#include <algorithm>
+#include <array>
+#include <asio/executor_work_guard.hpp>
+#include <asio/local/connect_pair.hpp>
+#include <asio/local/stream_protocol.hpp>
+#include <asio/post.hpp>
+#include <asio/ssl/context.hpp>
+#include <asio/ssl/error.hpp>
+#include <asio/ssl/stream.hpp>
+#include <asio/steady_timer.hpp>
+#include <asio/write.hpp>
+#include <atomic>
+#include <chrono>
+#include <list>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#include "dualpipe/error.hpp"
+#include "socket/blocked_signals.hpp"
+
+namespace dualpipe::detail {
+namespace {
+
+namespace ssl = asio::ssl;
+using Local = asio::local::stream_protocol::socket;
+
+constexpr auto tls_handshake_limit = std::chrono::seconds(5);
+constexpr const char* psk_identity = "dualpipe";
+
+/// Where OpenSSL keeps the key of a context for us.
+int key_index() {
+  static const int index = SSL_CTX_get_ex_new_index(0, nullptr, nullptr, nullptr, nullptr);
+  return index;
+}
+
+unsigned int copy_key(SSL* connection, unsigned char* to, unsigned int room) {
+  const auto* key = static_cast<const Bytes32*>(SSL_CTX_get_ex_data(SSL_get_SSL_CTX(connection), key_index()));
+  if (key == nullptr || room < key->size()) return 0;
+  std::copy(key->begin(), key->end(), to);
+  return static_cast<unsigned int>(key->size());
+}
+
+unsigned int key_of_server(SSL* connection, const char* identity, unsigned char* key, unsigned int room) {
+  return std::string_view(identity) == psk_identity ? copy_key(connection, key, room) : 0;
+}
+
+unsigned int key_of_client(SSL* connection, const char* /*hint*/, char* identity, unsigned int identity_room,
+                           unsigned char* key, unsigned int room) {
+  const std::string_view name = psk_identity;
+  if (identity_room <= name.size()) return 0;
+  *std::copy(name.begin(), name.end(), identity) = '\0';
+  return copy_key(connection, key, room);
+}
+
+}  // namespace
+
+/// Moves the bytes of one connection between its two ends.
+class Encryption::Pump : public std::enable_shared_from_this<Pump> {
+ public:
+  Pump(asio::io_context& io, ssl::context& context, StreamSocket far, Local near)
+      : far_(std::move(far), context), near_(std::move(near)), timer_(io) {}
+
+  void start(bool listens) {
+    timer_.expires_after(tls_handshake_limit);
+    timer_.async_wait([weak = weak_from_this()](const asio::error_code& error) {
+      if (const auto self = weak.lock(); !error && self) self->close();
+    });
+    far_.async_handshake(listens ? ssl::stream_base::server : ssl::stream_base::client,
+                         [self = shared_from_this()](const asio::error_code& error) {
+                           self->timer_.cancel();
+                           if (error) return self->close();
+                           self->send_more();
+                           self->receive_more();
+                         });
+  }
+
+  bool flushed() const {
+    int unread = 0, unacknowledged = 0;
+    if (::ioctl(near_handle_, FIONREAD, &unread) == 0 && unread > 0) return false;
+    if (sending_) return false;
+    return ::ioctl(far_handle_, SIOCOUTQ, &unacknowledged) != 0 || unacknowledged == 0;
+  }
+
+ private:
+  void send_more() {
+    near_.async_wait(Local::wait_read, [self = shared_from_this()](const asio::error_code& error) {
+      if (error) return self->close();
+      self->sending_ = true;  // before the bytes leave the socket
+      asio::error_code problem;
+      const std::size_t size = self->near_.read_some(asio::buffer(self->outgoing_), problem);
+      if (problem) return self->say_goodbye();
+      asio::async_write(self->far_, asio::buffer(self->outgoing_, size),
+                        [self](const asio::error_code& failed, std::size_t) {
+                          self->sending_ = false;
+                          if (!failed) self->send_more();  // else the receiving side says what it means
+                        });
+    });
+  }
+
+  void say_goodbye() {
+    far_.async_shutdown([self = shared_from_this()](const asio::error_code&) {
+      self->sending_ = false;
+      self->close();
+    });
+  }
+
+  void receive_more() {
+    far_.async_read_some(asio::buffer(incoming_),
+                         [self = shared_from_this()](const asio::error_code& error, std::size_t size) {
+                           if (error) {
+                             // The end of a process ends its connection. Another error says nothing about the process: it stays silent here.
+                             if (error == asio::error::eof || error == ssl::error::stream_truncated ||
+                                 error == asio::error::connection_reset)
+                               self->close();
+                             return;
+                           }
+                           asio::async_write(self->near_, asio::buffer(self->incoming_, size),
+                                             [self](const asio::error_code& failed, std::size_t) {
+                                               if (!failed) self->receive_more();
+                                             });
+                         });
+  }
+
+  void close() {
+    asio::error_code ignored;
+    far_.lowest_layer().close(ignored);
+    near_.close(ignored);
+  }
+
+  ssl::stream<StreamSocket> far_;
+  Local near_;
+  const int far_handle_ = far_.lowest_layer().native_handle(), near_handle_ = near_.native_handle();
+  asio::steady_timer timer_;
+  std::array<char, 1 << 16> outgoing_, incoming_;
+  std::atomic<bool> sending_{false};
+};
+
+class Encryption::Pumps {
+ public:
+  explicit Pumps(const std::string& secret) : key_(authentication_code(secret, {"TLS"})) {
+    for (ssl::context* const side : {&listening_, &calling_}) {
+      SSL_CTX* const context = side->native_handle();
+      SSL_CTX_set_ex_data(context, key_index(), &key_);
+      // A pre-shared key goes with the hash SHA-256 (RFC 8446, section 4.2.11), combined with an ephemeral exchange.
+      SSL_CTX_set_ciphersuites(context, "TLS_AES_128_GCM_SHA256");
+      SSL_CTX_set_num_tickets(context, 0);
+    }
+    SSL_CTX_set_psk_server_callback(listening_.native_handle(), key_of_server);
+    SSL_CTX_set_psk_client_callback(calling_.native_handle(), key_of_client);
+    calling_.set_verify_mode(ssl::verify_peer);  // no certificate instead of the key
+    const BlockedSignals blocked;
+    thread_ = std::thread([this] {
+      pthread_setname_np(pthread_self(), "dualpipe-tls");
+      const auto work = asio::make_work_guard(io_);
+      io_.run();
+    });
+  }
+
+  ~Pumps() {
+    io_.stop();
+    thread_.join();
+  }
+  Pumps(const Pumps&) = delete;
+  Pumps& operator=(const Pumps&) = delete;
+
+  StreamSocket wrap(asio::io_context& io, StreamSocket socket, bool listens) {
+    const auto protocol = socket.local_endpoint().protocol();
+    StreamSocket far(io_, protocol, socket.release());
+    Local near(io_);
+    asio::local::stream_protocol::socket own(io);
+    asio::local::connect_pair(near, own);
+    close_on_exec(near.native_handle());
+    close_on_exec(own.native_handle());
+    const auto pump = std::make_shared<Pump>(io_, listens ? listening_ : calling_, std::move(far), std::move(near));
+    {
+      const std::lock_guard lock(mutex_);
+      all_.remove_if([](const auto& weak) { return weak.expired(); });
+      all_.push_back(pump);
+    }
+    asio::post(io_, [pump, listens] { pump->start(listens); });
+    return own;
+  }
+
+  bool flushed() const {
+    const std::lock_guard lock(mutex_);
+    return std::all_of(all_.begin(), all_.end(), [](const auto& weak) {
+      const auto pump = weak.lock();
+      return !pump || pump->flushed();
+    });
+  }
+
+ private:
+  Bytes32 key_;
+  ssl::context listening_{ssl::context::tlsv13_server}, calling_{ssl::context::tlsv13_client};
+  mutable std::mutex mutex_;  // guards all_
+  std::list<std::weak_ptr<Pump>> all_;
+  asio::io_context io_{1};
+  std::thread thread_;
+};
+
+Encryption::Encryption(std::string secret) : pumps_(std::make_unique<Pumps>(secret)) {}
+Encryption::~Encryption() = default;
+StreamSocket Encryption::wrap(asio::io_context& io, StreamSocket socket, bool listens) {
+  return pumps_->wrap(io, std::move(socket), listens);
+}
+bool Encryption::flushed() const { return pumps_->flushed(); }
+
+}  // namespace dualpipe::detail

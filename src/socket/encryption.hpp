@@ -1,0 +1,34 @@
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "socket/handshake.hpp"
+
+namespace dualpipe::detail {
+
+/// Encrypts connections with TLS 1.3, whose key is the secret of the job; nothing else than the secret is needed, and
+/// nobody without it can take part or listen. One thread moves and encrypts the bytes: what is wrapped looks like a Unix
+/// domain socket to this process and costs two copies more.
+class Encryption {
+ public:
+  /// @param secret  not empty.
+  explicit Encryption(std::string secret);
+  /// Sends what was written before, for at most `patience` seconds.
+  ~Encryption();
+  Encryption(const Encryption&) = delete;
+  Encryption& operator=(const Encryption&) = delete;
+
+  /// @param socket  a TCP connection to a process that wraps its end as well.
+  /// @return this process's end. It is closed where the other end has not the secret.
+  StreamSocket wrap(asio::io_context& io, StreamSocket socket, bool listens);
+  /// Whether all that was written has been handed to the kernel. Any thread.
+  bool flushed() const;
+
+ private:
+  class Pump;
+  class Pumps;
+  std::unique_ptr<Pumps> pumps_;
+};
+
+}  // namespace dualpipe::detail

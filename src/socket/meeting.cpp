@@ -1,0 +1,394 @@
+#include "socket/meeting.hpp"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <utility>
+
+#include "dualpipe/error.hpp"
+#include "socket/meeting_place.hpp"
+
+namespace dualpipe::detail {
+namespace {
+
+using namespace std::chrono_literals;
+
+/// After this time a warning says why nothing happens.
+constexpr std::chrono::milliseconds silence_limit = 10s;
+/// How long a rank that leaves waits for the others to know why.
+constexpr auto farewell_limit = 2s;
+constexpr std::chrono::milliseconds shortest_period = 5ms, longest_period = 1s;
+
+std::chrono::milliseconds period_of(const ConnectOptions& options) {
+  auto period = std::min<std::chrono::milliseconds>(longest_period, options.timeout / 20);
+  if (options.liveness > 0ms) period = std::min<std::chrono::milliseconds>(period, options.liveness / 5);
+  return std::max(period, shortest_period);
+}
+
+/// "1, 2, 5"
+std::string list(const std::vector<int>& ranks) {
+  std::string text;
+  for (const int rank : ranks) text += str(text.empty() ? "" : ", ", rank);
+  return text;
+}
+
+Greeting greeting_of(const World& world, const ConnectOptions& options) {
+  Greeting greeting;
+  greeting.rank = world.rank;
+  greeting.size = world.size;
+  greeting.meeting =
+      authentication_code(world.secret, {"meeting", world.run_id, options.name, std::to_string(options.epoch)});
+  return greeting;
+}
+
+}  // namespace
+
+// ---- what rank 0 and the others have in common
+
+Meeting::Meeting(asio::io_context& io, const World& world, const ConnectOptions& options, Clock::time_point deadline)
+    : io_(io),
+      world_(world),
+      options_(options),
+      deadline_(deadline),
+      warn_at_(Clock::now() + std::min(silence_limit, options.timeout / 4)),
+      period_(period_of(options)),
+      timer_(io) {
+  timer_.expires_after(period_);
+  beat_regularly();
+}
+
+void Meeting::beat_regularly() {
+  timer_.async_wait([this](const asio::error_code& error) {
+    if (error) return;
+    const auto now = Clock::now();
+    was_stopped_ = now - timer_.expiry() > period_;
+    pulse();
+    timer_.expires_at(now + period_);
+    beat_regularly();
+  });
+}
+
+std::vector<std::string> Meeting::all_gather(const std::string& mine, const std::string& lacks) {
+  result_.reset();
+  status_.lacks = lacks;
+  say(mine);
+  wait_until([this] { return result_.has_value(); }, [this] { return waits_for(); }, [this] { return late(); });
+  return *std::exchange(result_, std::nullopt);
+}
+
+void Meeting::wait_until(const std::function<bool()>& condition, const std::function<std::string()>& what,
+                         const std::function<CommError()>& late) {
+  io_.restart();
+  while (!condition()) {
+    if (failure_) throw *failure_;
+    const auto now = Clock::now();
+    if (now >= deadline_) throw late();
+    if (!warned_ && now >= warn_at_) {
+      warned_ = true;
+      TORCH_WARN("rank ", world_.rank, " waits for ", what(), ", and gives up in ",
+                 std::chrono::duration_cast<std::chrono::seconds>(deadline_ - now).count(), " s");
+    }
+    io_.run_one_until(warned_ ? deadline_ : std::min(deadline_, warn_at_));
+  }
+}
+
+void Meeting::drain(const std::function<bool()>& condition) noexcept {
+  try {
+    const auto limit = Clock::now() + farewell_limit;
+    io_.restart();
+    while (!condition() && io_.run_one_until(limit) > 0) {
+    }
+  } catch (...) {
+    // Others find the connection closed.
+  }
+}
+
+void Meeting::fail(int origin, const std::string& reason) {
+  if (!failure_) failure_.emplace(origin, "rendezvous", reason);
+}
+
+std::string Meeting::waits_for(const Status& status) const {
+  return str("rank ", status.missing.empty() ? "0" : list(status.missing), " to ",
+             status.lacks.empty() ? "start" : "go on", " (communicator '", options_.name, "', epoch ", options_.epoch,
+             ")");
+}
+
+std::string Meeting::silence_of(int rank) const {
+  return str("rank ", world_.rank, ": rank ", rank, " has given no sign of life for ", options_.liveness.count(),
+             " ms while the ranks were meeting (stopped, or its host or the network failed?)");
+}
+
+CommError Meeting::late(const Status& status) const {
+  const std::string place =
+      str("communicator '", options_.name, "', epoch ", options_.epoch, ", ", world_.size, " ranks");
+  std::string text = str("rank ", world_.rank, ": ");
+  if (status.missing.empty()) {
+    text += str("rank 0 does not go on within ", options_.timeout.count(), " ms (", place, ")");
+  } else if (status.lacks.empty()) {
+    text += str("no sign of rank ", list(status.missing), " within ", options_.timeout.count(), " ms (", place,
+                "): have all started, with the same WORLD_SIZE, name and epoch?");
+  } else {
+    text += str("rank ", list(status.missing), " ", status.lacks, ", after ", options_.timeout.count(), " ms (", place,
+                ")");
+  }
+  return {status.missing.empty() ? 0 : status.missing.front(), "rendezvous", text};
+}
+
+namespace {
+
+// ---- rank 0
+
+class MeetingHost final : public Meeting {
+ public:
+  MeetingHost(asio::io_context& io, const World& world, const ConnectOptions& options, Clock::time_point deadline,
+              Route route, const Introduction& introduction)
+      : Meeting(io, world, options, deadline),
+        only_far_callers_by_tcp_(world.secret.empty() && route == Route::best),
+        session_(random_bytes()),
+        said_(world.size),
+        lines_(world.size),
+        listener_(io, introduction, world.size, [this](Contact contact) { admit(std::move(contact)); }) {
+    MeetingPlace(world, options, deadline, route).open(listener_);
+  }
+  ~MeetingHost() override {
+    listener_.close();
+    for (const auto& line : all_) line->close();
+  }
+
+  void leave() override {
+    leaving_ = true;
+    drain([this] { return all_closed(); });
+  }
+
+  void give_up(const CommError& error) noexcept override {
+    try {
+      leaving_ = true;
+      const nlohmann::json message = {{"failed", {{"origin", error.origin_rank()}, {"reason", error.what()}}}};
+      for (const auto& line : all_) line->send(message);
+    } catch (...) {
+      // They find their connections closed.
+    }
+    drain([this] { return all_closed(); });
+  }
+
+  std::string session_key() const override { return session_key_of(world_, hexadecimal(session_)); }
+
+  static std::string session_key_of(const World& world, const std::string& session) {
+    return std::string(as_text(authentication_code(world.secret, {"session", session})));
+  }
+
+ private:
+  void admit(Contact contact) {
+    const bool far = !contact.own_address.is_unspecified();
+    // Whoever is on this host could come through the Unix domain socket, where the kernel tells whose process it is.
+    if (far && only_far_callers_by_tcp_ &&
+        (contact.other_address.is_loopback() || contact.other_address == contact.own_address))
+      return;
+    const int rank = contact.rank;
+    const bool taken = rank <= 0 || rank >= world_.size || lines_[rank] != nullptr;
+    auto line = std::make_shared<Line>(
+        std::move(contact.socket), [this, rank](const nlohmann::json& message) { arrived(rank, message); },
+        [this, rank](const std::string& why) { ended(rank, why); });
+    all_.push_back(line);
+    line->start();
+    if (contact.size != world_.size)
+      return fail(rank, str("rank 0: rank ", rank, " has WORLD_SIZE ", contact.size, ", rank 0 has ", world_.size,
+                            ": start all ranks with one WORLD_SIZE"));
+    if (taken)
+      return fail(rank, str("rank 0: two processes are rank ", rank, " (communicator '", options_.name, "', epoch ",
+                            options_.epoch, "): do two jobs meet at one port? Give each its own"));
+    lines_[rank] = line;
+    line->send({{"session", hexadecimal(session_)}});
+    line->send(status_message());
+  }
+
+  void arrived(int rank, const nlohmann::json& message) {
+    if (message.contains("said")) {
+      said_.at(rank) = message.at("said").get<std::string>();
+      finish_round();
+    } else if (message.contains("failed")) {
+      const nlohmann::json& failed = message.at("failed");
+      fail(failed.at("origin").get<int>(), failed.at("reason").get<std::string>());
+    }
+  }
+
+  void ended(int rank, const std::string& why) {
+    if (leaving_) return;
+    fail(rank, str("rank 0: rank ", rank,
+                   why.empty() ? std::string(" closed its connection while the ranks were meeting (killed?)")
+                               : " cannot be reached any more while the ranks were meeting: " + why));
+  }
+
+  void say(const std::string& mine) override {
+    said_[0] = mine;
+    for (const auto& line : lines_)
+      if (line) line->send(status_message());
+    finish_round();
+  }
+
+  void finish_round() {
+    if (!missing().empty()) return;
+    result_.emplace();
+    for (auto& text : said_) result_->push_back(*std::exchange(text, std::nullopt));
+    listener_.close();
+    for (const auto& line : lines_)
+      if (line) line->send({{"all", *result_}});
+  }
+
+  std::vector<int> missing() const {
+    std::vector<int> ranks;
+    for (int rank = 0; rank < world_.size; ++rank)
+      if (!said_[rank]) ranks.push_back(rank);
+    return ranks;
+  }
+
+  nlohmann::json status_message() const { return {{"missing", missing()}, {"lacks", status_.lacks}}; }
+
+  std::string waits_for() const override { return Meeting::waits_for({missing(), status_.lacks}); }
+
+  CommError late() const override { return Meeting::late({missing(), status_.lacks}); }
+
+  void pulse() override {
+    const nlohmann::json beat = status_message();
+    for (int rank = 1; rank < world_.size; ++rank) {
+      const auto& line = lines_[rank];
+      if (!line || !line->is_open()) continue;
+      if (was_stopped_) line->listen_anew();
+      line->send(beat);
+      if (looks_for_silence() && Clock::now() - line->last_heard() > options_.liveness) fail(rank, silence_of(rank));
+    }
+  }
+
+  bool all_closed() const {
+    return std::none_of(all_.begin(), all_.end(), [](const auto& line) { return line->is_open(); });
+  }
+
+  const bool only_far_callers_by_tcp_;
+  const Bytes32 session_;
+  std::vector<std::optional<std::string>> said_;  ///< in this round, by rank
+  std::vector<std::shared_ptr<Line>> lines_;      ///< by rank; null: has not come
+  std::vector<std::shared_ptr<Line>> all_;        ///< also of those that cannot take part
+  bool leaving_ = false;
+  Listener listener_;
+};
+
+// ---- the others
+
+class MeetingGuest final : public Meeting {
+ public:
+  MeetingGuest(asio::io_context& io, const World& world, const ConnectOptions& options, Clock::time_point deadline,
+               Route route, const Introduction& introduction)
+      : Meeting(io, world, options, deadline),
+        caller_(std::make_shared<Caller>(
+            io, 0, introduction,
+            [place = std::make_shared<MeetingPlace>(world, options, deadline, route)] { return place->places(); },
+            [this](Contact contact) { connected(std::move(contact)); })) {
+    caller_->start();
+  }
+  /// Returns when rank 0 has let this rank in.
+  void join() {
+    wait_until([this] { return !session_.empty(); }, [this] { return waits_for(); }, [this] { return late(); });
+  }
+  ~MeetingGuest() override {
+    caller_->close();
+    if (line_) line_->close();
+  }
+
+  void leave() override { line_->close(); }
+
+  void give_up(const CommError& error) noexcept override {
+    if (!line_ || !line_->is_open()) return;
+    try {
+      line_->send({{"failed", {{"origin", error.origin_rank()}, {"reason", error.what()}}}});
+    } catch (...) {
+      return;  // rank 0 finds the connection closed
+    }
+    drain([this] { return !line_->is_open(); });
+  }
+
+  std::string session_key() const override { return MeetingHost::session_key_of(world_, session_); }
+  asio::ip::address own_address() const override { return own_address_; }
+  asio::ip::address host_address() const override { return host_address_; }
+
+ private:
+  void connected(Contact contact) {
+    own_address_ = contact.own_address;
+    host_address_ = contact.other_address;
+    line_ = std::make_shared<Line>(
+        std::move(contact.socket), [this](const nlohmann::json& message) { arrived(message); },
+        [this](const std::string& why) {
+          fail(0, str("rank ", world_.rank, ": rank 0 ",
+                      why.empty() ? std::string("closed its connection while the ranks were meeting (killed?)")
+                                  : "cannot be reached any more while the ranks were meeting: " + why));
+        });
+    line_->start();
+  }
+
+  void arrived(const nlohmann::json& message) {
+    if (message.contains("session")) {
+      session_ = message.at("session").get<std::string>();
+    } else if (message.contains("all")) {
+      result_ = message.at("all").get<std::vector<std::string>>();
+    } else if (message.contains("failed")) {
+      const nlohmann::json& failed = message.at("failed");
+      fail(failed.at("origin").get<int>(), failed.at("reason").get<std::string>());
+      line_->close();
+    } else {
+      status_ = {message.at("missing").get<std::vector<int>>(), message.at("lacks").get<std::string>()};
+    }
+  }
+
+  void say(const std::string& mine) override { line_->send({{"said", mine}}); }
+
+  std::string waits_for() const override {
+    return line_ ? Meeting::waits_for({missing(), status_.lacks}) : "rank 0 at " + caller_->outcomes();
+  }
+
+  CommError late() const override {
+    if (line_) return Meeting::late({missing(), status_.lacks});
+    return {0, "rendezvous",
+            str("rank ", world_.rank, ": rank 0 cannot be reached within ", options_.timeout.count(), " ms at ",
+                caller_->outcomes(),
+                ": it has not started or has ended, or MASTER_ADDR and MASTER_PORT (dualpipe-run: --rendezvous) do not "
+                "name its host and a port that this host reaches there")};
+  }
+
+  /// The others, as rank 0 last said.
+  std::vector<int> missing() const {
+    std::vector<int> others = status_.missing;
+    std::erase(others, world_.rank);
+    return others;
+  }
+
+  void pulse() override {
+    if (!line_ || !line_->is_open()) return;
+    if (was_stopped_) line_->listen_anew();
+    line_->send({{"beat", true}});
+    if (looks_for_silence() && Clock::now() - line_->last_heard() > options_.liveness) fail(0, silence_of(0));
+  }
+
+  std::string session_;
+  asio::ip::address own_address_, host_address_;
+  std::shared_ptr<Line> line_;  ///< null: not connected so far
+  const std::shared_ptr<Caller> caller_;
+};
+
+}  // namespace
+
+std::unique_ptr<Meeting> meet(asio::io_context& io, const World& world, const ConnectOptions& options,
+                              Meeting::Clock::time_point deadline, Route route, Encryption* encryption) {
+  const Introduction introduction{.own = greeting_of(world, options),
+                                  .key = world.secret,
+                                  .encryption = encryption,
+                                  .liveness = options.liveness,
+                                  .check = [is_host = world.rank == 0](const Greeting& theirs) -> std::string {
+                                    return is_host || theirs.rank == 0 ? "" : str("rank ", theirs.rank, " answers");
+                                  }};
+  if (world.rank == 0) return std::make_unique<MeetingHost>(io, world, options, deadline, route, introduction);
+  auto guest = std::make_unique<MeetingGuest>(io, world, options, deadline, route, introduction);
+  guest->join();
+  return guest;
+}
+
+}  // namespace dualpipe::detail

@@ -1,0 +1,109 @@
+#pragma once
+
+#include <asio/io_context.hpp>
+#include <asio/steady_timer.hpp>
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "dualpipe/comm/socket.hpp"
+#include "socket/connect.hpp"
+#include "socket/contact.hpp"
+#include "socket/line.hpp"
+
+namespace dualpipe::detail {
+
+/// The ranks before they are connected with each other: all but rank 0 call rank 0, and what one says goes through it to
+/// all. From the first connection on every rank beats, so that a rank that is killed, or that falls silent, is named on
+/// all others; and one that gives up says why.
+///
+/// Everything happens on the thread that calls the functions, while they wait. Keeps references to the arguments of
+/// meet().
+class Meeting {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  virtual ~Meeting() = default;
+  Meeting(const Meeting&) = delete;
+  Meeting& operator=(const Meeting&) = delete;
+
+  /// Collective: what all ranks say, by rank.
+  ///
+  /// @param lacks  completes "rank 2 …" for ranks that have not come so far until the deadline.
+  /// @throws CommError  as wait_until().
+  std::vector<std::string> all_gather(const std::string& mine, const std::string& lacks);
+
+  /// Waits while the ranks beat. After a long time a warning says why nothing happens, once.
+  ///
+  /// @param what  completes "rank 3 waits for …".
+  /// @param late  what is thrown at the deadline.
+  /// @throws CommError  that; or the same on all ranks: one has died, has been silent, or has given up.
+  void wait_until(const std::function<bool()>& condition, const std::function<std::string()>& what,
+                  const std::function<CommError()>& late);
+
+  /// All have what they need; returns when nobody looks at this rank any more.
+  virtual void leave() = 0;
+  /// Tells all others why this rank gives up, and returns when they know, or after two seconds.
+  virtual void give_up(const CommError& error) noexcept = 0;
+
+  /// The same on all ranks that meet here, and secret if the job has a secret or all are on one host.
+  virtual std::string session_key() const = 0;
+  /// This rank's address towards rank 0; unspecified on the host of rank 0.
+  virtual asio::ip::address own_address() const { return {}; }
+  /// The address at which this rank has reached rank 0; unspecified on the host of rank 0.
+  virtual asio::ip::address host_address() const { return {}; }
+
+ protected:
+  Meeting(asio::io_context& io, const World& world, const ConnectOptions& options, Clock::time_point deadline);
+
+  /// Who lacks what, as rank 0 sees it.
+  struct Status {
+    std::vector<int> missing;
+    std::string lacks;
+  };
+
+  virtual void say(const std::string& mine) = 0;
+  /// The part of an all_gather() that others have not done so far; completes "rank 3 waits for …".
+  virtual std::string waits_for() const = 0;
+  virtual CommError late() const = 0;
+  virtual void pulse() = 0;  ///< to beat and to look for silent ranks
+
+  void fail(int origin, const std::string& reason);
+  /// Runs handlers until `condition` or for two seconds.
+  void drain(const std::function<bool()>& condition) noexcept;
+  CommError late(const Status& status) const;
+  std::string waits_for(const Status& status) const;
+  std::string silence_of(int rank) const;
+  bool looks_for_silence() const { return options_.liveness.count() > 0; }
+
+  asio::io_context& io_;
+  const World& world_;
+  const ConnectOptions& options_;
+  const Clock::time_point deadline_;
+  Status status_;
+  std::optional<std::vector<std::string>> result_;  ///< of the round that has ended last
+
+ private:
+  void beat_regularly();
+
+  const Clock::time_point warn_at_;
+  const std::chrono::milliseconds period_;
+  bool warned_ = false;
+  std::optional<CommError> failure_;
+  asio::steady_timer timer_;
+
+ protected:
+  bool was_stopped_ = false;  ///< this process, since the last pulse: silence of others means nothing
+};
+
+/// Rank 0 returns when it listens, the others when it has let them in.
+///
+/// @param io  has no other work.
+/// @throws CommError  as Meeting::wait_until(), or rank 0 cannot listen.
+std::unique_ptr<Meeting> meet(asio::io_context& io, const World& world, const ConnectOptions& options,
+                              Meeting::Clock::time_point deadline, Route route, Encryption* encryption);
+
+}  // namespace dualpipe::detail

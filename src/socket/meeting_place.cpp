@@ -1,0 +1,210 @@
+#include "socket/meeting_place.hpp"
+
+#include <algorithm>
+#include <asio/ip/tcp.hpp>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <thread>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
+#include <utility>
+
+#include "dualpipe/detail/error_text.hpp"
+#include "socket/abandonable.hpp"
+#include "socket/host.hpp"
+
+namespace dualpipe::detail {
+namespace {
+
+using namespace std::chrono_literals;
+using asio::ip::tcp;
+
+/// Between two tries to listen at an address that is taken.
+constexpr auto pause_between_tries = 50ms;
+/// Longest time of one look at a store or for the name of a host; others may follow.
+constexpr auto look_limit = 5s;
+constexpr std::size_t longest_unix_name = 100;  // of the 107 bytes that Linux allows
+
+std::string random_name() { return "dualpipe." + hexadecimal(random_bytes()); }
+
+/// @throws std::runtime_error  the name is unknown, or nobody has answered in time.
+std::vector<tcp::endpoint> resolve(const std::string& name, int port, std::chrono::steady_clock::time_point deadline) {
+  const auto found = result_until(deadline, [name, port] {
+    asio::io_context io;
+    std::vector<tcp::endpoint> endpoints;
+    for (const auto& entry : tcp::resolver(io).resolve(name, std::to_string(port)))
+      endpoints.push_back(entry.endpoint());
+    return endpoints;
+  });
+  if (!found) throw std::runtime_error("nobody tells its address");
+  return *found;
+}
+
+bool is_loopback(const std::string& address) {
+  asio::error_code error;
+  const auto parsed = asio::ip::make_address(address, error);
+  return address == "localhost" || (!error && parsed.is_loopback());
+}
+
+}  // namespace
+
+MeetingPlace::MeetingPlace(const World& world, const ConnectOptions& options, Clock::time_point deadline, Route route)
+    : world_(world),
+      options_(options),
+      deadline_(deadline),
+      route_(route),
+      uses_store_(options.store || world.launcher_hosts_store),
+      store_(options.store) {
+  if (route == Route::tcp) return;
+  // The others have to find it: by the same computation, or in the store.
+  unix_name_ = uses_store_
+                   ? random_name()
+                   : "dualpipe." + hexadecimal(authentication_code(
+                                       world.secret, {"place", world.master_address, std::to_string(world.master_port),
+                                                      world.run_id, options.name, std::to_string(options.epoch)}));
+}
+
+CommError MeetingPlace::failure(const std::string& what) const {
+  return {0, "rendezvous", str("rank ", world_.rank, ": ", what)};
+}
+
+/// Whether all ranks are on this host for certain.
+bool MeetingPlace::is_local() const {
+  return route_ == Route::best && is_loopback(world_.master_address) &&
+         (!uses_store_ || world_.local_size == world_.size);
+}
+
+/// The likeliest first. The master's own address, unless that is a loopback address: a host's own name often is one
+/// there. Then all addresses of this host.
+std::vector<tcp::endpoint> MeetingPlace::listening_endpoints() const {
+  const auto port = static_cast<std::uint16_t>(uses_store_ ? 0 : world_.master_port);
+  std::vector<tcp::endpoint> endpoints;
+  try {
+    for (const tcp::endpoint& endpoint : resolve(world_.master_address, port, deadline_))
+      if (!endpoint.address().is_loopback() || route_ == Route::tcp) endpoints.push_back(endpoint);
+  } catch (const std::exception&) {
+    // This host need not know the name by which others know it.
+  }
+  endpoints.emplace_back(tcp::v6(), port);
+  endpoints.emplace_back(tcp::v4(), port);
+  return endpoints;
+}
+
+template <class Action>
+void MeetingPlace::until_free(const std::string& place, const Action& action) const {
+  for (;;) {
+    try {
+      return action();
+    } catch (const asio::system_error& error) {
+      if (error.code() != asio::error::address_in_use) throw;
+      if (Clock::now() >= deadline_)
+        throw failure(str("cannot listen at ", place, ", which was taken for ", options_.timeout.count(),
+                          " ms: does another job use the same MASTER_PORT? Choose another one"));
+    }
+    std::this_thread::sleep_for(pause_between_tries);
+  }
+}
+
+tcp::endpoint MeetingPlace::listen(Listener& listener) const {
+  std::string problem;
+  for (const tcp::endpoint& endpoint : listening_endpoints()) {
+    try {
+      std::uint16_t port = 0;
+      until_free(str(endpoint), [&] { port = listener.listen_at(endpoint); });
+      return {endpoint.address(), port};
+    } catch (const asio::system_error& error) {  // not an address of this host, no IPv6 here
+      problem += str(problem.empty() ? "" : ", ", endpoint, " (", error.code().message(), ")");
+    }
+  }
+  throw failure(str("cannot listen at ", problem,
+                    "; MASTER_ADDR must name the host of rank 0 and MASTER_PORT a port that it may use"));
+}
+
+void MeetingPlace::open(Listener& listener) {
+  if (!unix_name_.empty()) until_free("its Unix domain socket", [&] { listener.listen_here(unix_name_); });
+  nlohmann::json place = {{"unix", unix_name_}, {"addresses", nlohmann::json::array()}, {"port", 0}};
+  if (!is_local()) {
+    const tcp::endpoint endpoint = listen(listener);
+    place["port"] = endpoint.port();
+    if (endpoint.address().is_unspecified())
+      place["addresses"] = own_addresses(world_);
+    else
+      place["addresses"].push_back(endpoint.address().to_string());
+  }
+  if (!uses_store_) return;
+  try {
+    const auto done = result_until(deadline_, [store = store(), key = store_key(), text = place.dump()] {
+      store->set(key, text);
+      return true;
+    });
+    if (!done) throw std::runtime_error("it does not answer");
+  } catch (const std::exception& error) {
+    throw failure(str("the store failed: ", message_of(error)));
+  }
+}
+
+std::string MeetingPlace::store_key() const {
+  return str("dualpipe/", world_.run_id, "/", options_.name, "/", options_.epoch, "/rank 0");
+}
+
+c10::intrusive_ptr<c10d::Store> MeetingPlace::store() {
+  if (store_) return store_;
+  c10d::TCPStoreOptions settings;
+  settings.port = static_cast<std::uint16_t>(world_.master_port);
+  settings.waitWorkers = false;
+  const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline_ - Clock::now());
+  settings.timeout = std::max<std::chrono::milliseconds>(left, 1ms);
+  const auto opened = result_until(deadline_, [address = world_.master_address, settings] {
+    return c10::make_intrusive<c10d::TCPStore>(address, settings);
+  });
+  if (!opened)
+    throw std::runtime_error(
+        str("the launcher's store at ", world_.master_address, ":", world_.master_port, " does not answer"));
+  return store_ = *opened;
+}
+
+std::vector<Place> MeetingPlace::places_in_store() {
+  const auto text = result_until(std::min(deadline_, Clock::now() + look_limit),
+                                 [store = store(), key = store_key()]() -> std::string {
+                                   return store->check({key}) ? store->get_to_str(key) : "";
+                                 });
+  if (!text) throw std::runtime_error("it does not answer");
+  if (text->empty()) throw std::runtime_error("rank 0 has not written into it");
+  const nlohmann::json place = nlohmann::json::parse(*text);
+  std::vector<Place> places;
+  const std::string unix_name = place.at("unix");
+  if (unix_name.size() > longest_unix_name) throw std::runtime_error("it holds no place to meet at");
+  if (!unix_name.empty() && route_ == Route::best)
+    places.push_back({"its Unix domain socket", unix_endpoint(unix_name), ""});
+  const std::int64_t port = place.at("port");
+  for (const std::string address : place.at("addresses")) {
+    if (port < 1 || port > 65535) throw std::runtime_error("it holds no place to meet at");
+    const tcp::endpoint endpoint(asio::ip::make_address(address), static_cast<std::uint16_t>(port));
+    places.push_back({str(endpoint), endpoint, ""});
+  }
+  return places;
+}
+
+std::vector<Place> MeetingPlace::places() {
+  if (uses_store_) {
+    try {
+      return places_in_store();
+    } catch (const std::exception& error) {
+      return {{"the store", std::nullopt, message_of(error)}};
+    }
+  }
+  std::vector<Place> places;
+  const std::string name = str(world_.master_address, ":", world_.master_port);
+  if (!unix_name_.empty()) places.push_back({"the Unix domain socket for " + name, unix_endpoint(unix_name_), ""});
+  if (is_local()) return places;
+  try {
+    const auto endpoints =
+        resolve(world_.master_address, world_.master_port, std::min(deadline_, Clock::now() + look_limit));
+    for (const tcp::endpoint& endpoint : endpoints) places.push_back({name, endpoint, ""});
+  } catch (const std::exception& error) {
+    const auto* system = dynamic_cast<const asio::system_error*>(&error);
+    places.push_back({name, std::nullopt, system != nullptr ? system->code().message() : error.what()});
+  }
+  return places;
+}
+
+}  // namespace dualpipe::detail

@@ -1,0 +1,55 @@
+#pragma once
+
+#include <torch/csrc/distributed/c10d/Store.hpp>
+
+#include <chrono>
+#include <string>
+#include <vector>
+
+#include "dualpipe/comm/socket.hpp"
+#include "socket/connect.hpp"
+#include "socket/contact.hpp"
+
+namespace dualpipe::detail {
+
+/// Where rank 0 waits for the others: at an abstract Unix domain socket for those of its host, and at a TCP port where
+/// ranks may come from elsewhere. The port is the world's master port, or one that rank 0 chooses and tells in a c10d
+/// store: that of the caller, or the launcher's. Of the store only this one value is used; it proves nothing, so what it
+/// says is tried and must then prove itself. The calls to it run on threads that are left to themselves at the deadline,
+/// since some have none.
+class MeetingPlace {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  /// Keeps references to `world` and `options`.
+  MeetingPlace(const World& world, const ConnectOptions& options, Clock::time_point deadline, Route route);
+
+  /// Rank 0: listens, and tells the others where.
+  /// @throws CommError  the place is taken until the deadline, or the store has failed.
+  void open(Listener& listener);
+  /// The other ranks: where rank 0 may be. Blocks for names of hosts and for the store.
+  std::vector<Place> places();
+
+ private:
+  bool is_local() const;
+  std::vector<asio::ip::tcp::endpoint> listening_endpoints() const;
+  /// @return the endpoint that it listens at.
+  asio::ip::tcp::endpoint listen(Listener& listener) const;
+  /// Repeats `action` while an address is taken.
+  template <class Action>
+  void until_free(const std::string& place, const Action& action) const;
+  std::string store_key() const;
+  c10::intrusive_ptr<c10d::Store> store();
+  std::vector<Place> places_in_store();
+  CommError failure(const std::string& what) const;
+
+  const World& world_;
+  const ConnectOptions& options_;
+  const Clock::time_point deadline_;
+  const Route route_;
+  const bool uses_store_;
+  std::string unix_name_;  ///< empty: ranks of this host come by TCP as well
+  c10::intrusive_ptr<c10d::Store> store_;
+};
+
+}  // namespace dualpipe::detail

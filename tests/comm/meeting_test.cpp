@@ -1,0 +1,521 @@
+// How ranks find each other and come to their connections: who is let in, who is named, and until when one waits.
+#include <fcntl.h>
+#include <gmock/gmock.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+
+#include <algorithm>
+#include <asio/local/connect_pair.hpp>
+#include <asio/local/stream_protocol.hpp>
+#include <atomic>
+#include <csignal>
+#include <latch>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <regex>
+
+#include "comm/socket_tests.hpp"
+#include "socket/connect.hpp"
+#include "socket/contact.hpp"
+#include "socket/host.hpp"
+#include "socket/meeting.hpp"
+
+namespace dualpipe {
+namespace {
+
+using namespace std::chrono_literals;
+using namespace dualpipe::testing;
+using detail::Meeting;
+using detail::Route;
+using detail::str;
+using ::testing::AllOf;
+using ::testing::Each;
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
+
+/// A rank of `world` as far as the meeting goes, with the parts of connecting in a test's hands.
+void meet(const World& world, const ConnectOptions& options, const std::function<void(Meeting&)>& body) {
+  asio::io_context io;
+  const auto meeting = detail::meet(io, world, options, Meeting::Clock::now() + options.timeout, Route::best, nullptr);
+  try {
+    body(*meeting);
+    meeting->leave();
+  } catch (const CommError& error) {
+    meeting->give_up(error);
+    throw;
+  }
+}
+
+std::string host_text(const std::string& host) {
+  return nlohmann::json({{"host", host}, {"unix", "dualpipe.nowhere"}, {"rank 0", "127.0.0.1"}}).dump();
+}
+
+/// A communicator that proves that it works.
+void connect_and_sum(const World& world, const ConnectOptions& options, Route route = Route::best) {
+  const auto comm = detail::connect_sockets(world, options, route);
+  const auto sum = comm->all_reduce({at::full({2}, world.rank + 1.0)}).take();
+  if (!at::all(sum.at(0) == world.size * (world.size + 1) / 2.0).item<bool>()) throw Error("wrong sum");
+  comm->barrier().wait();
+}
+
+// ---- those who do not come
+
+TEST(Meeting, WhatAllSayComesToAll) {
+  const StorePtr store = c10::make_intrusive<c10d::HashStore>();
+  const auto errors = errors_of(4, [&](int rank) {
+    meet(world_of(rank, 4), options_with(store), [&](Meeting& meeting) {
+      for (int round = 0; round < 5; ++round) {
+        const auto all = meeting.all_gather(str(rank, " in ", round), "");
+        for (int other = 0; other < 4; ++other)
+          if (all.at(other) != str(other, " in ", round)) throw Error("got " + all.at(other));
+      }
+    });
+  });
+  EXPECT_THAT(errors, Each(""));
+}
+
+TEST(Meeting, NamesThoseWhoDoNotCome) {
+  const StorePtr store = c10::make_intrusive<c10d::HashStore>();
+  const auto errors = errors_of(4, [&](int rank) {
+    if (rank == 0 || rank == 3) connect_sockets(world_of(rank, 4), options_with(store, 300ms));
+  });
+  for (const int rank : {0, 3})
+    EXPECT_THAT(errors[rank], AllOf(HasSubstr("no sign of rank 1, 2 within 300 ms"), HasSubstr("WORLD_SIZE")));
+}
+
+TEST(Meeting, SaysWhereRankZeroWasLookedFor) {
+  const World world = world_at(free_port(), 1, 2);
+  try {
+    connect_sockets(world, {.timeout = 200ms});
+    FAIL();
+  } catch (const CommError& error) {
+    EXPECT_EQ(error.origin_rank(), 0);
+    EXPECT_THAT(error.what(), AllOf(HasSubstr(str("127.0.0.1:", world.master_port)), HasSubstr("Connection refused"),
+                                    HasSubstr("MASTER_PORT")));
+  }
+}
+
+TEST(Meeting, TellsWhatItWaitsForLongBeforeItGivesUp) {
+  struct Texts : c10::WarningHandler {
+    std::vector<std::string> texts;
+    void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
+  } warnings;
+  const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+  const int port = free_port();
+  EXPECT_THROW(connect_sockets(world_at(port, 1, 3), {.timeout = 400ms}), CommError);
+  EXPECT_THROW(connect_sockets(world_at(port, 0, 3), {.timeout = 400ms}), CommError);
+  EXPECT_THAT(warnings.texts,
+              ::testing::ElementsAre(
+                  StartsWith(str("rank 1 waits for rank 0 at the Unix domain socket for 127.0.0.1:", port,
+                                 " (Connection refused), and gives up in")),
+                  StartsWith("rank 0 waits for rank 1, 2 to start (communicator 'dualpipe', epoch 0), and gives up")));
+}
+
+TEST(Meeting, NamesARankThatComesButDoesNotConnect) {
+  const StorePtr store = c10::make_intrusive<c10d::HashStore>();
+  for (const std::string& host : {detail::host_identity(), std::string("elsewhere")}) {
+    const auto errors = errors_of(2, [&](int rank) {
+      if (rank == 0) connect_sockets(world_of(0, 2), options_with(store, 500ms));
+      meet(world_of(1, 2), options_with(store), [&](Meeting& meeting) {
+        meeting.all_gather(host_text(host), "");
+        meeting.all_gather(R"({"address": "", "port": 0})", "");
+        meeting.all_gather("", "");
+      });
+    });
+    EXPECT_EQ(errors[0], errors[1]);
+    EXPECT_THAT(errors[0], HasSubstr("rank 0: rank 1 has started but does not connect"));
+    EXPECT_EQ(count(errors[0], "firewall"), host == "elsewhere" ? 1u : 0u) << errors[0];
+  }
+}
+
+TEST(Meeting, SaysWhereARankCannotBeReached) {
+  const StorePtr store = c10::make_intrusive<c10d::HashStore>();
+  const int closed = free_port();
+  const auto errors = errors_of(2, [&](int rank) {
+    if (rank == 1) connect_sockets(world_of(1, 2), options_with(store, 500ms));
+    meet(world_of(0, 2), options_with(store), [&](Meeting& meeting) {
+      meeting.all_gather(host_text("elsewhere"), "");
+      meeting.all_gather(nlohmann::json({{"address", "127.0.0.1"}, {"port", closed}}).dump(), "");
+      meeting.all_gather("", "");
+    });
+  });
+  EXPECT_EQ(errors[0], errors[1]);
+  EXPECT_THAT(
+      errors[1],
+      AllOf(HasSubstr(str("rank 0 has started but cannot be reached at 127.0.0.1:", closed, " (Connection refused)")),
+            HasSubstr("firewall")));
+}
+
+TEST(Meeting, NamesARankThatSaysSomethingMalformed) {
+  const std::string good = host_text("elsewhere");
+  for (const std::vector<std::string>& said :
+       std::vector<std::vector<std::string>>{{""},
+                                             {"{"},
+                                             {"[]"},
+                                             {R"({"host": 7})"},
+                                             {R"({"host": "a", "unix": "b", "rank 0": "nowhere"})"},
+                                             {good, "7"},
+                                             {good, R"({"address": "nowhere", "port": 1})"},
+                                             {good, R"({"address": "127.0.0.1"})"}}) {
+    const StorePtr store = c10::make_intrusive<c10d::HashStore>();
+    const auto errors = errors_of(2, [&](int rank) {
+      if (rank == 1) connect_sockets(world_of(1, 2), options_with(store));
+      meet(world_of(0, 2), options_with(store), [&](Meeting& meeting) {
+        for (const std::string& text : said) meeting.all_gather(text, "");
+        meeting.all_gather("", "");
+      });
+    });
+    EXPECT_EQ(errors[0], errors[1]);
+    EXPECT_THAT(errors[1], HasSubstr("rank 1: rank 0 has said something malformed")) << ::testing::PrintToString(said);
+  }
+}
+
+TEST(Meeting, WorldsOfDifferentSizesAreOneErrorEverywhere) {
+  const StorePtr store = c10::make_intrusive<c10d::HashStore>();
+  const auto errors =
+      errors_of(3, [&](int rank) { connect_sockets(world_of(rank, rank == 2 ? 8 : 3), options_with(store)); });
+  EXPECT_THAT(errors, Each("rank 0: rank 2 has WORLD_SIZE 8, rank 0 has 3: start all ranks with one WORLD_SIZE"));
+}
+
+TEST(Meeting, TwoProcessesOfOneRankAreNamed) {
+  const StorePtr store = c10::make_intrusive<c10d::HashStore>();
+  const auto errors =
+      errors_of(3, [&](int thread) { connect_sockets(world_of(std::min(thread, 1), 3), options_with(store)); });
+  EXPECT_THAT(errors, Each(HasSubstr("rank 0: two processes are rank 1")));
+}
+
+TEST(Meeting, AStoreThatNeverAnswersObeysTheTimeout) {
+  struct Silent : c10d::HashStore {
+    explicit Silent(std::shared_ptr<std::latch> until) : end(std::move(until)) {}
+    std::shared_ptr<std::latch> end;
+    void set(const std::string&, const std::vector<std::uint8_t>&) override { end->wait(); }
+    bool check(const std::vector<std::string>&) override {
+      end->wait();
+      return false;
+    }
+  };
+  const auto end = std::make_shared<std::latch>(1);
+  const StorePtr store = c10::make_intrusive<Silent>(end);
+  const auto errors = errors_of(2, [&](int rank) { connect_sockets(world_of(rank, 2), options_with(store, 300ms)); });
+  end->count_down();
+  EXPECT_THAT(errors[0], HasSubstr("the store failed: it does not answer"));
+  EXPECT_THAT(errors[1], HasSubstr("at the store (it does not answer)"));
+}
+
+TEST(Meeting, WhatAStoreHoldsIsNotTrusted) {
+  for (const std::string text :
+       {"", "{", "[]", R"({"unix": 1})", R"({"unix": "", "port": 0, "addresses": ["127.0.0.1"]})",
+        R"({"unix": "", "port": 1, "addresses": ["nowhere"]})"}) {
+    const StorePtr store = c10::make_intrusive<c10d::HashStore>();
+    store->set("dualpipe//dualpipe/0/rank 0", text);
+    try {
+      connect_sockets(world_of(1, 2), options_with(store, 100ms));
+      ADD_FAILURE() << text;
+    } catch (const CommError& error) {
+      EXPECT_THAT(error.what(), HasSubstr("rank 0 cannot be reached within 100 ms at the store (")) << text;
+    }
+  }
+}
+
+TEST(Meeting, LoopbackAddressesAreTheLastToBeTold) {
+  World world;
+  world.master_port = 1;
+  for (const std::string master : {"127.0.0.1", "127.0.1.1"}) {
+    world.master_address = master;  // as a host's own name often is on this host
+    const std::vector<std::string> addresses = detail::own_addresses(world);
+    EXPECT_THAT(addresses, ::testing::Contains(StartsWith("127.")));
+    EXPECT_TRUE(std::is_partitioned(addresses.begin(), addresses.end(), [](const std::string& address) {
+      return !address.starts_with("127.");
+    })) << ::testing::PrintToString(addresses);
+  }
+}
+
+TEST(Meeting, SaysThatThereAreNoMoreDescriptors) {
+  rlimit before{};
+  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
+  const int first_free = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
+  ::close(first_free);
+  for (const int rank : {0, 1}) {
+    std::vector<std::string> texts;
+    // More of the connecting succeeds from one try to the next.
+    for (int more = 0; more < 8; ++more) {
+      rlimit limit = before;
+      limit.rlim_cur = static_cast<rlim_t>(first_free + more);
+      ::setrlimit(RLIMIT_NOFILE, &limit);
+      try {
+        connect_sockets(world_at(29'000, rank, 2), {.timeout = 100ms});
+        texts.emplace_back("connected");
+      } catch (const CommError& error) {
+        texts.emplace_back(error.what());
+      } catch (const std::exception& error) {
+        texts.emplace_back(str("not a CommError: ", error.what()));
+      }
+      ::setrlimit(RLIMIT_NOFILE, &before);
+    }
+    EXPECT_THAT(texts, Each(StartsWith(str("rank ", rank, ": "))));
+    EXPECT_THAT(texts.front(), HasSubstr("Too many open files"));
+  }
+}
+
+// ---- several meetings at one place
+
+TEST(Meeting, JobsAtOnePortDoNotMeet) {
+  const int port = free_port();
+  for (const Route route : {Route::best, Route::tcp}) {
+    const auto errors = errors_of(6, [&](int thread) {
+      World world = world_at(port, thread / 2, 3);
+      world.run_id = thread % 2 == 0 ? "one" : "other";
+      connect_and_sum(world, {.timeout = 60s}, route);
+    });
+    EXPECT_THAT(errors, Each(""));
+  }
+}
+
+TEST(Meeting, APortThatIsTakenBySomebodySilentObeysTheTimeout) {
+  const int port = free_port();
+  const int fd = ::socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  address.sin_port = htons(static_cast<std::uint16_t>(port));
+  ASSERT_EQ(::bind(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address), 0);
+  ASSERT_EQ(::listen(fd, 10), 0);
+  const auto errors =
+      errors_of(2, [&](int rank) { detail::connect_sockets(world_at(port, rank, 2), {.timeout = 500ms}, Route::tcp); });
+  ::close(fd);
+  EXPECT_THAT(errors[0], AllOf(HasSubstr(str("cannot listen at 127.0.0.1:", port)), HasSubstr("taken for 500 ms"),
+                               HasSubstr("MASTER_PORT")));
+  EXPECT_THAT(errors[1], HasSubstr(str("rank 0 cannot be reached within 500 ms at 127.0.0.1:", port, " (no answer)")));
+}
+
+// ---- strangers
+
+int connected_to(int port) {
+  const int fd = ::socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  address.sin_port = htons(static_cast<std::uint16_t>(port));
+  for (int tries = 0; ::connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0; ++tries) {
+    if (tries > 5000) throw Error("no listener");
+    std::this_thread::sleep_for(1ms);
+  }
+  return fd;
+}
+
+TEST(Meeting, StrangersChangeNothing) {
+  const int port = free_port();
+  std::vector<int> strangers;
+  const auto errors = errors_of(2, [&](int rank) {
+    const World world = world_at(port, rank, 2);
+    if (rank == 1) {
+      // More of them than are listened to at a time, silent or talking.
+      for (int i = 0; i < 200; ++i) {
+        strangers.push_back(connected_to(port));
+        const std::string text = i % 3 == 0 ? "" : i % 3 == 1 ? "GET / HTTP/1.1\r\n\r\n" : std::string(1 << 12, 'x');
+        ::send(strangers.back(), text.data(), text.size(), MSG_NOSIGNAL);
+      }
+    }
+    connect_and_sum(world, {.timeout = 60s}, Route::tcp);
+  });
+  for (const int fd : strangers) ::close(fd);
+  EXPECT_THAT(errors, Each(""));
+}
+
+TEST(Meeting, WhoHasAnotherSecretIsNotLetIn) {
+  const StorePtr store = c10::make_intrusive<c10d::HashStore>();
+  for (const Route route : {Route::best, Route::tcp}) {
+    const auto errors = errors_of(2, [&](int rank) {
+      World world = world_of(rank, 2);
+      world.secret = rank == 0 ? "the secret of this job" : "another secret";
+      world.run_id = str(static_cast<int>(route));
+      detail::connect_sockets(world, options_with(store, 500ms), route);
+    });
+    EXPECT_THAT(errors[0], HasSubstr("no sign of rank 1"));
+    EXPECT_THAT(errors[1], AllOf(HasSubstr("rank 0 cannot be reached"), ::testing::Not(HasSubstr("the secret of"))));
+  }
+}
+
+/// The end of a handshake with a listener that has `key`, of a caller that has `callers_key`.
+std::string handshake_problem(const std::string& key, const std::string& callers_key, std::uint32_t version) {
+  asio::io_context io;
+  asio::local::stream_protocol::socket listening(io), calling(io);
+  asio::local::connect_pair(listening, calling);
+  std::optional<std::string> problem;
+  std::atomic<bool> let_in{false};
+  const auto fine = [](const detail::Greeting&) { return std::string(); };
+  detail::Greeting greeting;
+  const auto listener = std::make_shared<detail::Handshake>(
+      io, std::move(listening), detail::Handshake::Side::listener, greeting, key, fine,
+      [&](detail::Handshake&, const std::string& why) { let_in = why.empty(); });
+  greeting.version = version;
+  const auto caller = std::make_shared<detail::Handshake>(
+      io, std::move(calling), detail::Handshake::Side::caller, greeting, callers_key, fine,
+      [&](detail::Handshake&, const std::string& why) { problem = why; });
+  listener->start();
+  caller->start();
+  while (!problem && io.run_one_for(10s) > 0) {
+  }
+  io.poll();
+  EXPECT_EQ(let_in, problem == "");
+  return problem.value_or("nothing");
+}
+
+TEST(Meeting, HandshakesProveTheKeyAndTheVersion) {
+  const std::uint32_t version = detail::wire::protocol_version;
+  EXPECT_EQ(handshake_problem("key", "key", version), "");
+  EXPECT_EQ(handshake_problem("", "", version), "");
+  EXPECT_EQ(handshake_problem("key", "yek", version), "it closes the connection");
+  EXPECT_EQ(handshake_problem("key", "", version), "it closes the connection");
+  EXPECT_EQ(handshake_problem("key", "key", version + 1), str("it speaks protocol version ", version, ", this rank ",
+                                                              version + 1, ": start all ranks from one build"));
+}
+
+TEST(Meeting, AListenerThatOnlyRepeatsHasNotTheKey) {
+  asio::io_context io;
+  asio::local::stream_protocol::socket mirror(io), calling(io);
+  asio::local::connect_pair(mirror, calling);
+  std::optional<std::string> problem;
+  const auto caller = std::make_shared<detail::Handshake>(
+      io, std::move(calling), detail::Handshake::Side::caller, detail::Greeting(), "key",
+      [](const detail::Greeting&) { return std::string(); },
+      [&](detail::Handshake&, const std::string& why) { problem = why; });
+  caller->start();
+  std::jthread echo([&] {
+    char bytes[256];
+    for (ssize_t size; (size = ::read(mirror.native_handle(), bytes, sizeof bytes)) > 0;)
+      if (::write(mirror.native_handle(), bytes, size) != size) break;
+  });
+  while (!problem && io.run_one_for(10s) > 0) {
+  }
+  ::shutdown(mirror.native_handle(), SHUT_RDWR);
+  EXPECT_EQ(problem, "it does not have the secret of this job");
+}
+
+TEST(Meeting, AProcessOfAnotherUserIsNotLetIn) {
+  if (::geteuid() != 0) GTEST_SKIP() << "only root can start a process of another user";
+  const int port = free_port();
+  constexpr uid_t nobody = 65534;
+  const World world = world_at(port, 1, 2);
+  const pid_t stranger = ::fork();
+  if (stranger == 0) {
+    if (::setuid(nobody) != 0) ::_exit(2);
+    try {
+      connect_sockets(world, {.timeout = 1s});
+      ::_exit(3);
+    } catch (const CommError& error) {
+      ::_exit(std::string(error.what()).find("a process of user 0, this one is of user 65534") != std::string::npos
+                  ? 0
+                  : 4);
+    }
+  }
+  const auto errors = errors_of(1, [&](int) { connect_sockets(world_at(port, 0, 2), {.timeout = 2s}); });
+  int status = 0;
+  ASSERT_EQ(::waitpid(stranger, &status, 0), stranger);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+  EXPECT_THAT(errors[0], HasSubstr("no sign of rank 1"));
+}
+
+TEST(Meeting, EncryptionNeedsASecret) {
+  World world = world_at(free_port(), 0, 2);
+  try {
+    connect_sockets(world, {.timeout = 1s, .encryption = true});
+    FAIL();
+  } catch (const InvalidArgument& error) {
+    EXPECT_THAT(error.what(), HasSubstr("DUALPIPE_SECRET_FILE"));
+  }
+}
+
+TEST(Meeting, WhatIsEncryptedCannotBeReadOnTheWay) {
+  // A man in the middle who forwards everything, and looks for what the ranks send.
+  const int port = free_port(), middle = free_port();
+  std::string seen;
+  std::mutex mutex;
+  for (const bool encryption : {false, true}) {
+    seen.clear();
+    const int listener = ::socket(AF_INET, SOCK_STREAM, 0);
+    const int on = 1;
+    ::setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    address.sin_port = htons(static_cast<std::uint16_t>(middle));
+    ASSERT_EQ(::bind(listener, reinterpret_cast<const sockaddr*>(&address), sizeof address), 0);
+    ASSERT_EQ(::listen(listener, 10), 0);
+    std::jthread forwarder([&] {
+      const int near = ::accept(listener, nullptr, nullptr), far = connected_to(port);
+      const auto copy = [&](int from, int to) {
+        char bytes[4096];
+        for (ssize_t size; (size = ::read(from, bytes, sizeof bytes)) > 0;) {
+          {
+            const std::lock_guard lock(mutex);
+            seen.append(bytes, size);
+          }
+          if (::send(to, bytes, size, MSG_NOSIGNAL) != size) break;
+        }
+        ::shutdown(to, SHUT_WR);
+      };
+      std::jthread back([&] { copy(far, near); });
+      copy(near, far);
+      back.join();
+      ::close(near);
+      ::close(far);
+    });
+    const auto errors = errors_of(2, [&](int rank) {
+      World world = world_at(rank == 0 ? port : middle, rank, 2);
+      world.secret = "a secret of the tests";
+      connect_and_sum(world, {.timeout = 60s, .encryption = encryption}, Route::tcp);
+    });
+    ::shutdown(listener, SHUT_RDWR);
+    ::close(listener);
+    forwarder.join();
+    EXPECT_THAT(errors, Each(""));
+    EXPECT_GT(seen.size(), 0u);
+    EXPECT_EQ(seen.find("\"session\"") == std::string::npos, encryption);
+    EXPECT_EQ(seen.find("a secret of the tests"), std::string::npos);
+  }
+}
+
+// ---- ranks that are processes
+
+class MeetingProcesses : public ::testing::TestWithParam<std::tuple<int, int>> {
+ protected:
+  /// Rank `struck` is struck while the others wait in the meeting for the last rank, which is late.
+  void expect_named(const std::string& mode, const std::string& what, const std::vector<std::string>& flags = {}) {
+    const auto [ranks, struck] = GetParam();
+    auto command = run(ranks, mode, flags);
+    command.push_back(std::to_string(struck));
+    Process processes(command);
+    EXPECT_NE(processes.wait(), 0);
+    // The rank that is late is ended by the launcher, or finds nobody.
+    EXPECT_GE(count(processes.out(), str("origin ", struck, " ")), static_cast<std::size_t>(ranks - 2))
+        << processes.out() << processes.err();
+    EXPECT_EQ(count(processes.out(), "origin "), count(processes.out(), str("origin ", struck, " ")))
+        << processes.out() << processes.err();
+    EXPECT_THAT(processes.out(), HasSubstr(str("rank ", struck, " ", what)));
+  }
+};
+
+TEST_P(MeetingProcesses, AKilledRankIsNamed) {
+  expect_named("meeting-killed", "closed its connection while the ranks were meeting (killed?)");
+}
+
+TEST_P(MeetingProcesses, AStoppedRankIsNamed) {
+  expect_named("meeting-stopped", "has given no sign of life for 1000 ms while the ranks were meeting",
+               {"--grace", "0.1"});
+}
+
+INSTANTIATE_TEST_SUITE_P(Ranks, MeetingProcesses,
+                         ::testing::Values(std::tuple(4, 0), std::tuple(4, 1), std::tuple(8, 5)),
+                         [](const auto& test) { return str(std::get<0>(test.param), "_", std::get<1>(test.param)); });
+
+/// As a scheduler does it. The gap in one's own clock is not the others' fault.
+TEST(MeetingProcesses, AJobThatIsSuspendedGoesOn) {
+  Process ranks(run(4, "suspended"));
+  EXPECT_EQ(ranks.wait(), 0) << ranks.err();
+  EXPECT_EQ(count(ranks.out(), "fine"), 4u) << ranks.out();
+}
+
+}  // namespace
+}  // namespace dualpipe
