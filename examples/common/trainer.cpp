@@ -10,8 +10,10 @@
 #include <cstdio>
 #include <exception>
 #include <numbers>
+#include <system_error>
 #include <thread>
 #include <utility>
+#include <variant>
 
 #include "connect.hpp"
 #include "dualpipe/detail/files.hpp"
@@ -21,6 +23,8 @@
 #include "dualpipe/planner/report.hpp"
 #include "dualpipe/planner/trace.hpp"
 #include "dualpipe/schedule/load.hpp"
+#include "dualpipe/train/learning_rate.hpp"
+#include "dualpipe/train/metrics.hpp"
 #include "report.hpp"
 
 namespace example {
@@ -162,10 +166,33 @@ void Trainer::introduce() const {
       1e-6 * static_cast<double>(corpus_.training.size()), 1e-6 * static_cast<double>(corpus_.held_out.size()));
 }
 
+std::filesystem::path Trainer::checkpoints() const {
+  return mesh_.num_replicas() == 1 ? options_.checkpoint
+                                   : options_.checkpoint / ("pipeline-" + std::to_string(mesh_.replica()));
+}
+
+std::optional<dualpipe::CheckpointExtra> Trainer::resume(torch::optim::Optimizer& optimizer) {
+  if (options_.checkpoint.empty()) return std::nullopt;
+  std::error_code ignored;
+  const bool empty =
+      agree(std::filesystem::is_directory(checkpoints(), ignored) && !std::filesystem::is_empty(checkpoints(), ignored)
+                ? 0
+                : 1) > 0;
+  DUALPIPE_CHECK(empty || options_.resume, options_.checkpoint.string(),
+                 " is not empty; add --resume to go on from its last checkpoint, or choose another folder");
+  if (empty) return std::nullopt;
+  const dualpipe::CheckpointExtra extra = load_checkpoint(checkpoints(), pipe_, optimizer);
+  DUALPIPE_CHECK(extra.step < options_.steps, "the run in ", options_.checkpoint.string(), " has done its ", extra.step,
+                 " steps; raise --steps, which is ", options_.steps);
+  say("goes on after step %lld\n", static_cast<long long>(extra.step));
+  return extra;
+}
+
 Timeline Trainer::train() {
   using Clock = std::chrono::steady_clock;
+  double before = 0;  // seconds that an earlier part of the run took
   const auto start = Clock::now();
-  const auto elapsed = [&] { return std::chrono::duration<double>(Clock::now() - start).count(); };
+  const auto elapsed = [&] { return before + std::chrono::duration<double>(Clock::now() - start).count(); };
   const double budget = 60 * options_.minutes;
   torch::optim::AdamW optimizer(
       pipe_->parameters(),
@@ -181,14 +208,26 @@ Timeline Trainer::train() {
     return value;
   };
 
+  int first = 0;
+  if (const auto resumed = resume(optimizer)) {
+    first = static_cast<int>(resumed->step);
+    before = std::get<double>(resumed->values.at("seconds"));
+  }
+  std::optional<dualpipe::CheckpointWriter> writer;
+  if (!options_.checkpoint.empty())
+    writer.emplace(checkpoints(), dualpipe::CheckpointOptions{.keep = 2, .asynchronous = true});
+  std::optional<dualpipe::MetricsWriter> metrics;
+  if (!options_.metrics.empty() && world_.rank == 0) metrics.emplace(options_.metrics, first > 0 ? first : -1);
+
   Timeline measured;
   Progress progress_line(options_.progress);
-  for (int step = 0; step < options_.steps; ++step) {
+  for (int step = first; step < options_.steps; ++step) {
     const double began = elapsed();
     const double progress =
         agree(std::max(static_cast<double>(step + 1) / options_.steps, budget > 0 ? began / budget : 0.0));
     if (progress > 1) break;
-    for (auto& group : optimizer.param_groups()) group.options().set_lr(learning_rate(options_, progress));
+    const double rate = learning_rate(options_, progress);
+    dualpipe::set_learning_rate(optimizer, rate);
     optimizer.zero_grad();
     const Batch batch = needs_data()
                             ? batch_of(random_windows(corpus_.training, mesh_.replica() * sequences(), sequences(),
@@ -199,19 +238,28 @@ Timeline Trainer::train() {
     penalty_ = torch::zeros({}, device());
     const dualpipe::StepResult result = pipe_->step(batch, loss);
     measured = trace();
-    if (options_.clip > 0) pipe_->clip_grad_norm_(options_.clip);
+    const double norm = options_.clip > 0 ? pipe_->clip_grad_norm_(options_.clip).item<double>() : NAN;
     optimizer.step();
     const auto [mean, penalty] = loss_and_penalty(result);
-    if (options_.quiet || world_.rank != 0) continue;
     const double now = elapsed();
-    const double left = std::min(now / (step + 1) * (options_.steps - step - 1), budget > 0 ? budget - now : HUGE_VAL);
     const double tokens = static_cast<double>(mesh_.num_replicas() * sequences() * options_.model.context);
+    if (metrics)
+      metrics->write({.step = step + 1,
+                      .loss = mean,
+                      .learning_rate = rate,
+                      .gradient_norm = norm,
+                      .tokens_per_second = tokens / (now - began)});
+    if (writer && ((step + 1) % options_.checkpoint_every == 0 || step + 1 == options_.steps))
+      writer->save(pipe_, optimizer, {.step = step + 1, .values = {{"seconds", agree(now)}}});
+    if (options_.quiet || world_.rank != 0) continue;
+    const double left = std::min(now / (step + 1) * (options_.steps - step - 1), budget > 0 ? budget - now : HUGE_VAL);
     progress_line.show(format("step %d  loss %.3f", step + 1, mean) +
                        (model_.penalty ? format("  %s %.4f", model_.penalty_name.c_str(), penalty) : "") +
                        format("  %.0f tokens/s  bubble %.0f %%  %s left", tokens / (now - began),
                               100 * bubble_share(dualpipe::planner::report(measured)), minutes(left).c_str()));
   }
   progress_line.finish();
+  if (writer) writer->wait();
   return measured;
 }
 
@@ -317,6 +365,7 @@ int run_program(
     become_gpu_program(program->options, argv);
     prepare_folder(program->options.trace);
     prepare_folder(program->options.svg);
+    prepare_folder(program->options.metrics);
     at::set_num_threads(1);  // ranks are the parallelism; there are usually more of them than cores
     Trainer(world, program->options, program->make_model).run();
     return 0;

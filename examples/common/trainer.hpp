@@ -1,5 +1,6 @@
 #pragma once
 
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -12,6 +13,7 @@
 #include "dualpipe/pipeline/tracer.hpp"
 #include "dualpipe/planner/report.hpp"
 #include "dualpipe/stage/partition.hpp"
+#include "dualpipe/train/checkpoint.hpp"
 #include "dualpipe/train/mesh.hpp"
 #include "options.hpp"
 
@@ -46,6 +48,10 @@ class Trainer {
   void say(const char* pattern, const Arguments&... arguments) const;
   void introduce() const;
   dualpipe::Timeline train();
+  /// Where this pipeline's checkpoints are.
+  std::filesystem::path checkpoints() const;
+  /// What the last checkpoint says, if the run goes on from one.
+  std::optional<dualpipe::CheckpointExtra> resume(torch::optim::Optimizer& optimizer);
   /// Of all pipelines' last step: loss without penalty, and penalty.
   std::pair<double, double> loss_and_penalty(const dualpipe::StepResult& result);
   dualpipe::Timeline trace() const;

@@ -141,6 +141,8 @@ class DualPipeImpl : public torch::nn::Module {
   /// @throws InvalidArgument  with the path and the reason.
   DUALPIPE_DECL void write_record(const std::string& path) const;
 
+  /// Of the ranks of this pipeline; with a mesh, of this rank's replica.
+  DUALPIPE_DECL const std::shared_ptr<Communicator>& communicator() const;
   DUALPIPE_DECL const Schedule& schedule() const;
   DUALPIPE_DECL std::vector<int> local_stages() const;
   /// This rank runs the first stage for some micro-batches and needs their inputs.

@@ -58,6 +58,7 @@ void DualPipeImpl::add_observer(std::shared_ptr<Observer> observer) {
 }
 
 void DualPipeImpl::write_record(const std::string& path) const { state_->write_record(path); }
+const std::shared_ptr<Communicator>& DualPipeImpl::communicator() const { return state_->communicator(); }
 
 const Schedule& DualPipeImpl::schedule() const { return state_->schedule(); }
 

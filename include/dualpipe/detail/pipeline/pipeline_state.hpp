@@ -55,6 +55,7 @@ class PipelineState {
   void write_record(const std::string& path) const { write_file(path, flight_.to_json()); }
   void add_observer(std::shared_ptr<Observer> observer) { observers_.add(std::move(observer)); }
 
+  const std::shared_ptr<Communicator>& communicator() const noexcept { return communicator_; }
   const Schedule& schedule() const noexcept { return training_->schedule; }
   const std::map<int, Stage>& stages() const noexcept { return executor_->stages(); }
   bool feeds_inputs() const { return runs_stage(0); }
