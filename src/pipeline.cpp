@@ -22,3 +22,4 @@
 #include "dualpipe/detail/pipeline/unfinished_step.ipp"
 #include "dualpipe/detail/train/clip.ipp"
 #include "dualpipe/detail/train/learning_rate.ipp"
+#include "dualpipe/detail/train/mesh.ipp"

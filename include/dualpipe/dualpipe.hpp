@@ -24,6 +24,7 @@
 #include "dualpipe/train/checkpoint.hpp"
 #include "dualpipe/train/clip.hpp"
 #include "dualpipe/train/learning_rate.hpp"
+#include "dualpipe/train/mesh.hpp"
 #include "dualpipe/train/metrics.hpp"
 #include "dualpipe/train/safetensors.hpp"
 #include "dualpipe/version.hpp"

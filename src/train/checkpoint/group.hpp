@@ -18,6 +18,9 @@ class CheckpointGroup {
   int rank() const { return communicator_ ? communicator_->rank() : 0; }
   int size() const { return communicator_ ? communicator_->size() : 1; }
 
+  /// By rank: the number among all ranks, as errors name it.
+  std::vector<int> numbers() const { return communicator_ ? world_ranks(*communicator_) : std::vector{0}; }
+
   /// Collective: every rank's text, by rank.
   std::vector<std::string> gather(const std::string& text) const {
     return communicator_ ? all_gather_text(*communicator_, text) : std::vector{text};
@@ -25,7 +28,7 @@ class CheckpointGroup {
   /// Collective: throws on every rank what `body`, which does not communicate, throws on any.
   template <class Body>
   void on_all(const Body& body) const {
-    throw_findings(gather(finding_of(body)));
+    throw_findings(gather(finding_of(body)), numbers());
   }
   /// The same of a body that only one rank runs.
   template <class Body>

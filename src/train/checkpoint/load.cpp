@@ -85,7 +85,7 @@ std::map<std::string, TensorLine> whole_model(const CheckpointGroup& group, cons
                                               const torch::optim::Optimizer* optimizer) {
   std::string text;
   const std::string finding = finding_of([&] { text = Json(lines_of(model, optimizer)).dump(); });
-  throw_findings(group.gather(finding));
+  throw_findings(group.gather(finding), group.numbers());
   std::map<std::string, TensorLine> lines;
   std::vector<std::string> doubles;
   for (const std::string& each : group.gather(text))

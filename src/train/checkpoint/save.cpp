@@ -129,7 +129,7 @@ class CheckpointWriter::Impl {
       std::error_code ignored;
       fs::remove_all(partial, ignored);
     }
-    throw_findings(findings);
+    throw_findings(findings, group.numbers());
 
     if (group.rank() == 0) {
       for (const auto& [name, tensor] : extra.tensors) files.shards["extra.safetensors"][name] = tensor.detach();
@@ -182,7 +182,7 @@ class CheckpointWriter::Impl {
         throw InvalidArgument(str("a name or value is no UTF-8: ", error.what()));
       }
     });
-    throw_findings(group.gather(finding));
+    throw_findings(group.gather(finding), group.numbers());
     std::vector<TensorLine> lines;
     std::string first;
     int rank = 0;

@@ -143,7 +143,7 @@ void UnfinishedCheckpoint::wait() {
       std::error_code ignored;
       fs::remove_all(partial_, ignored);
     }
-    throw_findings(findings);
+    throw_findings(findings, group_.numbers());
     DUALPIPE_CHECK(!whole_ || finding_.empty(), finding_);
   });
 }
