@@ -448,7 +448,8 @@ TEST(Meeting, AListenerOfAnotherUserIsNotTold) {
     for (;;) ::pause();
   });
   asio::io_context io;
-  detail::StreamSocket socket(io, asio::generic::stream_protocol(asio::local::stream_protocol()), ::socket(AF_UNIX, SOCK_STREAM, 0));
+  detail::StreamSocket socket(io, asio::generic::stream_protocol(asio::local::stream_protocol()),
+                              ::socket(AF_UNIX, SOCK_STREAM, 0));
   int tries = 0;
   while (::connect(socket.native_handle(), reinterpret_cast<const sockaddr*>(&address), size) != 0 && ++tries < 5000)
     std::this_thread::sleep_for(1ms);
