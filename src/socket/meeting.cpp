@@ -17,8 +17,8 @@ using namespace std::chrono_literals;
 
 /// After this time a warning says why nothing happens.
 constexpr std::chrono::milliseconds silence_limit = 10s;
-/// How long a rank that leaves waits for the others to know why.
-constexpr std::chrono::milliseconds farewell_limit = 2s;
+/// How long a rank that leaves waits for the others to know why, or to leave as well.
+constexpr std::chrono::milliseconds give_up_limit = 1s, leave_limit = 2s;
 constexpr std::chrono::milliseconds shortest_period = 5ms, longest_period = 1s;
 
 std::chrono::milliseconds period_of(const ConnectOptions& options) {
@@ -94,12 +94,8 @@ void Meeting::wait_until(const std::function<bool()>& condition, const std::func
   }
 }
 
-void Meeting::drain(const std::function<bool()>& condition) noexcept {
+void Meeting::drain(std::chrono::milliseconds patience, const std::function<bool()>& condition) noexcept {
   try {
-    // Afterwards the connections are expected to beat, and meanwhile they do not.
-    const auto patience = looks_for_silence()
-                              ? std::min<std::chrono::milliseconds>(farewell_limit, options_.liveness / 2)
-                              : farewell_limit;
     const auto limit = Clock::now() + patience;
     io_.restart();
     while (!condition() && io_.run_one_until(limit) > 0) {
@@ -162,7 +158,9 @@ class MeetingHost final : public Meeting {
 
   void leave() override {
     leaving_ = true;
-    drain([this] { return all_closed(); });
+    // Afterwards the connections are expected to beat, and meanwhile they do not.
+    drain(looks_for_silence() ? std::min<std::chrono::milliseconds>(leave_limit, options_.liveness / 2) : leave_limit,
+          [this] { return all_closed(); });
   }
 
   void give_up(const CommError& error) noexcept override {
@@ -173,7 +171,7 @@ class MeetingHost final : public Meeting {
     } catch (...) {
       // They find their connections closed.
     }
-    drain([this] { return all_closed(); });
+    drain(give_up_limit, [this] { return all_closed() && std::count(lines_.begin() + 1, lines_.end(), nullptr) == 0; });
   }
 
   std::string session_key() const override { return session_key_of(world_, hexadecimal(session_)); }
@@ -310,7 +308,7 @@ class MeetingGuest final : public Meeting {
     } catch (...) {
       return;  // rank 0 finds the connection closed
     }
-    drain([this] { return !line_->is_open(); });
+    drain(give_up_limit, [this] { return !line_->is_open(); });
   }
 
   std::string session_key() const override { return MeetingHost::session_key_of(world_, session_); }

@@ -46,7 +46,8 @@ class Meeting {
 
   /// All have what they need; returns when nobody looks at this rank any more.
   virtual void leave() = 0;
-  /// Tells all others why this rank gives up, and returns when they know, or after two seconds.
+  /// Tells all others why this rank gives up, and returns when they know, or after a second: rank 0 tells those as well
+  /// that come meanwhile.
   virtual void give_up(const CommError& error) noexcept = 0;
 
   /// The same on all ranks that meet here, and secret if the job has a secret or all are on one host.
@@ -70,8 +71,8 @@ class Meeting {
   virtual void pulse() = 0;  ///< to beat and to look for silent ranks
 
   void fail(int origin, const std::string& reason);
-  /// Runs handlers until `condition` or for two seconds.
-  void drain(const std::function<bool()>& condition) noexcept;
+  /// Runs handlers until `condition` or for `patience`.
+  void drain(std::chrono::milliseconds patience, const std::function<bool()>& condition) noexcept;
   CommError late(const Status& status) const;
   std::string waits_for(const Status& status) const;
   std::string silence_of(int rank) const;

@@ -175,8 +175,10 @@ TEST(Meeting, NamesARankThatSaysSomethingMalformed) {
 
 TEST(Meeting, WorldsOfDifferentSizesAreOneErrorEverywhere) {
   const StorePtr store = c10::make_intrusive<c10d::HashStore>();
-  const auto errors =
-      errors_of(3, [&](int rank) { connect_sockets(world_of(rank, rank == 2 ? 8 : 3), options_with(store)); });
+  const auto errors = errors_of(3, [&](int rank) {
+    if (rank == 2) std::this_thread::sleep_for(300ms);  // the others should have come by then
+    connect_sockets(world_of(rank, rank == 2 ? 8 : 3), options_with(store));
+  });
   EXPECT_THAT(errors, Each("rank 0: rank 2 has WORLD_SIZE 8, rank 0 has 3: start all ranks with one WORLD_SIZE"));
 }
 
