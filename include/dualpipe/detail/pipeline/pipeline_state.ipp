@@ -224,6 +224,9 @@ Tensors PipelineState::predict(const Batch& batch, const torch::nn::Module& modu
 }
 
 at::Tensor PipelineState::clip_grad_norm(double max_norm) {
+  CallStatement mine;
+  mine.call = Call::clip_grad_norm;
+  agreement(exchange_statements(*communicator_, mine), -1);
   return dualpipe::clip_grad_norm(*communicator_, replicas_->counted_parameters(), parameters_, max_norm);
 }
 
