@@ -99,6 +99,7 @@ std::map<std::string, Key> keys() {
       {"loss_reduction",
        {"\"mean\" or \"sum\"",
         choice(&DualPipeOptions::loss_reduction, {{"mean", LossReduction::mean}, {"sum", LossReduction::sum}})}},
+      {"record_to", {"a string: the path of a folder", plain(&DualPipeOptions::record_to)}},
       {"schedule", {"a string: a kind or the path of a CSV file", plain(&DualPipeOptions::schedule)}},
   };
 }

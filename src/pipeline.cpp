@@ -5,6 +5,7 @@
 #include "dualpipe/detail/pipeline/call_statement.ipp"
 #include "dualpipe/detail/pipeline/dual_pipe.ipp"
 #include "dualpipe/detail/pipeline/executor.ipp"
+#include "dualpipe/detail/pipeline/flight_recorder.ipp"
 #include "dualpipe/detail/pipeline/group_collectives.ipp"
 #include "dualpipe/detail/pipeline/merge_outputs.ipp"
 #include "dualpipe/detail/pipeline/micro_batch.ipp"

@@ -38,7 +38,10 @@ struct DualPipeOptions {
                               ///< DualPipeImpl::step on failures
   int compare_replicas_every = 100;  ///< steps: the copies of a stage on several ranks are compared bit by bit in the
                                      ///< first and every such step, 0: never; see DualPipeImpl::step
-  int num_ranks = 0;                 ///< when not 0, must equal the communicator's size
+  /// A folder, made if there is none: when the pipeline fails, each rank that can leaves what it did last in
+  /// `rank-<number>.json` there, for `dualpipe-plan report`. Empty: no files.
+  std::string record_to = {};
+  int num_ranks = 0;  ///< when not 0, must equal the communicator's size
 
   /// Reads a JSON object whose keys are the members above; merge_outputs is a list as in
   /// [{"how": "stack", "dim": 1}, {"how": "list"}].

@@ -16,11 +16,17 @@ std::uint64_t CommitProtocol::vote(std::int64_t group, const std::vector<int>& m
   return voting.step;
 }
 
-void CommitProtocol::vote_arrived(int from, Vote vote) {
-  if (failing_ || state_.lost.contains(from)) return;
+bool CommitProtocol::vote_arrived(int from, Vote vote) {
+  if (failing_ || state_.lost.contains(from)) return true;
   Voting& voting = groups_[vote.group];
-  voting.arrived[from].push_back(std::move(vote));
+  // A rank is through with a step when it has this rank's vote too, so it is ahead by the step after that at most.
+  const std::uint64_t first = voting.members.empty() ? 1 : over(voting.name).step + 1;
+  std::deque<Vote>& votes = voting.arrived[from];
+  if (vote.step < first) return true;  // overtaken by the goodbye of a rank that is through with it
+  if (vote.step != first + votes.size() || votes.size() == 2 || vote.step > voting.step + 1) return false;
+  votes.push_back(std::move(vote));
   count_votes(voting);
+  return true;
 }
 
 void CommitProtocol::count_votes(Voting& voting) {

@@ -69,7 +69,8 @@ class CommitProtocol {
   std::uint64_t vote(std::int64_t group, const std::vector<int>& members, std::string ballot);
 
   // What happens. Each may add to the outbox, and may end steps.
-  void vote_arrived(int from, Vote vote);
+  /// @return false if no rank can have come so far: `from` breaks the protocol.
+  bool vote_arrived(int from, Vote vote);
   void word_arrived(int from, Word word);
   /// `from` is through with its last step, and has left with this last word.
   void goodbye_arrived(int from, const Word& word);

@@ -78,28 +78,31 @@ void Peer::beat() {
   enqueue({wire::beat_frame()});
 }
 
-void Peer::ask() { enqueue({wire::question_frame()}); }
+void Peer::ask() { enqueue({wire::question_frame()}, /*urgent=*/true); }
 
-void Peer::answer(const RankActivity& activity) { enqueue({wire::answer_frame(activity)}); }
+void Peer::answer(const RankActivity& activity) { enqueue({wire::answer_frame(activity)}, /*urgent=*/true); }
 
 void Peer::shut() noexcept { ::shutdown(handle_, SHUT_RDWR); }
 
 void Peer::tell(const wire::Failure& failure) {
-  std::vector<Outgoing> dropped;  // ends after the lock, as its tensors may run code of the user
+  std::vector<Outgoing> dropped;
   {
     const std::lock_guard lock(mutex_);
     for (; !queue_.empty() && queue_.back().sent == 0; queue_.pop_back()) dropped.push_back(std::move(queue_.back()));
   }
+  // Its tensors, which may run code of the user, end where no lock is held.
+  asio::post(socket_.get_executor(), [tensors = std::make_shared<std::vector<Outgoing>>(std::move(dropped))] {});
   enqueue({wire::failure_frame(failure)});
 }
 
-void Peer::enqueue(Outgoing outgoing) {
+void Peer::enqueue(Outgoing outgoing, bool urgent) {
   Requests finished;
   {
     const std::lock_guard lock(mutex_);
     if (broken_) return;
     const bool directly = queue_.empty() && !writer_scheduled_ && outgoing.payload <= direct_write_limit;
-    queue_.push_back(std::move(outgoing));
+    const auto behind = !urgent ? queue_.end() : queue_.begin() + (queue_.empty() || queue_.front().sent == 0 ? 0 : 1);
+    queue_.insert(behind, std::move(outgoing));
     if (directly) write(finished);
     if (!queue_.empty() && !writer_scheduled_) {
       writer_scheduled_ = true;

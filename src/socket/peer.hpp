@@ -88,7 +88,8 @@ class Peer : public std::enable_shared_from_this<Peer> {
     std::uint64_t sent = 0;                        ///< bytes of head and payload together
   };
 
-  void enqueue(Outgoing outgoing);
+  /// @param urgent  before what is queued, but for a message already sent in part.
+  void enqueue(Outgoing outgoing, bool urgent = false);
   void write(Requests& finished);  // mutex held
   void continue_writing();
   void report(const Requests& finished);

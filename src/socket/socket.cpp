@@ -130,9 +130,10 @@ class SocketTransport final : public Transport, public PeerOwner {
     return steps_.vote(group, members, std::move(ballot));
   }
 
-  StepEnd wait_for_step(std::int64_t group, const std::vector<int>& /*members*/, std::uint64_t step) override {
+  StepEnd wait_for_step(std::int64_t group, const std::vector<int>& /*members*/, std::uint64_t step,
+                        Clock::time_point until) override {
     waiting(true);
-    StepEnd end = steps_.wait(group, step, deadline());
+    StepEnd end = steps_.wait(group, step, until);
     waiting(false);
     // The other operations may not have heard of it yet.
     if (const auto failure = steps_.failure()) failed(failure->first, failure->second);
@@ -179,7 +180,10 @@ class SocketTransport final : public Transport, public PeerOwner {
     if (!failed_ && !leaving_) deliver(peer.rank(), std::move(message));
   }
 
-  void voted(Peer& peer, Vote vote) override { steps_.vote_arrived(peer.rank(), std::move(vote)); }
+  void voted(Peer& peer, Vote vote) override {
+    if (!steps_.vote_arrived(peer.rank(), std::move(vote)))
+      throw wire::Malformed("a vote for a step that cannot have begun");
+  }
 
   /// Passed on before this rank reacts: a rank that learned of the failure by the reaction would blame this rank.
   void told_of_failure(Peer& peer, wire::Failure failure) override {

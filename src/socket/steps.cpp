@@ -31,10 +31,11 @@ std::vector<int> Steps::missing(std::int64_t group, std::uint64_t step) const {
   return step == 0 ? std::vector<int>() : protocol_.end(group, step).missing;
 }
 
-void Steps::vote_arrived(int from, Vote vote) {
+bool Steps::vote_arrived(int from, Vote vote) {
   const std::lock_guard lock(mutex_);
-  protocol_.vote_arrived(from, std::move(vote));
+  const bool possible = protocol_.vote_arrived(from, std::move(vote));
   changed_.notify_all();
+  return possible;
 }
 
 void Steps::goodbye_arrived(int from, const Word& word) {

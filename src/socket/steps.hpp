@@ -35,7 +35,7 @@ class Steps {
   std::vector<int> missing(std::int64_t group, std::uint64_t step) const;
 
   // What happens. After a failure each tells the other ranks what is new.
-  void vote_arrived(int from, Vote vote);
+  bool vote_arrived(int from, Vote vote);  ///< false: as in the protocol
   void goodbye_arrived(int from, const Word& word);
   void failure_arrived(int from, wire::Failure failure) noexcept;
   void lost(int peer, const std::string& reason, bool suspected) noexcept;

@@ -31,6 +31,7 @@ class Wrapper : public Communicator {
   }
   bool gains_from_expected() const noexcept override { return inner_->gains_from_expected(); }
   DeviceTrace* device_trace() noexcept override { return inner_->device_trace(); }
+  detail::SharedValues* shared_values() noexcept override { return inner_->shared_values(); }
   std::vector<std::string> commit(std::string ballot) override { return inner_->commit(std::move(ballot)); }
   Pending fence() override { return inner_->fence(); }
   void connect(const std::vector<Edge>& edges) override { inner_->connect(edges); }

@@ -79,7 +79,8 @@ class Rank {
   void arrive(int from, const Packet& packet) {
     if (left) return;
     if (const auto* vote = std::get_if<Vote>(&packet)) {
-      if (!rolled_back_) protocol_.vote_arrived(from, *vote);
+      const bool possible = rolled_back_ || protocol_.vote_arrived(from, *vote);
+      EXPECT_TRUE(possible);
     } else if (const auto* goodbye = std::get_if<Goodbye>(&packet)) {
       protocol_.goodbye_arrived(from, goodbye->word);
       fail_if_one_has_left();
@@ -294,6 +295,20 @@ INSTANTIATE_TEST_SUITE_P(, Commit,
                            return std::to_string(c.size) + "Ranks" + std::to_string(c.faults.deaths) + "Deaths" +
                                   std::to_string(c.faults.cuts) + "Cuts";
                          });
+
+TEST(Commit, VotesForStepsThatCannotHaveBegunAreRefused) {
+  CommitProtocol protocol(0, 3);
+  EXPECT_FALSE(protocol.vote_arrived(1, {.group = 0, .step = 2, .ballot = ""}));
+  EXPECT_TRUE(protocol.vote_arrived(1, {.group = 0, .step = 1, .ballot = ""}));
+  EXPECT_FALSE(protocol.vote_arrived(1, {.group = 0, .step = 1, .ballot = ""})) << "twice";
+  EXPECT_FALSE(protocol.vote_arrived(1, {.group = 0, .step = 2, .ballot = ""}))
+      << "without this rank's vote for step 1";
+  EXPECT_EQ(protocol.vote(0, {0, 1, 2}, ""), 1u);
+  EXPECT_TRUE(protocol.vote_arrived(1, {.group = 0, .step = 2, .ballot = ""})) << "1 may have all votes already";
+  EXPECT_FALSE(protocol.vote_arrived(1, {.group = 0, .step = 3, .ballot = ""}));
+  EXPECT_TRUE(protocol.vote_arrived(2, {.group = 0, .step = 1, .ballot = ""}));
+  EXPECT_EQ(protocol.end(0, 1).outcome, StepOutcome::over);
+}
 
 }  // namespace
 }  // namespace dualpipe::detail

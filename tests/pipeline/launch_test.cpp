@@ -4,8 +4,12 @@
 
 #include <cstdlib>
 #include <string>
+#include <vector>
 
+#include "dualpipe/detail/files.hpp"
+#include "dualpipe/planner/record.hpp"
 #include "launch/process.hpp"
+#include "temporary_folder.hpp"
 
 namespace dualpipe {
 namespace {
@@ -38,6 +42,31 @@ TEST(Launch, AStepIsOverEverywhereOrNowhere) {
   const Outcome outcome = launch(4, "Rank.AStepIsOver*");
   EXPECT_EQ(outcome.exit_code, 0) << outcome.output;
   EXPECT_THAT(outcome.output, ::testing::HasSubstr("[3] [  PASSED  ] 1 test."));
+}
+
+TEST(Launch, PipelinesAndFailuresLeaveNothing) {
+  const Outcome outcome = launch(2, "Rank.PipelinesAndFailures*");
+  EXPECT_EQ(outcome.exit_code, 0) << outcome.output;
+  EXPECT_THAT(outcome.output, ::testing::HasSubstr("[1] [  PASSED  ] 1 test."));
+}
+
+TEST(Launch, ARankThatThrowsOutsideOfAStepIsNamed) {
+  const Outcome outcome = launch(4, "Rank.OneThrowsOutside*");
+  EXPECT_EQ(outcome.exit_code, 0) << outcome.output;
+}
+
+TEST(Launch, ARankThatThrowsInAStepIsNamedByTheRecords) {
+  const test::TemporaryFolder folder;
+  ::setenv("DUALPIPE_TEST_FOLDER", folder.path().c_str(), 1);
+  const Outcome outcome = launch(4, "Rank.OneThrowsInAStep*");
+  ::unsetenv("DUALPIPE_TEST_FOLDER");
+  EXPECT_EQ(outcome.exit_code, 0) << outcome.output;
+  std::vector<planner::Record> records;
+  for (const int rank : {0, 1, 2, 3})
+    records.push_back(planner::from_record(detail::read_file(folder / ("rank-" + std::to_string(rank) + ".json"))));
+  const planner::StragglerReport report = planner::find_straggler(records);
+  EXPECT_THAT(report.ranks[2].now, ::testing::HasSubstr("1F5"));
+  EXPECT_FALSE(report.ranks[2].waits);
 }
 
 TEST(Launch, AKilledRankEndsTheOthersWithItsName) {

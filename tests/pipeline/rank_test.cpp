@@ -15,6 +15,7 @@
 #include "dualpipe/launch/failure.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "pipeline/pipeline.hpp"
+#include "pipeline/resources.hpp"
 
 namespace dualpipe::test {
 namespace {
@@ -150,6 +151,62 @@ TEST(Rank, OneFailsInTheMiddleOfAStep) {
     report_failure(World::from_env(), error);
     FAIL() << "as it should";
   }
+}
+
+/// What an optimizer throws is the user's. Here the rank unwinds because of it, and the others miss it.
+TEST(Rank, OneThrowsOutsideOfAStep) {
+  int rank = -1;
+  const std::string message = message_of([&] {
+    const auto comm = connect("optimizer");
+    rank = comm->rank();
+    DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = 8}, as_factory(layer));
+    for (;;) {
+      pipe->step(random_batch(16, 3), squared_error());
+      if (rank == 2) throw std::runtime_error("learning rate of NaN");
+    }
+  });
+  EXPECT_THAT(message, ::testing::HasSubstr(rank == 2 ? "learning rate of NaN" : "rank 2 has left"));
+}
+
+/// The test that launches this reads the records.
+TEST(Rank, OneThrowsInAStepAndAllLeaveRecords) {
+  const auto comm = connect("records");
+  const char* const folder = std::getenv("DUALPIPE_TEST_FOLDER");
+  ASSERT_NE(folder, nullptr);
+  DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = 8, .record_to = folder}, [&](int number) {
+    const Piece piece = layer(number);
+    return Stage(piece.module).compute("piece", [&, piece](const Tensors& x, const StageContext& context) {
+      if (comm->rank() == 2 && context.micro_batch == 5) throw 42;
+      return piece.forward(x);
+    });
+  });
+  const std::string message = message_of([&] { pipe->step(random_batch(16, 3), squared_error()); });
+  EXPECT_THAT(message, ::testing::ContainsRegex("rank 2: forward of stage 1, micro-batch 5: .*: 42"));
+  EXPECT_THAT(message, ::testing::ContainsRegex("\nrank 2 .*<-- here"));
+  EXPECT_THAT(message, ::testing::HasSubstr("rank 2 did last, in step 0:"));
+}
+
+TEST(Rank, PipelinesAndFailuresLeaveNothing) {
+  const Batch batch = random_batch(4, 3);
+  Resources before;
+  for (int round = 0; round < 30; ++round) {
+    if (round == 6) before = Resources::now();
+    const auto comm = connect("leaks", round);
+    const int bad = round % 2 == 0 ? -1 : round / 2 % comm->size();
+    DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = 4}, [&](int number) {
+      const Piece piece = layer(number);
+      return Stage(piece.module).compute("piece", [&, piece](const Tensors& x, const StageContext& context) {
+        if (comm->rank() == bad && context.micro_batch == 3) throw std::runtime_error("boom");
+        return piece.forward(x);
+      });
+    });
+    const std::string message = message_of([&] { pipe->step(batch, squared_error()); });
+    EXPECT_EQ(message.find("boom") != std::string::npos, bad >= 0) << message;
+  }
+  const Resources after = Resources::now();
+  EXPECT_EQ(after.descriptors, before.descriptors);
+  EXPECT_EQ(after.threads, before.threads);
+  EXPECT_LT(after.resident_bytes, before.resident_bytes + (std::int64_t{32} << 20));
 }
 
 /// A rank that fails right after a step reaches ranks that still wait in the vote of that step.

@@ -6,6 +6,7 @@
 #include <set>
 
 #include "dualpipe/comm/local.hpp"
+#include "dualpipe/detail/comm/agree.hpp"
 #include "dualpipe/detail/pipeline/vote.hpp"
 #include "error_of.hpp"
 
@@ -68,7 +69,7 @@ TEST(Vote, BringsLossesAndHashesOfAllRanks) {
     end.synchronize();
     EXPECT_TRUE(torch::equal(ahead.losses, all.losses));
     EXPECT_EQ(ahead.hashes, all.hashes);
-    detail::check_hashes(all.hashes, 3);
+    detail::check_hashes(all.hashes, 3, detail::world_ranks(*comm));
   });
 }
 
@@ -86,7 +87,7 @@ TEST(Vote, ABallotOfAnotherKindIsAnErrorOnAllRanks) {
 
 TEST(Vote, ValuesThatDifferAreNamedWithTheStep) {
   const std::vector<detail::MemberHashes> hashes{{{{}, 4, {}}}, {{{}, {}, {}}}, {{{}, 5, {}}}};
-  EXPECT_THAT(error_of([&] { detail::check_hashes(hashes, 11); }),
+  EXPECT_THAT(error_of([&] { detail::check_hashes(hashes, 11, {0, 1, 2}); }),
               AllOf(HasSubstr("batch of step 12, those of the steps before were alike: Batch::targets of rank 2"),
                     HasSubstr("than that of rank 0"), HasSubstr("generator of its own")));
 }

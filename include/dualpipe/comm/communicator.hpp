@@ -15,6 +15,9 @@
 #include "dualpipe/error.hpp"
 
 namespace dualpipe {
+namespace detail {
+class SharedValues;
+}
 
 /// What a receiver learns of a tensor beside its values.
 struct TensorSignature {
@@ -92,6 +95,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   /// Tells when the device executes what this rank queues; null on the CPU, where that is at once. Lives as long as
   /// `*this`.
   virtual DeviceTrace* device_trace() noexcept { return nullptr; }
+
+  /// What ranks share that are threads of one process; null where a process has one rank. Lives as long as `*this`.
+  virtual detail::SharedValues* shared_values() noexcept { return nullptr; }
 
   /// Collective, with the same edges on all ranks: announces edges that sends and receives will use, so that a back end
   /// can open and warm them up. Optional; may be called again, with other edges too.

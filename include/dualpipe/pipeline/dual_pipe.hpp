@@ -119,6 +119,12 @@ class DualPipeImpl : public torch::nn::Module {
   /// The observer sees what this rank does, from the next call on.
   DUALPIPE_DECL void add_observer(std::shared_ptr<Observer> observer);
 
+  /// Writes what this rank has done last, and what it does now, for `dualpipe-plan report`: of a job that hangs, from
+  /// another thread. A file of that name appears whole or not at all. Any thread.
+  ///
+  /// @throws InvalidArgument  with the path and the reason.
+  DUALPIPE_DECL void write_record(const std::string& path) const;
+
   DUALPIPE_DECL const Schedule& schedule() const;
   DUALPIPE_DECL std::vector<int> local_stages() const;
   /// This rank runs the first stage for some micro-batches and needs their inputs.

@@ -18,6 +18,7 @@
 #include "tools/plan/files.hpp"
 #include "tools/plan/options.hpp"
 #include "tools/plan/print.hpp"
+#include "tools/plan/records.hpp"
 #include "tools/plan/view.hpp"
 
 namespace dualpipe::planner::tool {
@@ -26,7 +27,8 @@ namespace {
 using nlohmann::ordered_json;
 
 struct ReportOptions {
-  std::vector<std::string> traces;
+  std::vector<std::string> files;  // traces, or records
+  bool incomplete = false;
   ViewOptions view;
   OutputOptions output;
 };
@@ -69,7 +71,7 @@ TraceReport report_of(const Timeline& trace) {
   return result;
 }
 
-ordered_json json_of(const Overlap& overlap) {
+ordered_json overlap_json(const Overlap& overlap) {
   return {{"total", overlap.total()}, {"hidden", overlap.hidden}, {"exposed", overlap.exposed}};
 }
 
@@ -77,8 +79,8 @@ void add_usage(ordered_json& object, const Usage& usage) {
   object["busy"] = usage.busy;
   object["compute"] = usage.compute;
   object["bubble"] = usage.bubble;
-  object["collectives"] = json_of(usage.collectives);
-  object["transfers"] = json_of(usage.transfers);
+  object["collectives"] = overlap_json(usage.collectives);
+  object["transfers"] = overlap_json(usage.transfers);
 }
 
 void add_report(ordered_json& object, const Report& report) {
@@ -92,7 +94,7 @@ void add_report(ordered_json& object, const Report& report) {
   add_usage(object["total"] = ordered_json::object(), report.total());
 }
 
-ordered_json json_of(const TraceReport& report) {
+ordered_json trace_json(const TraceReport& report) {
   ordered_json object{
       {"name", report.name}, {"seconds_per_unit", report.seconds_per_unit}, {"steps", report.num_steps}};
   add_report(object, report.whole);
@@ -116,15 +118,22 @@ std::string text_of(const TraceReport& report) {
   return out;
 }
 
-std::string report_traces(const ReportOptions& options) {
+std::string report_files(const ReportOptions& options) {
+  const std::vector<std::string> files = with_records_of_folders(options.files);
+  if (is_record(files.front())) {
+    const std::string& format = options.output.format;
+    DUALPIPE_CHECK(format != "svg" && format != "ascii", "a report of records is text or json, not ", format);
+    return report_records(files, options.incomplete, format == "json");
+  }
+  DUALPIPE_CHECK(!options.incomplete, "--incomplete is for records, but ", files.front(), " is none");
   std::vector<Timeline> timelines;
-  for (const std::string& path : options.traces) timelines.push_back(read_trace(path));
+  for (const std::string& path : files) timelines.push_back(read_trace(path));
   // Traces of one schedule have one name; their files tell them apart.
   std::map<std::string, int> uses;
   for (const Timeline& timeline : timelines) ++uses[timeline.name];
   for (std::size_t i = 0; i < timelines.size(); ++i)
     if (std::string& name = timelines[i].name; uses[name] > 1)
-      name = std::filesystem::path(options.traces[i]).stem().string() + (name.empty() ? "" : ", ") + name;
+      name = std::filesystem::path(files[i]).stem().string() + (name.empty() ? "" : ", ") + name;
   const PictureOptions picture = picture_options(options.view, options.output, timelines.front());
   if (options.output.format == "svg") return to_svg(timelines, picture);
   std::string out;
@@ -136,7 +145,7 @@ std::string report_traces(const ReportOptions& options) {
   for (const Timeline& timeline : timelines) {
     const TraceReport result = report_of(timeline);
     if (options.output.format == "json")
-      all.push_back(json_of(result));
+      all.push_back(trace_json(result));
     else
       out += (out.empty() ? "" : "\n") + text_of(result);
   }
@@ -149,14 +158,18 @@ void add_report(CLI::App& app) {
   CLI::App& command = *app.add_subcommand("report",
                                           "where the time of a recorded step went: compute, communication hidden and "
                                           "exposed, bubble; of a trace of several "
-                                          "steps the medians");
+                                          "steps the medians. Of the records of a failed or hanging run: which rank "
+                                          "was behind");
   auto options = std::make_shared<ReportOptions>();
   command
-      .add_option(
-          "trace", options->traces,
-          "traces (JSON), as simulate --format trace or a run writes them; several are drawn one below the other")
+      .add_option("trace", options->files,
+                  "traces (JSON), as simulate --format trace or a run writes them; several are drawn one below the "
+                  "other. Or the "
+                  "records of all ranks of a pipeline, or the folder that has them (DualPipeOptions::record_to)")
       ->required()
       ->option_text("FILE...");
+  command.add_flag("--incomplete", options->incomplete,
+                   "of records: ranks that have left none are taken as such that wait for nobody");
   add_output(command, options->output, {"text", "json", "ascii", "svg"});
   add_view(command, options->view);
   command.footer(
@@ -174,8 +187,11 @@ void add_report(CLI::App& app) {
       "              \"peak_activations\"}, ...],\n"
       "   \"total\": {the same, summed over ranks},\n"
       "   \"main\": null or {\"begin\", \"end\", \"makespan\", \"ranks\", \"total\"}}; of several traces an array of "
-      "these.");
-  command.callback([options] { write_output(report_traces(*options), options->output.path); });
+      "these.\n"
+      "Of records: {\"schedule\", \"ranks\": [{\"rank\", \"recorded\", \"step\", \"last\", \"now\", \"seconds\", "
+      "\"waits_for\"},\n"
+      "   ...], \"stragglers\": [ranks for which others wait and that wait for nobody], \"verdict\"}.");
+  command.callback([options] { write_output(report_files(*options), options->output.path); });
 }
 
 }  // namespace dualpipe::planner::tool

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <exception>
 #include <string>
 #include <vector>
 
@@ -18,13 +17,17 @@ template <class Body>
 std::string finding_of(const Body& body) {
   try {
     body();
-  } catch (const std::exception& error) {
-    const std::string text = message_of(error);
-    return text.empty() ? "an exception without a text" : text;
   } catch (...) {
-    return "an exception that is no std::exception";
+    return current_error_text();
   }
   return "";
+}
+
+/// By rank of the communicator: the number among all ranks, as errors name it.
+inline std::vector<int> world_ranks(const Communicator& communicator) {
+  std::vector<int> numbers;
+  for (int rank = 0; rank < communicator.size(); ++rank) numbers.push_back(communicator.world_rank(rank));
+  return numbers;
 }
 
 /// Collective: every rank's text, by rank. Involves the hosts only, and waits for no device.
@@ -42,13 +45,14 @@ inline std::vector<std::string> all_gather_text(Communicator& communicator, cons
 }
 
 /// @param findings  by rank; empty: that rank has none.
+/// @param numbers   of the ranks, as world_ranks() gives them.
 /// @throws InvalidArgument  if there is any: one text where all ranks found the same, else each with its rank.
-inline void throw_findings(const std::vector<std::string>& findings) {
+inline void throw_findings(const std::vector<std::string>& findings, const std::vector<int>& numbers) {
   bool same = true;
   std::string text;
   for (std::size_t rank = 0; rank < findings.size(); ++rank) {
     same = same && findings[rank] == findings[0];
-    if (!findings[rank].empty()) text += str(text.empty() ? "" : "\n", "rank ", rank, ": ", findings[rank]);
+    if (!findings[rank].empty()) text += str(text.empty() ? "" : "\n", "rank ", numbers[rank], ": ", findings[rank]);
   }
   if (!text.empty()) throw InvalidArgument(same ? findings[0] : text);
 }
@@ -58,7 +62,7 @@ inline void throw_findings(const std::vector<std::string>& findings) {
 /// @param finding  of this rank; empty: none.
 /// @throws InvalidArgument  as throw_findings.
 inline void agree_that_fine(Communicator& communicator, const std::string& finding) {
-  throw_findings(all_gather_text(communicator, finding));
+  throw_findings(all_gather_text(communicator, finding), world_ranks(communicator));
 }
 
 /// Collective: throws on every rank if not all make the same statement.
@@ -68,8 +72,9 @@ inline void agree_on(Communicator& communicator, const std::string& what, const 
   const std::vector<std::string> statements = all_gather_text(communicator, statement);
   for (std::size_t rank = 1; rank < statements.size(); ++rank)
     if (statements[rank] != statements[0])
-      throw InvalidArgument(str("ranks disagree about the ", what, ":\n  rank 0: ", statements[0], "\n  rank ", rank,
-                                ": ", statements[rank]));
+      throw InvalidArgument(str("ranks disagree about the ", what, ":\n  rank ", communicator.world_rank(0), ": ",
+                                statements[0], "\n  rank ", communicator.world_rank(static_cast<int>(rank)), ": ",
+                                statements[rank]));
 }
 
 }  // namespace dualpipe::detail

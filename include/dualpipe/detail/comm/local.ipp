@@ -17,6 +17,8 @@
 #include <utility>
 
 #include "dualpipe/detail/comm/message_communicator.hpp"
+#include "dualpipe/detail/comm/shared_values.hpp"
+#include "dualpipe/detail/error_text.hpp"
 
 namespace dualpipe {
 namespace detail {
@@ -107,10 +109,13 @@ class LocalTransport final : public Transport, public std::enable_shared_from_th
     steps_->leave(rank());
   }
   /// Once, before any thread uses one of the `ranks`.
-  void join(std::shared_ptr<const Ranks> ranks, std::shared_ptr<LocalSteps> steps) {
+  void join(std::shared_ptr<const Ranks> ranks, std::shared_ptr<LocalSteps> steps,
+            std::shared_ptr<SharedValues> values) {
     ranks_ = std::move(ranks);
     steps_ = std::move(steps);
+    values_ = std::move(values);
   }
+  SharedValues* shared_values() noexcept override { return values_.get(); }
 
  private:
   void start(int to, Message message, std::shared_ptr<Request> request) override {
@@ -128,8 +133,9 @@ class LocalTransport final : public Transport, public std::enable_shared_from_th
   std::uint64_t vote(std::int64_t group, const std::vector<int>& members, std::string ballot) override {
     return steps_->vote(group, members, rank(), std::move(ballot));
   }
-  StepEnd wait_for_step(std::int64_t group, const std::vector<int>& members, std::uint64_t step) override {
-    return steps_->wait(group, members, step, deadline());
+  StepEnd wait_for_step(std::int64_t group, const std::vector<int>& members, std::uint64_t step,
+                        Clock::time_point until) override {
+    return steps_->wait(group, members, step, until);
   }
 
   std::vector<int> missing_votes(std::int64_t group, const std::vector<int>& members,
@@ -151,6 +157,7 @@ class LocalTransport final : public Transport, public std::enable_shared_from_th
 
   std::shared_ptr<const Ranks> ranks_;
   std::shared_ptr<LocalSteps> steps_;
+  std::shared_ptr<SharedValues> values_;
 };
 
 /// What ended a rank.
@@ -171,10 +178,8 @@ struct RankFailure {
   std::string reason() const {
     try {
       std::rethrow_exception(error);
-    } catch (const std::exception& e) {
-      return e.what();
     } catch (...) {
-      return "an exception that is no std::exception";
+      return current_error_text();
     }
   }
 };
@@ -213,9 +218,10 @@ std::vector<std::shared_ptr<Communicator>> local_communicators(int num_ranks, co
     transports.push_back(std::make_shared<detail::LocalTransport>(r, num_ranks, options.timeout, device));
   const auto ranks = std::make_shared<const detail::LocalTransport::Ranks>(transports.begin(), transports.end());
   const auto steps = std::make_shared<detail::LocalSteps>();
+  const auto values = std::make_shared<detail::SharedValues>();
   std::vector<std::shared_ptr<Communicator>> communicators;
   for (auto& transport : transports) {
-    transport->join(ranks, steps);
+    transport->join(ranks, steps, values);
     communicators.push_back(detail::MessageCommunicator::world(std::move(transport)));
   }
   return communicators;
@@ -247,13 +253,15 @@ void run_ranks(int num_ranks, const std::function<void(std::shared_ptr<Communica
     std::vector<std::jthread> threads;
     try {
       for (int r = 0; r < num_ranks; ++r) {
-        threads.emplace_back(run, r, std::move(communicators[r]));
+        threads.emplace_back(run, r, communicators[r]);
+        communicators[r].reset();
       }
-    } catch (const std::exception& error) {  // no more threads: the others wait for ranks that never start
-      for (const auto& communicator : communicators) {
-        if (communicator != nullptr) communicator->abort(error.what());
-      }
-      throw;
+    } catch (const std::exception& error) {  // the others wait for ranks that never start
+      const std::string reason =
+          detail::str("run_ranks cannot start a thread for rank ", threads.size(), " of ", num_ranks, ": ",
+                      error.what(), "; the limits of this process on threads (ulimit -u) and memory (ulimit -v) count");
+      communicators[threads.size()]->abort(reason);
+      throw Error(reason);
     }
   }
   if (!failures.empty()) std::rethrow_exception(detail::first_cause(failures).error);

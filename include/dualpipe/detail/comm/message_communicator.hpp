@@ -29,6 +29,7 @@ class MessageCommunicator final : public Communicator {
   int world_rank(int rank) const override { return members_[rank]; }
   at::Device device() const override { return device_; }
   DUALPIPE_DECL Communicator& control() override;
+  SharedValues* shared_values() noexcept override { return transport_->shared_values(); }
   DUALPIPE_DECL void connect(const std::vector<Edge>& edges) override;
   DUALPIPE_DECL Pending send(int peer, Tensors tensors) override;
   DUALPIPE_DECL Pending receive(int peer, const std::optional<Expected>& expected) override;

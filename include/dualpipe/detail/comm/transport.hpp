@@ -36,6 +36,8 @@ class TransportListener {
 /// what is still queued (for at most two seconds), then the goodbye.
 class Transport {
  public:
+  using Clock = std::chrono::steady_clock;
+
   /// @param device  where the tensors are that travel.
   DUALPIPE_DECL Transport(int rank, int size, std::chrono::milliseconds timeout, std::int32_t epoch,
                           at::Device device = at::kCPU);
@@ -78,6 +80,9 @@ class Transport {
   /// `listener` learns of every change from now on, as long as it lives.
   DUALPIPE_DECL void listen(std::weak_ptr<TransportListener> listener);
 
+  /// As Communicator::shared_values().
+  virtual SharedValues* shared_values() noexcept { return nullptr; }
+
   /// The next free group id. Two ranks never use one id for two groups that both belong to. Used by the rank's thread
   /// only.
   std::int64_t next_group() const noexcept { return next_group_; }
@@ -92,9 +97,10 @@ class Transport {
   virtual void spread(int origin, const std::string& reason) noexcept = 0;
   /// Votes for the next step of a group. @return the step, counted from 1
   virtual std::uint64_t vote(std::int64_t group, const std::vector<int>& members, std::string ballot) = 0;
-  /// Returns when the step is no longer open, when a rank that has not voted has left, or at the deadline. After a
-  /// failure it is open no longer.
-  virtual StepEnd wait_for_step(std::int64_t group, const std::vector<int>& members, std::uint64_t step) = 0;
+  /// Returns when the step is no longer open, when a rank that has not voted has left, or at `until`. After a failure it
+  /// is open no longer.
+  virtual StepEnd wait_for_step(std::int64_t group, const std::vector<int>& members, std::uint64_t step,
+                                Clock::time_point until) = 0;
   /// Ranks whose votes for the step have not come.
   virtual std::vector<int> missing_votes(std::int64_t group, const std::vector<int>& members,
                                          std::uint64_t step) const = 0;
@@ -115,10 +121,13 @@ class Transport {
 
   /// What this rank does. Any thread.
   DUALPIPE_DECL RankActivity activity() const;
-  /// Of an operation that begins to wait now.
-  std::chrono::steady_clock::time_point deadline() const { return std::chrono::steady_clock::now() + timeout_; }
 
  private:
+  /// Of a wait that began at `begin`: a warning comes after half of it.
+  Clock::time_point deadline(Clock::time_point begin) const { return begin + timeout_; }
+  Clock::time_point half_time(Clock::time_point begin) const { return begin + timeout_ / 2; }
+  DUALPIPE_DECL void warn_of_wait(const Request& request, const std::vector<int>& missing) const;
+
   /// As in MPI: messages without a receive, or receives without a message.
   struct MatchQueue {
     std::deque<Message> arrived;
@@ -174,7 +183,7 @@ class Transport {
   std::optional<Failure> failure_;
   std::optional<Wait> wait_;
   std::string last_wait_;
-  std::chrono::steady_clock::time_point wait_changed_ = std::chrono::steady_clock::now();
+  Clock::time_point wait_changed_ = std::chrono::steady_clock::now();
   std::weak_ptr<TransportListener> listener_;
   std::atomic<bool> has_listener_{false};
 };

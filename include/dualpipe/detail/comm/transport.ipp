@@ -2,6 +2,8 @@
 
 #include "dualpipe/detail/comm/transport.hpp"
 
+#include <c10/util/Exception.h>
+
 #include <algorithm>
 #include <functional>
 #include <utility>
@@ -135,7 +137,7 @@ bool Transport::succeeded(std::span<const std::shared_ptr<Request>> requests) co
 }
 
 void Transport::wait(std::span<const std::shared_ptr<Request>> requests, const Request& whole) {
-  const auto until = deadline();
+  const auto begin = Clock::now();
   std::unique_lock lock(mutex_);
   const Request* gone = nullptr;
   const auto over = [&] {
@@ -149,7 +151,13 @@ void Transport::wait(std::span<const std::shared_ptr<Request>> requests, const R
   } else {
     begin_wait({.operation = whole.describe(), .requests = {requests.begin(), requests.end()}});
     waiting(true);
-    changed_.wait_until(lock, until, over);
+    if (!changed_.wait_until(lock, half_time(begin), over)) {
+      const std::vector<int> missing = missing_of(requests);
+      lock.unlock();
+      warn_of_wait(whole, missing);
+      lock.lock();
+      changed_.wait_until(lock, deadline(begin), over);
+    }
     waiting(false);
   }
   const std::vector<int> missing = failure_ || gone != nullptr ? std::vector<int>() : missing_of(requests);
@@ -178,12 +186,18 @@ std::vector<std::string> Transport::commit(std::int64_t group, const std::vector
     const std::lock_guard lock(mutex_);
     begin_wait({.operation = whole.describe(), .group = group, .members = members, .step = step});
   }
-  StepEnd end = wait_for_step(group, members, step);
+  const auto begin = Clock::now();
+  const auto is_open = [](const StepEnd& end) { return end.outcome == StepOutcome::open && !end.has_left; };
+  StepEnd end = wait_for_step(group, members, step, half_time(begin));
+  if (is_open(end)) {
+    warn_of_wait(whole, end.missing);
+    end = wait_for_step(group, members, step, deadline(begin));
+  }
   std::optional<CommError> own;
   if (end.outcome == StepOutcome::open) {
     own = end.has_left ? has_left(whole, end.missing.front()) : overdue(whole, end.missing);
     abort(own->origin_rank(), own->what());
-    end = wait_for_step(group, members, step);  // it may have ended since
+    end = wait_for_step(group, members, step, deadline(Clock::now()));  // it may have ended since
   }
   {
     const std::lock_guard lock(mutex_);
@@ -261,6 +275,12 @@ std::vector<int> Transport::missing_of(std::span<const std::shared_ptr<Request>>
   for (const auto& request : requests)
     if (!request->done) missing.push_back(request->peer);
   return missing;
+}
+
+void Transport::warn_of_wait(const Request& request, const std::vector<int>& missing) const {
+  const double half = std::chrono::duration<double>(timeout_).count() / 2;
+  TORCH_WARN(
+      report(request, str("has waited ", half, " s for ", list_of_ranks(missing), " and gives up in ", half, " s")));
 }
 
 CommError Transport::overdue(const Request& request, const std::vector<int>& missing) {

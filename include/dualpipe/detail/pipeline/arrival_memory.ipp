@@ -28,8 +28,7 @@ std::function<Arrivals&()> ArrivalMemory::known_arrivals(std::shared_ptr<const P
     for (const at::Tensor& each : all.take()) key.second.push_back(*each.const_data_ptr<std::int64_t>());
     if (const auto found = learned_.find(key); found != learned_.end()) return found->second;
     if (learned_.size() == max_entries) learned_.clear();
-    return learned_[std::move(key)] = {data_dependent_from_,
-                                       std::vector<std::optional<Signature>>(plan->program.order.size())};
+    return learned_[std::move(key)] = {data_dependent_from_};
   };
 }
 

@@ -2,7 +2,7 @@
 
 #include <limits>
 #include <optional>
-#include <vector>
+#include <unordered_map>
 
 #include "dualpipe/comm/communicator.hpp"
 #include "dualpipe/detail/schedule/dependencies.hpp"
@@ -14,7 +14,8 @@ namespace dualpipe::detail {
 struct Arrivals {
   /// The first stage whose shapes depend on data; max: none.
   int data_dependent_from = std::numeric_limits<int>::max();
-  std::vector<std::optional<Signature>> signatures = {};  ///< by index of the transfer in the program's order
+  std::unordered_map<int, std::optional<Signature>> signatures =
+      {};  ///< by index of the transfer in the program's order
 
   /// The stage whose outputs have the shapes of what is transferred.
   static int shaped_by(const Transfer& transfer) { return boundary_of(transfer.payload, transfer.stage); }

@@ -10,7 +10,7 @@ namespace dualpipe::detail {
 
 /// What one rank does with the batch of a call.
 struct BatchUse {
-  int rank = 0;
+  int rank = 0;  ///< of the world
   bool feeds_inputs = false;
   bool computes_loss = false;  ///< in this call: false in predictions
   int num_micro_batches = 0;   ///< of a whole batch

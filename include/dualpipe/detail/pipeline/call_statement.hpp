@@ -35,8 +35,8 @@ struct CallStatement {
 /// @throws InvalidArgument  another rank does something that is no call of a pipeline, as making one.
 DUALPIPE_DECL std::vector<CallStatement> exchange_statements(Communicator& communicator, const CallStatement& mine);
 
-/// The error of two ranks that pass different values of a member of the batch; `name` as in "inputs", `step` as in
-/// agreement().
+/// The error of two ranks, in numbers of the world, that pass different values of a member of the batch; `name` as in
+/// "inputs", `step` as in agreement().
 DUALPIPE_DECL std::string other_batch(const char* name, int rank, int first, std::int64_t step);
 
 /// What the statements of all ranks say together.
@@ -44,9 +44,11 @@ struct CallAgreement {
   std::int64_t num_micro_batches = 0;    ///< 0: no rank has a batch
   std::vector<std::int64_t> sizes = {};  ///< as in CallStatement; empty: no rank knows
 };
-/// @param step  how many steps were before, -1 where the call does not train.
+/// @param step     how many steps were before, -1 where the call does not train.
+/// @param numbers  of the ranks, as world_ranks() gives them.
 /// @throws InvalidArgument  the findings, or what ranks disagree about; the same text for the same statements.
-DUALPIPE_DECL CallAgreement agreement(const std::vector<CallStatement>& statements, std::int64_t step);
+DUALPIPE_DECL CallAgreement agreement(const std::vector<CallStatement>& statements, std::int64_t step,
+                                      const std::vector<int>& numbers);
 
 }  // namespace dualpipe::detail
 

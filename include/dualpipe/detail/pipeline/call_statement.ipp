@@ -100,53 +100,55 @@ std::string other_batch(const char* name, int rank, int first, std::int64_t step
 
 /// Ranks that pass a member of the batch pass the same, and where one does, all do that need it.
 inline void check_part(const std::vector<CallStatement>& statements, CallStatement::Part CallStatement::* member,
-                       const char* name, const char* use, std::int64_t step) {
+                       const char* name, const char* use, std::int64_t step, const std::vector<int>& numbers) {
   int first = -1;
   for (int rank = 0; rank < static_cast<int>(statements.size()); ++rank) {
     const CallStatement::Part& part = statements[rank].*member;
     if (!part.passed) continue;
     if (first < 0) first = rank;
-    DUALPIPE_CHECK(part.digest == (statements[first].*member).digest, other_batch(name, rank, first, step));
+    DUALPIPE_CHECK(part.digest == (statements[first].*member).digest,
+                   other_batch(name, numbers[rank], numbers[first], step));
   }
   for (int rank = 0; rank < static_cast<int>(statements.size()) && first >= 0; ++rank) {
     const CallStatement::Part& part = statements[rank].*member;
-    DUALPIPE_CHECK(part.passed || !part.needed, "rank ", rank, " got a batch without ", name, ", but it ", use,
-                   " of some micro-batches, and rank ", first, " passes them");
+    DUALPIPE_CHECK(part.passed || !part.needed, "rank ", numbers[rank], " got a batch without ", name, ", but it ", use,
+                   " of some micro-batches, and rank ", numbers[first], " passes them");
   }
 }
 
-CallAgreement agreement(const std::vector<CallStatement>& statements, std::int64_t step) {
+CallAgreement agreement(const std::vector<CallStatement>& statements, std::int64_t step,
+                        const std::vector<int>& numbers) {
   std::vector<std::string> findings;
   for (const CallStatement& statement : statements) findings.push_back(statement.finding);
-  throw_findings(findings);
+  throw_findings(findings, numbers);
 
   CallAgreement agreed;
   int counted = -1;
   std::map<int, std::pair<int, std::uint64_t>> trainable;  // by group: the first rank of it, and what that says
   for (int rank = 0; rank < static_cast<int>(statements.size()); ++rank) {
     const CallStatement& statement = statements[rank];
-    DUALPIPE_CHECK(statement.call == statements[0].call, "ranks call different methods: rank 0 calls ",
-                   call_name(statements[0].call), ", rank ", rank, " calls ", call_name(statement.call),
+    DUALPIPE_CHECK(statement.call == statements[0].call, "ranks call different methods: rank ", numbers[0], " calls ",
+                   call_name(statements[0].call), ", rank ", numbers[rank], " calls ", call_name(statement.call),
                    "; all ranks call them in the same order");
     if (statement.num_micro_batches > 0) {
       if (counted < 0) counted = rank;
       DUALPIPE_CHECK(statement.num_micro_batches == statements[counted].num_micro_batches,
-                     "ranks disagree about the batch: that of rank ", counted, " has ",
-                     statements[counted].num_micro_batches, " micro-batches, that of rank ", rank, " has ",
+                     "ranks disagree about the batch: that of rank ", numbers[counted], " has ",
+                     statements[counted].num_micro_batches, " micro-batches, that of rank ", numbers[rank], " has ",
                      statement.num_micro_batches);
       agreed.num_micro_batches = statement.num_micro_batches;
     }
     if (agreed.sizes.empty()) agreed.sizes = statement.sizes;
     for (const auto& [group, digest] : statement.trainable) {
       const auto& [other, expected] = trainable.try_emplace(group, rank, digest).first->second;
-      DUALPIPE_CHECK(digest == expected, "ranks ", other, " and ", rank,
+      DUALPIPE_CHECK(digest == expected, "ranks ", numbers[other], " and ", numbers[rank],
                      " hold the same stages, but other parameters of them require grad; freeze a stage on all ranks "
                      "that hold it");
     }
   }
-  check_part(statements, &CallStatement::inputs, "inputs", "feeds the first stage", step);
-  check_part(statements, &CallStatement::targets, "targets", "computes the loss", step);
-  check_part(statements, &CallStatement::extras, "extras", "uses them", step);
+  check_part(statements, &CallStatement::inputs, "inputs", "feeds the first stage", step, numbers);
+  check_part(statements, &CallStatement::targets, "targets", "computes the loss", step, numbers);
+  check_part(statements, &CallStatement::extras, "extras", "uses them", step, numbers);
   return agreed;
 }
 

@@ -39,6 +39,8 @@ void DualPipeImpl::add_observer(std::shared_ptr<Observer> observer) {
   state_->add_observer(std::move(observer));
 }
 
+void DualPipeImpl::write_record(const std::string& path) const { state_->write_record(path); }
+
 const Schedule& DualPipeImpl::schedule() const { return state_->schedule(); }
 
 std::vector<int> DualPipeImpl::local_stages() const {

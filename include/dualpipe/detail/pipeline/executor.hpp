@@ -4,11 +4,14 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/detail/comm/shared_values.hpp"
 #include "dualpipe/detail/config.hpp"
 #include "dualpipe/detail/pipeline/arrivals.hpp"
+#include "dualpipe/detail/pipeline/flight_recorder.hpp"
 #include "dualpipe/detail/pipeline/pair_orders.hpp"
 #include "dualpipe/detail/pipeline/recorder.hpp"
 #include "dualpipe/pipeline/batch.hpp"
@@ -21,12 +24,15 @@ namespace dualpipe {
 
 namespace detail {
 
-/// A schedule with the program it was lowered to, proven to finish.
+/// A schedule with the program it was lowered to, proven to finish. Ranks that are threads of one process share one.
 struct Plan {
+  std::string key;  ///< what it was made of: equal plans have equal keys
   Schedule schedule;
-  Program program;
+  std::uint64_t checksum = 0;  ///< of the schedule
+  Program program;             ///< of a rank that is a process: its own instructions only
   Publish publish = Publish::early;
-  std::vector<int> placement;  ///< rank of (stage, micro_batch), at stage * num_micro_batches + micro_batch
+  std::vector<int> placement;             ///< rank of (stage, micro_batch), at stage * num_micro_batches + micro_batch
+  std::vector<Communicator::Edge> edges;  ///< that transfers use
 
   int rank_of(int stage, int micro_batch) const {
     return placement[static_cast<std::size_t>(stage) * schedule.num_micro_batches + micro_batch];
@@ -37,6 +43,22 @@ struct Plan {
 /// @param ready  as in `lower`; the same on all ranks, as it decides the order of transfers.
 /// @throws InvalidArgument  as `lower` and `dry_run` do.
 DUALPIPE_DECL Plan make_plan(Schedule schedule, Publish publish, const PairReady& ready = {});
+/// Made by one of the ranks that are threads of this process, for all of them; elsewhere without what other ranks do.
+///
+/// @param make  gives the plan; `key` says all that it depends on.
+template <class Make>
+std::shared_ptr<const Plan> plan_of_rank(Communicator& communicator, const std::string& key, const Make& make) {
+  const auto made = [&] {
+    Plan plan = make();
+    plan.key = key;
+    return plan;
+  };
+  if (SharedValues* const values = communicator.control().shared_values()) return values->get<Plan>(key, made);
+  auto plan = std::make_shared<Plan>(made());
+  for (int rank = 0; rank < std::ssize(plan->program.ranks); ++rank)
+    if (rank != communicator.rank()) std::vector<Instruction>().swap(plan->program.ranks[rank]);
+  return plan;
+}
 /// Where pairs have their results if stages have collectives: the gradient first, the activation behind the last
 /// collective of the forward.
 inline constexpr PairReady communicating_pair{.activation = 1, .gradient = 0.75};
@@ -74,7 +96,9 @@ struct RunOutputs {
 class Executor {
  public:
   /// @param stages  those this rank holds, by their number; copied, so that nodes added later have no effect.
-  DUALPIPE_DECL Executor(std::shared_ptr<Communicator> communicator, std::map<int, Stage> stages);
+  /// @param flight  outlives this.
+  DUALPIPE_DECL Executor(std::shared_ptr<Communicator> communicator, std::map<int, Stage> stages,
+                         FlightRecorder& flight);
   Executor(const Executor&) = delete;
   Executor& operator=(const Executor&) = delete;
 
@@ -89,6 +113,7 @@ class Executor {
  private:
   std::shared_ptr<Communicator> communicator_;
   std::map<int, Stage> stages_;
+  FlightRecorder& flight_;
   PairOrders orders_;
   bool fills_waits_ = false;  ///< see RunContext
 };

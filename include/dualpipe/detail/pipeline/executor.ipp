@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <memory>
+#include <set>
 #include <utility>
 
+#include "dualpipe/detail/pipeline/digest.hpp"
 #include "dualpipe/detail/pipeline/overlap.hpp"
 #include "dualpipe/detail/pipeline/run_context.hpp"
 #include "dualpipe/detail/pipeline/step_run.hpp"
@@ -25,7 +27,7 @@ class ProgramRun {
       switch (what) {
         case Instruction::Do::compute:
           compute(step);
-          ++cell_;
+          ++context_.cell;
           break;
         case Instruction::Do::wait:
           before_waiting_for(transfers_.receive(transfer));
@@ -49,12 +51,14 @@ class ProgramRun {
  private:
   void compute(const Step& step) {
     const auto range = context_.recorder.range([&] { return to_string(step); });
+    const FlightRecorder::Id id = context_.flight.start({.step = step});
     const Mark begin = context_.recorder.mark();
     if (overlap_.trailing_feeds(step)) finish_trailing();
     std::unique_ptr<StepRun> running = overlap_.take_ahead();
-    if (running == nullptr) running = std::make_unique<StepRun>(context_, step, cell_);
+    if (running == nullptr) running = std::make_unique<StepRun>(context_, step, context_.cell);
     const bool trails = run(*running) == StepRun::Event::trails;
-    context_.recorder.record(Lane::compute, step, begin, context_.recorder.mark());
+    running->record_step(step, begin);
+    context_.flight.end(id);
     if (!trails) return;
     finish_trailing();
     overlap_.trail(std::move(running));
@@ -77,7 +81,7 @@ class ProgramRun {
           step.wait();
           break;
         case StepRun::Event::weights_left:
-          overlap_.launch_ahead(next_, cell_);
+          overlap_.launch_ahead(next_, context_.cell);
           step.run_weight_part();
           break;
         case StepRun::Event::trails:
@@ -109,7 +113,6 @@ class ProgramRun {
   Transfers transfers_;
   Overlap overlap_;
   std::size_t next_ = 0;  // instruction to come
-  int cell_ = 0;          // step under way
 };
 
 Plan make_plan(Schedule schedule, Publish publish, const PairReady& ready) {
@@ -118,12 +121,18 @@ Plan make_plan(Schedule schedule, Publish publish, const PairReady& ready) {
   dry_run(plan.program);
   plan.publish = publish;
   plan.placement = placement(schedule);
+  std::set<Communicator::Edge> edges;
+  for (const Transfer& transfer : plan.program.order) edges.insert({transfer.from, transfer.to});
+  plan.edges.assign(edges.begin(), edges.end());
+  Digest digest;
+  digest.add(to_csv(schedule));
+  plan.checksum = digest.value();
   plan.schedule = std::move(schedule);
   return plan;
 }
 
-Executor::Executor(std::shared_ptr<Communicator> communicator, std::map<int, Stage> stages)
-    : communicator_(std::move(communicator)), stages_(std::move(stages)) {
+Executor::Executor(std::shared_ptr<Communicator> communicator, std::map<int, Stage> stages, FlightRecorder& flight)
+    : communicator_(std::move(communicator)), stages_(std::move(stages)), flight_(flight) {
   const bool host_waits = communicator_->device().is_cpu() && communicator_->device_trace() == nullptr;
   fills_waits_ = host_waits && std::any_of(stages_.begin(), stages_.end(),
                                            [](const auto& entry) { return entry.second.communicates(); });
@@ -132,7 +141,7 @@ Executor::Executor(std::shared_ptr<Communicator> communicator, std::map<int, Sta
 RunOutputs Executor::run(const Plan& plan, const RunInputs& inputs,
                          const std::vector<std::shared_ptr<Observer>>& observers) {
   const auto recorder = std::make_shared<Recorder>(*communicator_, observers);
-  RunContext context{*communicator_, stages_, orders_, plan, inputs, *recorder, fills_waits_};
+  RunContext context{*communicator_, stages_, orders_, plan, inputs, *recorder, flight_, fills_waits_};
   ProgramRun run(context);
   run();
   context.outputs.recorder = recorder;

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <list>
 #include <memory>
+#include <utility>
 
 #include "dualpipe/detail/pipeline/executor.hpp"
 
@@ -11,7 +12,9 @@ namespace dualpipe::detail {
 /// The forward-only plans of a training schedule, by number of micro-batches. The most recently used are kept.
 class ForwardPlans {
  public:
-  ForwardPlans(Schedule training, Publish publish) : training_(std::move(training)), publish_(publish) {}
+  /// @param communicator  outlives this.
+  ForwardPlans(Communicator& communicator, std::shared_ptr<const Plan> training)
+      : communicator_(communicator), training_(std::move(training)) {}
 
   std::shared_ptr<const Plan> of(int num_micro_batches) {
     for (auto entry = recent_.begin(); entry != recent_.end(); ++entry) {
@@ -19,7 +22,9 @@ class ForwardPlans {
       recent_.splice(recent_.begin(), recent_, entry);
       return recent_.front();
     }
-    recent_.push_front(std::make_shared<const Plan>(make_plan(forward_only(training_, num_micro_batches), publish_)));
+    recent_.push_front(plan_of_rank(communicator_, str("forward ", num_micro_batches, " of ", training_->key), [&] {
+      return make_plan(forward_only(training_->schedule, num_micro_batches), training_->publish);
+    }));
     if (recent_.size() > max_plans) recent_.pop_back();
     return recent_.front();
   }
@@ -27,8 +32,8 @@ class ForwardPlans {
  private:
   static constexpr std::size_t max_plans = 8;
 
-  Schedule training_;
-  Publish publish_;
+  Communicator& communicator_;
+  std::shared_ptr<const Plan> training_;
   std::list<std::shared_ptr<const Plan>> recent_;
 };
 

@@ -21,7 +21,10 @@ class Observers {
   const std::vector<std::shared_ptr<Observer>>& all() const noexcept { return all_; }
 
   void begin(std::int64_t step) const {
-    for (const auto& observer : all_) observer->begin(step);
+    for (const auto& observer : all_) {
+      const std::string error = finding_of([&] { observer->begin(step); });
+      if (!error.empty()) throw Error(str("an observer threw at the beginning of step ", step, ": ", error));
+    }
   }
   /// Reports the intervals that were outstanding. Called before the vote, so that what an observer throws ends the step
   /// on all ranks. With any observer the host waits for the device.

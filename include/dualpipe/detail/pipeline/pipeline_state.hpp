@@ -10,11 +10,14 @@
 
 #include "dualpipe/comm/communicator.hpp"
 #include "dualpipe/config.hpp"
+#include "dualpipe/detail/comm/agree.hpp"
 #include "dualpipe/detail/config.hpp"
+#include "dualpipe/detail/files.hpp"
 #include "dualpipe/detail/pipeline/arrival_memory.hpp"
 #include "dualpipe/detail/pipeline/call_statement.hpp"
 #include "dualpipe/detail/pipeline/device_hash.hpp"
 #include "dualpipe/detail/pipeline/executor.hpp"
+#include "dualpipe/detail/pipeline/flight_recorder.hpp"
 #include "dualpipe/detail/pipeline/forward_plans.hpp"
 #include "dualpipe/detail/pipeline/health.hpp"
 #include "dualpipe/detail/pipeline/observers.hpp"
@@ -37,7 +40,10 @@ class PipelineState {
   DUALPIPE_DECL StepResult evaluate(const Batch& batch, const LossFn& loss, const torch::nn::Module& module);
   DUALPIPE_DECL Tensors predict(const Batch& batch, const torch::nn::Module& module);
   DUALPIPE_DECL at::Tensor clip_grad_norm(double max_norm);
-  void broadcast_parameters() { replicas_->broadcast(); }
+  void broadcast_parameters() {
+    health_.watched([&] { flight_.together("broadcast of parameters", [&] { replicas_->broadcast(); }); });
+  }
+  void write_record(const std::string& path) const { write_file(path, flight_.to_json()); }
   void add_observer(std::shared_ptr<Observer> observer) { observers_.add(std::move(observer)); }
 
   const Schedule& schedule() const noexcept { return training_->schedule; }
@@ -51,6 +57,7 @@ class PipelineState {
   int rank() const { return communicator_->rank(); }
   bool runs_stage(int stage) const { return stages().count(stage) != 0; }
   DUALPIPE_DECL std::vector<Communicator::Edge> edges() const;
+  std::vector<int> numbers() const { return world_ranks(*communicator_); }
 
   /// Collective: how every call begins. Prepares the batch and compares notes with the other ranks.
   ///
@@ -68,6 +75,7 @@ class PipelineState {
 
   std::shared_ptr<Communicator> communicator_;
   DualPipeOptions options_;
+  FlightRecorder flight_;
   Health health_;
   Observers observers_;
   std::shared_ptr<const Plan> training_;

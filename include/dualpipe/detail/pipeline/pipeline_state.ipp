@@ -4,9 +4,12 @@
 
 #include <ATen/ATen.h>
 
+#include <array>
+#include <filesystem>
 #include <limits>
 #include <optional>
 #include <set>
+#include <system_error>
 #include <utility>
 
 #include "dualpipe/detail/comm/agree.hpp"
@@ -54,40 +57,63 @@ inline LossFn trainable_loss(const LossFn& loss) {
   };
 }
 
+inline std::shared_ptr<Communicator> not_null(std::shared_ptr<Communicator> communicator) {
+  DUALPIPE_CHECK(communicator != nullptr, "DualPipe needs a communicator");
+  return communicator;
+}
+
+/// Where the rank leaves its record; empty where the options name no folder.
+inline std::string record_path(const DualPipeOptions& options, const Communicator& communicator) {
+  if (options.record_to.empty()) return {};
+  return str(options.record_to, "/rank-", communicator.world_rank(communicator.rank()), ".json");
+}
+
+/// @throws InvalidArgument  with the path and the reason.
+inline void make_folder(const std::string& path) {
+  std::error_code error;
+  if (!path.empty()) std::filesystem::create_directories(path, error);
+  DUALPIPE_CHECK(!error, "record_to: cannot make the folder ", path, ": ", error.message());
+}
+
 PipelineState::PipelineState(std::shared_ptr<Communicator> communicator, DualPipeOptions options,
                              const StageFactory& factory)
-    : communicator_(std::move(communicator)), options_(std::move(options)), health_(communicator_) {
-  DUALPIPE_CHECK(communicator_ != nullptr, "DualPipe needs a communicator");
+    : communicator_(not_null(std::move(communicator))),
+      options_(std::move(options)),
+      flight_(communicator_->world_rank(communicator_->rank()), numbers()),
+      health_(communicator_, flight_, record_path(options_, *communicator_)) {
   Communicator& comm = *communicator_;
-  Plan plan;
-  agree_that_fine(comm, finding_of([&] { plan = training_plan(options_, comm.size()); }));
-  agree_on(comm, "options", describe(options_, plan.schedule));
+  agree_that_fine(comm, finding_of([&] {
+                    make_folder(options_.record_to);
+                    training_ = training_plan(options_, comm);
+                  }));
+  agree_on(comm, "options", describe(options_, *training_));
 
   std::map<int, Stage> stages;
-  agree_that_fine(comm, finding_of([&] { stages = made_stages(plan.schedule, comm, factory); }));
+  agree_that_fine(comm, finding_of([&] { stages = made_stages(schedule(), comm, factory); }));
   const StageTraits traits = traits_of_all(comm, stages);
   // A pair of stages with collectives has its results in another order, and all ranks must send in the same one.
-  if (traits.communicate) plan = make_plan(std::move(plan.schedule), options_.publish, communicating_pair);
+  if (traits.communicate) training_ = communicating_plan(*training_, comm);
+  flight_.describe(schedule().name, schedule().num_stages, schedule().num_micro_batches, traits.run);
 
-  training_ = std::make_shared<const Plan>(std::move(plan));
-  forward_ = std::make_unique<ForwardPlans>(schedule(), options_.publish);
+  forward_ = std::make_unique<ForwardPlans>(comm, training_);
   forward_->of(options_.num_micro_batches);
   arrivals_ = std::make_unique<ArrivalMemory>(communicator_, traits.data_dependent_from);
   parameters_ = unique_parameters(stages);
   loss_ranks_ = holders(schedule(), schedule().num_stages - 1);
-  executor_ = std::make_unique<Executor>(communicator_, std::move(stages));
+  executor_ = std::make_unique<Executor>(communicator_, std::move(stages), flight_);
 }
 
 void PipelineState::start() {
-  communicator_->connect(edges());
-  replicas_ = std::make_unique<Replicas>(*communicator_, schedule(), stages());
-  replicas_->broadcast();
+  flight_.together("connect", [&] { communicator_->connect(edges()); });
+  flight_.together("broadcast of parameters", [&] {
+    replicas_ = std::make_unique<Replicas>(*communicator_, schedule(), stages());
+    replicas_->broadcast();
+  });
   for (const auto& [number, stage] : stages()) stage.freeze(communicator_->world_rank(rank()), number);
 }
 
 std::vector<Communicator::Edge> PipelineState::edges() const {
-  std::set<Communicator::Edge> all;
-  for (const Transfer& transfer : training_->program.order) all.insert({transfer.from, transfer.to});
+  std::set<Communicator::Edge> all(training_->edges.begin(), training_->edges.end());
   for (const int from : loss_ranks_)
     for (const int to : loss_ranks_)
       if (from != to) all.insert({from, to});
@@ -96,15 +122,16 @@ std::vector<Communicator::Edge> PipelineState::edges() const {
 
 CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* loss, RunInputs& inputs) {
   health_.require();
+  flight_.set_step(step_);
   const bool trains = call == Call::step;
   CallStatement mine;
   mine.call = call;
   mine.finding = finding_of([&] {
     const std::string before = observers_.take_error();
     DUALPIPE_CHECK(before.empty(), before);
-    DUALPIPE_CHECK(loss == nullptr || *loss || !computes_loss(), "rank ", rank(),
+    DUALPIPE_CHECK(loss == nullptr || *loss || !computes_loss(), "rank ", communicator_->world_rank(rank()),
                    " computes the loss but got no loss function");
-    const BatchUse use{.rank = rank(),
+    const BatchUse use{.rank = communicator_->world_rank(rank()),
                        .feeds_inputs = feeds_inputs(),
                        .computes_loss = loss != nullptr && computes_loss(),
                        .num_micro_batches = options_.num_micro_batches,
@@ -114,10 +141,15 @@ CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* 
     inputs.micro_batches = prepare(batch, use, mine);
     if (trains) mine.trainable = replicas_->trainable();
   });
-  const auto statements = health_.guarded([&] { return exchange_statements(*communicator_, mine); });
-  const CallAgreement agreed = agreement(statements, trains ? step_ : -1);
+  constexpr std::array names{"begin of step()", "begin of evaluate()", "begin of predict()"};
+  const auto statements = health_.guarded([&] {
+    return flight_.together(names[static_cast<std::size_t>(call)],
+                            [&] { return exchange_statements(*communicator_, mine); });
+  });
+  const CallAgreement agreed = agreement(statements, trains ? step_ : -1, numbers());
   if (trains && options_.compare_replicas_every > 0 && step_ % options_.compare_replicas_every == 0) {
-    const std::string difference = health_.guarded([&] { return replicas_->difference(); });
+    const std::string difference = health_.guarded(
+        [&] { return flight_.together("comparison of copies", [&] { return replicas_->difference(); }); });
     DUALPIPE_CHECK(difference.empty(), difference);
   }
   inputs.training = trains;
@@ -158,20 +190,22 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
     gradients.emplace(parameters_);
     buffers.emplace(module);
     RunOutputs outputs = executor_->run(*training_, inputs, observers_.all());
-    replicas_->sum_gradients();
-    replicas_->broadcast_buffers();
+    flight_.together("sum of gradients", [&] {
+      replicas_->sum_gradients();
+      replicas_->broadcast_buffers();
+    });
     gradients->add_up();
     observers_.finish(*communicator_, outputs);
     StepVote all;
     Pending end;
     if (options_.asynchronous) {
       const MemberHashes before = std::exchange(last_hashes_, std::move(hashes)).values();
-      all = vote_ahead(*communicator_, outputs, count, before, end);
+      all = flight_.together("vote", [&] { return vote_ahead(*communicator_, outputs, count, before, end); });
     } else {
       communicator_->fence().synchronize();  // the only wait of the host for a device
-      all = vote(*communicator_, outputs, count, hashes.values());
+      all = flight_.together("vote", [&] { return vote(*communicator_, outputs, count, hashes.values()); });
     }
-    check_hashes(all.hashes, options_.asynchronous ? number - 1 : number);
+    check_hashes(all.hashes, options_.asynchronous ? number - 1 : number, numbers());
     gradients->commit();
     buffers->commit();
     if (end && end.done()) end = {};
@@ -195,8 +229,8 @@ StepResult PipelineState::evaluate(const Batch& batch, const LossFn& loss, const
     DeviceHashes hashes(*communicator_, batch);
     RunOutputs outputs = run_forward(forward_->of(count), inputs, module);
     communicator_->fence().synchronize();
-    StepVote all = vote(*communicator_, outputs, count, hashes.values());
-    check_hashes(all.hashes, -1);
+    StepVote all = flight_.together("vote", [&] { return vote(*communicator_, outputs, count, hashes.values()); });
+    check_hashes(all.hashes, -1, numbers());
     return result(std::move(all.losses), std::move(outputs), count, {});
   });
 }
@@ -209,25 +243,32 @@ Tensors PipelineState::predict(const Batch& batch, const torch::nn::Module& modu
     const auto plan = forward_->of(static_cast<int>(agreed.num_micro_batches));
     DeviceHashes hashes(*communicator_, batch);
     RunOutputs outputs = run_forward(plan, inputs, module);
-    std::string finding;
-    if (computes_loss()) {
-      const auto all = gather_outputs(*communicator_, *plan, loss_ranks_, std::move(outputs.outputs));
-      finding = finding_of([&] { merged = merge_outputs(all, agreed.sizes, options_); });
-    }
-    std::vector<std::string> found = all_gather_text(*communicator_, finding);
+    std::vector<std::string> found = flight_.together("merge of predictions", [&] {
+      std::string finding;
+      if (computes_loss()) {
+        const auto all = gather_outputs(*communicator_, *plan, loss_ranks_, std::move(outputs.outputs));
+        finding = finding_of([&] { merged = merge_outputs(all, agreed.sizes, options_); });
+      }
+      return all_gather_text(*communicator_, finding);
+    });
     communicator_->fence().synchronize();
-    check_hashes(vote(*communicator_, {}, 0, hashes.values()).hashes, -1);
+    const StepVote all = flight_.together("vote", [&] { return vote(*communicator_, {}, 0, hashes.values()); });
+    check_hashes(all.hashes, -1, numbers());
     return found;
   });
-  throw_findings(findings);
+  throw_findings(findings, numbers());
   return merged;
 }
 
 at::Tensor PipelineState::clip_grad_norm(double max_norm) {
   CallStatement mine;
   mine.call = Call::clip_grad_norm;
-  agreement(exchange_statements(*communicator_, mine), -1);
-  return dualpipe::clip_grad_norm(*communicator_, replicas_->counted_parameters(), parameters_, max_norm);
+  return health_.watched([&] {
+    return flight_.together("clip_grad_norm_", [&] {
+      agreement(exchange_statements(*communicator_, mine), -1, numbers());
+      return dualpipe::clip_grad_norm(*communicator_, replicas_->counted_parameters(), parameters_, max_norm);
+    });
+  });
 }
 
 StepResult PipelineState::result(at::Tensor losses, RunOutputs outputs, int num_micro_batches, Pending end) {

@@ -3,8 +3,11 @@
 #include "dualpipe/detail/pipeline/recorder.hpp"
 
 #include <chrono>
+#include <exception>
 #include <thread>
 #include <utility>
+
+#include "dualpipe/detail/error_text.hpp"
 
 namespace dualpipe::detail {
 
@@ -36,7 +39,13 @@ void Recorder::tell(Late& late) const {
   if (late.interval.lane == Lane::collective && span.end <= span.begin) return;
   late.interval.begin = span.begin;
   late.interval.end = span.end;
-  for (const auto& observer : observers_) observer->record(late.interval);
+  try {
+    for (const auto& observer : observers_) observer->record(late.interval);
+  } catch (...) {
+    const std::string text = current_error_text();
+    std::throw_with_nested(Error(str("an observer threw when it was told of ", to_string(late.interval.step),
+                                     late.interval.node.empty() ? "" : " " + late.interval.node, ": ", text)));
+  }
 }
 
 void Recorder::finish() {

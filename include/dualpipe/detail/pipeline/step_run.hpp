@@ -38,6 +38,8 @@ class StepRun {
   DUALPIPE_DECL const Op* ahead_op() const;
   /// Before the step's turn, when what its backward takes is there: goes as far as launching that collective.
   DUALPIPE_DECL void launch_ahead();
+  /// Tells the observers of the step as a whole.
+  DUALPIPE_DECL void record_step(const Step& step, const Mark& begin);
   /// So `later` may take its results.
   DUALPIPE_DECL bool shares_micro_batch(const Step& later) const;
 

@@ -87,7 +87,14 @@ StepRun::Event StepRun::advance() {
 }
 
 void StepRun::wait() {
-  explained([&] { record_received(pair_->wait()); });
+  explained([&] {
+    FlightRecorder::Operation operation{.kind = FlightRecorder::Kind::collective};
+    operation.step = forward_op_ ? Step{*forward_op_, backward_op_} : Step{*backward_op_, {}};
+    const FlightRecorder::Id id = context_.flight.start(operation);
+    const PairEvent event = pair_->wait();
+    context_.flight.end(id);
+    record_received(event);
+  });
 }
 
 bool StepRun::run_weight_part() {
@@ -118,6 +125,13 @@ void StepRun::launch_ahead() {
     own_.reset();
     for (std::size_t n = order_->launch_ahead; n-- > 0;) advance();
   });
+}
+
+void StepRun::record_step(const Step& step, const Mark& begin) {
+  if (!context_.recorder.on()) return;
+  own_ = {forward_op_ ? PairSide::forward : PairSide::backward, -1};
+  explained([&] { context_.recorder.record(Lane::compute, step, begin, context_.recorder.mark()); });
+  own_.reset();
 }
 
 bool StepRun::shares_micro_batch(const Step& later) const {
@@ -263,15 +277,15 @@ void StepRun::rethrow_explained() const {
     std::throw_with_nested(CommError(error.origin_rank(), error.operation(), explain(error.what())));
   } catch (const InvalidArgument& error) {
     std::throw_with_nested(InvalidArgument(explain(error.what())));
-  } catch (const std::exception& error) {
-    std::throw_with_nested(Error(explain(message_of(error))));
   } catch (...) {
-    std::throw_with_nested(Error(explain("an exception that is no std::exception")));
+    std::throw_with_nested(Error(explain(current_error_text())));
   }
 }
 
 std::string StepRun::explain(const std::string& what) const {
-  const PairOp at = own_ ? *own_ : pair_->at();
+  // Before the first op and behind the last one: the side that is named first.
+  const PairSide first = forward_op_ ? PairSide::forward : PairSide::backward;
+  const PairOp at = own_ ? *own_ : pair_ ? pair_->at() : PairOp{first, -1};
   const Op& op = op_of(at.side);
   const Stage& stage = context_.stage_of(op);
   std::string node;
@@ -279,17 +293,13 @@ std::string StepRun::explain(const std::string& what) const {
     if (forward_) node = forward_->run().node_name();
   } else if (at.side == PairSide::weight) {
     node = stage.chain_name(at.node);
-  } else if (!own_) {
+  } else if (!own_ && backward_) {
     node = stage.chain_name(backward_->run().node());
   }
   node = !node.empty() && stage.node_names().size() > 1 ? ", node " + node : "";
-  std::vector<int> numbers;
-  for (int rank = 0; rank < context_.communicator.size(); ++rank)
-    numbers.push_back(context_.communicator.world_rank(rank));
   const Pass pass = at.side == PairSide::weight ? Pass::BackwardWeight : op.pass;
-  return str("rank ", context_.world_rank(), ": ", pass_name(pass), " of stage ", op.stage, node, ", micro-batch ",
-             op.micro_batch, ": ", what, "\n  ",
-             cells_around(context_.plan.schedule, context_.rank(), cell_, 2, numbers));
+  return context_.explained(
+      str(pass_name(pass), " of stage ", op.stage, node, ", micro-batch ", op.micro_batch, ": ", what), cell_);
 }
 
 }  // namespace dualpipe::detail

@@ -1,7 +1,9 @@
 #pragma once
 
+#include <cstdint>
 #include <limits>
 #include <map>
+#include <memory>
 #include <string>
 
 #include "dualpipe/config.hpp"
@@ -11,15 +13,18 @@
 namespace dualpipe::detail {
 
 /// The plan of a training step that the options ask for. @throws InvalidArgument
-DUALPIPE_DECL Plan training_plan(const DualPipeOptions& options, int num_ranks);
+DUALPIPE_DECL std::shared_ptr<const Plan> training_plan(const DualPipeOptions& options, Communicator& communicator);
+/// The same schedule where stages have collectives.
+DUALPIPE_DECL std::shared_ptr<const Plan> communicating_plan(const Plan& plan, Communicator& communicator);
 
 /// The options and the schedule made of them, as far as all ranks must have the same.
-DUALPIPE_DECL std::string describe(const DualPipeOptions& options, const Schedule& schedule);
+DUALPIPE_DECL std::string describe(const DualPipeOptions& options, const Plan& plan);
 
 /// What every rank must know of the stages of all ranks.
 struct StageTraits {
   bool communicate = false;                                   ///< some stage has a collective
   int data_dependent_from = std::numeric_limits<int>::max();  ///< the first whose shapes depend on data
+  std::int64_t run = 0;  ///< tells this pipeline from others: a time of the first rank
 };
 /// Collective.
 ///

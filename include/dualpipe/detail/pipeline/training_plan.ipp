@@ -3,18 +3,24 @@
 #include "dualpipe/detail/pipeline/training_plan.hpp"
 
 #include <algorithm>
+#include <filesystem>
 #include <sstream>
+#include <system_error>
 #include <utility>
 
 #include "dualpipe/detail/comm/agree.hpp"
+#include "dualpipe/detail/files.hpp"
 #include "dualpipe/detail/pipeline/digest.hpp"
+#include "dualpipe/detail/pipeline/flight_recorder.hpp"
 #include "dualpipe/detail/pipeline/merge_outputs.hpp"
 #include "dualpipe/schedule/check.hpp"
+#include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/load.hpp"
 
 namespace dualpipe::detail {
 
-Plan training_plan(const DualPipeOptions& options, int num_ranks) {
+std::shared_ptr<const Plan> training_plan(const DualPipeOptions& options, Communicator& communicator) {
+  const int num_ranks = communicator.size();
   DUALPIPE_CHECK(options.num_micro_batches >= 1, "num_micro_batches must be at least 1, got ",
                  options.num_micro_batches);
   DUALPIPE_CHECK(options.num_ranks == 0 || options.num_ranks == num_ranks, "num_ranks is ", options.num_ranks,
@@ -25,18 +31,33 @@ Plan training_plan(const DualPipeOptions& options, int num_ranks) {
                  options.compare_replicas_every);
   for (const Merge& merge : options.merge_outputs)
     DUALPIPE_CHECK(merge.dim >= 0, "merge_outputs: dim must not be negative, got ", merge.dim);
-  Schedule schedule = load_schedule({options.schedule, num_ranks, options.num_micro_batches, options.chunks_per_rank});
-  check(schedule);
-  return make_plan(std::move(schedule), options.publish);
+  const ScheduleSpec spec{options.schedule, num_ranks, options.num_micro_batches, options.chunks_per_rank};
+  const auto make = [&] {
+    Schedule schedule = load_schedule(spec);
+    check(schedule);
+    return make_plan(std::move(schedule), options.publish);
+  };
+  std::string key = str(spec.kind, " with ", spec.num_ranks, " ranks, ", spec.num_micro_batches, " micro-batches, ",
+                        spec.chunks_per_rank, " chunks, ", options.publish == Publish::early ? "early" : "atomic");
+  std::error_code ignored;
+  if (!is_schedule_kind(spec.kind) && std::filesystem::exists(spec.kind, ignored)) {
+    Digest digest;  // a file may have changed
+    digest.add(read_file(spec.kind));
+    key += str(", checksum ", digest.value());
+  }
+  return plan_of_rank(communicator, key, make);
 }
 
-std::string describe(const DualPipeOptions& options, const Schedule& schedule) {
-  Digest digest;
-  digest.add(to_csv(schedule));
+std::shared_ptr<const Plan> communicating_plan(const Plan& plan, Communicator& communicator) {
+  return plan_of_rank(communicator, plan.key + ", with collectives",
+                      [&] { return make_plan(plan.schedule, plan.publish, communicating_pair); });
+}
+
+std::string describe(const DualPipeOptions& options, const Plan& plan) {
   std::string merges;
   for (const Merge& merge : options.merge_outputs) merges += (merges.empty() ? "" : ", ") + merge_text(merge);
   return str("num_micro_batches ", options.num_micro_batches, ", schedule ", options.schedule, " (checksum ",
-             digest.value(), "), publish ", options.publish == Publish::early ? "early" : "atomic", ", loss_reduction ",
+             plan.checksum, "), publish ", options.publish == Publish::early ? "early" : "atomic", ", loss_reduction ",
              options.loss_reduction == LossReduction::mean ? "mean" : "sum", ", batch_dim ", options.batch_dim,
              ", merge_outputs [", merges, "], compare_replicas_every ", options.compare_replicas_every);
 }
@@ -47,11 +68,12 @@ StageTraits traits_of_all(Communicator& communicator, const std::map<int, Stage>
     if (stage.communicates()) traits.communicate = true;
     if (stage.has_data_dependent_shapes()) traits.data_dependent_from = std::min(traits.data_dependent_from, number);
   }
-  const std::string mine = str(traits.communicate ? 1 : 0, ' ', traits.data_dependent_from);
+  const std::string mine = str(traits.communicate ? 1 : 0, ' ', traits.data_dependent_from, ' ', wall_clock_ns());
   for (const std::string& text : all_gather_text(communicator, mine)) {
     std::istringstream words(text);
     StageTraits theirs;
-    words >> theirs.communicate >> theirs.data_dependent_from;
+    words >> theirs.communicate >> theirs.data_dependent_from >> theirs.run;
+    if (traits.run == 0) traits.run = theirs.run;
     traits.communicate = traits.communicate || theirs.communicate;
     traits.data_dependent_from = std::min(traits.data_dependent_from, theirs.data_dependent_from);
   }

@@ -31,13 +31,18 @@ class Transfers {
   DUALPIPE_DECL void release(int index);
 
  private:
-  using Pendings = std::unordered_map<int, Pending>;
+  struct Issued {
+    Pending pending;
+    FlightRecorder::Id id = 0;
+  };
+  using IssuedTransfers = std::unordered_map<int, Issued>;
 
-  static const Pending* find(const Pendings& pendings, int index) {
-    const auto found = pendings.find(index);
-    return found == pendings.end() ? nullptr : &found->second;
+  static const Pending* find(const IssuedTransfers& transfers, int index) {
+    const auto found = transfers.find(index);
+    return found == transfers.end() ? nullptr : &found->second.pending;
   }
-  DUALPIPE_DECL Pending sent(const Transfer& transfer);
+  DUALPIPE_DECL Issued received(int index);
+  DUALPIPE_DECL Issued sent(int index);
   /// What must come, if earlier runs have shown it.
   DUALPIPE_DECL std::optional<Expected> expected(int index);
   DUALPIPE_DECL void remember(int index, const Tensors& came);
@@ -45,7 +50,7 @@ class Transfers {
 
   RunContext& context_;
   std::size_t issued_ = 0;  // all before it are issued; it lags behind the rank's instruction while a send waits
-  Pendings sends_, receives_;
+  IssuedTransfers sends_, receives_;
   Arrivals* arrivals_ = nullptr;  // null before the first receive, and where they are not asked for
 };
 

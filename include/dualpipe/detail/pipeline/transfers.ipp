@@ -18,31 +18,45 @@ void Transfers::issue(std::size_t next) {
   for (; issued_ < program.size(); ++issued_) {
     const auto& [what, index, step] = program[issued_];
     if (what == Instruction::Do::receive) {
-      receives_[index] = context_.communicator.receive(context_.transfer(index).from, expected(index));
+      receives_[index] = received(index);
     } else if (what == Instruction::Do::send) {
-      const Transfer& transfer = context_.transfer(index);
-      if (!context_.mailbox.has(result_of(transfer))) return;
-      sends_[index] = sent(transfer);
+      if (!context_.mailbox.has(result_of(context_.transfer(index)))) return;
+      sends_[index] = sent(index);
     } else if (issued_ >= next) {
       return;
     }
   }
 }
 
+Transfers::Issued Transfers::received(int index) {
+  const Transfer& transfer = context_.transfer(index);
+  const FlightRecorder::Id id = context_.flight.issue({.kind = FlightRecorder::Kind::receive,
+                                                       .step = {result_of(transfer).op(), {}},
+                                                       .peer = context_.communicator.world_rank(transfer.from)});
+  return {context_.communicator.receive(transfer.from, expected(index)), id};
+}
+
 /// What user code returned may be nothing that travels.
-Pending Transfers::sent(const Transfer& transfer) {
+Transfers::Issued Transfers::sent(int index) {
+  const Transfer& transfer = context_.transfer(index);
+  Tensors tensors = context_.mailbox.take(result_of(transfer));
+  const FlightRecorder::Id id = context_.flight.issue({.kind = FlightRecorder::Kind::send,
+                                                       .step = {result_of(transfer).op(), {}},
+                                                       .peer = context_.communicator.world_rank(transfer.to),
+                                                       .bytes = bytes_of(tensors)});
   try {
-    return context_.communicator.send(transfer.to, context_.mailbox.take(result_of(transfer)));
+    return {context_.communicator.send(transfer.to, std::move(tensors)), id};
   } catch (const InvalidArgument& error) {
-    std::throw_with_nested(
-        InvalidArgument(str("rank ", context_.world_rank(), ": ", described(transfer), ": ", error.what())));
+    std::throw_with_nested(InvalidArgument(context_.explained(str(described(transfer), ": ", error.what()))));
   }
 }
 
 void Transfers::deliver(int index) {
-  Pending& pending = receives_.at(index);
+  auto& [pending, id] = receives_.at(index);
   if (!pending) return;
+  context_.flight.begin(id);
   Tensors tensors = pending.take();
+  context_.flight.end(id, bytes_of(tensors));
   if (arrivals_ != nullptr) remember(index, tensors);
   record(Lane::receive, index, pending);
   pending = {};
@@ -50,8 +64,10 @@ void Transfers::deliver(int index) {
 }
 
 void Transfers::release(int index) {
-  Pending& pending = sends_.at(index);
+  auto& [pending, id] = sends_.at(index);
+  context_.flight.begin(id);
   pending.wait();
+  context_.flight.end(id);
   record(Lane::send, index, pending);
   sends_.erase(index);
 }
@@ -74,8 +90,15 @@ void Transfers::remember(int index, const Tensors& came) {
 }
 
 void Transfers::record(Lane lane, int index, const Pending& pending) const {
+  if (!context_.recorder.on()) return;
   const Transfer& transfer = context_.transfer(index);
-  context_.recorder.record(lane, {result_of(transfer).op(), {}}, pending);
+  try {
+    context_.recorder.record(lane, {result_of(transfer).op(), {}}, pending);
+  } catch (const CommError&) {
+    throw;
+  } catch (const std::exception& error) {
+    std::throw_with_nested(Error(context_.explained(str(described(transfer), ": ", error.what()))));
+  }
 }
 
 }  // namespace dualpipe::detail

@@ -72,15 +72,15 @@ inline StepVote unpacked(const std::vector<std::string>& ballots, at::Tensor los
 
 /// Ranks that pass a member of the batch pass the same values.
 ///
-/// @param step  as in agreement().
-inline void check_hashes(const std::vector<MemberHashes>& hashes, std::int64_t step) {
+/// @param step, numbers  as in agreement().
+inline void check_hashes(const std::vector<MemberHashes>& hashes, std::int64_t step, const std::vector<int>& numbers) {
   constexpr std::array<const char*, 3> names = {"inputs", "targets", "extras"};
   for (std::size_t i = 0; i < names.size(); ++i) {
     int first = -1;
     for (int rank = 0; rank < std::ssize(hashes); ++rank) {
       if (!hashes[rank][i]) continue;
       if (first < 0) first = rank;
-      DUALPIPE_CHECK(hashes[rank][i] == hashes[first][i], other_batch(names[i], rank, first, step));
+      DUALPIPE_CHECK(hashes[rank][i] == hashes[first][i], other_batch(names[i], numbers[rank], numbers[first], step));
     }
   }
 }

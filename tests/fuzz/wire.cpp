@@ -1,0 +1,79 @@
+// The frames between ranks: read into what they say, or refused. What was read and is written again reads as the same.
+#include "socket/wire.hpp"
+
+#include <algorithm>
+
+#include "dualpipe/error.hpp"
+#include "fuzz/target.hpp"
+
+namespace dualpipe::fuzz {
+namespace {
+
+using namespace dualpipe::detail;
+
+/// Tensors are allocated for what really follows only.
+constexpr std::uint64_t most_payload = 1 << 16;
+
+std::string_view head_of(const std::string& frame) { return std::string_view(frame).substr(sizeof(wire::Prefix)); }
+
+void read_head(const wire::Prefix& prefix, std::string_view head) {
+  switch (prefix.kind) {
+    case wire::Kind::message: {
+      const Header header = wire::read_header(head);
+      const Header again = wire::read_header(head_of(wire::message_frame(header, prefix.payload_bytes)));
+      require(again.signature == header.signature && again.operation == header.operation, "a header comes back");
+      if (prefix.payload_bytes > most_payload) return;
+      const Tensors tensors = wire::allocate(header, prefix.payload_bytes);
+      require(wire::payload_bytes(tensors) == prefix.payload_bytes, "memory is for what was announced");
+      return;
+    }
+    case wire::Kind::vote: {
+      const Vote vote = wire::read_vote(head);
+      require(head_of(wire::vote_frame(vote)) == head, "a vote comes back");
+      return;
+    }
+    case wire::Kind::failure: {
+      const wire::Failure failure = wire::read_failure(head);
+      require(wire::read_failure(head_of(wire::failure_frame(failure))).word == failure.word, "a word comes back");
+      return;
+    }
+    case wire::Kind::goodbye: {
+      const Word word = wire::read_goodbye(head);
+      require(wire::read_goodbye(head_of(wire::goodbye_frame(word))) == word, "a goodbye comes back");
+      return;
+    }
+    case wire::Kind::answer: {
+      const RankActivity activity = wire::read_answer(head);
+      require(wire::read_answer(head_of(wire::answer_frame(activity))).waits_for == activity.waits_for,
+              "an answer comes back");
+      return;
+    }
+    case wire::Kind::beat:
+    case wire::Kind::question:
+      return;
+  }
+}
+
+/// Frames one after the other, as from a connection.
+void read(std::string_view bytes) {
+  try {
+    while (bytes.size() >= sizeof(wire::Prefix)) {
+      const wire::Prefix prefix = wire::read_prefix(bytes.substr(0, sizeof(wire::Prefix)));
+      bytes.remove_prefix(sizeof(wire::Prefix));
+      if (prefix.head_bytes > bytes.size()) return;
+      read_head(prefix, bytes.substr(0, prefix.head_bytes));
+      bytes.remove_prefix(prefix.head_bytes);
+      bytes.remove_prefix(std::min<std::uint64_t>(bytes.size(), prefix.payload_bytes));
+    }
+  } catch (const wire::Malformed& error) {
+    require_readable(error.what());
+  }
+}
+
+}  // namespace
+}  // namespace dualpipe::fuzz
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  dualpipe::fuzz::read({reinterpret_cast<const char*>(data), size});
+  return 0;
+}
