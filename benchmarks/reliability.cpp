@@ -694,7 +694,8 @@ bool measure(const Fault& fault, const Flags& flags) {
       }
     }
     std::fprintf(stderr, "\r\033[K");
-    for (const std::string& problem : outcome.problems) std::fprintf(stderr, "%s\n", problem.c_str());
+    const std::size_t shown = std::min<std::size_t>(outcome.problems.size(), 3);
+    for (std::size_t i = 0; i < shown; ++i) std::fprintf(stderr, "%s\n", outcome.problems[i].c_str());
     right = right && outcome.wrong == 0;
     row += cells(outcome);
   }
