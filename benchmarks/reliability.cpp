@@ -45,7 +45,7 @@ namespace {
 
 using namespace dualpipe;
 using namespace std::chrono_literals;
-using detail::str;
+using dualpipe::detail::str;
 
 std::int64_t now_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
@@ -228,6 +228,7 @@ struct Flags {
   double liveness = 1;
   double timeout = 2;
   double limit = 30;
+  int at_once = 5;
   bool list = false;
   bool verbose = false;
 };
@@ -259,8 +260,8 @@ std::string seconds_text(double seconds) {
 
 std::vector<Fault> all_faults(const Flags& flags) {
   const std::string at_once = "2 s";
-  const std::string liveness = "liveness, " + seconds_text(flags.liveness);
-  const std::string timeout = "timeout, " + seconds_text(flags.timeout);
+  const std::string liveness = "liveness + 2 s, here " + seconds_text(flags.liveness + 2);
+  const std::string timeout = "timeout + 2 s, here " + seconds_text(flags.timeout + 2);
   const auto trains = [](auto inject) { return [inject](const Rank& rank) { Training(rank, inject(rank)).steps(); }; };
   const auto observes = [](Moment moment) {
     return [moment](const Rank& rank) {
@@ -481,7 +482,7 @@ std::vector<Fault> all_faults(const Flags& flags) {
        .injected = "a rank leaves its loop and ends well, the others call step()",
        .promise = at_once,
        .body = differs([](Training&) {}),
-       .says = {"rank {culprit} has left", "step()"},
+       .says = {"rank {culprit} has left"},
        .culprit_names = false},
   };
 }
@@ -516,23 +517,44 @@ class Job {
     ::munmap(memory_, sizeof(Seen) * static_cast<std::size_t>(size_));
   }
 
-  void run(Outcome& outcome) {
+  void start() {
     if (fault_.two_nodes) nodes_ = std::make_unique<testing::TwoNodes>();
     port_ = fault_.two_nodes ? 29500 : free_port();
     struck_ns_ = now_ns();
+    limit_ns_ = now_ns() + static_cast<std::int64_t>(flags_.limit * 1e9);
     for (int rank = 0; rank < size_; ++rank)
       if (!fault_.last_is_absent || rank != size_ - 1) start(rank);
-    const std::int64_t limit = now_ns() + static_cast<std::int64_t>(flags_.limit * 1e9);
-    bool cut = !fault_.cut;
-    while (!over() && now_ns() < limit) {
-      if (!cut && std::all_of(seen_, seen_ + size_, [](const Seen& seen) { return seen.ready.load(); })) {
-        nodes_->cut_cable();
-        struck_ns_ = now_ns();
-        cut = true;
-      }
-      std::this_thread::sleep_for(500us);
+  }
+
+  /// To be called again and again. @return whether it is over
+  bool go_on() {
+    if (fault_.cut && !is_cut_ &&
+        std::all_of(seen_, seen_ + size_, [](const Seen& seen) { return seen.ready.load(); })) {
+      nodes_->cut_cable();
+      struck_ns_ = now_ns();
+      is_cut_ = true;
     }
-    judge(outcome);
+    return over() || now_ns() > limit_ns_;
+  }
+
+  void judge(Outcome& outcome) const {
+    std::int64_t struck = struck_ns_, last = 0;
+    for (int rank = 0; rank < size_; ++rank) struck = std::max(struck, seen_[rank].struck_ns.load());
+    int over = -1;
+    for (int rank = 0; rank < size_; ++rank) {
+      if (!waited_for(rank) || (fault_.last_is_absent && rank == size_ - 1)) continue;
+      last = std::max(last, pids_[rank] > 0 ? now_ns() : ended_ns_[rank]);
+      if (rank == culprit() && !fault_.culprit_names && !fault_.cut) continue;
+      std::string problem = problem_of(rank);
+      if (problem.empty() && seen_[rank].over >= 0 && over >= 0 && over != seen_[rank].over)
+        problem = str("ended after ", seen_[rank].over.load(), " steps, another rank after ", over);
+      over = std::max(over, seen_[rank].over.load());
+      ++(problem.empty() ? outcome.right : outcome.wrong);
+      if (!problem.empty())
+        outcome.problems.push_back(str(fault_.name, ", rank ", rank, " of ", size_, ", culprit ", culprit(), ": ",
+                                       problem, "; it said: ", seen_[rank].text));
+    }
+    outcome.seconds.push_back(static_cast<double>(last - struck) / 1e9);
   }
 
  private:
@@ -576,6 +598,7 @@ class Job {
     self.world.local_rank = rank;
     self.world.local_size = size_;
     self.world.master_port = port_;
+    self.world.run_id = std::to_string(seed_);
     self.options.timeout = fault_.short_timeout ? std::chrono::milliseconds(std::lround(flags_.timeout * 1e3)) : 60s;
     self.options.liveness = std::chrono::milliseconds(std::lround(flags_.liveness * 1e3));
     self.culprit = fault_.cut ? -1 : culprit();
@@ -616,26 +639,6 @@ class Job {
     return all;
   }
 
-  void judge(Outcome& outcome) const {
-    std::int64_t struck = struck_ns_, last = 0;
-    for (int rank = 0; rank < size_; ++rank) struck = std::max(struck, seen_[rank].struck_ns.load());
-    int over = -1;
-    for (int rank = 0; rank < size_; ++rank) {
-      if (!waited_for(rank) || (fault_.last_is_absent && rank == size_ - 1)) continue;
-      last = std::max(last, pids_[rank] > 0 ? now_ns() : ended_ns_[rank]);
-      if (rank == culprit() && !fault_.culprit_names && !fault_.cut) continue;
-      std::string problem = problem_of(rank);
-      if (problem.empty() && seen_[rank].over >= 0 && over >= 0 && over != seen_[rank].over)
-        problem = str("ended after ", seen_[rank].over.load(), " steps, another rank after ", over);
-      over = std::max(over, seen_[rank].over.load());
-      ++(problem.empty() ? outcome.right : outcome.wrong);
-      if (!problem.empty())
-        outcome.problems.push_back(str(fault_.name, ", rank ", rank, " of ", size_, ", culprit ", culprit(), ": ",
-                                       problem, "; it said: ", seen_[rank].text));
-    }
-    outcome.seconds.push_back(static_cast<double>(last - struck) / 1e9);
-  }
-
   std::string problem_of(int rank) const {
     const Seen& seen = seen_[rank];
     if (pids_[rank] > 0) return "it is still there";
@@ -661,7 +664,8 @@ class Job {
   void* memory_ = nullptr;
   Seen* seen_ = nullptr;
   int port_ = 0;
-  std::int64_t struck_ns_ = 0;
+  std::int64_t struck_ns_ = 0, limit_ns_ = 0;
+  bool is_cut_ = false;
   std::unique_ptr<testing::TwoNodes> nodes_;
 };
 
@@ -682,16 +686,28 @@ bool measure(const Fault& fault, const Flags& flags) {
   bool right = true;
   for (const int size : flags.ranks) {
     Outcome outcome;
-    for (int repetition = 0; repetition < flags.repetitions; ++repetition) {
-      std::fprintf(stderr, "\r\033[K%s on %d ranks: %d of %d", fault.name.c_str(), size, repetition + 1,
-                   flags.repetitions);
-      try {
-        Job(fault, size, static_cast<std::uint32_t>(repetition), flags).run(outcome);
-      } catch (const std::exception& error) {
-        if (!fault.two_nodes) throw;
-        std::fprintf(stderr, "\r\033[K%s is skipped: %s\n", fault.name.c_str(), error.what());
-        return true;
+    const bool waits = fault.short_timeout || fault.cut || fault.promise.starts_with("liveness");
+    const std::size_t at_once = waits ? static_cast<std::size_t>(flags.at_once) : 1;
+    std::vector<std::unique_ptr<Job>> jobs;
+    for (int begun = 0; begun < flags.repetitions || !jobs.empty();) {
+      if (begun < flags.repetitions && jobs.size() < at_once) {
+        jobs.push_back(std::make_unique<Job>(fault, size, static_cast<std::uint32_t>(begun), flags));
+        try {
+          jobs.back()->start();
+        } catch (const std::exception& error) {
+          if (!fault.two_nodes) throw;
+          std::fprintf(stderr, "\r\033[K%s is skipped: %s\n", fault.name.c_str(), error.what());
+          return true;
+        }
+        ++begun;
+        std::fprintf(stderr, "\r\033[K%s on %d ranks: %d of %d", fault.name.c_str(), size, begun, flags.repetitions);
       }
+      std::erase_if(jobs, [&](const std::unique_ptr<Job>& job) {
+        const bool over = job->go_on();
+        if (over) job->judge(outcome);
+        return over;
+      });
+      std::this_thread::sleep_for(500us);
     }
     std::fprintf(stderr, "\r\033[K");
     const std::size_t shown = std::min<std::size_t>(outcome.problems.size(), 3);
@@ -722,6 +738,9 @@ int main(int argc, char** argv) {
         ->capture_default_str()
         ->check(CLI::PositiveNumber);
     app.add_option("--limit", flags.limit, "seconds after which a job is ended, and its ranks count as wrong")
+        ->capture_default_str()
+        ->check(CLI::PositiveNumber);
+    app.add_option("--at-once", flags.at_once, "repetitions side by side, of faults that are found by waiting")
         ->capture_default_str()
         ->check(CLI::PositiveNumber);
     app.add_flag("--list", flags.list, "prints the faults");
