@@ -93,6 +93,7 @@ TEST(DifferentCalls, ARankThatHasLeftItsLoopIsNamedBesideTheCall) {
 TEST(DifferentCalls, ARankThatMakesAPipelineIsToldSo) {
   const auto texts = errors_of_ranks([&](std::shared_ptr<Communicator> comm) {
     DualPipe pipe = pipe_of(comm);
+    pipe->step(random_batch(16, 3), squared_error());  // all are through the constructor
     if (comm->rank() == kOdd) {
       DualPipe another = pipe_of(comm);
     } else {
@@ -118,6 +119,7 @@ TEST(DifferentCalls, ARankThatUsesTheCommunicatorItselfIsToldSo) {
     SCOPED_TRACE(name);
     auto texts = errors_of_ranks([&](std::shared_ptr<Communicator> comm) {
       DualPipe pipe = pipe_of(comm);
+      pipe->step(random_batch(16, 3), squared_error());  // all are through the constructor
       if (comm->rank() == kOdd) {
         use(*comm);
       } else {
