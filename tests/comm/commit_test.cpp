@@ -296,7 +296,7 @@ INSTANTIATE_TEST_SUITE_P(, Commit,
                                   std::to_string(c.faults.cuts) + "Cuts";
                          });
 
-TEST(Commit, VotesForStepsThatCannotHaveBegunAreRefused) {
+TEST(CommitProtocol, VotesForStepsThatCannotHaveBegunAreRefused) {
   CommitProtocol protocol(0, 3);
   EXPECT_FALSE(protocol.vote_arrived(1, {.group = 0, .step = 2, .ballot = ""}));
   EXPECT_TRUE(protocol.vote_arrived(1, {.group = 0, .step = 1, .ballot = ""}));
