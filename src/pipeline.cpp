@@ -21,3 +21,5 @@
 #include "dualpipe/detail/pipeline/transfers.ipp"
 #include "dualpipe/detail/pipeline/unfinished_step.ipp"
 #include "dualpipe/detail/train/clip.ipp"
+#include "dualpipe/detail/train/learning_rate.ipp"
+#include "dualpipe/detail/train/mesh.ipp"

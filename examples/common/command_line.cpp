@@ -82,6 +82,12 @@ void CommandLine::add_training() {
 
 void CommandLine::add_output() {
   group("Output");
+  flag("--checkpoint", options_.checkpoint, "FOLDER", "Checkpoints of the run, the last two");
+  count("--checkpoint-every", options_.checkpoint_every, "Steps between checkpoints; the last step has one too")
+      ->capture_default_str();
+  app_.add_flag("--resume", options_.resume, "Go on from the last checkpoint in --checkpoint, if there is one")
+      ->group(group_);
+  flag("--metrics", options_.metrics, "FILE", "A line of JSON for each step, which dualpipe-plan plot draws");
   count("--held-out", options_.held_out, "Batches that measure the held-out loss")->capture_default_str();
   count("--sample", options_.sample, "Bytes of text to generate, 0: none", 0)->capture_default_str();
   number("--temperature", options_.temperature, "Of the sample, 0: always the likeliest byte");
@@ -118,6 +124,8 @@ std::optional<std::string> CommandLine::parse(int argc, const char* const* argv)
   if (dtype_ == "bfloat16" || dtype_ == "bf16") options_.dtype = at::kBFloat16;
   options_.latency = std::chrono::nanoseconds(static_cast<std::int64_t>(latency_milliseconds_ * 1e6));
   check(options_.model);
+  DUALPIPE_CHECK(!options_.resume || !options_.checkpoint.empty(),
+                 "--resume needs --checkpoint FOLDER, which says where to go on from");
   options_.bytes_per_second = megabytes_per_second_ * 1e6;
   return std::nullopt;
 }

@@ -44,6 +44,11 @@ struct Options {
   double temperature = 0.8;
   std::optional<std::string> prompt;  ///< none: the beginning of the held-out text
 
+  std::filesystem::path checkpoint;  ///< empty: none are saved
+  int checkpoint_every = 100;        ///< steps; at the end of the run too
+  bool resume = false;               ///< goes on from the last checkpoint, if there is one
+  std::filesystem::path metrics;     ///< empty: not written
+
   std::filesystem::path trace;  ///< empty: not written
   std::filesystem::path svg;
   bool quiet = false;   ///< no picture of the schedule, no progress

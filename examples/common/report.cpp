@@ -86,6 +86,9 @@ std::string comparison(const dualpipe::Timeline& predicted, const dualpipe::Time
   text += format("  The step took %.2f s, predicted %.2f s (%+.1f %%); bubble %.1f %%, predicted %.1f %%.\n",
                  right.makespan, left.makespan, 100 * share(right.makespan - left.makespan, left.makespan),
                  100 * bubble_share(right), 100 * bubble_share(left));
+  if (const planner::Overlap sums = right.total().reductions; sums.total() > 0)
+    text += format("  Gradients were summed over the ranks in %.3f s on average, %.1f %% of it hidden under compute.\n",
+                   sums.total() / static_cast<double>(right.ranks.size()), 100 * share(sums.hidden, sums.total()));
   if (local_ranks > cores)
     text += format(
         "  %d ranks share %d cores: measured times hold what other ranks computed meanwhile, so they show how the "

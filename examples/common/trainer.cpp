@@ -10,8 +10,10 @@
 #include <cstdio>
 #include <exception>
 #include <numbers>
+#include <system_error>
 #include <thread>
 #include <utility>
+#include <variant>
 
 #include "connect.hpp"
 #include "dualpipe/detail/files.hpp"
@@ -21,6 +23,8 @@
 #include "dualpipe/planner/report.hpp"
 #include "dualpipe/planner/trace.hpp"
 #include "dualpipe/schedule/load.hpp"
+#include "dualpipe/train/learning_rate.hpp"
+#include "dualpipe/train/metrics.hpp"
 #include "report.hpp"
 
 namespace example {
@@ -30,11 +34,20 @@ using dualpipe::Batch;
 using dualpipe::Tensors;
 using dualpipe::Timeline;
 
+dualpipe::MeshShape mesh_shape(const Options& options, int num_ranks) {
+  DUALPIPE_CHECK(num_ranks % options.pipelines == 0, num_ranks, num_ranks == 1 ? " rank" : " ranks",
+                 " cannot form pipelines of equal length when there are to be ", options.pipelines,
+                 "; start a multiple of that, or give another --pipelines");
+  DUALPIPE_CHECK(options.pipelines % options.num_sharing == 0, "experts are shared by ", options.num_sharing,
+                 " pipelines each, but ", options.pipelines,
+                 " pipelines do not divide into such groups; give another --expert-parallel");
+  return {.pipeline = num_ranks / options.pipelines, .data = options.pipelines, .expert = options.num_sharing};
+}
+
 /// The number of stages that the model must be cut into.
 int num_stages(const Options& options, int world_size) {
-  Grid::check(world_size, options.pipelines, options.num_sharing);
   const dualpipe::DualPipeOptions& pipe = options.pipe;
-  const int num_ranks = world_size / options.pipelines;
+  const int num_ranks = mesh_shape(options, world_size).pipeline;
   DUALPIPE_CHECK(pipe.num_ranks == 0 || pipe.num_ranks == num_ranks, "the configuration is for ", pipe.num_ranks,
                  " ranks, ", num_ranks, " were started", options.pipelines > 1 ? " for each pipeline" : "", "; start ",
                  pipe.num_ranks * options.pipelines, " or correct num_ranks");
@@ -94,13 +107,14 @@ std::string printable(const torch::Tensor& bytes) {
   return text;
 }
 
-/// The same pipeline several times, ranks numbered on.
-Timeline side_by_side(const Timeline& one, int count) {
+/// The same pipeline in each replica of a mesh.
+Timeline side_by_side(const Timeline& one, const dualpipe::MeshShape& shape) {
   Timeline all = one;
-  all.num_ranks *= count;
-  for (int pipeline = 1; pipeline < count; ++pipeline)
+  all.num_ranks = shape.size();
+  all.intervals.clear();
+  for (int replica = 0; replica < shape.data; ++replica)
     for (dualpipe::Interval interval : one.intervals) {
-      interval.rank += pipeline * one.num_ranks;
+      interval.rank = shape.rank_of(interval.rank, replica);
       all.intervals.push_back(std::move(interval));
     }
   return all;
@@ -114,9 +128,9 @@ Trainer::Trainer(const dualpipe::World& world, const Options& options, const Mak
       num_stages_(num_stages(options, world.size)),
       corpus_(
           open_corpus(options.text.empty() ? std::vector{default_text()} : options.text, options.model.context + 1)),
-      grid_(connect(world, options), options.pipelines, options.num_sharing),
-      model_(make_model(grid_)),
-      pipe_(grid_.pipeline(), options.pipe, cut(model_, num_stages_, options)),
+      mesh_(connect(world, options), mesh_shape(options, world.size)),
+      model_(make_model(mesh_)),
+      pipe_(mesh_, options.pipe, cut(model_, num_stages_, options), model_.is_expert),
       tracer_(std::make_shared<dualpipe::Tracer>(world.rank)) {
   pipe_->add_observer(tracer_);
 }
@@ -142,8 +156,8 @@ void Trainer::say(const char* pattern, const Arguments&... arguments) const {
 
 void Trainer::introduce() const {
   const auto& schedule = pipe_->schedule();
-  if (grid_.num_pipelines() > 1) say("%d pipelines side by side, each: ", grid_.num_pipelines());
-  say("%s on %d ranks, %d stages, %d micro-batches per step\n", schedule.name.c_str(), grid_.pipeline()->size(),
+  if (mesh_.num_replicas() > 1) say("%d pipelines side by side, each: ", mesh_.num_replicas());
+  say("%s on %d ranks, %d stages, %d micro-batches per step\n", schedule.name.c_str(), mesh_.pipeline()->size(),
       schedule.num_stages, schedule.num_micro_batches);
   if (!options_.quiet && world_.rank == 0) say(picture(schedule, options_.pipe.publish).c_str());
   say("model: %s%s%s\n", model_.description.c_str(), options_.dtype == at::kBFloat16 ? " in bfloat16" : "",
@@ -152,17 +166,38 @@ void Trainer::introduce() const {
       1e-6 * static_cast<double>(corpus_.training.size()), 1e-6 * static_cast<double>(corpus_.held_out.size()));
 }
 
+std::filesystem::path Trainer::checkpoints() const {
+  return mesh_.num_replicas() == 1 ? options_.checkpoint
+                                   : options_.checkpoint / ("pipeline-" + std::to_string(mesh_.replica()));
+}
+
+std::optional<dualpipe::CheckpointExtra> Trainer::resume(torch::optim::Optimizer& optimizer) {
+  if (options_.checkpoint.empty()) return std::nullopt;
+  std::error_code ignored;
+  const bool empty =
+      agree(std::filesystem::is_directory(checkpoints(), ignored) && !std::filesystem::is_empty(checkpoints(), ignored)
+                ? 0
+                : 1) > 0;
+  DUALPIPE_CHECK(empty || options_.resume, options_.checkpoint.string(),
+                 " is not empty; add --resume to go on from its last checkpoint, or choose another folder");
+  if (empty) return std::nullopt;
+  const dualpipe::CheckpointExtra extra = load_checkpoint(checkpoints(), pipe_, optimizer);
+  DUALPIPE_CHECK(extra.step < options_.steps, "the run in ", options_.checkpoint.string(), " has done its ", extra.step,
+                 " steps; raise --steps, which is ", options_.steps);
+  say("goes on after step %lld\n", static_cast<long long>(extra.step));
+  return extra;
+}
+
 Timeline Trainer::train() {
   using Clock = std::chrono::steady_clock;
+  double before = 0;  // seconds that an earlier part of the run took
   const auto start = Clock::now();
-  const auto elapsed = [&] { return std::chrono::duration<double>(Clock::now() - start).count(); };
+  const auto elapsed = [&] { return before + std::chrono::duration<double>(Clock::now() - start).count(); };
   const double budget = 60 * options_.minutes;
   torch::optim::AdamW optimizer(
       pipe_->parameters(),
       torch::optim::AdamWOptions(options_.learning_rate).betas({0.9, 0.95}).weight_decay(options_.weight_decay));
 
-  // Each pipeline's loss counts for its share, so that losses and gradients add up to those of the whole batch.
-  const int pipelines = grid_.num_pipelines();
   const dualpipe::LossFn loss = [&](const Tensors& outputs, const Tensors& targets) {
     torch::Tensor value = cross_entropy(outputs, targets);
     if (model_.penalty) {
@@ -170,87 +205,101 @@ Timeline Trainer::train() {
       penalty_ += penalty.detach();
       value = value + penalty;
     }
-    return value / pipelines;
+    return value;
   };
+
+  int first = 0;
+  if (const auto resumed = resume(optimizer)) {
+    first = static_cast<int>(resumed->step);
+    before = std::get<double>(resumed->values.at("seconds"));
+  }
+  std::optional<dualpipe::CheckpointWriter> writer;
+  if (!options_.checkpoint.empty())
+    writer.emplace(checkpoints(), dualpipe::CheckpointOptions{.keep = 2, .asynchronous = true});
+  std::optional<dualpipe::MetricsWriter> metrics;
+  if (!options_.metrics.empty() && world_.rank == 0) metrics.emplace(options_.metrics, first > 0 ? first : -1);
 
   Timeline measured;
   Progress progress_line(options_.progress);
-  for (int step = 0; step < options_.steps; ++step) {
+  for (int step = first; step < options_.steps; ++step) {
     const double began = elapsed();
     const double progress =
         agree(std::max(static_cast<double>(step + 1) / options_.steps, budget > 0 ? began / budget : 0.0));
     if (progress > 1) break;
-    for (auto& group : optimizer.param_groups()) group.options().set_lr(learning_rate(options_, progress));
+    const double rate = learning_rate(options_, progress);
+    dualpipe::set_learning_rate(optimizer, rate);
     optimizer.zero_grad();
     const Batch batch = needs_data()
-                            ? batch_of(random_windows(corpus_.training, grid_.pipeline_index() * sequences(),
-                                                      sequences(), options_.model.context + 1,
+                            ? batch_of(random_windows(corpus_.training, mesh_.replica() * sequences(), sequences(),
+                                                      options_.model.context + 1,
                                                       options_.seed * 1'000'003 + static_cast<std::uint64_t>(step)),
                                        device())
                             : Batch{};
     penalty_ = torch::zeros({}, device());
     const dualpipe::StepResult result = pipe_->step(batch, loss);
     measured = trace();
-    if (pipelines > 1) grid_.sum_gradients(*pipe_, model_.is_expert);
-    if (options_.clip > 0) grid_.clip_gradients(*pipe_, model_.is_expert, options_.clip);
+    const double norm = options_.clip > 0 ? pipe_->clip_grad_norm_(options_.clip).item<double>() : NAN;
     optimizer.step();
     const auto [mean, penalty] = loss_and_penalty(result);
-    if (options_.quiet || world_.rank != 0) continue;
     const double now = elapsed();
+    const double tokens = static_cast<double>(mesh_.num_replicas() * sequences() * options_.model.context);
+    if (metrics)
+      metrics->write({.step = step + 1,
+                      .loss = mean,
+                      .learning_rate = rate,
+                      .gradient_norm = norm,
+                      .tokens_per_second = tokens / (now - began)});
+    if (writer && ((step + 1) % options_.checkpoint_every == 0 || step + 1 == options_.steps))
+      writer->save(pipe_, optimizer, {.step = step + 1, .values = {{"seconds", agree(now)}}});
+    if (options_.quiet || world_.rank != 0) continue;
     const double left = std::min(now / (step + 1) * (options_.steps - step - 1), budget > 0 ? budget - now : HUGE_VAL);
-    const double tokens = static_cast<double>(pipelines * sequences() * options_.model.context);
     progress_line.show(format("step %d  loss %.3f", step + 1, mean) +
                        (model_.penalty ? format("  %s %.4f", model_.penalty_name.c_str(), penalty) : "") +
                        format("  %.0f tokens/s  bubble %.0f %%  %s left", tokens / (now - began),
                               100 * bubble_share(dualpipe::planner::report(measured)), minutes(left).c_str()));
   }
   progress_line.finish();
+  if (writer) writer->wait();
   return measured;
 }
 
 std::pair<double, double> Trainer::loss_and_penalty(const dualpipe::StepResult& result) {
-  // All ranks of a pipeline know its loss, the penalties lie where the last stage ran.
-  const double scale = 1.0 / (grid_.num_pipelines() * options_.pipe.num_micro_batches);
-  const bool first = grid_.pipeline()->rank() == 0;
-  const torch::Tensor sums =
-      torch::tensor({first ? result.losses.mean().item<double>() : 0.0, penalty_.item<double>() * scale},
-                    torch::kDouble)
-          .to(device());
-  grid_.world()->all_reduce({sums}).wait();
-  const double penalty = sums[1].item<double>();
-  return {sums[0].item<double>() - penalty, penalty};
+  // All ranks know the loss, the penalties lie where the last stage ran.
+  const torch::Tensor sum = torch::full({1}, penalty_.item<double>(), torch::dtype(torch::kDouble).device(device()));
+  mesh_.world()->all_reduce({sum}).wait();
+  const double penalty = sum.item<double>() / static_cast<double>(result.losses.numel());
+  return {result.losses.mean().item<double>() - penalty, penalty};
 }
 
 /// Of all pipelines' last step, by rank of the world.
 Timeline Trainer::trace() const {
   Timeline mine = tracer_->last();
   for (dualpipe::Interval& interval : mine.intervals) interval.rank = world_.rank;
-  return gather(*grid_.world(), mine);
+  return gather(*mesh_.world(), mine);
 }
 
 /// Rank 0's value on every rank: clocks differ, decisions must not.
 double Trainer::agree(double value) const {
   const torch::Tensor shared = torch::full({1}, value, torch::dtype(torch::kDouble).device(device()));
-  grid_.world()->broadcast({shared}, 0).wait();
+  mesh_.world()->broadcast({shared}, 0).wait();
   return shared.item<double>();
 }
 
 double Trainer::held_out_loss() {
   const std::int64_t count = sequences() * options_.held_out;
-  const Batch batch = needs_data() ? batch_of(spread_windows(corpus_.held_out, grid_.pipeline_index() * count, count,
-                                                             grid_.num_pipelines() * count, options_.model.context + 1),
+  const Batch batch = needs_data() ? batch_of(spread_windows(corpus_.held_out, mesh_.replica() * count, count,
+                                                             mesh_.num_replicas() * count, options_.model.context + 1),
                                               device())
                                    : Batch{};
   pipe_->eval();
-  const torch::Tensor loss = (pipe_->evaluate(batch, cross_entropy).losses.mean() / grid_.world()->size()).to(device());
+  const double loss = pipe_->evaluate(batch, cross_entropy).losses.mean().item<double>();
   pipe_->train();
-  grid_.world()->all_reduce({loss}).wait();
-  return loss.item<double>();
+  return loss;
 }
 
 /// One byte after the other: a rank that has the logits draws it, all append it to what they feed next.
 void Trainer::sample() {
-  const int source = dualpipe::holders(pipe_->schedule(), num_stages_ - 1).front();
+  const int source = mesh_.shape().rank_of(dualpipe::holders(pipe_->schedule(), num_stages_ - 1).front(), 0);
   at::Generator random = at::detail::createCPUGenerator(options_.seed);
   torch::Tensor text = prompt();
   const auto prompt_length = text.size(1);
@@ -262,7 +311,7 @@ void Trainer::sample() {
     const Tensors outputs = pipe_->predict(Batch::from_micro_batches({batch}));
     const torch::Tensor byte = torch::zeros({1, 1}, torch::dtype(torch::kInt64).device(device()));
     if (world_.rank == source) byte.fill_(draw(outputs[0][0][-1], options_.temperature, random));
-    grid_.world()->broadcast({byte}, source).wait();
+    mesh_.world()->broadcast({byte}, source).wait();
     text = torch::cat({text, byte.cpu()}, 1);
   }
   pipe_->train();
@@ -283,8 +332,7 @@ torch::Tensor Trainer::prompt() const {
 void Trainer::report(Timeline measured) const {
   if (world_.rank != 0) return;
   const dualpipe::Costs costs = dualpipe::planner::measure_costs(measured).costs;
-  Timeline predicted =
-      side_by_side(simulate(pipe_->schedule(), costs, options_.pipe.publish).timeline, grid_.num_pipelines());
+  Timeline predicted = side_by_side(simulate(pipe_->schedule(), costs, options_.pipe.publish).timeline, mesh_.shape());
   predicted.name = "predicted";
   predicted.seconds_per_unit = measured.seconds_per_unit;
   const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
@@ -317,6 +365,7 @@ int run_program(
     become_gpu_program(program->options, argv);
     prepare_folder(program->options.trace);
     prepare_folder(program->options.svg);
+    prepare_folder(program->options.metrics);
     at::set_num_threads(1);  // ranks are the parallelism; there are usually more of them than cores
     Trainer(world, program->options, program->make_model).run();
     return 0;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -12,7 +13,8 @@
 #include "dualpipe/pipeline/tracer.hpp"
 #include "dualpipe/planner/report.hpp"
 #include "dualpipe/stage/partition.hpp"
-#include "grid.hpp"
+#include "dualpipe/train/checkpoint.hpp"
+#include "dualpipe/train/mesh.hpp"
 #include "options.hpp"
 
 namespace example {
@@ -21,14 +23,14 @@ namespace example {
 /// 256], as the first of its outputs.
 struct Model {
   std::vector<dualpipe::NamedLayer> layers;
-  std::vector<double> costs;      ///< of these layers, beside each other
-  std::string description;        ///< "14 blocks, width 64, …"
-  Grid::IsExpert is_expert = {};  ///< null: no parameter is
+  std::vector<double> costs;          ///< of these layers, beside each other
+  std::string description;            ///< "14 blocks, width 64, …"
+  dualpipe::IsExpert is_expert = {};  ///< null: no parameter is
   /// From the outputs to what is added to the loss in training; null: nothing.
   std::function<torch::Tensor(const dualpipe::Tensors& outputs)> penalty = {};
   std::string penalty_name = {};
 };
-using MakeModel = std::function<Model(const Grid& grid)>;
+using MakeModel = std::function<Model(const dualpipe::Mesh& mesh)>;
 
 /// One rank of a run: learns from a text, says how far it is, and shows at the end what the pipeline did.
 class Trainer {
@@ -46,7 +48,11 @@ class Trainer {
   void say(const char* pattern, const Arguments&... arguments) const;
   void introduce() const;
   dualpipe::Timeline train();
-  /// Of the whole grid's last step: loss without penalty, and penalty.
+  /// Where this pipeline's checkpoints are.
+  std::filesystem::path checkpoints() const;
+  /// What the last checkpoint says, if the run goes on from one.
+  std::optional<dualpipe::CheckpointExtra> resume(torch::optim::Optimizer& optimizer);
+  /// Of all pipelines' last step: loss without penalty, and penalty.
   std::pair<double, double> loss_and_penalty(const dualpipe::StepResult& result);
   dualpipe::Timeline trace() const;
   double held_out_loss();
@@ -56,7 +62,7 @@ class Trainer {
   bool needs_data() const { return pipe_->feeds_inputs() || pipe_->computes_loss(); }
   /// Of one pipeline's step.
   std::int64_t sequences() const { return std::int64_t{options_.pipe.num_micro_batches} * options_.batch; }
-  at::Device device() const { return grid_.world()->device(); }
+  at::Device device() const { return mesh_.world()->device(); }
   double agree(double value) const;
   torch::Tensor prompt() const;
 
@@ -64,7 +70,7 @@ class Trainer {
   Options options_;
   int num_stages_;
   Corpus corpus_;
-  Grid grid_;
+  dualpipe::Mesh mesh_;
   Model model_;
   dualpipe::DualPipe pipe_;
   std::shared_ptr<dualpipe::Tracer> tracer_;

@@ -20,7 +20,7 @@ std::optional<example::Program> parse(int argc, const char* const* argv, std::st
     help = *text;
     return std::nullopt;
   }
-  return example::Program{options, [size = options.model, seed = options.seed](const example::Grid&) {
+  return example::Program{options, [size = options.model, seed = options.seed](const dualpipe::Mesh&) {
                             return example::Model{lm::layers_of(size, seed), lm::layer_costs(size),
                                                   lm::description(size)};
                           }};

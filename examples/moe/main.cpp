@@ -48,9 +48,9 @@ std::optional<example::Program> parse(int argc, const char* const* argv, std::st
   options.sizes.transformer = options.model;
   check(options.sizes, options.num_sharing);
   const auto make_model = [size = options.sizes, seed = options.seed,
-                           factor = options.balance](const example::Grid& grid) {
+                           factor = options.balance](const dualpipe::Mesh& mesh) {
     return example::Model{
-        .layers = moe::layers_of(size, seed, grid.sharing()),
+        .layers = moe::layers_of(size, seed, mesh.expert()),
         .costs = moe::layer_costs(size),
         .description = moe::description(size),
         .is_expert = moe::is_expert,

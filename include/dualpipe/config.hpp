@@ -23,12 +23,12 @@ struct Merge {
 
 /// Members in the order in which a reader sets them.
 struct DualPipeOptions {
-  int num_micro_batches = 0;          ///< per step, both directions together
+  int num_micro_batches = 0;          ///< per step and replica, both directions together
   std::string schedule = "dualpipe";  ///< a kind (see schedule_kinds), or the path of a CSV file
   int chunks_per_rank = 2;            ///< interleaved only
   Publish publish = Publish::early;
   LossReduction loss_reduction =
-      LossReduction::mean;  ///< each micro-batch loss is scaled by 1/N (mean) or 1 (sum) before its backward
+      LossReduction::mean;  ///< each micro-batch loss is scaled by 1/N (mean; N over all replicas) or 1 (sum)
   int batch_dim = 0;        ///< dimension that is split into micro-batches
   /// What predict() returns, for each output of the last stage. Empty: all by concat along batch_dim, where an output
   /// has one entry for each sample of its micro-batch.
@@ -41,7 +41,7 @@ struct DualPipeOptions {
   /// A folder, made if there is none: when the pipeline fails, each rank that can leaves what it did last in
   /// `rank-<number>.json` there, for `dualpipe-plan report`. Empty: no files.
   std::string record_to = {};
-  int num_ranks = 0;  ///< when not 0, must equal the communicator's size
+  int num_ranks = 0;  ///< when not 0, must equal the number of ranks of the pipeline
 
   /// Reads a JSON object whose keys are the members above; merge_outputs is a list as in
   /// [{"how": "stack", "dim": 1}, {"how": "list"}].

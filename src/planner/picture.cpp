@@ -61,6 +61,7 @@ Picture::Picture(const Timeline& timeline, const planner::PictureOptions& option
         micro_batches.emplace(interval.step.op.pass == Pass::Forward, interval.step.op.micro_batch);
       (interval.lane == Lane::node         ? row.nodes
        : interval.lane == Lane::collective ? row.collectives
+       : interval.lane == Lane::reduction  ? row.reductions
                                            : row.transfers)
           .push_back(&interval);
     }
@@ -80,9 +81,10 @@ Picture::Picture(const Timeline& timeline, const planner::PictureOptions& option
     std::erase_if(row.activity.steps, [this](const ActiveStep& step) {
       return step.interval->begin >= end || step.interval->end <= begin || step.interval->begin == step.interval->end;
     });
-    for (auto* intervals : {&row.nodes, &row.collectives, &row.transfers}) sort_by_begin(*intervals);
+    for (auto* intervals : {&row.nodes, &row.collectives, &row.transfers, &row.reductions}) sort_by_begin(*intervals);
     lanes = lanes || !row.nodes.empty() || !row.collectives.empty();
     transfers = transfers || !row.transfers.empty();
+    reductions = reductions || !row.reductions.empty();
   }
 }
 

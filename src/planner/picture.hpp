@@ -19,6 +19,7 @@ struct Picture {
     std::vector<const Interval*> nodes;  ///< by begin, as those below
     std::vector<const Interval*> collectives;
     std::vector<const Interval*> transfers;
+    std::vector<const Interval*> reductions;
   };
 
   double origin = 0;          ///< first begin of computing, zero of the time axis
@@ -31,6 +32,7 @@ struct Picture {
   std::vector<int> first_stages;       ///< of each rank: that of its first micro-batch, the lower one of two
   bool lanes = false;                  ///< some row has nodes or collectives
   bool transfers = false;              ///< some row has them
+  bool reductions = false;             ///< some row has them
   bool one_pair = false;               ///< the nodes are those of one forward and one backward
   std::vector<Row> rows;
 

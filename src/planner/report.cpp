@@ -35,7 +35,8 @@ Overlap overlap(const TimeSpans& communication, const TimeSpans& computing) {
           .exposed = length(detail::without(communication, computing))};
 }
 
-Report report_of(const std::vector<Activity>& ranks, const Window& window) {
+/// @param last  up to when sums of gradients count.
+Report report_of(const std::vector<Activity>& ranks, const Window& window, double last) {
   Report result{.makespan = std::max(0.0, window.length()), .ranks = {}};
   for (const Activity& rank : ranks) {
     RankReport& out = result.ranks.emplace_back();
@@ -46,6 +47,7 @@ Report report_of(const std::vector<Activity>& ranks, const Window& window) {
     out.compute = length(computing);
     out.collectives = overlap(clipped(rank.collectives, window), computing);
     out.transfers = overlap(clipped(rank.transfers, window), computing);
+    out.reductions = overlap(clipped(rank.reductions, {window.begin, last}), computing);
     out.bubble = std::max(0.0, result.makespan - out.compute - out.collectives.exposed);
     out.peak_activations = peak_activations(rank.steps);
   }
@@ -78,6 +80,8 @@ void each_number(const F& f) {
   f([](auto& usage) -> auto& { return usage.collectives.exposed; });
   f([](auto& usage) -> auto& { return usage.transfers.hidden; });
   f([](auto& usage) -> auto& { return usage.transfers.exposed; });
+  f([](auto& usage) -> auto& { return usage.reductions.hidden; });
+  f([](auto& usage) -> auto& { return usage.reductions.exposed; });
 }
 
 }  // namespace
@@ -108,15 +112,17 @@ std::optional<Window> main_part(const Timeline& timeline) {
   return common;
 }
 
-Report report(const Timeline& timeline) { return report(timeline, extent(timeline)); }
+Report report(const Timeline& timeline) {
+  return report_of(detail::activities(timeline), extent(timeline), std::numeric_limits<double>::infinity());
+}
 
 Report report(const Timeline& timeline, const Window& window) {
-  return report_of(detail::activities(timeline), window);
+  return report_of(detail::activities(timeline), window, window.end);
 }
 
 std::vector<Timeline> split_steps(const Timeline& timeline) {
-  // For each step the end of the last rank.
-  std::vector<double> ends;
+  // For each step the begin of the first rank and the end of the last one.
+  std::vector<double> begins, ends;
   for (const Activity& rank : detail::activities(timeline)) {
     std::unordered_set<Op> seen;
     std::size_t step = 0;
@@ -125,7 +131,11 @@ std::vector<Timeline> split_steps(const Timeline& timeline) {
         seen = {interval->step.op};
         ++step;
       }
-      if (step == ends.size()) ends.push_back(interval->end);
+      if (step == ends.size()) {
+        begins.push_back(interval->begin);
+        ends.push_back(interval->end);
+      }
+      begins[step] = std::min(begins[step], interval->begin);
       ends[step] = std::max(ends[step], interval->end);
     }
   }
@@ -139,7 +149,11 @@ std::vector<Timeline> split_steps(const Timeline& timeline) {
          {}});
   for (const Interval& interval : timeline.intervals) {
     std::size_t step = 0;
-    while (step + 1 < ends.size() && interval.begin >= ends[step]) ++step;
+    // Sums of gradients may begin behind the last computing of their step.
+    const auto over = [&] {
+      return interval.lane == Lane::reduction ? interval.begin >= begins[step + 1] : interval.begin >= ends[step];
+    };
+    while (step + 1 < ends.size() && over()) ++step;
     result[step].intervals.push_back(interval);
   }
   return result;

@@ -94,6 +94,9 @@ std::vector<Activity> activities(const Timeline& timeline) {
         activity.computing.emplace_back(interval.begin, interval.end);
         by_node.insert(side_of(interval.step.op));
         break;
+      case Lane::reduction:
+        activity.reductions.emplace_back(interval.begin, interval.end);
+        break;
     }
   }
 
@@ -112,6 +115,7 @@ std::vector<Activity> activities(const Timeline& timeline) {
     activity.computing = merged(std::move(activity.computing));
     activity.collectives = merged(std::move(activity.collectives));
     activity.transfers = merged(std::move(activity.transfers));
+    activity.reductions = merged(std::move(activity.reductions));
     result.push_back(std::move(activity));
   }
   return result;

@@ -31,6 +31,7 @@ struct Activity {
   TimeSpans computing;
   TimeSpans collectives;
   TimeSpans transfers;
+  TimeSpans reductions;
 };
 
 /// By rank. The timeline must outlive it. Throws InvalidArgument on a rank that the timeline does not have.

@@ -32,6 +32,7 @@ constexpr double margin = 12, title_height = 30, axis_height = 26, legend_height
 constexpr double min_width = 1040, max_width = 16000;
 constexpr const char* exposed_fill = "#d62728";
 constexpr const char* transfer_fill = "#7b4fb0";
+constexpr const char* reduction_fill = "#1f8a5b";
 constexpr const char* frame = " stroke=\"#222222\" stroke-width=\"0.9\"";
 constexpr const char* see_through = " fill-opacity=\"0.6\"";
 
@@ -96,10 +97,14 @@ class Panel {
     for (const Interval* node : row.nodes) draw_named(canvas, row.rank, *node, bar + 1.5, bar_height - 3);
     if (picture_.lanes) draw_collectives(canvas, row, top + lanes_top_);
     // What lies outside of the computing would run out of the picture, so it is cut.
-    for (const Interval* transfer : row.transfers) {
-      const auto [begin, end] = picture_.shown(*transfer);
-      canvas.rect(x(begin), top + strip_top_, (end - begin) * scale_, strip_height, transfer_fill, see_through);
-    }
+    const auto draw_strips = [&](const std::vector<const Interval*>& intervals, const char* fill) {
+      for (const Interval* interval : intervals) {
+        const auto [begin, end] = picture_.shown(*interval);
+        canvas.rect(x(begin), top + strip_top_, (end - begin) * scale_, strip_height, fill, see_through);
+      }
+    };
+    draw_strips(row.transfers, transfer_fill);
+    draw_strips(row.reductions, reduction_fill);
   }
 
   void draw_step(Canvas& canvas, int rank, const Step& step, double x, double y, double width) const {
@@ -225,7 +230,7 @@ class Legend {
   Legend(Canvas& canvas, double x, double y) : canvas_(canvas), x_(x), y_(y) {}
 
   void draw(const std::vector<Picture>& pictures) {
-    bool shades = false, pairs = false, lanes = false, transfers = false;
+    bool shades = false, pairs = false, lanes = false, transfers = false, reductions = false;
     std::array<bool, 4> seen{};
     constexpr std::array passes{Pass::Forward, Pass::Backward, Pass::BackwardInput, Pass::BackwardWeight};
     const auto see = [&](Pass pass) { seen[std::find(passes.begin(), passes.end(), pass) - passes.begin()] = true; };
@@ -233,6 +238,7 @@ class Legend {
       shades = shades || picture.second_halves;
       lanes = lanes || picture.lanes;
       transfers = transfers || picture.transfers;
+      reductions = reductions || picture.reductions;
       for (const Picture::Row& row : picture.rows) {
         for (const auto& [interval, whole] : row.activity.steps) {
           pairs = pairs || interval->step.overlapped;
@@ -255,6 +261,7 @@ class Legend {
     }
     if (lanes) strip(exposed_fill, "", "exposed communication");
     if (transfers) strip(transfer_fill, see_through, "send, receive");
+    if (reductions) strip(reduction_fill, see_through, "sum of gradients");
     for (std::size_t i = 0; i < pictures.size(); ++i) {
       const std::string text = pictures[i].shades();
       if (!text.empty() && (i == 0 || text != pictures[i - 1].shades())) label(text);

@@ -61,6 +61,12 @@ void Canvas::line(double x1, double y1, double x2, double y2, const char* stroke
   body_ += "<path d=\"M" + px(x1) + " " + px(y1) + "L" + px(x2) + " " + px(y2) + "\" stroke=\"" + stroke + "\"/>\n";
 }
 
+void Canvas::polyline(const std::vector<std::pair<double, double>>& points, const char* stroke) {
+  body_ += "<polyline points=\"";
+  for (const auto& [x, y] : points) body_ += px(x) + "," + px(y) + " ";
+  body_ += "\" fill=\"none\" stroke=\"" + std::string(stroke) + "\" stroke-width=\"1.2\" stroke-linejoin=\"round\"/>\n";
+}
+
 void Canvas::open(const std::string& title) { body_ += "<g><title>" + escaped(title) + "</title>\n"; }
 void Canvas::close() { body_ += "</g>\n"; }
 

@@ -1,6 +1,8 @@
 #pragma once
 
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "dualpipe/schedule/op.hpp"
 
@@ -19,6 +21,8 @@ class Canvas {
  public:
   void rect(double x, double y, double width, double height, const char* fill, const char* more = "");
   void text(double x, double y, const std::string& text, const char* more = "");
+  /// From point to point.
+  void polyline(const std::vector<std::pair<double, double>>& points, const char* stroke);
   void line(double x1, double y1, double x2, double y2, const char* stroke);
   /// What is drawn until close() shows `title` under the mouse.
   void open(const std::string& title);

@@ -20,7 +20,7 @@ namespace {
 using nlohmann::json;
 
 /// By Lane. A lane is a thread of the process that stands for its rank.
-constexpr std::array<const char*, 5> lane_names{"compute", "send", "receive", "collective", "node"};
+constexpr std::array<const char*, 6> lane_names{"compute", "send", "receive", "collective", "node", "reduction"};
 
 /// Times of a trace are microseconds; one abstract unit is shown as one millisecond.
 double microseconds_per_unit(double seconds_per_unit) { return seconds_per_unit == 0 ? 1e3 : seconds_per_unit * 1e6; }

@@ -1,9 +1,10 @@
 #include "socket/connect.hpp"
 
-#include <c10/util/Exception.h>
+#include <sys/socket.h>
 
 #include <algorithm>
 #include <asio/ip/tcp.hpp>
+#include <cerrno>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <stdexcept>
@@ -41,11 +42,7 @@ class ConnectionBuilder {
         contacts_(world.size),
         callers_(world.size) {}
 
-  ~ConnectionBuilder() {
-    for (const auto& caller : callers_)
-      if (caller) caller->close();
-    if (listener_) listener_->close();
-  }
+  ~ConnectionBuilder() { close(); }
   ConnectionBuilder(const ConnectionBuilder&) = delete;
   ConnectionBuilder& operator=(const ConnectionBuilder&) = delete;
 
@@ -54,9 +51,9 @@ class ConnectionBuilder {
     Reach& own = ranks_[world_.rank];
     own.host = host_identity() + (route_ == Route::tcp ? str(" ", world_.rank) : "");
     own.unix_name = "dualpipe." + hexadecimal(random_bytes());
-    if (!meeting_.host_address().is_unspecified()) own.sees_host_at = meeting_.host_address();
+    if (meeting_.ends().are_far()) own.sees_host_at = meeting_.ends().other;
     exchange_hosts();
-    listener_.emplace(io_, introduction([this](const Greeting& theirs) -> std::string {
+    listener_.emplace(io_, introduction([this](const Greeting& theirs, const Ends&) -> std::string {
                         return theirs.rank > world_.rank && theirs.rank < world_.size ? "" : "no rank that calls";
                       }),
                       world_.size, [this](Contact contact) { keep(std::move(contact)); });
@@ -68,16 +65,19 @@ class ConnectionBuilder {
                         [this] { return str("rank ", *first_missing(), ", which has come, to connect"); },
                         [this] { return failure(*first_missing()); });
     meeting_.all_gather("", "is still without some of its connections");
+    close();
     return std::move(contacts_);
   }
 
  private:
-  Introduction introduction(std::function<std::string(const Greeting&)> check) const {
-    Introduction result{.own = {},
-                        .key = meeting_.session_key(),
-                        .encryption = encryption_,
-                        .liveness = options_.liveness,
-                        .check = std::move(check)};
+  void close() noexcept {
+    for (const auto& caller : callers_)
+      if (caller) caller->close();
+    if (listener_) listener_->close();
+  }
+
+  Introduction introduction(std::function<std::string(const Greeting&, const Ends&)> check) const {
+    Introduction result{.own = {}, .key = meeting_.session_key(), .encryption = encryption_, .check = std::move(check)};
     result.own.rank = world_.rank;
     result.own.size = world_.size;
     result.own.meeting = authentication_code(result.key, {"connections"});
@@ -119,17 +119,11 @@ class ConnectionBuilder {
         const auto seen = json.at("rank 0").get<std::string>();
         if (!seen.empty()) ranks_[rank].sees_host_at = asio::ip::make_address(seen);
       });
-    const bool far = std::any_of(ranks_.begin(), ranks_.end(), [&](const Reach& r) { return r.host != own.host; });
-    if (far && world_.rank == 0 && world_.secret.empty() && route_ == Route::best) {
-      TORCH_WARN_ONCE(
-          "the ranks are on several hosts and the job has no secret, so whoever reaches their ports can take part: the "
-          "network must be trusted. DUALPIPE_SECRET_FILE names a file with a secret, the same on all hosts");
-    }
   }
 
   /// At the address that this rank has towards the others; of the host of rank 0 they say which that is.
   tcp::endpoint listen_to_other_hosts() {
-    asio::ip::address address = meeting_.own_address();
+    asio::ip::address address = meeting_.ends().own;
     for (const Reach& rank : ranks_)
       if (address.is_unspecified() && rank.sees_host_at) address = *rank.sees_host_at;
     try {
@@ -164,15 +158,24 @@ class ConnectionBuilder {
     else if (ranks_[rank].endpoint)
       places.push_back({str(*ranks_[rank].endpoint), *ranks_[rank].endpoint, ""});
     callers_[rank] = std::make_shared<Caller>(
-        io_, rank, introduction([rank](const Greeting& theirs) {
+        io_, rank, introduction([rank](const Greeting& theirs, const Ends&) {
           return theirs.rank == rank ? "" : str("rank ", theirs.rank, " answers");
         }),
         [places] { return places; }, [this](Contact contact) { keep(std::move(contact)); });
     callers_[rank]->start();
   }
 
-  /// A rank whose first call was cut off on the way calls again.
-  void keep(Contact contact) { contacts_[contact.rank] = std::move(contact); }
+  /// A rank whose first call was cut off on the way calls again. Nobody else takes its place.
+  void keep(Contact contact) {
+    auto& place = contacts_[contact.rank];
+    if (!place || has_ended(place->socket)) place = std::move(contact);
+  }
+
+  static bool has_ended(StreamSocket& socket) {
+    char byte;
+    const ssize_t size = ::recv(socket.native_handle(), &byte, 1, MSG_PEEK | MSG_DONTWAIT);
+    return size == 0 || (size < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR);
+  }
 
   std::optional<int> first_missing() const {
     for (int rank = 0; rank < world_.size; ++rank)
@@ -211,7 +214,10 @@ std::vector<Connection> moved_to(asio::io_context& io, std::vector<std::optional
   for (auto& contact : contacts) {
     if (!contact) continue;
     const auto protocol = contact->socket.local_endpoint().protocol();
-    result.push_back({contact->rank, StreamSocket(io, protocol, contact->socket.release()), contact->clock_offset_ns});
+    result.push_back({.peer = contact->rank,
+                      .socket = StreamSocket(io, protocol, contact->socket.release()),
+                      .clock_offset_ns = contact->clock_offset_ns,
+                      .broken = contact->broken});
   }
   return result;
 }

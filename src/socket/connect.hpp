@@ -2,6 +2,7 @@
 
 #include <asio/generic/stream_protocol.hpp>
 #include <asio/io_context.hpp>
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -18,11 +19,16 @@ enum class Route {
   tcp    ///< TCP everywhere
 };
 
+/// Of an encrypted connection: whether it has ended by another error than the end of the process at its other end. Null
+/// otherwise.
+using Broken = std::shared_ptr<const std::atomic<bool>>;
+
 /// A connection whose two ends have made sure of each other.
 struct Connection {
   int peer = 0;
   asio::generic::stream_protocol::socket socket;
   std::int64_t clock_offset_ns = 0;  ///< added to the peer's clock it gives this rank's; zero on one host
+  Broken broken = {};
 };
 
 /// Connects this rank to all others. Returns when every rank has all its connections.

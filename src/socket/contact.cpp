@@ -20,6 +20,7 @@ using Stream = asio::generic::stream_protocol;
 /// Longest time until a place answers at all.
 constexpr auto connect_limit = 5s;
 constexpr auto pause_between_calls = 20ms;
+constexpr auto pause_without_room = 100ms;
 /// Strangers beside the ranks that a listener listens to at a time.
 constexpr std::size_t tolerated_strangers = 64;
 
@@ -42,7 +43,8 @@ asio::ip::address address_of(const Stream::endpoint& endpoint) {
              : address;
 }
 
-void set_tcp_options(StreamSocket& socket, std::chrono::milliseconds liveness) {
+/// No TCP_USER_TIMEOUT: Linux applies it to a peer that lives and takes nothing, as one that is suspended does.
+void set_tcp_options(StreamSocket& socket) {
   socket.set_option(tcp::no_delay(true));
   const auto set = [fd = socket.native_handle()](int level, int option, int value) {
     ::setsockopt(fd, level, option, &value, sizeof value);
@@ -52,34 +54,39 @@ void set_tcp_options(StreamSocket& socket, std::chrono::milliseconds liveness) {
   set(IPPROTO_TCP, TCP_KEEPIDLE, 10);
   set(IPPROTO_TCP, TCP_KEEPINTVL, 5);
   set(IPPROTO_TCP, TCP_KEEPCNT, 3);
-  constexpr std::chrono::milliseconds day = 24h;
-  if (liveness > 0ms) set(IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(2 * std::min(liveness, day).count()));
+}
+
+/// A socket that programs which this process starts do not inherit: they would hide this rank's death.
+int new_socket(const Stream& protocol) {
+  const int fd = ::socket(protocol.family(), SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, protocol.protocol());
+  if (fd < 0) throw asio::system_error(errno, asio::error::get_system_category(), "cannot make a socket");
+  return fd;
 }
 
 /// Starts the handshake on a connection that has just come about.
 std::shared_ptr<Handshake> shake_hands(asio::io_context& io, StreamSocket socket, Handshake::Side side,
                                        const Introduction& introduction,
                                        std::function<void(Contact, const std::string& problem)> done) {
-  close_on_exec(socket.native_handle());
-  asio::ip::address own, other;
+  Ends ends;
+  Broken broken;
   if (crosses_hosts(socket)) {
-    set_tcp_options(socket, introduction.liveness);
-    own = address_of(socket.local_endpoint());
-    other = address_of(socket.remote_endpoint());
+    set_tcp_options(socket);
+    ends = {address_of(socket.local_endpoint()), address_of(socket.remote_endpoint())};
     if (introduction.encryption != nullptr)
-      socket = introduction.encryption->wrap(io, std::move(socket), side == Handshake::Side::listener);
+      broken = introduction.encryption->wrap(io, socket, side == Handshake::Side::listener);
   }
-  auto handshake =
-      std::make_shared<Handshake>(io, std::move(socket), side, introduction.own, introduction.key, introduction.check,
-                                  [own, other, done = std::move(done)](Handshake& over, const std::string& problem) {
-                                    done({.rank = over.theirs().rank,
-                                          .size = over.theirs().size,
-                                          .socket = over.take(),
-                                          .clock_offset_ns = own.is_unspecified() ? 0 : over.clock_offset_ns(),
-                                          .own_address = own,
-                                          .other_address = other},
-                                         problem);
-                                  });
+  auto handshake = std::make_shared<Handshake>(
+      io, std::move(socket), side, introduction.own, introduction.key,
+      [ends, check = introduction.check](const Greeting& theirs) { return check(theirs, ends); },
+      [ends, broken, done = std::move(done)](Handshake& over, const std::string& problem) {
+        done({.rank = over.theirs().rank,
+              .size = over.theirs().size,
+              .socket = over.take(),
+              .clock_offset_ns = ends.are_far() ? over.clock_offset_ns() : 0,
+              .ends = ends,
+              .broken = broken},
+             problem);
+      });
   handshake->start();
   return handshake;
 }
@@ -92,8 +99,10 @@ asio::generic::stream_protocol::endpoint unix_endpoint(const std::string& name) 
 
 // ---- listening
 
-struct Listener::Door {
+struct Listener::Door : std::enable_shared_from_this<Door> {
+  explicit Door(asio::io_context& io) : acceptor(io), pause(io) {}
   asio::basic_socket_acceptor<Stream> acceptor;
+  asio::steady_timer pause;
 };
 
 Listener::Listener(asio::io_context& io, Introduction introduction, int num_callers, Admitted admitted)
@@ -102,32 +111,30 @@ Listener::Listener(asio::io_context& io, Introduction introduction, int num_call
       limit_(tolerated_strangers + num_callers),
       admitted_(std::move(admitted)) {}
 
-void Listener::listen_here(const std::string& name) {
-  const Stream::endpoint endpoint = unix_endpoint(name);
-  auto door = std::make_shared<Door>(Door{{io_, endpoint.protocol()}});
-  close_on_exec(door->acceptor.native_handle());
+void Listener::open(const Stream::endpoint& endpoint) {
+  auto door = std::make_shared<Door>(io_);
+  const Stream protocol(endpoint.protocol());
+  door->acceptor.assign(protocol, new_socket(protocol));
+  if (protocol.family() != AF_UNIX) door->acceptor.set_option(tcp::acceptor::reuse_address(true));
+  if (protocol.family() == AF_INET6) {
+    // An unspecified address takes both families, another one is of one family anyway.
+    asio::error_code ignored;
+    door->acceptor.set_option(asio::ip::v6_only(false), ignored);
+  }
   door->acceptor.bind(endpoint);
   door->acceptor.listen();
   doors_.push_back(door);
   accept(door);
 }
 
+void Listener::listen_here(const std::string& name) { open(unix_endpoint(name)); }
+
 std::uint16_t Listener::listen_at(const tcp::endpoint& endpoint) {
-  auto door = std::make_shared<Door>(Door{{io_, Stream(endpoint.protocol())}});
-  close_on_exec(door->acceptor.native_handle());
-  door->acceptor.set_option(tcp::acceptor::reuse_address(true));
-  // An unspecified address takes both families.
-  asio::error_code ignored;
-  if (endpoint.address().is_v6() && endpoint.address().is_unspecified())
-    door->acceptor.set_option(asio::ip::v6_only(false), ignored);
-  door->acceptor.bind(endpoint);
-  door->acceptor.listen();
+  open(endpoint);
   tcp::endpoint bound;
-  const Stream::endpoint generic = door->acceptor.local_endpoint();
+  const Stream::endpoint generic = doors_.back()->acceptor.local_endpoint();
   bound.resize(generic.size());
   std::copy_n(reinterpret_cast<const char*>(generic.data()), generic.size(), reinterpret_cast<char*>(bound.data()));
-  doors_.push_back(door);
-  accept(door);
   return bound.port();
 }
 
@@ -140,11 +147,28 @@ void Listener::close() noexcept {
 }
 
 void Listener::accept(const std::shared_ptr<Door>& door) {
-  door->acceptor.async_accept([this, door](const asio::error_code& error, StreamSocket socket) {
-    if (error == asio::error::operation_aborted) return;
-    if (error && !concerns_one_connection(error)) throw asio::system_error(error, "cannot accept connections");
-    if (!error) meet(std::move(socket));
-    if (door->acceptor.is_open()) accept(door);
+  door->acceptor.async_wait(asio::socket_base::wait_read, [this, door](const asio::error_code& error) {
+    if (error || !door->acceptor.is_open()) return;  // closed, perhaps with this object
+    accept_one(*door);
+    if (door->acceptor.is_open() && door->pause.expiry() <= std::chrono::steady_clock::now()) accept(door);
+  });
+}
+
+void Listener::accept_one(Door& door) {
+  const int fd = ::accept4(door.acceptor.native_handle(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+  if (fd >= 0) return meet(StreamSocket(io_, door.acceptor.local_endpoint().protocol(), fd));
+  const asio::error_code error(errno, asio::error::get_system_category());
+  if (!concerns_one_connection(error)) make_room(door.shared_from_this(), error);
+}
+
+/// Strangers may hold the descriptors that this process has left.
+void Listener::make_room(const std::shared_ptr<Door>& door, const asio::error_code& error) {
+  handshakes_.remove_if([](const auto& handshake) { return handshake->is_over(); });
+  if (handshakes_.empty()) throw asio::system_error(error, "cannot accept connections");
+  handshakes_.front()->give_up("no more descriptors or memory");
+  door->pause.expires_after(pause_without_room);
+  door->pause.async_wait([this, door](const asio::error_code& cancelled) {
+    if (!cancelled && door->acceptor.is_open()) accept(door);
   });
 }
 
@@ -202,7 +226,8 @@ void Caller::call_next() {
 
 void Caller::connect(const Place& place) {
   outcomes_.emplace(place.name, "no answer");
-  connecting_ = std::make_shared<StreamSocket>(io_);
+  const Stream protocol(place.endpoint->protocol());
+  connecting_ = std::make_shared<StreamSocket>(io_, protocol, new_socket(protocol));
   timer_.expires_after(connect_limit);
   timer_.async_wait([socket = std::weak_ptr(connecting_)](const asio::error_code& error) {
     if (const auto late = socket.lock(); !error && late) late->close();

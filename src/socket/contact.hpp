@@ -21,23 +21,29 @@
 // runs the io_context.
 namespace dualpipe::detail {
 
+/// The addresses of the two ends of a TCP connection; unspecified for a Unix domain socket.
+struct Ends {
+  asio::ip::address own, other;
+  bool are_far() const { return !own.is_unspecified(); }
+};
+
 /// A connection whose two ends have made sure of each other.
 struct Contact {
   int rank = -1;  ///< at the other end
   int size = 0;   ///< of the world, as the other end has it
   StreamSocket socket;
   std::int64_t clock_offset_ns = 0;  ///< added to the other end's clock it gives this one's
-  /// Of the two ends; unspecified where they are on one host.
-  asio::ip::address own_address = {}, other_address = {};
+  Ends ends = {};
+  Broken broken = {};
 };
 
 /// What both ends of a connection know before.
 struct Introduction {
   Greeting own;
   std::string key;
-  Encryption* encryption = nullptr;       ///< of what crosses hosts; null: none
-  std::chrono::milliseconds liveness{0};  ///< TCP gives a connection up when nothing is acknowledged for twice as long
-  std::function<std::string(const Greeting& theirs)> check;  ///< as Handshake::Check
+  Encryption* encryption = nullptr;  ///< of what crosses hosts; null: none
+  /// @return why the other end is not the one that is meant; empty if it is.
+  std::function<std::string(const Greeting& theirs, const Ends& ends)> check;
 };
 
 /// Of an abstract Unix domain socket.
@@ -50,6 +56,9 @@ class Listener {
 
   /// @param num_callers  ranks that may call at the same time.
   Listener(asio::io_context& io, Introduction introduction, int num_callers, Admitted admitted);
+  ~Listener() { close(); }
+  Listener(const Listener&) = delete;
+  Listener& operator=(const Listener&) = delete;
 
   /// On the abstract Unix domain socket `name`. @throws asio::system_error  it is taken.
   void listen_here(const std::string& name);
@@ -60,7 +69,10 @@ class Listener {
 
  private:
   struct Door;
+  void open(const asio::generic::stream_protocol::endpoint& endpoint);
   void accept(const std::shared_ptr<Door>& door);
+  void accept_one(Door& door);
+  void make_room(const std::shared_ptr<Door>& door, const asio::error_code& error);
   void meet(StreamSocket socket);
 
   asio::io_context& io_;

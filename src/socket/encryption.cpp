@@ -3,11 +3,11 @@
 #include <linux/sockios.h>
 #include <openssl/ssl.h>
 #include <sys/ioctl.h>
+#include <sys/socket.h>
 
 #include <algorithm>
 #include <array>
 #include <asio/executor_work_guard.hpp>
-#include <asio/local/connect_pair.hpp>
 #include <asio/local/stream_protocol.hpp>
 #include <asio/post.hpp>
 #include <asio/ssl/context.hpp>
@@ -16,6 +16,7 @@
 #include <asio/steady_timer.hpp>
 #include <asio/write.hpp>
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <list>
 #include <mutex>
@@ -72,14 +73,29 @@ class Encryption::Pump : public std::enable_shared_from_this<Pump> {
     timer_.async_wait([weak = weak_from_this()](const asio::error_code& error) {
       if (const auto self = weak.lock(); !error && self) self->close();
     });
+    // A listener's end that becomes readable before is closed: it has given the stranger up.
+    if (listens) {
+      near_.async_wait(Local::wait_read, [self = shared_from_this()](const asio::error_code& error) {
+        if (!error && !self->is_secure_) self->close();
+      });
+    }
     far_.async_handshake(listens ? ssl::stream_base::server : ssl::stream_base::client,
                          [self = shared_from_this()](const asio::error_code& error) {
                            self->timer_.cancel();
                            if (error) return self->close();
+                           self->is_secure_ = true;
                            self->send_more();
                            self->receive_more();
                          });
   }
+
+  void close() {
+    asio::error_code ignored;
+    far_.lowest_layer().close(ignored);
+    near_.close(ignored);
+  }
+
+  Broken broken() const { return broken_; }
 
   bool flushed() const {
     int unread = 0, unacknowledged = 0;
@@ -112,26 +128,19 @@ class Encryption::Pump : public std::enable_shared_from_this<Pump> {
   }
 
   void receive_more() {
-    far_.async_read_some(asio::buffer(incoming_),
-                         [self = shared_from_this()](const asio::error_code& error, std::size_t size) {
-                           if (error) {
-                             // The end of a process ends its connection. Another error says nothing about the process: it stays silent here.
-                             if (error == asio::error::eof || error == ssl::error::stream_truncated ||
-                                 error == asio::error::connection_reset)
-                               self->close();
-                             return;
-                           }
-                           asio::async_write(self->near_, asio::buffer(self->incoming_, size),
-                                             [self](const asio::error_code& failed, std::size_t) {
-                                               if (!failed) self->receive_more();
-                                             });
-                         });
-  }
-
-  void close() {
-    asio::error_code ignored;
-    far_.lowest_layer().close(ignored);
-    near_.close(ignored);
+    const auto received = [self = shared_from_this()](const asio::error_code& error, std::size_t size) {
+      if (error) {
+        const bool ended = error == asio::error::eof || error == ssl::error::stream_truncated ||
+                           error == asio::error::connection_reset;
+        if (!ended) *self->broken_ = true;
+        return self->close();
+      }
+      asio::async_write(self->near_, asio::buffer(self->incoming_, size),
+                        [self](const asio::error_code& failed, std::size_t) {
+                          if (!failed) self->receive_more();
+                        });
+    };
+    far_.async_read_some(asio::buffer(incoming_), received);
   }
 
   ssl::stream<StreamSocket> far_;
@@ -139,7 +148,9 @@ class Encryption::Pump : public std::enable_shared_from_this<Pump> {
   const int far_handle_ = far_.lowest_layer().native_handle(), near_handle_ = near_.native_handle();
   asio::steady_timer timer_;
   std::array<char, 1 << 16> outgoing_, incoming_;
+  const std::shared_ptr<std::atomic<bool>> broken_ = std::make_shared<std::atomic<bool>>(false);
   std::atomic<bool> sending_{false};
+  bool is_secure_ = false;
 };
 
 class Encryption::Pumps {
@@ -159,7 +170,13 @@ class Encryption::Pumps {
     thread_ = std::thread([this] {
       pthread_setname_np(pthread_self(), "dualpipe-tls");
       const auto work = asio::make_work_guard(io_);
-      io_.run();
+      while (!io_.stopped()) {
+        try {
+          io_.run();
+        } catch (const std::exception&) {  // no memory: the ranks find their connections closed
+          for_all([](Pump& pump) { pump.close(); });
+        }
+      }
     });
   }
 
@@ -170,33 +187,39 @@ class Encryption::Pumps {
   Pumps(const Pumps&) = delete;
   Pumps& operator=(const Pumps&) = delete;
 
-  StreamSocket wrap(asio::io_context& io, StreamSocket socket, bool listens) {
+  Broken wrap(asio::io_context& io, StreamSocket& socket, bool listens) {
+    std::array<int, 2> ends{};
+    if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends.data()) != 0)
+      throw asio::system_error(errno, asio::error::get_system_category(), "cannot make a pair of sockets");
+    Local near(io_, asio::local::stream_protocol(), ends[0]);
+    StreamSocket own(io, asio::generic::stream_protocol(asio::local::stream_protocol()), ends[1]);
     const auto protocol = socket.local_endpoint().protocol();
-    StreamSocket far(io_, protocol, socket.release());
-    Local near(io_);
-    asio::local::stream_protocol::socket own(io);
-    asio::local::connect_pair(near, own);
-    close_on_exec(near.native_handle());
-    close_on_exec(own.native_handle());
-    const auto pump = std::make_shared<Pump>(io_, listens ? listening_ : calling_, std::move(far), std::move(near));
+    const auto pump = std::make_shared<Pump>(io_, listens ? listening_ : calling_,
+                                             StreamSocket(io_, protocol, socket.release()), std::move(near));
     {
       const std::lock_guard lock(mutex_);
       all_.remove_if([](const auto& weak) { return weak.expired(); });
       all_.push_back(pump);
     }
     asio::post(io_, [pump, listens] { pump->start(listens); });
-    return own;
+    socket = std::move(own);
+    return pump->broken();
   }
 
   bool flushed() const {
-    const std::lock_guard lock(mutex_);
-    return std::all_of(all_.begin(), all_.end(), [](const auto& weak) {
-      const auto pump = weak.lock();
-      return !pump || pump->flushed();
-    });
+    bool all = true;
+    for_all([&](const Pump& pump) { all = all && pump.flushed(); });
+    return all;
   }
 
  private:
+  template <class Action>
+  void for_all(const Action& action) const {
+    const std::lock_guard lock(mutex_);
+    for (const auto& weak : all_)
+      if (const auto pump = weak.lock()) action(*pump);
+  }
+
   Bytes32 key_;
   ssl::context listening_{ssl::context::tlsv13_server}, calling_{ssl::context::tlsv13_client};
   mutable std::mutex mutex_;  // guards all_
@@ -207,8 +230,8 @@ class Encryption::Pumps {
 
 Encryption::Encryption(std::string secret) : pumps_(std::make_unique<Pumps>(secret)) {}
 Encryption::~Encryption() = default;
-StreamSocket Encryption::wrap(asio::io_context& io, StreamSocket socket, bool listens) {
-  return pumps_->wrap(io, std::move(socket), listens);
+Broken Encryption::wrap(asio::io_context& io, StreamSocket& socket, bool listens) {
+  return pumps_->wrap(io, socket, listens);
 }
 bool Encryption::flushed() const { return pumps_->flushed(); }
 

@@ -3,6 +3,7 @@
 #include <memory>
 #include <string>
 
+#include "socket/connect.hpp"
 #include "socket/handshake.hpp"
 
 namespace dualpipe::detail {
@@ -14,14 +15,15 @@ class Encryption {
  public:
   /// @param secret  not empty.
   explicit Encryption(std::string secret);
-  /// Sends what was written before, for at most `patience` seconds.
+  /// Ends the connections.
   ~Encryption();
   Encryption(const Encryption&) = delete;
   Encryption& operator=(const Encryption&) = delete;
 
-  /// @param socket  a TCP connection to a process that wraps its end as well.
-  /// @return this process's end. It is closed where the other end has not the secret.
-  StreamSocket wrap(asio::io_context& io, StreamSocket socket, bool listens);
+  /// @param socket  a TCP connection to a process that wraps its end as well; becomes this process's end, which is
+  ///                closed where the other end has not the secret.
+  /// @param listens nothing is written to it before something has been read.
+  Broken wrap(asio::io_context& io, StreamSocket& socket, bool listens);
   /// Whether all that was written has been handed to the kernel. Any thread.
   bool flushed() const;
 

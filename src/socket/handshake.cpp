@@ -1,6 +1,5 @@
 #include "socket/handshake.hpp"
 
-#include <fcntl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -23,8 +22,6 @@ std::string_view bytes_of(const Greeting& greeting) {
 }
 
 }  // namespace
-
-void close_on_exec(int descriptor) { ::fcntl(descriptor, F_SETFD, FD_CLOEXEC); }
 
 std::string stranger_at(StreamSocket& socket) {
   asio::error_code error;
@@ -103,7 +100,7 @@ void Handshake::greeted() {
     problem = str("it speaks protocol version ", theirs_.version, ", this rank ", own_.version,
                   ": start all ranks from one build");
   else if (theirs_.meeting != own_.meeting)
-    problem = "another job or another communicator answers there";
+    problem = "another job or communicator answers there, or one with another DUALPIPE_SECRET_FILE";
   else
     problem = check_(theirs_);
   if (!problem.empty()) return give_up(problem);

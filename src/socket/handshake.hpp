@@ -86,7 +86,4 @@ class Handshake : public std::enable_shared_from_this<Handshake> {
 /// for sockets of other kinds.
 std::string stranger_at(StreamSocket& socket);
 
-/// A program that this process starts does not inherit the descriptor: it would hide this rank's death.
-void close_on_exec(int descriptor);
-
 }  // namespace dualpipe::detail

@@ -16,7 +16,7 @@
 namespace dualpipe::detail {
 namespace {
 
-/// Of all interfaces that are up, without link-local addresses.
+/// Of all interfaces that are up, but for loopback.
 std::vector<asio::ip::address> interface_addresses() {
   std::vector<asio::ip::address> result;
   ifaddrs* list = nullptr;
@@ -31,7 +31,7 @@ std::vector<asio::ip::address> interface_addresses() {
     } else if (entry->ifa_addr->sa_family == AF_INET6) {
       asio::ip::address_v6::bytes_type bytes;
       std::memcpy(bytes.data(), &reinterpret_cast<const sockaddr_in6*>(entry->ifa_addr)->sin6_addr, bytes.size());
-      if (const asio::ip::address_v6 address(bytes); !address.is_link_local()) result.push_back(address);
+      result.push_back(asio::ip::address_v6(bytes));
     }
   }
   return result;
@@ -62,7 +62,8 @@ std::string host_identity() {
 
 std::vector<std::string> own_addresses(const World& world) {
   std::vector<asio::ip::address> all = addresses_towards(world);
-  for (const asio::ip::address& address : interface_addresses()) all.push_back(address);
+  for (const asio::ip::address& address : interface_addresses())
+    if (!address.is_v6() || !address.to_v6().is_link_local()) all.push_back(address);
   std::stable_partition(all.begin(), all.end(),
                         [](const asio::ip::address& address) { return !address.is_loopback(); });
   std::vector<std::string> result;
@@ -71,6 +72,16 @@ std::vector<std::string> own_addresses(const World& world) {
     if (std::find(result.begin(), result.end(), text) == result.end()) result.push_back(text);
   }
   return result;
+}
+
+bool is_of_this_host(const asio::ip::address& address) {
+  if (address.is_loopback()) return true;
+  const auto without_scope = [](const asio::ip::address& a) {
+    return a.is_v6() ? asio::ip::address(asio::ip::address_v6(a.to_v6().to_bytes())) : a;
+  };
+  const std::vector<asio::ip::address> own = interface_addresses();
+  return std::any_of(own.begin(), own.end(),
+                     [&](const asio::ip::address& each) { return without_scope(each) == without_scope(address); });
 }
 
 }  // namespace dualpipe::detail

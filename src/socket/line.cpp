@@ -20,11 +20,15 @@ Line::Line(StreamSocket socket, Arrived arrived, Ended ended)
 
 void Line::start() { read_length(); }
 
-void Line::send(const nlohmann::json& message) {
-  if (!is_open()) return;
+Line::Frame Line::frame_of(const nlohmann::json& message) {
   const std::string text = message.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
   const auto length = static_cast<std::uint32_t>(text.size());
-  outgoing_.push_back(std::string(reinterpret_cast<const char*>(&length), sizeof length) + text);
+  return std::make_shared<std::string>(std::string(reinterpret_cast<const char*>(&length), sizeof length) + text);
+}
+
+void Line::send(const Frame& frame) {
+  if (!is_open()) return;
+  outgoing_.push_back(frame);
   if (outgoing_.size() == 1) write();
 }
 
@@ -36,7 +40,7 @@ void Line::close() noexcept {
 }
 
 void Line::write() {
-  asio::async_write(socket_, asio::buffer(outgoing_.front()),
+  asio::async_write(socket_, asio::buffer(*outgoing_.front()),
                     [self = shared_from_this()](const asio::error_code& error, std::size_t) {
                       if (error) return;  // the reader learns why
                       self->outgoing_.pop_front();
@@ -63,7 +67,7 @@ void Line::read_text() {
                      if (!arrived) return;
                      try {
                        arrived(nlohmann::json::parse(self->text_));
-                     } catch (const nlohmann::json::exception& problem) {
+                     } catch (const std::exception& problem) {
                        return self->end(str("sends something malformed (", problem.what(), ")"));
                      }
                      if (self->is_open()) self->read_length();

@@ -22,7 +22,11 @@ class Line : public std::enable_shared_from_this<Line> {
 
   Line(StreamSocket socket, Arrived arrived, Ended ended);
   void start();
-  void send(const nlohmann::json& message);
+  void send(const nlohmann::json& message) { send(frame_of(message)); }
+  /// What travels of a message: made once, it can be sent to many.
+  using Frame = std::shared_ptr<const std::string>;
+  static Frame frame_of(const nlohmann::json& message);
+  void send(const Frame& frame);
   void close() noexcept;
   bool is_open() const { return socket_.is_open(); }
   bool is_flushed() const { return outgoing_.empty(); }
@@ -41,7 +45,7 @@ class Line : public std::enable_shared_from_this<Line> {
   Ended ended_;
   std::uint32_t length_ = 0;
   std::string text_;
-  std::deque<std::string> outgoing_;
+  std::deque<Frame> outgoing_;
   std::chrono::steady_clock::time_point last_heard_ = std::chrono::steady_clock::now();
 };
 

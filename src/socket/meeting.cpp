@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "dualpipe/error.hpp"
+#include "socket/host.hpp"
 #include "socket/meeting_place.hpp"
 
 namespace dualpipe::detail {
@@ -17,7 +18,7 @@ using namespace std::chrono_literals;
 /// After this time a warning says why nothing happens.
 constexpr std::chrono::milliseconds silence_limit = 10s;
 /// How long a rank that leaves waits for the others to know why.
-constexpr auto farewell_limit = 2s;
+constexpr std::chrono::milliseconds farewell_limit = 2s;
 constexpr std::chrono::milliseconds shortest_period = 5ms, longest_period = 1s;
 
 std::chrono::milliseconds period_of(const ConnectOptions& options) {
@@ -95,7 +96,11 @@ void Meeting::wait_until(const std::function<bool()>& condition, const std::func
 
 void Meeting::drain(const std::function<bool()>& condition) noexcept {
   try {
-    const auto limit = Clock::now() + farewell_limit;
+    // Afterwards the connections are expected to beat, and meanwhile they do not.
+    const auto patience = looks_for_silence()
+                              ? std::min<std::chrono::milliseconds>(farewell_limit, options_.liveness / 2)
+                              : farewell_limit;
+    const auto limit = Clock::now() + patience;
     io_.restart();
     while (!condition() && io_.run_one_until(limit) > 0) {
     }
@@ -144,12 +149,11 @@ class MeetingHost final : public Meeting {
   MeetingHost(asio::io_context& io, const World& world, const ConnectOptions& options, Clock::time_point deadline,
               Route route, const Introduction& introduction)
       : Meeting(io, world, options, deadline),
-        only_far_callers_by_tcp_(world.secret.empty() && route == Route::best),
         session_(random_bytes()),
         said_(world.size),
         lines_(world.size),
         listener_(io, introduction, world.size, [this](Contact contact) { admit(std::move(contact)); }) {
-    MeetingPlace(world, options, deadline, route).open(listener_);
+    MeetingPlace(world, options, deadline, route).open(io, listener_);
   }
   ~MeetingHost() override {
     listener_.close();
@@ -164,8 +168,8 @@ class MeetingHost final : public Meeting {
   void give_up(const CommError& error) noexcept override {
     try {
       leaving_ = true;
-      const nlohmann::json message = {{"failed", {{"origin", error.origin_rank()}, {"reason", error.what()}}}};
-      for (const auto& line : all_) line->send(message);
+      farewell_ = Line::frame_of({{"failed", {{"origin", error.origin_rank()}, {"reason", error.what()}}}});
+      for (const auto& line : all_) line->send(farewell_);
     } catch (...) {
       // They find their connections closed.
     }
@@ -180,22 +184,23 @@ class MeetingHost final : public Meeting {
 
  private:
   void admit(Contact contact) {
-    const bool far = !contact.own_address.is_unspecified();
-    // Whoever is on this host could come through the Unix domain socket, where the kernel tells whose process it is.
-    if (far && only_far_callers_by_tcp_ &&
-        (contact.other_address.is_loopback() || contact.other_address == contact.own_address))
-      return;
     const int rank = contact.rank;
-    const bool taken = rank <= 0 || rank >= world_.size || lines_[rank] != nullptr;
+    const bool fits = contact.size == world_.size && rank > 0 && rank < world_.size && lines_[rank] == nullptr;
     auto line = std::make_shared<Line>(
-        std::move(contact.socket), [this, rank](const nlohmann::json& message) { arrived(rank, message); },
-        [this, rank](const std::string& why) { ended(rank, why); });
+        std::move(contact.socket),
+        [this, rank, fits](const nlohmann::json& message) {
+          if (fits) arrived(rank, message);
+        },
+        [this, rank, fits](const std::string& why) {
+          if (fits) ended(rank, why);
+        });
     all_.push_back(line);
     line->start();
+    if (farewell_) return line->send(farewell_);
     if (contact.size != world_.size)
       return fail(rank, str("rank 0: rank ", rank, " has WORLD_SIZE ", contact.size, ", rank 0 has ", world_.size,
                             ": start all ranks with one WORLD_SIZE"));
-    if (taken)
+    if (!fits)
       return fail(rank, str("rank 0: two processes are rank ", rank, " (communicator '", options_.name, "', epoch ",
                             options_.epoch, "): do two jobs meet at one port? Give each its own"));
     lines_[rank] = line;
@@ -232,8 +237,9 @@ class MeetingHost final : public Meeting {
     result_.emplace();
     for (auto& text : said_) result_->push_back(*std::exchange(text, std::nullopt));
     listener_.close();
+    const Line::Frame all = Line::frame_of({{"all", *result_}});
     for (const auto& line : lines_)
-      if (line) line->send({{"all", *result_}});
+      if (line) line->send(all);
   }
 
   std::vector<int> missing() const {
@@ -250,7 +256,7 @@ class MeetingHost final : public Meeting {
   CommError late() const override { return Meeting::late({missing(), status_.lacks}); }
 
   void pulse() override {
-    const nlohmann::json beat = status_message();
+    const Line::Frame beat = Line::frame_of(status_message());
     for (int rank = 1; rank < world_.size; ++rank) {
       const auto& line = lines_[rank];
       if (!line || !line->is_open()) continue;
@@ -264,12 +270,12 @@ class MeetingHost final : public Meeting {
     return std::none_of(all_.begin(), all_.end(), [](const auto& line) { return line->is_open(); });
   }
 
-  const bool only_far_callers_by_tcp_;
   const Bytes32 session_;
   std::vector<std::optional<std::string>> said_;  ///< in this round, by rank
   std::vector<std::shared_ptr<Line>> lines_;      ///< by rank; null: has not come
   std::vector<std::shared_ptr<Line>> all_;        ///< also of those that cannot take part
   bool leaving_ = false;
+  Line::Frame farewell_;  ///< also for those who come while this rank gives up
   Listener listener_;
 };
 
@@ -308,13 +314,11 @@ class MeetingGuest final : public Meeting {
   }
 
   std::string session_key() const override { return MeetingHost::session_key_of(world_, session_); }
-  asio::ip::address own_address() const override { return own_address_; }
-  asio::ip::address host_address() const override { return host_address_; }
+  Ends ends() const override { return ends_; }
 
  private:
   void connected(Contact contact) {
-    own_address_ = contact.own_address;
-    host_address_ = contact.other_address;
+    ends_ = contact.ends;
     line_ = std::make_shared<Line>(
         std::move(contact.socket), [this](const nlohmann::json& message) { arrived(message); },
         [this](const std::string& why) {
@@ -369,7 +373,7 @@ class MeetingGuest final : public Meeting {
   }
 
   std::string session_;
-  asio::ip::address own_address_, host_address_;
+  Ends ends_;
   std::shared_ptr<Line> line_;  ///< null: not connected so far
   const std::shared_ptr<Caller> caller_;
 };
@@ -378,13 +382,16 @@ class MeetingGuest final : public Meeting {
 
 std::unique_ptr<Meeting> meet(asio::io_context& io, const World& world, const ConnectOptions& options,
                               Meeting::Clock::time_point deadline, Route route, Encryption* encryption) {
-  const Introduction introduction{.own = greeting_of(world, options),
-                                  .key = world.secret,
-                                  .encryption = encryption,
-                                  .liveness = options.liveness,
-                                  .check = [is_host = world.rank == 0](const Greeting& theirs) -> std::string {
-                                    return is_host || theirs.rank == 0 ? "" : str("rank ", theirs.rank, " answers");
-                                  }};
+  // Whoever is on this host can come through the Unix domain socket, where the kernel tells whose process it is.
+  const bool only_far_callers_by_tcp = world.secret.empty() && route == Route::best;
+  const auto check = [=, is_host = world.rank == 0](const Greeting& theirs, const Ends& ends) -> std::string {
+    if (!is_host) return theirs.rank == 0 ? "" : str("rank ", theirs.rank, " answers");
+    return only_far_callers_by_tcp && ends.are_far() && is_of_this_host(ends.other)
+               ? "a process of this host that does not come through the Unix domain socket"
+               : "";
+  };
+  const Introduction introduction{
+      .own = greeting_of(world, options), .key = world.secret, .encryption = encryption, .check = check};
   if (world.rank == 0) return std::make_unique<MeetingHost>(io, world, options, deadline, route, introduction);
   auto guest = std::make_unique<MeetingGuest>(io, world, options, deadline, route, introduction);
   guest->join();

@@ -51,10 +51,8 @@ class Meeting {
 
   /// The same on all ranks that meet here, and secret if the job has a secret or all are on one host.
   virtual std::string session_key() const = 0;
-  /// This rank's address towards rank 0; unspecified on the host of rank 0.
-  virtual asio::ip::address own_address() const { return {}; }
-  /// The address at which this rank has reached rank 0; unspecified on the host of rank 0.
-  virtual asio::ip::address host_address() const { return {}; }
+  /// Of this rank's connection to rank 0; unspecified on the host of rank 0.
+  virtual Ends ends() const { return {}; }
 
  protected:
   Meeting(asio::io_context& io, const World& world, const ConnectOptions& options, Clock::time_point deadline);

@@ -1,10 +1,11 @@
 #include "socket/meeting_place.hpp"
 
+#include <c10/util/Exception.h>
+
 #include <algorithm>
 #include <asio/ip/tcp.hpp>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
-#include <thread>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 #include <utility>
 
@@ -73,24 +74,24 @@ bool MeetingPlace::is_local() const {
          (!uses_store_ || world_.local_size == world_.size);
 }
 
-/// The likeliest first. The master's own address, unless that is a loopback address: a host's own name often is one
-/// there. Then all addresses of this host.
+/// The master's own addresses, but for loopback addresses, which a host's own name often is there.
 std::vector<tcp::endpoint> MeetingPlace::listening_endpoints() const {
   const auto port = static_cast<std::uint16_t>(uses_store_ ? 0 : world_.master_port);
   std::vector<tcp::endpoint> endpoints;
   try {
-    for (const tcp::endpoint& endpoint : resolve(world_.master_address, port, deadline_))
-      if (!endpoint.address().is_loopback() || route_ == Route::tcp) endpoints.push_back(endpoint);
+    for (const tcp::endpoint& endpoint :
+         resolve(world_.master_address, port, std::min(deadline_, Clock::now() + look_limit))) {
+      const bool known = std::find(endpoints.begin(), endpoints.end(), endpoint) != endpoints.end();
+      if (!known && (!endpoint.address().is_loopback() || route_ == Route::tcp)) endpoints.push_back(endpoint);
+    }
   } catch (const std::exception&) {
     // This host need not know the name by which others know it.
   }
-  endpoints.emplace_back(tcp::v6(), port);
-  endpoints.emplace_back(tcp::v4(), port);
   return endpoints;
 }
 
 template <class Action>
-void MeetingPlace::until_free(const std::string& place, const Action& action) const {
+void MeetingPlace::until_free(asio::io_context& io, const std::string& place, const Action& action) const {
   for (;;) {
     try {
       return action();
@@ -100,42 +101,57 @@ void MeetingPlace::until_free(const std::string& place, const Action& action) co
         throw failure(str("cannot listen at ", place, ", which was taken for ", options_.timeout.count(),
                           " ms: does another job use the same MASTER_PORT? Choose another one"));
     }
-    std::this_thread::sleep_for(pause_between_tries);
+    io.restart();
+    io.run_for(pause_between_tries);
   }
 }
 
-tcp::endpoint MeetingPlace::listen(Listener& listener) const {
+std::vector<tcp::endpoint> MeetingPlace::listen(asio::io_context& io, Listener& listener) const {
+  std::vector<tcp::endpoint> bound;
   std::string problem;
-  for (const tcp::endpoint& endpoint : listening_endpoints()) {
+  const auto try_at = [&](tcp::endpoint endpoint) {
+    if (!bound.empty()) endpoint.port(bound.front().port());
     try {
-      std::uint16_t port = 0;
-      until_free(str(endpoint), [&] { port = listener.listen_at(endpoint); });
-      return {endpoint.address(), port};
+      until_free(io, str(endpoint), [&] { endpoint.port(listener.listen_at(endpoint)); });
+      bound.push_back(endpoint);
     } catch (const asio::system_error& error) {  // not an address of this host, no IPv6 here
       problem += str(problem.empty() ? "" : ", ", endpoint, " (", error.code().message(), ")");
     }
-  }
-  throw failure(str("cannot listen at ", problem,
-                    "; MASTER_ADDR must name the host of rank 0 and MASTER_PORT a port that it may use"));
+  };
+  for (const tcp::endpoint& endpoint : listening_endpoints()) try_at(endpoint);
+  // All addresses of this host.
+  const auto port = static_cast<std::uint16_t>(uses_store_ ? 0 : world_.master_port);
+  if (bound.empty()) try_at({tcp::v6(), port});
+  if (bound.empty()) try_at({tcp::v4(), port});
+  if (bound.empty())
+    throw failure(str("cannot listen at ", problem,
+                      "; MASTER_ADDR must name the host of rank 0 and MASTER_PORT a port that it may use"));
+  return bound;
 }
 
-void MeetingPlace::open(Listener& listener) {
-  if (!unix_name_.empty()) until_free("its Unix domain socket", [&] { listener.listen_here(unix_name_); });
+void MeetingPlace::open(asio::io_context& io, Listener& listener) {
+  if (!unix_name_.empty()) until_free(io, "its Unix domain socket", [&] { listener.listen_here(unix_name_); });
   nlohmann::json place = {{"unix", unix_name_}, {"addresses", nlohmann::json::array()}, {"port", 0}};
   if (!is_local()) {
-    const tcp::endpoint endpoint = listen(listener);
-    place["port"] = endpoint.port();
-    if (endpoint.address().is_unspecified())
-      place["addresses"] = own_addresses(world_);
-    else
-      place["addresses"].push_back(endpoint.address().to_string());
+    if (world_.secret.empty() && route_ == Route::best) {
+      TORCH_WARN_ONCE(
+          "the job has no secret, so whoever reaches its ports can take part: the network must be trusted. "
+          "DUALPIPE_SECRET_FILE names a file with a secret, the same on all hosts");
+    }
+    const std::vector<tcp::endpoint> endpoints = listen(io, listener);
+    place["port"] = endpoints.front().port();
+    for (const tcp::endpoint& endpoint : endpoints)
+      if (!endpoint.address().is_unspecified()) place["addresses"].push_back(endpoint.address().to_string());
   }
   if (!uses_store_) return;
+  const bool tell_all = !is_local() && place["addresses"].empty();
   try {
-    const auto done = result_until(deadline_, [store = store(), key = store_key(), text = place.dump()] {
-      store->set(key, text);
-      return true;
-    });
+    const auto done =
+        result_until(deadline_, [store = store(), key = store_key(), place, tell_all, world = world_]() mutable {
+          if (tell_all) place["addresses"] = own_addresses(world);
+          store->set(key, place.dump());
+          return true;
+        });
     if (!done) throw std::runtime_error("it does not answer");
   } catch (const std::exception& error) {
     throw failure(str("the store failed: ", message_of(error)));

@@ -24,20 +24,20 @@ class MeetingPlace {
   /// Keeps references to `world` and `options`.
   MeetingPlace(const World& world, const ConnectOptions& options, Clock::time_point deadline, Route route);
 
-  /// Rank 0: listens, and tells the others where.
+  /// Rank 0: listens, and tells the others where. Ranks are let in while it waits for a port.
   /// @throws CommError  the place is taken until the deadline, or the store has failed.
-  void open(Listener& listener);
+  void open(asio::io_context& io, Listener& listener);
   /// The other ranks: where rank 0 may be. Blocks for names of hosts and for the store.
   std::vector<Place> places();
 
  private:
   bool is_local() const;
   std::vector<asio::ip::tcp::endpoint> listening_endpoints() const;
-  /// @return the endpoint that it listens at.
-  asio::ip::tcp::endpoint listen(Listener& listener) const;
+  /// @return the endpoints that it listens at.
+  std::vector<asio::ip::tcp::endpoint> listen(asio::io_context& io, Listener& listener) const;
   /// Repeats `action` while an address is taken.
   template <class Action>
-  void until_free(const std::string& place, const Action& action) const;
+  void until_free(asio::io_context& io, const std::string& place, const Action& action) const;
   std::string store_key() const;
   c10::intrusive_ptr<c10d::Store> store();
   std::vector<Place> places_in_store();

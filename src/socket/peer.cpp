@@ -57,6 +57,7 @@ Peer::Peer(Connection connection, PeerOwner& owner)
       handle_(socket_.native_handle()),
       local_(socket_.local_endpoint().protocol().family() == AF_UNIX),
       clock_offset_ns_(connection.clock_offset_ns),
+      broken_on_the_way_(connection.broken),
       buffer_(buffer_size) {}
 
 // ---- writing
@@ -313,11 +314,14 @@ void Peer::resume() {
 void Peer::ended(const asio::error_code& error) {
   if (over_ || error == asio::error::operation_aborted) return;
   over_ = true;
-  const bool closed = error == asio::error::eof || error == asio::error::connection_reset;
+  const bool broken = broken_on_the_way_ != nullptr && *broken_on_the_way_;
+  const bool closed = !broken && (error == asio::error::eof || error == asio::error::connection_reset);
   guarded([&] {
     owner_.lost(*this,
-                closed ? "closed its connection without saying goodbye (killed?)"
-                       : str("cannot be reached any more (", error.message(), "): has its host or the network failed?"),
+                closed
+                    ? "closed its connection without saying goodbye (killed?)"
+                    : str("cannot be reached any more (", broken ? "its encrypted connection broke" : error.message(),
+                          "): has its host or the network failed?"),
                 /*suspected=*/!closed);
   });
 }

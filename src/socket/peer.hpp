@@ -113,6 +113,7 @@ class Peer : public std::enable_shared_from_this<Peer> {
   const int handle_;  ///< of socket_, whose own functions only one thread may call
   const bool local_;  ///< a Unix domain socket
   const std::int64_t clock_offset_ns_;
+  const Broken broken_on_the_way_;
 
   mutable std::mutex mutex_;  // guards these three
   std::deque<Outgoing> queue_;

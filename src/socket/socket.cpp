@@ -43,7 +43,7 @@ constexpr auto answer_limit = 1s;
 /// How long a rank waits for the others to agree about a step after a failure, where nobody looks for silent ranks.
 constexpr auto patience_without_liveness = 30s;
 constexpr auto least_liveness = 100ms;
-constexpr auto longest_liveness = std::chrono::hours(24 * 365);  // within the range of the clock
+constexpr std::chrono::milliseconds longest_time = std::chrono::hours(24 * 365);
 
 /// The thread that runs `io`; stopped and joined by the destructor.
 class IoThread {
@@ -78,7 +78,7 @@ class SocketTransport final : public Transport, public PeerOwner {
  public:
   SocketTransport(const World& world, const ConnectOptions& options, Clock::time_point deadline, Route route)
       : Transport(world.rank, world.size, options.timeout, options.epoch),
-        liveness_(std::min<std::chrono::milliseconds>(options.liveness, longest_liveness)),
+        liveness_(options.liveness),
         peers_(world.size),
         steps_(world.rank, peers_, liveness_ > 0ms ? 3 * liveness_ : patience_without_liveness) {
     if (world.size == 1) return;
@@ -304,11 +304,12 @@ std::shared_ptr<Communicator> connect_sockets(const World& world, const ConnectO
                  "): set MASTER_ADDR and MASTER_PORT, or start the program with dualpipe-run or torchrun");
   DUALPIPE_CHECK(!options.encryption || !world.secret.empty(),
                  "encryption needs a secret, and this job has none: DUALPIPE_SECRET_FILE names a file with one");
-  // A later deadline would leave the range of the clock.
-  const auto patience = std::min<std::chrono::milliseconds>(options.timeout, std::chrono::hours(24 * 365));
-  const auto deadline = Clock::now() + patience;
+  ConnectOptions within = options;  // the range of the clock
+  within.timeout = std::min(options.timeout, longest_time);
+  within.liveness = std::min(options.liveness, longest_time);
+  const auto deadline = Clock::now() + within.timeout;
   try {
-    return MessageCommunicator::world(std::make_shared<SocketTransport>(world, options, deadline, route));
+    return MessageCommunicator::world(std::make_shared<SocketTransport>(world, within, deadline, route));
   } catch (const Error&) {
     throw;
   } catch (const std::exception& error) {  // no descriptors, no memory, …

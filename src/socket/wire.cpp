@@ -120,6 +120,13 @@ std::size_t element_size(at::ScalarType dtype) {
   return c10::elementSize(dtype);
 }
 
+/// For an error message: what a peer announces may be long.
+std::string announced(const Signature& signature) {
+  constexpr std::size_t longest = 200;
+  const std::string text = to_string(signature);
+  return text.size() <= longest ? text : text.substr(0, longest) + " and more";
+}
+
 }  // namespace
 
 std::string message_frame(const Header& header, std::uint64_t payload_bytes) {
@@ -260,11 +267,11 @@ Tensors allocate(const Header& header, std::uint64_t payload_bytes) {
       too_large = too_large || size < 0 || __builtin_mul_overflow(bytes, static_cast<std::uint64_t>(size), &bytes);
     }
     if (too_large || __builtin_add_overflow(total, bytes, &total))
-      throw Malformed("a message announces " + to_string(header.signature));
+      throw Malformed("a message announces " + announced(header.signature));
   }
   if (!header.tensors_follow) total = 0;
   if (total != payload_bytes)
-    throw Malformed(str("a message announces ", to_string(header.signature), " and ", payload_bytes, " bytes"));
+    throw Malformed(str("a message announces ", announced(header.signature), " and ", payload_bytes, " bytes"));
 
   Tensors tensors;
   if (!header.tensors_follow) return tensors;

@@ -29,7 +29,7 @@ int run(int argc, char** argv) {
   });
   app.footer("Exit codes: 0 fine, 1 bad input (a schedule, a file, a value), 2 wrong usage.");
   for (const auto& add :
-       {add_show, add_check, add_lower, add_simulate, add_compare, add_search, add_cost_file, add_report})
+       {add_show, add_check, add_lower, add_simulate, add_compare, add_search, add_cost_file, add_report, add_plot})
     add(app);
 
   try {

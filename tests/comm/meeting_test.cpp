@@ -2,6 +2,7 @@
 #include <fcntl.h>
 #include <gmock/gmock.h>
 #include <sys/resource.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <asio/local/stream_protocol.hpp>
 #include <atomic>
 #include <csignal>
+#include <cstddef>
 #include <latch>
 #include <mutex>
 #include <nlohmann/json.hpp>
@@ -78,10 +80,10 @@ TEST(Meeting, WhatAllSayComesToAll) {
 TEST(Meeting, NamesThoseWhoDoNotCome) {
   const StorePtr store = c10::make_intrusive<c10d::HashStore>();
   const auto errors = errors_of(4, [&](int rank) {
-    if (rank == 0 || rank == 3) connect_sockets(world_of(rank, 4), options_with(store, 300ms));
+    if (rank == 0 || rank == 3) connect_sockets(world_of(rank, 4), options_with(store, 2s));
   });
   for (const int rank : {0, 3})
-    EXPECT_THAT(errors[rank], AllOf(HasSubstr("no sign of rank 1, 2 within 300 ms"), HasSubstr("WORLD_SIZE")));
+    EXPECT_THAT(errors[rank], AllOf(HasSubstr("no sign of rank 1, 2 within 2000 ms"), HasSubstr("WORLD_SIZE")));
 }
 
 TEST(Meeting, SaysWhereRankZeroWasLookedFor) {
@@ -236,6 +238,7 @@ TEST(Meeting, SaysThatThereAreNoMoreDescriptors) {
   ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
   const int first_free = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
   ::close(first_free);
+  const int port = free_port();
   for (const int rank : {0, 1}) {
     std::vector<std::string> texts;
     // More of the connecting succeeds from one try to the next.
@@ -244,7 +247,7 @@ TEST(Meeting, SaysThatThereAreNoMoreDescriptors) {
       limit.rlim_cur = static_cast<rlim_t>(first_free + more);
       ::setrlimit(RLIMIT_NOFILE, &limit);
       try {
-        connect_sockets(world_at(29'000, rank, 2), {.timeout = 100ms});
+        connect_sockets(world_at(port, rank, 2), {.timeout = 100ms});
         texts.emplace_back("connected");
       } catch (const CommError& error) {
         texts.emplace_back(error.what());
@@ -305,22 +308,25 @@ int connected_to(int port) {
 }
 
 TEST(Meeting, StrangersChangeNothing) {
-  const int port = free_port();
-  std::vector<int> strangers;
-  const auto errors = errors_of(2, [&](int rank) {
-    const World world = world_at(port, rank, 2);
-    if (rank == 1) {
-      // More of them than are listened to at a time, silent or talking.
-      for (int i = 0; i < 200; ++i) {
-        strangers.push_back(connected_to(port));
-        const std::string text = i % 3 == 0 ? "" : i % 3 == 1 ? "GET / HTTP/1.1\r\n\r\n" : std::string(1 << 12, 'x');
-        ::send(strangers.back(), text.data(), text.size(), MSG_NOSIGNAL);
+  for (const bool encryption : {false, true}) {
+    const int port = free_port();
+    std::vector<int> strangers;
+    const auto errors = errors_of(2, [&](int rank) {
+      World world = world_at(port, rank, 2);
+      world.secret = "a secret of the tests";
+      if (rank == 1) {
+        // More of them than are listened to at a time, silent or talking.
+        for (int i = 0; i < 200; ++i) {
+          strangers.push_back(connected_to(port));
+          const std::string text = i % 3 == 0 ? "" : i % 3 == 1 ? "GET / HTTP/1.1\r\n\r\n" : std::string(1 << 12, 'x');
+          ::send(strangers.back(), text.data(), text.size(), MSG_NOSIGNAL);
+        }
       }
-    }
-    connect_and_sum(world, {.timeout = 60s}, Route::tcp);
-  });
-  for (const int fd : strangers) ::close(fd);
-  EXPECT_THAT(errors, Each(""));
+      connect_and_sum(world, {.timeout = 60s, .encryption = encryption}, Route::tcp);
+    });
+    for (const int fd : strangers) ::close(fd);
+    EXPECT_THAT(errors, Each(""));
+  }
 }
 
 TEST(Meeting, WhoHasAnotherSecretIsNotLetIn) {
@@ -393,28 +399,62 @@ TEST(Meeting, AListenerThatOnlyRepeatsHasNotTheKey) {
   EXPECT_EQ(problem, "it does not have the secret of this job");
 }
 
-TEST(Meeting, AProcessOfAnotherUserIsNotLetIn) {
+/// Runs `body` in a process of the user nobody; it may only use system calls. @return its pid
+template <class Body>
+pid_t as_nobody(const Body& body) {
+  const pid_t child = ::fork();
+  if (child == 0) ::_exit(::setuid(65534) == 0 ? body() : 100);
+  return child;
+}
+
+sockaddr_un abstract_address(const std::string& name, socklen_t& size) {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  std::copy(name.begin(), name.end(), address.sun_path + 1);
+  size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + name.size());
+  return address;
+}
+
+TEST(Meeting, ACallerOfAnotherUserIsNotListenedTo) {
   if (::geteuid() != 0) GTEST_SKIP() << "only root can start a process of another user";
-  const int port = free_port();
-  constexpr uid_t nobody = 65534;
-  const World world = world_at(port, 1, 2);
-  const pid_t stranger = ::fork();
-  if (stranger == 0) {
-    if (::setuid(nobody) != 0) ::_exit(2);
-    try {
-      connect_sockets(world, {.timeout = 1s});
-      ::_exit(3);
-    } catch (const CommError& error) {
-      ::_exit(std::string(error.what()).find("a process of user 0, this one is of user 65534") != std::string::npos
-                  ? 0
-                  : 4);
-    }
-  }
-  const auto errors = errors_of(1, [&](int) { connect_sockets(world_at(port, 0, 2), {.timeout = 2s}); });
+  asio::io_context io;
+  const std::string name = str("dualpipe.test.", ::getpid());
+  bool admitted = false;
+  detail::Listener listener(io, {.own = {}, .key = "", .check = [](const auto&, const auto&) { return std::string(); }},
+                            1, [&](detail::Contact) { admitted = true; });
+  listener.listen_here(name);
+  socklen_t size = 0;
+  const sockaddr_un address = abstract_address(name, size);
+  const pid_t stranger = as_nobody([&] {
+    const int fd = ::socket(AF_UNIX, SOCK_STREAM, 0);
+    if (::connect(fd, reinterpret_cast<const sockaddr*>(&address), size) != 0) return 1;
+    char byte;
+    return ::read(fd, &byte, 1) == 0 ? 0 : 2;  // the connection is closed without a word
+  });
   int status = 0;
-  ASSERT_EQ(::waitpid(stranger, &status, 0), stranger);
+  const auto limit = std::chrono::steady_clock::now() + 30s;
+  while (::waitpid(stranger, &status, WNOHANG) == 0 && std::chrono::steady_clock::now() < limit) io.run_for(10ms);
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
-  EXPECT_THAT(errors[0], HasSubstr("no sign of rank 1"));
+  EXPECT_FALSE(admitted);
+}
+
+TEST(Meeting, AListenerOfAnotherUserIsNotTold) {
+  if (::geteuid() != 0) GTEST_SKIP() << "only root can start a process of another user";
+  socklen_t size = 0;
+  const sockaddr_un address = abstract_address(str("dualpipe.test.other.", ::getpid()), size);
+  const pid_t stranger = as_nobody([&] {
+    const int fd = ::socket(AF_UNIX, SOCK_STREAM, 0);
+    if (::bind(fd, reinterpret_cast<const sockaddr*>(&address), size) != 0 || ::listen(fd, 1) != 0) return 1;
+    for (;;) ::pause();
+  });
+  asio::io_context io;
+  detail::StreamSocket socket(io, asio::generic::stream_protocol(asio::local::stream_protocol()), ::socket(AF_UNIX, SOCK_STREAM, 0));
+  int tries = 0;
+  while (::connect(socket.native_handle(), reinterpret_cast<const sockaddr*>(&address), size) != 0 && ++tries < 5000)
+    std::this_thread::sleep_for(1ms);
+  EXPECT_EQ(detail::stranger_at(socket), "a process of user 65534, this one is of user 0");
+  ::kill(stranger, SIGKILL);
+  ::waitpid(stranger, nullptr, 0);
 }
 
 TEST(Meeting, EncryptionNeedsASecret) {
@@ -427,53 +467,84 @@ TEST(Meeting, EncryptionNeedsASecret) {
   }
 }
 
-TEST(Meeting, WhatIsEncryptedCannotBeReadOnTheWay) {
-  // A man in the middle who forwards everything, and looks for what the ranks send.
-  const int port = free_port(), middle = free_port();
-  std::string seen;
-  std::mutex mutex;
-  for (const bool encryption : {false, true}) {
-    seen.clear();
-    const int listener = ::socket(AF_INET, SOCK_STREAM, 0);
+/// Forwards all connections from one port to another, and keeps what passes.
+class ManInTheMiddle {
+ public:
+  ManInTheMiddle(int from, int to) : to_(to) {
     const int on = 1;
-    ::setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    ::setsockopt(listener_, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     sockaddr_in address{};
     address.sin_family = AF_INET;
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    address.sin_port = htons(static_cast<std::uint16_t>(middle));
-    ASSERT_EQ(::bind(listener, reinterpret_cast<const sockaddr*>(&address), sizeof address), 0);
-    ASSERT_EQ(::listen(listener, 10), 0);
-    std::jthread forwarder([&] {
-      const int near = ::accept(listener, nullptr, nullptr), far = connected_to(port);
-      const auto copy = [&](int from, int to) {
-        char bytes[4096];
-        for (ssize_t size; (size = ::read(from, bytes, sizeof bytes)) > 0;) {
-          {
-            const std::lock_guard lock(mutex);
-            seen.append(bytes, size);
-          }
-          if (::send(to, bytes, size, MSG_NOSIGNAL) != size) break;
-        }
-        ::shutdown(to, SHUT_WR);
-      };
-      std::jthread back([&] { copy(far, near); });
-      copy(near, far);
-      back.join();
-      ::close(near);
-      ::close(far);
+    address.sin_port = htons(static_cast<std::uint16_t>(from));
+    if (::bind(listener_, reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0 ||
+        ::listen(listener_, 10) != 0)
+      throw Error("cannot listen");
+    accepting_ = std::jthread([this] {
+      for (int near; (near = ::accept(listener_, nullptr, nullptr)) >= 0;) forward(near);
     });
+  }
+  ~ManInTheMiddle() {
+    ::shutdown(listener_, SHUT_RDWR);
+    accepting_.join();
+    for (const int fd : ends_) ::shutdown(fd, SHUT_RDWR);
+    copying_.clear();
+    for (const int fd : ends_) ::close(fd);
+    ::close(listener_);
+  }
+  std::string seen() const {
+    const std::lock_guard lock(mutex_);
+    return seen_;
+  }
+
+ private:
+  void forward(int near) {
+    ends_.push_back(near);
+    try {
+      ends_.push_back(connected_to(to_));
+    } catch (const Error&) {
+      ::shutdown(near, SHUT_RDWR);
+      return;
+    }
+    copying_.emplace_back([this, near, far = ends_.back()] { copy(near, far); });
+    copying_.emplace_back([this, near, far = ends_.back()] { copy(far, near); });
+  }
+  void copy(int from, int to) {
+    char bytes[4096];
+    for (ssize_t size; (size = ::read(from, bytes, sizeof bytes)) > 0;) {
+      {
+        const std::lock_guard lock(mutex_);
+        seen_.append(bytes, static_cast<std::size_t>(size));
+      }
+      if (::send(to, bytes, static_cast<std::size_t>(size), MSG_NOSIGNAL) != size) break;
+    }
+    ::shutdown(to, SHUT_WR);
+  }
+
+  const int to_;
+  const int listener_ = ::socket(AF_INET, SOCK_STREAM, 0);
+  mutable std::mutex mutex_;  // guards seen_
+  std::string seen_;
+  std::vector<int> ends_;  // used by the accepting thread
+  std::vector<std::jthread> copying_;
+  std::jthread accepting_;
+};
+
+TEST(Meeting, WhatIsEncryptedCannotBeReadOnTheWay) {
+  for (const bool encryption : {false, true}) {
+    const int port = free_port();
+    int middle = free_port();
+    while (middle == port) middle = free_port();
+    const ManInTheMiddle man(middle, port);
     const auto errors = errors_of(2, [&](int rank) {
       World world = world_at(rank == 0 ? port : middle, rank, 2);
       world.secret = "a secret of the tests";
       connect_and_sum(world, {.timeout = 60s, .encryption = encryption}, Route::tcp);
     });
-    ::shutdown(listener, SHUT_RDWR);
-    ::close(listener);
-    forwarder.join();
     EXPECT_THAT(errors, Each(""));
-    EXPECT_GT(seen.size(), 0u);
-    EXPECT_EQ(seen.find("\"session\"") == std::string::npos, encryption);
-    EXPECT_EQ(seen.find("a secret of the tests"), std::string::npos);
+    EXPECT_GT(man.seen().size(), 0u);
+    EXPECT_EQ(count(man.seen(), "session") == 0, encryption);
+    EXPECT_EQ(count(man.seen(), "a secret of the tests"), 0u);
   }
 }
 

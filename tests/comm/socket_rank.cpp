@@ -140,12 +140,12 @@ void struck_in_meeting(const World& world, int signal, int struck) {
 
 /// All ranks are stopped for longer than their liveness, at about the same time.
 void suspended(const World& world) {
-  const auto comm = connect_sockets(world, {.timeout = 60s, .liveness = 500ms});
+  const auto comm = connect_sockets(world, {.timeout = 60s, .liveness = 2s});
   exchange(comm, 2);
   const std::string pid = std::to_string(::getpid());
-  const std::string command = "(kill -STOP " + pid + "; sleep 1.5; kill -CONT " + pid + ") </dev/null &";
+  const std::string command = "(kill -STOP " + pid + "; sleep 5; kill -CONT " + pid + ") </dev/null &";
   require(std::system(command.c_str()) == 0, "no shell");
-  const auto end = std::chrono::steady_clock::now() + 2500ms;
+  const auto end = std::chrono::steady_clock::now() + 7s;
   // All go on until the last has had enough.
   for (bool over = false; !over;) {
     const double more = std::chrono::steady_clock::now() < end ? 1 : 0;

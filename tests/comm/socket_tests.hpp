@@ -32,6 +32,7 @@ inline World world_of(int rank, int size) {
 inline World world_at(int port, int rank, int size) {
   World world = world_of(rank, size);
   world.master_port = port;
+  world.run_id = detail::str("tests of process ", ::getpid());  // another one may be given the port as well
   return world;
 }
 

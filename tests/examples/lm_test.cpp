@@ -91,6 +91,39 @@ TEST_F(LanguageModel, RunsFromAConfigurationFile) {
   EXPECT_THAT(output(2, {"--config", config.string()}), HasSubstr("1f1b on 2 ranks, 2 stages, 6 micro-batches"));
 }
 
+TEST_F(LanguageModel, GoesOnFromItsLastCheckpoint) {
+  const auto flags = [&](const std::string& name, const std::string& steps, const Flags& more) {
+    Flags all{"--microbatches", "4",
+              "--steps",        steps,
+              "--checkpoint",   (folder / name).string(),
+              "--metrics",      (folder / (name + ".jsonl")).string()};
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+  };
+  const auto lines = [&](const std::string& name) {
+    std::ifstream file(folder / (name + ".jsonl"));
+    std::vector<std::string> found;
+    for (std::string line; std::getline(file, line);)
+      found.push_back(line.substr(0, line.find(",\"tokens_per_second")));
+    return found;
+  };
+  output(2, flags("whole", "6", {}));
+  ASSERT_EQ(lines("whole").size(), 6u);
+
+  output(2, flags("parts", "6", {"--checkpoint-every", "2"}));
+  std::filesystem::remove_all(folder / "parts" / "step-00000006");  // as if it had been killed after its fifth step
+  EXPECT_THAT(failure(2, flags("parts", "6", {})), AllOf(HasSubstr("parts is not empty"), HasSubstr("--resume")));
+  const std::string resumed = output(2, flags("parts", "6", {"--resume"}));
+  EXPECT_THAT(resumed, AllOf(HasSubstr("goes on after step 4"), HasSubstr("step 6")));
+  EXPECT_EQ(losses(resumed).size(), 2u);
+  EXPECT_EQ(lines("parts"), lines("whole"));
+  // On other ranks, with another schedule, from the beginning where there is no checkpoint.
+  EXPECT_THAT(output(1, flags("parts", "7", {"--resume", "--schedule", "gpipe"})), HasSubstr("goes on after step 6"));
+  EXPECT_EQ(losses(output(2, flags("new", "2", {"--resume"}))).size(), 2u);
+  EXPECT_THAT(failure(2, flags("whole", "6", {"--resume"})), AllOf(HasSubstr("6 steps"), HasSubstr("raise --steps")));
+  EXPECT_THAT(failure(2, {"--resume"}), HasSubstr("--resume needs --checkpoint"));
+}
+
 TEST_F(LanguageModel, WrongInputIsOneClearError) {
   EXPECT_THAT(failure(3, {"--microbatches", "8"}), AllOf(HasSubstr("even number of ranks"), HasSubstr("3")));
   EXPECT_THAT(failure(2, {"--microbatches", "5"}), AllOf(HasSubstr("even"), HasSubstr("5")));

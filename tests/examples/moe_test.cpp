@@ -16,8 +16,8 @@
 #include "dualpipe/planner/report.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/testing/communicators.hpp"
+#include "dualpipe/train/mesh.hpp"
 #include "examples/example_program.hpp"
-#include "grid.hpp"
 #include "model.hpp"
 
 namespace dualpipe {
@@ -53,10 +53,8 @@ torch::Tensor cross_entropy(const torch::Tensor& logits, const torch::Tensor& ta
   return torch::nn::functional::cross_entropy(logits.flatten(0, 1), targets.flatten());
 }
 
-LossFn loss_of(int num_pipelines) {
-  return [num_pipelines](const Tensors& outputs, const Tensors& targets) {
-    return (cross_entropy(outputs[0], targets[0]) + kBalance * outputs[1].sum()) / num_pipelines;
-  };
+torch::Tensor loss_of(const Tensors& outputs, const Tensors& targets) {
+  return cross_entropy(outputs[0], targets[0]) + kBalance * outputs[1].sum();
 }
 
 /// The model again, written out: no stages, no dispatch, no sorting.
@@ -153,6 +151,7 @@ struct Layout {
   int num_micro_batches;  // of each pipeline
   int layers;
   bool slow = false;
+  bool serial = false;
 };
 
 void PrintTo(const Layout& layout, std::ostream* out) {
@@ -195,18 +194,17 @@ TEST_P(MoeGradients, AreThoseOfAPlainModelInOneProcess) {
 
   run_ranks(layout.num_ranks, [&](std::shared_ptr<Communicator> world) {
     if (layout.slow) world = testing::delayed_links(world, {std::chrono::microseconds(300), 1e8});
-    const example::Grid grid(world, layout.num_pipelines, layout.num_sharing);
+    if (layout.serial) world = testing::serial(world);
+    const Mesh mesh(world, {.pipeline = layout.num_ranks / layout.num_pipelines,
+                            .data = layout.num_pipelines,
+                            .expert = layout.num_sharing});
     const DualPipeOptions options{.num_micro_batches = layout.num_micro_batches, .schedule = layout.schedule};
-    const int stages = make_schedule({layout.schedule, grid.pipeline()->size(), layout.num_micro_batches}).num_stages;
-    DualPipe pipe(grid.pipeline(), options, split(layers_of(size, grid.sharing()), stages, moe::layer_costs(size)));
+    const int stages = make_schedule({layout.schedule, mesh.pipeline()->size(), layout.num_micro_batches}).num_stages;
+    DualPipe pipe(mesh, options, split(layers_of(size, mesh.expert()), stages, moe::layer_costs(size)), moe::is_expert);
     for (int step = 0; step < kSteps; ++step) {
-      const StepResult result = pipe->step(batch_of(grid.pipeline_index(), step), loss_of(layout.num_pipelines));
-      const torch::Tensor loss = result.losses.mean() / grid.pipeline()->size();
-      world->all_reduce({loss}).wait();
-      EXPECT_NEAR(loss.item<double>(), losses[step], 1e-12) << "step " << step;
-
-      grid.sum_gradients(*pipe, moe::is_expert);
-      grid.clip_gradients(*pipe, moe::is_expert, kLargestNorm);
+      const StepResult result = pipe->step(batch_of(mesh.replica(), step), loss_of);
+      EXPECT_NEAR(result.loss.item<double>(), losses[step], 1e-12) << "step " << step;
+      pipe->clip_grad_norm_(kLargestNorm);
       const torch::NoGradGuard no_grad;
       int num_experts = 0, num_blocks = 0;
       for (auto& item : pipe->named_parameters()) {
@@ -228,13 +226,18 @@ INSTANTIATE_TEST_SUITE_P(Moe, MoeGradients,
                                            Layout{4, 2, 2, "dualpipe", 4, 2},         // a block on each stage
                                            Layout{4, 2, 2, "dualpipe", 4, 2, true},   //
                                            Layout{4, 2, 2, "dualpipev", 4, 3, true},  //
-                                           Layout{4, 4, 2, "1f1b", 2, 1},             // two sets of experts
-                                           Layout{8, 4, 4, "dualpipe", 2, 1}),        // one expert on each rank
+                                           Layout{8, 4, 2, "dualpipe", 4, 2, false, true},
+                                           Layout{8, 4, 2, "dualpipev", 4, 3, false, true},
+                                           Layout{8, 4, 2, "zbv", 4, 3, false, true},
+                                           Layout{4, 4, 2, "1f1b", 2, 1},       // two sets of experts
+                                           Layout{8, 4, 4, "dualpipe", 2, 1}),  // one expert on each rank
                          [](const ::testing::TestParamInfo<Layout>& layout_of) {
                            const Layout& layout = layout_of.param;
                            return std::to_string(layout.num_ranks) + "_ranks_" + std::to_string(layout.num_pipelines) +
                                   "_pipelines_sharing_" + std::to_string(layout.num_sharing) + "_" + layout.schedule +
-                                  (layout.slow ? "_slow" : "");
+                                  (layout.slow     ? "_slow"
+                                   : layout.serial ? "_one_at_a_time"
+                                                   : "");
                          });
 
 class MoeProgram : public test::ExampleProgram {

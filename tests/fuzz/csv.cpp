@@ -21,6 +21,7 @@ void run(const Schedule& schedule) {
   for (const Publish publish : {Publish::early, Publish::atomic}) {
     simulate(schedule, {.send = 0.5}, publish);
     dry_run(lower(schedule, publish));
+    dry_run(lower(schedule, publish, {}, /*num_replicas=*/2));
   }
   dry_run(lower(forward_only(schedule, schedule.num_micro_batches + 1)));
 }

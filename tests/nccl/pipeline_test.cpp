@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <regex>
@@ -103,6 +104,62 @@ INSTANTIATE_TEST_SUITE_P(
              (s.one_transfer_at_a_time ? "OneAtATime" : "");
     });
 
+/// Two replicas; with `communicates` each stage also has collectives over them, which double what it computes.
+void expect_replicas_equal_one_process(const std::string& kind, bool communicates, bool one_at_a_time) {
+  SCOPED_TRACE(kind + (communicates ? ", with collectives" : "") + (one_at_a_time ? ", one transfer at a time" : ""));
+  constexpr int kRanks = 2, kReplicas = 2, kMicroBatches = 4;
+  const double factor = communicates ? kReplicas : 1;
+  const Model model = [factor](int stage) {
+    Layer module(stage);
+    return Piece{module.ptr(),
+                 [module, factor](const Tensors& x) mutable { return Tensors{module->forward(x[0]) * factor}; }};
+  };
+  const auto batch_of = [](int replica) { return random_batch(2 * kMicroBatches, 10 + replica); };
+  std::vector<Reference> truths;
+  for (int replica = 0; replica < kReplicas; ++replica)
+    truths.push_back(reference(model, kind == "dualpipev" ? 2 * kRanks : kRanks, batch_of(replica), kMicroBatches,
+                               squared_error(), 1.0 / (kReplicas * kMicroBatches)));
+  Reference sum = truths[0];
+  for (auto& [stage, gradients] : sum.gradients)
+    for (auto& [name, gradient] : gradients) gradient = gradient + truths[1].gradients.at(stage).at(name);
+
+  const testing::NcclEmulation emulation(kRanks * kReplicas, {.one_transfer_at_a_time = one_at_a_time});
+  run_emulated(emulation, kRanks * kReplicas, {.timeout = 30s}, [&](const EmulatedRank& rank) {
+    const auto lagging = std::make_shared<LaggingCommunicator>(rank.communicator, std::make_shared<AsyncRank>(rank));
+    const Mesh mesh(lagging, {.pipeline = kRanks, .data = kReplicas, .expert = kReplicas});
+    const auto stages = [&](int number) {
+      Layer module(number);
+      Stage stage(module);
+      stage.compute("layer", [module](const at::Tensor& x) mutable { return module->forward(x); });
+      if (communicates)
+        stage.communicate("gather", all_gather(mesh.expert()), {0})
+            .communicate("scatter", reduce_scatter(mesh.expert()), {0});
+      return stage;
+    };
+    DualPipe pipe(mesh, {.num_micro_batches = kMicroBatches, .schedule = kind}, stages,
+                  [](const std::string&) { return false; });
+    const auto tracer = std::make_shared<Tracer>(lagging->rank());
+    for (int step = 1; step <= 3; ++step) {
+      if (step == 3) pipe->add_observer(tracer);
+      pipe->step(batch_of(mesh.replica()), squared_error());
+      expect_gradients(pipe, sum, 1e-12, step);
+    }
+    const auto& intervals = tracer->last().intervals;
+    EXPECT_EQ(std::count_if(intervals.begin(), intervals.end(),
+                            [](const Interval& each) { return each.lane == Lane::reduction; }),
+              std::ssize(pipe->local_stages()));
+  });
+  expect_clean(emulation);
+}
+
+TEST(EmulatedPipeline, ReplicasTrainAsOneProcess) {
+  for (const std::string kind : {"dualpipe", "dualpipev", "1f1b"}) {
+    expect_replicas_equal_one_process(kind, /*communicates=*/false, /*one_at_a_time=*/false);
+    expect_replicas_equal_one_process(kind, /*communicates=*/false, /*one_at_a_time=*/true);
+    expect_replicas_equal_one_process(kind, /*communicates=*/true, /*one_at_a_time=*/false);
+  }
+}
+
 TEST(EmulatedPipeline, AStepReadsNothingFromTheDeviceButItsData) {
   const Setting setting{.num_ranks = 4, .num_micro_batches = 8};
   const Batch batch = rows_for(setting);
@@ -112,14 +169,14 @@ TEST(EmulatedPipeline, AStepReadsNothingFromTheDeviceButItsData) {
     lagging.take_counts();
     pipe->step(batch, squared_error());
     const CallCounts counts = lagging.take_counts();
-    // This test computes on the host, so it waits for received tensors and for the gradients. Losses come with the
-    // votes of the hosts.
-    EXPECT_EQ(counts.host_waits, counts.receives + 1);
-    ASSERT_EQ(counts.collectives, 1);
-    Signature gradients;
-    for (const at::Tensor& parameter : pipe->parameters())
+    // This test computes on the host, so it waits for received tensors and for the gradients of each stage. Losses come
+    // with the votes of the hosts.
+    EXPECT_EQ(counts.host_waits, counts.receives + 2);
+    ASSERT_EQ(counts.collectives, 2);
+    Signature gradients;  // all stages have the same sizes
+    for (const at::Tensor& parameter : pipe->children()[0]->parameters())
       gradients.push_back({.dtype = at::kDouble, .sizes = parameter.sizes().vec()});
-    EXPECT_EQ(to_string(counts.collected[0]), to_string(gradients));
+    for (const Signature& collected : counts.collected) EXPECT_EQ(to_string(collected), to_string(gradients));
   });
 }
 
@@ -257,7 +314,7 @@ TEST(EmulatedFailure, AForgottenEventIsCaughtInAStep) {
 #ifdef __SANITIZE_THREAD__
   GTEST_SKIP() << "data races are the point";
 #endif
-  const Setting setting{.num_ranks = 2, .num_micro_batches = 4};
+  Setting setting{.num_ranks = 2, .num_micro_batches = 4};
   const Batch batch = rows_for(setting);
   const Reference expected = reference(layer, 2, batch, setting.num_micro_batches, squared_error(), 0.25);
   std::atomic<int> wrong{0};
@@ -270,9 +327,15 @@ TEST(EmulatedFailure, AForgottenEventIsCaughtInAStep) {
     if (rank == 1)
       device = std::make_shared<ForgetfulDevice>(device, ForgetfulDevice::Forgets::to_wait_for_the_transfer);
   };
-  // The first values read too early may be those that ranks compare before the first step.
-  const std::string message = message_of([&] { run_pipeline(setting, step, forgets); });
-  EXPECT_TRUE(wrong > 0 || message.find("disagree") != std::string::npos) << message;
+  // The first values read too early may be those that ranks compare before the first step. A host that is late reads the
+  // right ones, so one run in ten shows nothing.
+  std::string messages;
+  for (setting.seed = 1; setting.seed <= 40; ++setting.seed) {
+    const std::string message = message_of([&] { run_pipeline(setting, step, forgets); });
+    if (wrong > 0 || message.find("disagree") != std::string::npos) return;
+    messages += message + '\n';
+  }
+  ADD_FAILURE() << messages;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

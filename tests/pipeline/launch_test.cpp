@@ -38,6 +38,12 @@ TEST(Launch, GradientsEqualOneProcessOnFourRanks) {
   EXPECT_THAT(outcome.output, ::testing::HasSubstr("[3] [  PASSED  ] 3 tests."));
 }
 
+TEST(Launch, ReplicasTrainAsOneProcess) {
+  const Outcome outcome = launch(4, "Rank.Replicas*");
+  EXPECT_EQ(outcome.exit_code, 0) << outcome.output;
+  EXPECT_THAT(outcome.output, ::testing::HasSubstr("[3] [  PASSED  ] 1 test."));
+}
+
 TEST(Launch, AStepIsOverEverywhereOrNowhere) {
   const Outcome outcome = launch(4, "Rank.AStepIsOver*");
   EXPECT_EQ(outcome.exit_code, 0) << outcome.output;

@@ -50,6 +50,33 @@ TEST(Rank, GradientsEqualOneProcess) {
   }
 }
 
+TEST(Rank, ReplicasTrainAsOneProcess) {
+  const auto comm = connect("replicas");
+  const Mesh mesh(comm, {.pipeline = comm->size() / 2, .data = 2});
+  for (const std::string& kind : schedule_kinds()) {
+    SCOPED_TRACE(kind);
+    const int num_ranks = mesh.pipeline()->size(), num_micro_batches = 2 * num_ranks;
+    const int num_stages = make_schedule({kind, num_ranks, num_micro_batches}).num_stages;
+    Reference sum;
+    for (const int replica : {0, 1}) {
+      Reference one = reference(layer, num_stages, random_batch(2 * num_micro_batches, 7 + replica), num_micro_batches,
+                                squared_error(), 0.5 / num_micro_batches);
+      sum.losses.insert(sum.losses.end(), one.losses.begin(), one.losses.end());
+      for (auto& [stage, gradients] : one.gradients)
+        for (auto& [name, gradient] : gradients) {
+          at::Tensor& all = sum.gradients[stage][name];
+          all = all.defined() ? all + gradient : gradient;
+        }
+    }
+    DualPipe pipe(mesh, {.num_micro_batches = num_micro_batches, .schedule = kind}, as_factory(layer));
+    for (int step = 1; step <= 3; ++step) {
+      const Batch batch = random_batch(2 * num_micro_batches, 7 + mesh.replica());
+      EXPECT_EQ(pipe->step(batch, squared_error()).micro_batch_losses(), sum.losses);
+      expect_gradients(pipe, sum, 1e-12, step);
+    }
+  }
+}
+
 /// With dropout, ranks draw from generators of their own; seeded alike per stage and micro-batch they equal one
 /// process.
 TEST(Rank, DropoutSeededPerMicroBatch) {
@@ -216,8 +243,10 @@ TEST(Rank, AStepIsOverEverywhereOrNowhere) {
     const auto comm = connect("steps", 2 * round);
     const std::string kind = round % 2 == 0 ? "1f1b" : "dualpipe";
     const int bad = round / 2 % comm->size();
+    const int num_replicas = round < 8 ? 1 : 2;
     int over = 0;
-    DualPipe pipe(comm, DualPipeOptions{.num_micro_batches = 2 * comm->size(), .schedule = kind}, as_factory(layer));
+    const Mesh mesh(comm, {.pipeline = comm->size() / num_replicas, .data = num_replicas});
+    DualPipe pipe(mesh, DualPipeOptions{.num_micro_batches = 2 * comm->size(), .schedule = kind}, as_factory(layer));
     const Batch batch = random_batch(4 * comm->size(), 3);
     EXPECT_THAT(message_of([&] {
                   for (;; ++over) {

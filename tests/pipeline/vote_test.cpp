@@ -60,16 +60,16 @@ TEST(Vote, BringsLossesAndHashesOfAllRanks) {
       for (int m = comm->rank() / 2; m < 4; m += 2) outputs.losses[m] = torch::tensor({0.5 + m}, torch::kDouble);
     detail::MemberHashes mine;
     if (comm->rank() != 0) mine[1] = 7;
-    const detail::StepVote all = detail::vote(*comm, outputs, 4, mine);
+    const detail::StepVote all = detail::vote(*comm, outputs, {4}, mine);
     EXPECT_TRUE(torch::equal(all.losses, torch::tensor({0.5, 1.5, 2.5, 3.5}, torch::kDouble)));
     EXPECT_EQ(all.hashes.at(2)[1], 7u);
     EXPECT_EQ(all.hashes.at(0), detail::MemberHashes());
     Pending end;
-    const detail::StepVote ahead = detail::vote_ahead(*comm, outputs, 4, mine, end);
+    const detail::StepVote ahead = detail::vote_ahead(*comm, outputs, {4}, mine, end);
     end.synchronize();
     EXPECT_TRUE(torch::equal(ahead.losses, all.losses));
     EXPECT_EQ(ahead.hashes, all.hashes);
-    detail::check_hashes(all.hashes, 3, detail::world_ranks(*comm));
+    detail::check_hashes(all.hashes, {.pipeline = 3}, 3, detail::world_ranks(*comm));
   });
 }
 
@@ -80,14 +80,14 @@ TEST(Vote, ABallotOfAnotherKindIsAnErrorOnAllRanks) {
         comm->commit(strange);
         return;
       }
-      EXPECT_THAT(error_of([&] { detail::vote(*comm, {}, 4, {}); }), HasSubstr("with a ballot of its own"));
+      EXPECT_THAT(error_of([&] { detail::vote(*comm, {}, {4}, {}); }), HasSubstr("with a ballot of its own"));
     });
   }
 }
 
 TEST(Vote, ValuesThatDifferAreNamedWithTheStep) {
   const std::vector<detail::MemberHashes> hashes{{{{}, 4, {}}}, {{{}, {}, {}}}, {{{}, 5, {}}}};
-  EXPECT_THAT(error_of([&] { detail::check_hashes(hashes, 11, {0, 1, 2}); }),
+  EXPECT_THAT(error_of([&] { detail::check_hashes(hashes, {.pipeline = 3}, 11, {0, 1, 2}); }),
               AllOf(HasSubstr("batch of step 12, those of the steps before were alike: Batch::targets of rank 2"),
                     HasSubstr("than that of rank 0"), HasSubstr("generator of its own")));
 }

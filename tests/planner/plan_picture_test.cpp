@@ -50,6 +50,22 @@ TEST_F(PlanTool, ColorsOnATerminalUnlessToldOtherwise) {
   EXPECT_THAT(output(show), Not(HasSubstr("\x1b")));
 }
 
+TEST_F(PlanTool, PlotDrawsRunsByTheNamesOfTheirFiles) {
+  write("one.jsonl", "{\"step\":1,\"loss\":2}\n{\"step\":2,\"loss\":1}\n");
+  write("two.jsonl", "{\"step\":1,\"loss\":3}\n");
+  const std::string svg = output("plot one.jsonl two.jsonl");
+  EXPECT_THAT(svg, StartsWith("<svg "));
+  EXPECT_THAT(svg, HasSubstr(">one<"));
+  EXPECT_THAT(svg, HasSubstr(">two<"));
+  EXPECT_EQ(output("plot one.jsonl two.jsonl -o both.svg"), "");
+  EXPECT_EQ(read(folder_ / "both.svg"), svg);
+  EXPECT_THAT(output("plot one.jsonl ./one.jsonl"), HasSubstr(">./one.jsonl<"));
+  write("wrong.jsonl", "{\"step\":1}\n{\"step\":1}\n");
+  expect_refused("plot one.jsonl wrong.jsonl", 1, "wrong.jsonl, line 2");
+  expect_refused("plot missing.jsonl", 1, "missing.jsonl");
+  expect_refused("plot", 2, "run");
+}
+
 TEST_F(PlanTool, ExplainMarksTheEightSteps) {
   const Schedule schedule = make_schedule({"dualpipe", 4, 8});
   const std::string show = "show --explain --ranks 4 --microbatches 8 ";

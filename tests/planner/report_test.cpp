@@ -65,6 +65,35 @@ TEST(Report, TransfersAreTheUnionOfBothLanesAndHiddenWhereTheyLieUnderCompute) {
   EXPECT_EQ(rank.bubble, 3.5);  // that a transfer is under way in a part of it does not make it smaller
 }
 
+TEST(Report, SumsOfGradientsMayEndBehindTheLastComputing) {
+  const Step sum{parse_op("0W0"), {}};
+  Timeline timeline{.name = "t",
+                    .num_ranks = 2,
+                    .intervals = {compute(0, "0B0", 0, 4),
+                                  compute(0, "1B0", 6, 8),
+                                  {0, Lane::reduction, sum, 3, 7},
+                                  {0, Lane::reduction, sum, 9, 11},
+                                  compute(1, "2B0", 0, 8)}};
+  const Report whole = report(timeline);
+  EXPECT_EQ(whole.makespan, 8);
+  EXPECT_EQ(whole.ranks[0].reductions.hidden, 1 + 1);
+  EXPECT_EQ(whole.ranks[0].reductions.exposed, 2 + 2);
+  EXPECT_EQ(whole.ranks[0].bubble, 2);
+  EXPECT_EQ(whole.ranks[0].transfers.total(), 0);
+  EXPECT_EQ(whole.ranks[1].reductions.total(), 0);
+  EXPECT_EQ(whole.total().reductions.total(), 6);
+  EXPECT_EQ(report(timeline, {5, 8}).ranks[0].reductions.total(), 2);
+  EXPECT_EQ(median({whole, whole}).ranks[0].reductions.exposed, 4);
+
+  // The next step begins at 12.
+  timeline.intervals.push_back(compute(0, "0B0", 12, 14));
+  timeline.intervals.push_back({0, Lane::reduction, sum, 14, 15});
+  const std::vector<Timeline> steps = split_steps(timeline);
+  ASSERT_EQ(steps.size(), 2U);
+  EXPECT_EQ(report(steps[0]).ranks[0].reductions.total(), 6);
+  EXPECT_EQ(report(steps[1]).ranks[0].reductions.exposed, 1);
+}
+
 // By hand:     0    1    2    3    4    5    6    7    8    9   10   11   12
 // step         [(0F1;0B0)...............................]    [0F2.........]
 // compute           A-F  A-F  .    M-B  M-B  M-W  .     .    [node F 9-10]

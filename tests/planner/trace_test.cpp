@@ -70,7 +70,8 @@ TEST(Trace, NodesAndCollectivesKeepTheirNames) {
   Timeline timeline{.name = "t", .num_ranks = 1, .seconds_per_unit = 1, .intervals = {}};
   timeline.intervals = {{0, Lane::compute, parse_step("(0F1;0B0)OVERLAP_F_B"), 0, 3, {}},
                         {0, Lane::node, parse_step("0I0"), 0, 1, "layer 3 \"MLP\""},
-                        {0, Lane::collective, parse_step("0F1"), 1, 2, "dispatch"}};
+                        {0, Lane::collective, parse_step("0F1"), 1, 2, "dispatch"},
+                        {0, Lane::reduction, parse_step("0W0"), 3, 4, "gradients"}};
   expect_same(from_trace(to_trace(timeline)), timeline);
   const json root = json::parse(to_trace(timeline));
   const auto named = [&](const std::string& name) {
@@ -78,6 +79,7 @@ TEST(Trace, NodesAndCollectivesKeepTheirNames) {
                          [&](const json& event) { return event["name"] == name; });
   };
   EXPECT_EQ(named("0F1 dispatch"), 1);
+  EXPECT_EQ(named("0W0 gradients"), 1);
   EXPECT_EQ(named("0I0 layer 3 \"MLP\""), 1);
 }
 

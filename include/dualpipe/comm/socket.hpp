@@ -30,6 +30,7 @@ struct ConnectOptions {
 /// Connects the processes of `world` with each other: Unix domain sockets within a host, TCP across hosts. One I/O
 /// thread per call moves the bytes; no user code runs on it. Tensors are on the CPU. Collective over the world. A
 /// program may connect several times: at the same time under different names, one after the other with rising epochs.
+/// Where ranks come from other hosts, one port serves one meeting at a time: connect in the same order on all ranks.
 ///
 /// A process that is killed ends the operations of all others at once, with its rank as the origin; one that is stopped,
 /// or cannot be reached, after ConnectOptions::liveness; one whose own code hangs at the timeout of an operation.

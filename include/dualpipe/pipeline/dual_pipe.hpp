@@ -15,6 +15,7 @@
 #include "dualpipe/pipeline/observer.hpp"
 #include "dualpipe/schedule/schedule.hpp"
 #include "dualpipe/stage/as_stage.hpp"
+#include "dualpipe/train/mesh.hpp"
 
 namespace dualpipe {
 namespace detail {
@@ -27,9 +28,12 @@ class UnfinishedStep;
 /// After an asynchronous step (DualPipeOptions::asynchronous) loss and losses hold once wait() has returned. Outputs
 /// are ready in the order of the stream that was current, as all tensors of a device are.
 struct StepResult {
-  torch::Tensor loss;    ///< zero-dimensional float64 on the CPU, the same on every rank: mean (or sum) of the losses
-  torch::Tensor losses;  ///< [micro-batches] float64 on the CPU, the same on every rank: of each micro-batch, unscaled
-  std::vector<Tensors> outputs;  ///< with keep_outputs: by micro-batch, empty where another rank ran its last stage
+  torch::Tensor loss;  ///< zero-dimensional float64 on the CPU, the same on every rank: mean (or sum) of the losses
+  torch::Tensor
+      losses;  ///< [replicas * micro-batches] float64 on the CPU, the same on every rank: of each micro-batch,
+               ///< unscaled; those of replica d begin at d * micro-batches
+  std::vector<Tensors> outputs;  ///< with keep_outputs: by micro-batch of this rank's replica, empty where another rank
+                                 ///< ran its last stage
 
   /// losses, once they hold.
   DUALPIPE_DECL std::vector<double> micro_batch_losses() const;
@@ -71,10 +75,21 @@ class DualPipeImpl : public torch::nn::Module {
   ///                          on every rank. The communicator stays usable.
   DUALPIPE_DECL DualPipeImpl(std::shared_ptr<Communicator> communicator, DualPipeOptions options,
                              const StageFactory& factory);
+  /// Collective over the mesh: as many pipelines as it has replicas, which train one model. Each replica passes a batch
+  /// of its own, of the same number of micro-batches. Everything that is collective is so over the whole mesh; in a step
+  /// gradients are summed over all replicas too, and the step commits on all ranks or on none.
+  ///
+  /// @param is_expert  parameters and buffers whose copies are on the ranks of Mesh::expert_replicas() only, and on those
+  ///                   at the other places that hold the stage. Their gradients are summed over these ranks, so the
+  ///                   stage's collectives bring together what the batches of an expert group give. Not empty where the
+  ///                   mesh has expert groups of several ranks.
+  /// @throws InvalidArgument  also what differs between replicas.
+  DUALPIPE_DECL DualPipeImpl(const Mesh& mesh, DualPipeOptions options, const StageFactory& factory,
+                             IsExpert is_expert = nullptr);
   DUALPIPE_DECL ~DualPipeImpl() override;
 
   /// Collective. One training step as a transaction: forward and backward of all micro-batches, gradients summed over
-  /// the holders of each stage, commit. Afterwards `.grad` has grown by this step's gradient, in the same tensor
+  /// the ranks that hold each stage, in all replicas, commit. Afterwards `.grad` has grown by this step's gradient, in the same tensor
   /// objects, equal on all holders. After an exception gradients and buffers are what they were. So are parameters,
   /// unless a forward has written to them.
   ///
@@ -84,10 +99,11 @@ class DualPipeImpl : public torch::nn::Module {
   /// may then hold anything, so go back to a checkpoint. A batch in page-locked memory must not be written to before
   /// wait(). With observers the host does wait, as they are told when the device did what.
   ///
-  /// @param batch  whole, or what this rank needs: inputs where feeds_inputs(), targets where computes_loss(), extras
+  /// @param batch  of this rank's replica; whole, or what this rank needs: inputs where feeds_inputs(), targets where computes_loss(), extras
   ///               where its stages use them. None of its tensors requires grad.
   /// @param loss   from the last stage's outputs and a micro-batch's targets to one element, which requires grad. The
-  ///               gradient that enters it is 1/N (mean) or 1 (sum).
+  ///               gradient that enters it is 1/N (mean), where N counts the micro-batches of all replicas, or 1
+  ///               (sum).
   /// @throws InvalidArgument  a batch that does not split, lacks something, or differs between ranks; copies of a stage
   ///                          that differ between its holders (compared every DualPipeOptions::compare_replicas_every
   ///                          steps); what an observer threw at the end of the step before.
@@ -95,10 +111,10 @@ class DualPipeImpl : public torch::nn::Module {
   ///                          known at the end of the step, of an asynchronous one at the end of the next.
   /// @throws CommError        another rank failed.
   DUALPIPE_DECL StepResult step(const Batch& batch, const LossFn& loss);
-  /// Collective. Forward only, without gradients, with any number of micro-batches (DualPipeOptions::num_micro_batches
-  /// when the batch is whole). Does not touch train() or eval(). Errors are those of step().
+  /// Collective. Forward only, without gradients, with any number of micro-batches, the same in each replica
+  /// (DualPipeOptions::num_micro_batches when the batch is whole). Leaves train() and eval() alone; errors as step().
   DUALPIPE_DECL StepResult evaluate(const Batch& batch, const LossFn& loss);
-  /// Collective. The last stage's outputs on the ranks where computes_loss(); empty elsewhere. Those of the
+  /// Collective. The last stage's outputs for this replica's batch, where computes_loss(); else empty. Those of the
   /// micro-batches are merged as DualPipeOptions::merge_outputs says: by default concatenated along batch_dim. A list
   /// takes one place for each micro-batch: with two lists, first all of output 0, then all of output 1.
   ///
@@ -125,6 +141,8 @@ class DualPipeImpl : public torch::nn::Module {
   /// @throws InvalidArgument  with the path and the reason.
   DUALPIPE_DECL void write_record(const std::string& path) const;
 
+  /// Of the ranks of this pipeline; with a mesh, of this rank's replica.
+  DUALPIPE_DECL const std::shared_ptr<Communicator>& communicator() const;
   DUALPIPE_DECL const Schedule& schedule() const;
   DUALPIPE_DECL std::vector<int> local_stages() const;
   /// This rank runs the first stage for some micro-batches and needs their inputs.
@@ -137,6 +155,8 @@ class DualPipeImpl : public torch::nn::Module {
   DUALPIPE_DECL torch::OrderedDict<std::string, torch::Tensor> named_parameters(bool recurse = true) const;
 
  private:
+  DUALPIPE_DECL explicit DualPipeImpl(std::unique_ptr<detail::PipelineState> state);
+
   std::unique_ptr<detail::PipelineState> state_;
 };
 
@@ -148,6 +168,8 @@ class DualPipe : public torch::nn::ModuleHolder<DualPipeImpl> {
   /// So that options may be written in place: `DualPipe pipe(comm, {.num_micro_batches = 8}, factory)`.
   DualPipe(std::shared_ptr<Communicator> communicator, DualPipeOptions options, const StageFactory& factory)
       : DualPipe(std::make_shared<DualPipeImpl>(std::move(communicator), std::move(options), factory)) {}
+  DualPipe(const Mesh& mesh, DualPipeOptions options, const StageFactory& factory, IsExpert is_expert = nullptr)
+      : DualPipe(std::make_shared<DualPipeImpl>(mesh, std::move(options), factory, std::move(is_expert))) {}
 };
 
 }  // namespace dualpipe

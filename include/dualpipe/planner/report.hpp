@@ -29,6 +29,7 @@ struct Usage {
   double bubble = 0;    ///< the rest: waiting for other ranks, and for transfers from them
   Overlap collectives;  ///< communication inside stages
   Overlap transfers;    ///< sends and receives between stages; exposed ones lie in the bubble, or beside a collective
+  Overlap reductions;   ///< sums of gradients; exposed ones lie in the bubble, or behind the last computing
 };
 
 struct RankReport : Usage {
@@ -50,7 +51,7 @@ Window extent(const Timeline& timeline);
 std::optional<Window> main_part(const Timeline& timeline);
 
 /// In the timeline's unit, of one training step: its extent, or a window of it, at whose ends what reaches beyond is
-/// cut. Steps of a rank that begin at the same time count in the order of the list. Peak activations are those of the
+/// cut, but for sums of gradients that reach beyond the extent. Steps of a rank that begin at the same time count in the order of the list. Peak activations are those of the
 /// whole.
 ///
 /// @throws InvalidArgument  an interval of a rank that the timeline does not have.

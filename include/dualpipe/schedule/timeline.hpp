@@ -13,17 +13,19 @@ enum class Lane {
   receive,
   collective,  ///< a communication inside a stage
   node,        ///< a node that computes, within the step of a stage that communicates
+  reduction,   ///< the sum of a stage's gradients over the ranks that hold it
 };
 
 /// Something a rank did or will do. In the lanes `send` and `receive`, `step.op` is the op that produced what travels:
-/// F for an activation, I for an input gradient; in `collective` and `node` it is the side of the step: F, I, B or W.
+/// F for an activation, I for an input gradient; in `collective` and `node` it is the side of the step: F, I, B or W;
+/// in `reduction` it is the W of the stage, of micro-batch 0, which stands for all.
 struct Interval {
   int rank = 0;
   Lane lane = Lane::compute;
   Step step;
   double begin = 0;  ///< in the timeline's unit
   double end = 0;
-  std::string node = {};  ///< lanes collective and node: its name, where known
+  std::string node = {};  ///< lanes collective, node and reduction: its name, where known
   bool operator==(const Interval&) const = default;
 };
 

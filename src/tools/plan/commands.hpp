@@ -14,5 +14,6 @@ void add_compare(CLI::App& app);
 void add_search(CLI::App& app);
 void add_cost_file(CLI::App& app);
 void add_report(CLI::App& app);
+void add_plot(CLI::App& app);
 
 }  // namespace dualpipe::planner::tool

@@ -14,11 +14,12 @@ namespace {
 struct LowerOptions {
   ScheduleSpec schedule;
   Publish publish = Publish::early;
+  int replicas = 0;
   OutputOptions output;
 };
 
 std::string lower_and_print(const LowerOptions& options) {
-  const Program program = lower(schedule(options.schedule), options.publish);
+  const Program program = lower(schedule(options.schedule), options.publish, {}, options.replicas);
   dry_run(program);
   return options.output.format == "json" ? json(program) : text(program);
 }
@@ -32,6 +33,11 @@ void add_lower(CLI::App& app) {
   add_schedule(command, options->schedule);
   add_output(command, options->output, {"text", "json"});
   add_publish(command, options->publish);
+  command
+      .add_option("--replicas", options->replicas,
+                  "with the sums of gradients, over this many pipelines that train one model; 0: without")
+      ->check(CLI::Range(0, 1 << 20))
+      ->capture_default_str();
   command.callback([options] { write_output(lower_and_print(*options), options->output.path); });
 }
 

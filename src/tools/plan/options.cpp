@@ -60,7 +60,7 @@ void add_output(CLI::App& command, OutputOptions& output, const std::vector<std:
         ->check(CLI::IsMember(formats).description(""))
         ->option_text(all);
   }
-  command.add_option("--output", output.path, "write to this file instead of standard output")->option_text("FILE");
+  command.add_option("-o,--output", output.path, "write to this file instead of standard output")->option_text("FILE");
 }
 
 }  // namespace dualpipe::planner::tool

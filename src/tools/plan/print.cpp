@@ -28,6 +28,8 @@ const char* name_of(Do what) {
       return "compute";
     case Do::send:
       return "send";
+    case Do::reduce:
+      return "reduce";
     case Do::release:
       break;
   }
@@ -111,6 +113,16 @@ std::string json(const Program& program) {
                     ",\"from\":", transfer.from, ",\"to\":", transfer.to, "}");
     separator = ",";
   }
+  if (!program.reductions.empty()) {
+    out += "],\n\"reductions\":[";
+    separator = "";
+    for (const auto& [stage, ranks, behind] : program.reductions) {
+      std::string list;
+      for (const int rank : ranks) list += (list.empty() ? "" : ",") + std::to_string(rank);
+      out += detail::str(separator, "\n{\"stage\":", stage, ",\"ranks\":[", list, "],\"behind\":", behind, "}");
+      separator = ",";
+    }
+  }
   out += "],\n\"ranks\":[";
   separator = "";
   for (const auto& instructions : program.ranks) {
@@ -118,8 +130,11 @@ std::string json(const Program& program) {
     separator = "";
     for (const Instruction& instruction : instructions) {
       out += detail::str(separator, "{\"do\":\"", name_of(instruction.what), "\",");
-      out += instruction.what == Do::compute ? "\"step\":\"" + to_string(instruction.step) + "\"}"
-                                             : detail::str("\"transfer\":", instruction.transfer, "}");
+      if (instruction.what == Do::compute)
+        out += "\"step\":\"" + to_string(instruction.step) + "\"}";
+      else
+        out +=
+            detail::str(instruction.what == Do::reduce ? "\"reduction\":" : "\"transfer\":", instruction.transfer, "}");
       separator = ",";
     }
     out += "]";
@@ -135,11 +150,22 @@ std::string text(const Program& program) {
     out += detail::str("  ", i, ": ", to_string(transfer),
                        transfer.payload == Payload::activation ? ", activation\n" : ", gradient\n");
   }
+  if (!program.reductions.empty()) out += "sums of gradients:\n";
+  for (std::size_t i = 0; i < program.reductions.size(); ++i) {
+    const auto& [stage, ranks, behind] = program.reductions[i];
+    std::string list;
+    for (const int rank : ranks) list += (list.empty() ? "" : ", ") + std::to_string(rank);
+    out += detail::str("  ", i, ": stage ", stage, " on rank", ranks.size() > 1 ? "s " : " ", list, ", behind ", behind,
+                       " transfers\n");
+  }
   for (std::size_t rank = 0; rank < program.ranks.size(); ++rank) {
     out += detail::str("rank ", rank, ":\n");
     for (const Instruction& instruction : program.ranks[rank]) {
       if (instruction.what == Do::compute)
         out += detail::str("  compute ", to_string(instruction.step), "\n");
+      else if (instruction.what == Do::reduce)
+        out += detail::str("  reduce ", instruction.transfer, "  (stage ",
+                           program.reductions[instruction.transfer].stage, ")\n");
       else
         out += detail::str("  ", name_of(instruction.what), " ", instruction.transfer, "  (",
                            to_string(program.order[instruction.transfer]), ")\n");
@@ -159,7 +185,9 @@ ordered_json json_of(const Report& report) {
 }
 
 std::string text(const Report& report, double seconds_per_unit) {
-  const bool collectives = report.total().collectives.total() > 0, transfers = report.total().transfers.total() > 0;
+  const Usage total = report.total();
+  const bool collectives = total.collectives.total() > 0, transfers = total.transfers.total() > 0,
+             reductions = total.reductions.total() > 0;
   const auto shown = [&](double value) { return time(value, seconds_per_unit); };
   std::vector<std::vector<std::string>> rows{{"rank", "compute", ""}};
   const auto add = [](std::vector<std::string>& row, const std::vector<std::string>& cells) {
@@ -169,21 +197,21 @@ std::string text(const Report& report, double seconds_per_unit) {
   add(rows[0], {"bubble", ""});
   if (collectives) add(rows[0], {"collectives", "hidden"});
   if (transfers) add(rows[0], {"transfers", "hidden"});
+  if (reductions) add(rows[0], {"sums of gradients", "hidden"});
   add(rows[0], {"peak activations"});
   const auto row = [&](const std::string& name, const Usage& usage, double whole, const std::string& peak) {
     auto& cells =
         rows.emplace_back(std::vector<std::string>{name, shown(usage.compute), percent(usage.compute, whole)});
     if (collectives) add(cells, {shown(usage.collectives.exposed), percent(usage.collectives.exposed, whole)});
     add(cells, {shown(usage.bubble), percent(usage.bubble, whole)});
-    for (const auto& [any, overlap] :
-         {std::pair(collectives, usage.collectives), std::pair(transfers, usage.transfers)})
+    for (const auto& [any, overlap] : {std::pair(collectives, usage.collectives), std::pair(transfers, usage.transfers),
+                                       std::pair(reductions, usage.reductions)})
       if (any) add(cells, {shown(overlap.total()), percent(overlap.hidden, overlap.total())});
     cells.push_back(peak);
   };
   for (const RankReport& rank : report.ranks)
     row(std::to_string(rank.rank), rank, report.makespan, std::to_string(rank.peak_activations));
-  if (report.ranks.size() > 1)
-    row("all", report.total(), report.makespan * static_cast<double>(report.ranks.size()), "");
+  if (report.ranks.size() > 1) row("all", total, report.makespan * static_cast<double>(report.ranks.size()), "");
   return table(rows) + summary(report, seconds_per_unit);
 }
 

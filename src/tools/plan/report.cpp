@@ -81,6 +81,7 @@ void add_usage(ordered_json& object, const Usage& usage) {
   object["bubble"] = usage.bubble;
   object["collectives"] = overlap_json(usage.collectives);
   object["transfers"] = overlap_json(usage.transfers);
+  if (usage.reductions.total() > 0) object["reductions"] = overlap_json(usage.reductions);
 }
 
 void add_report(ordered_json& object, const Report& report) {
@@ -178,12 +179,14 @@ void add_report(CLI::App& app) {
       "the\n"
       "makespan. Collectives, transfers: time in which at least one is under way, and the share of it that is hidden,\n"
       "that is lies under compute of the same rank. Transfers are sends and receives between stages; where they are\n"
-      "exposed, the rank waits in its bubble. The main part is the time in which every rank is in its longest run of\n"
+      "exposed, the rank waits in its bubble. Sums of gradients may also end behind the last computing. The main part "
+      "is the time in which every rank is in its longest run of\n"
       "pairs: step 4 of DualPipe.\n"
       "JSON, times in the unit of the trace (seconds_per_unit of a second; 0: abstract):\n"
       "  {\"name\", \"seconds_per_unit\", \"steps\", \"makespan\",\n"
       "   \"ranks\": [{\"rank\", \"busy\" (within steps), \"compute\", \"bubble\",\n"
       "              \"collectives\": {\"total\", \"hidden\", \"exposed\"}, \"transfers\": {the same},\n"
+      "              \"reductions\": {the same}, where there are sums of gradients,\n"
       "              \"peak_activations\"}, ...],\n"
       "   \"total\": {the same, summed over ranks},\n"
       "   \"main\": null or {\"begin\", \"end\", \"makespan\", \"ranks\", \"total\"}}; of several traces an array of "

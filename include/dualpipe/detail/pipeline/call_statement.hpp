@@ -7,6 +7,7 @@
 
 #include "dualpipe/comm/communicator.hpp"
 #include "dualpipe/detail/config.hpp"
+#include "dualpipe/train/mesh.hpp"
 
 namespace dualpipe::detail {
 
@@ -42,13 +43,18 @@ DUALPIPE_DECL std::string other_batch(const char* name, int rank, int first, std
 /// What the statements of all ranks say together.
 struct CallAgreement {
   std::int64_t num_micro_batches = 0;    ///< 0: no rank has a batch
-  std::vector<std::int64_t> sizes = {};  ///< as in CallStatement; empty: no rank knows
+  std::vector<std::int64_t> sizes = {};  ///< as in CallStatement, of the replica; empty: no rank knows
 };
-/// @param step     how many steps were before, -1 where the call does not train.
-/// @param numbers  of the ranks, as world_ranks() gives them.
+/// Ranks of one replica pass the same batch, those of different replicas batches of their own with equally many
+/// micro-batches.
+///
+/// @param statements  of all ranks of the mesh.
+/// @param replica     whose sizes are asked for.
+/// @param step        how many steps were before, -1 where the call does not train.
+/// @param numbers     of the ranks, as world_ranks() gives them.
 /// @throws InvalidArgument  the findings, or what ranks disagree about; the same text for the same statements.
-DUALPIPE_DECL CallAgreement agreement(const std::vector<CallStatement>& statements, std::int64_t step,
-                                      const std::vector<int>& numbers);
+DUALPIPE_DECL CallAgreement agreement(const std::vector<CallStatement>& statements, const MeshShape& shape, int replica,
+                                      std::int64_t step, const std::vector<int>& numbers);
 
 }  // namespace dualpipe::detail
 

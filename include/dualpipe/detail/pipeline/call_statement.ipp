@@ -98,11 +98,13 @@ std::string other_batch(const char* name, int rank, int first, std::int64_t step
                  : "Seed what loads and shuffles the data alike on every rank");
 }
 
-/// Ranks that pass a member of the batch pass the same, and where one does, all do that need it.
-inline void check_part(const std::vector<CallStatement>& statements, CallStatement::Part CallStatement::* member,
-                       const char* name, const char* use, std::int64_t step, const std::vector<int>& numbers) {
+/// Ranks of a replica that pass a member of the batch pass the same, and where one does, all do that need it.
+inline void check_part(const std::vector<CallStatement>& statements, const MeshShape& shape, int replica,
+                       CallStatement::Part CallStatement::* member, const char* name, const char* use,
+                       std::int64_t step, const std::vector<int>& numbers) {
   int first = -1;
   for (int rank = 0; rank < static_cast<int>(statements.size()); ++rank) {
+    if (shape.replica_of(rank) != replica) continue;
     const CallStatement::Part& part = statements[rank].*member;
     if (!part.passed) continue;
     if (first < 0) first = rank;
@@ -110,14 +112,15 @@ inline void check_part(const std::vector<CallStatement>& statements, CallStateme
                    other_batch(name, numbers[rank], numbers[first], step));
   }
   for (int rank = 0; rank < static_cast<int>(statements.size()) && first >= 0; ++rank) {
+    if (shape.replica_of(rank) != replica) continue;
     const CallStatement::Part& part = statements[rank].*member;
     DUALPIPE_CHECK(part.passed || !part.needed, "rank ", numbers[rank], " got a batch without ", name, ", but it ", use,
                    " of some micro-batches, and rank ", numbers[first], " passes them");
   }
 }
 
-CallAgreement agreement(const std::vector<CallStatement>& statements, std::int64_t step,
-                        const std::vector<int>& numbers) {
+CallAgreement agreement(const std::vector<CallStatement>& statements, const MeshShape& shape, int replica,
+                        std::int64_t step, const std::vector<int>& numbers) {
   std::vector<std::string> findings;
   for (const CallStatement& statement : statements) findings.push_back(statement.finding);
   throw_findings(findings, numbers);
@@ -138,7 +141,7 @@ CallAgreement agreement(const std::vector<CallStatement>& statements, std::int64
                      statement.num_micro_batches);
       agreed.num_micro_batches = statement.num_micro_batches;
     }
-    if (agreed.sizes.empty()) agreed.sizes = statement.sizes;
+    if (agreed.sizes.empty() && shape.replica_of(rank) == replica) agreed.sizes = statement.sizes;
     for (const auto& [group, digest] : statement.trainable) {
       const auto& [other, expected] = trainable.try_emplace(group, rank, digest).first->second;
       DUALPIPE_CHECK(digest == expected, "ranks ", numbers[other], " and ", numbers[rank],
@@ -146,9 +149,11 @@ CallAgreement agreement(const std::vector<CallStatement>& statements, std::int64
                      "that hold it");
     }
   }
-  check_part(statements, &CallStatement::inputs, "inputs", "feeds the first stage", step, numbers);
-  check_part(statements, &CallStatement::targets, "targets", "computes the loss", step, numbers);
-  check_part(statements, &CallStatement::extras, "extras", "uses them", step, numbers);
+  for (int each = 0; each < shape.data; ++each) {
+    check_part(statements, shape, each, &CallStatement::inputs, "inputs", "feeds the first stage", step, numbers);
+    check_part(statements, shape, each, &CallStatement::targets, "targets", "computes the loss", step, numbers);
+    check_part(statements, shape, each, &CallStatement::extras, "extras", "uses them", step, numbers);
+  }
   return agreed;
 }
 

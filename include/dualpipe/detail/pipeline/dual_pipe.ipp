@@ -9,10 +9,28 @@
 
 namespace dualpipe {
 
+namespace detail {
+
+inline PipelineState::Ranks one_pipeline(std::shared_ptr<Communicator> communicator) {
+  DUALPIPE_CHECK(communicator != nullptr, "DualPipe needs a communicator");
+  const int size = communicator->size();
+  return {communicator, std::move(communicator), {.pipeline = size}};
+}
+
+}  // namespace detail
+
 DualPipeImpl::DualPipeImpl(std::shared_ptr<Communicator> communicator, DualPipeOptions options,
                            const StageFactory& factory)
-    : torch::nn::Module("DualPipe"),
-      state_(std::make_unique<detail::PipelineState>(std::move(communicator), std::move(options), factory)) {
+    : DualPipeImpl(std::make_unique<detail::PipelineState>(detail::one_pipeline(std::move(communicator)),
+                                                           std::move(options), factory, nullptr)) {}
+
+DualPipeImpl::DualPipeImpl(const Mesh& mesh, DualPipeOptions options, const StageFactory& factory, IsExpert is_expert)
+    : DualPipeImpl(std::make_unique<detail::PipelineState>(
+          detail::PipelineState::Ranks{mesh.world(), mesh.pipeline(), mesh.shape()}, std::move(options), factory,
+          std::move(is_expert))) {}
+
+DualPipeImpl::DualPipeImpl(std::unique_ptr<detail::PipelineState> state)
+    : torch::nn::Module("DualPipe"), state_(std::move(state)) {
   std::set<torch::nn::Module*> registered;
   for (const auto& [number, stage] : state_->stages())
     if (stage.module() && registered.insert(stage.module().get()).second)
@@ -40,6 +58,7 @@ void DualPipeImpl::add_observer(std::shared_ptr<Observer> observer) {
 }
 
 void DualPipeImpl::write_record(const std::string& path) const { state_->write_record(path); }
+const std::shared_ptr<Communicator>& DualPipeImpl::communicator() const { return state_->communicator(); }
 
 const Schedule& DualPipeImpl::schedule() const { return state_->schedule(); }
 

@@ -24,6 +24,8 @@ namespace dualpipe {
 
 namespace detail {
 
+class Replicas;
+
 /// A schedule with the program it was lowered to, proven to finish. Ranks that are threads of one process share one.
 struct Plan {
   std::string key;  ///< what it was made of: equal plans have equal keys
@@ -40,9 +42,10 @@ struct Plan {
 };
 /// Lowers and dry-runs.
 ///
-/// @param ready  as in `lower`; the same on all ranks, as it decides the order of transfers.
+/// @param ready         as in `lower`; the same on all ranks, as it decides the order of transfers.
+/// @param num_replicas  as in `lower`.
 /// @throws InvalidArgument  as `lower` and `dry_run` do.
-DUALPIPE_DECL Plan make_plan(Schedule schedule, Publish publish, const PairReady& ready = {});
+DUALPIPE_DECL Plan make_plan(Schedule schedule, Publish publish, const PairReady& ready = {}, int num_replicas = 0);
 /// Made by one of the ranks that are threads of this process, for all of them; elsewhere without what other ranks do.
 ///
 /// @param make  gives the plan; `key` says all that it depends on.
@@ -70,8 +73,9 @@ struct RunInputs {
   LossFn loss;            ///< null: outputs only
   double loss_scale = 1;  ///< gradient that enters each loss
   std::int64_t step = 0;
-  bool training = true;       ///< false: no graphs are built
-  bool keep_outputs = false;  ///< of the last stage
+  bool training = true;          ///< false: no graphs are built
+  bool keep_outputs = false;     ///< of the last stage
+  Replicas* replicas = nullptr;  ///< begins the sums of gradients; null: the plan has none
   /// Called at the first receive, if at all: what transfers of this plan brought before under the same conditions; what
   /// is not known yet is filled in. Null: every transfer is taken as it comes.
   std::function<Arrivals&()> arrivals = nullptr;

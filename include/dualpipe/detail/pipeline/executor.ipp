@@ -37,6 +37,13 @@ class ProgramRun {
           before_waiting_for(transfers_.send(transfer));
           transfers_.release(transfer);
           break;
+        case Instruction::Do::reduce:
+          // Nothing that comes before it in the order may wait for a trailing collective any longer.
+          transfers_.issue(next_);
+          if (!transfers_.issued(next_ - 1)) finish_trailing();
+          transfers_.issue(next_);
+          TORCH_INTERNAL_ASSERT(transfers_.issued(next_ - 1), "the program begins sum ", transfer, " too early");
+          break;
         case Instruction::Do::send:
         case Instruction::Do::receive:
           transfers_.issue(next_);
@@ -115,9 +122,9 @@ class ProgramRun {
   std::size_t next_ = 0;  // instruction to come
 };
 
-Plan make_plan(Schedule schedule, Publish publish, const PairReady& ready) {
+Plan make_plan(Schedule schedule, Publish publish, const PairReady& ready, int num_replicas) {
   Plan plan;
-  plan.program = lower(schedule, publish, ready);
+  plan.program = lower(schedule, publish, ready, num_replicas);
   dry_run(plan.program);
   plan.publish = publish;
   plan.placement = placement(schedule);

@@ -23,7 +23,7 @@ class FlightRecorder {
     send,        ///< of what step.op has made
     receive,     ///< the same
     collective,  ///< of the stages of `step`, while the host waits for it
-    together,    ///< what all ranks of the pipeline do in one order: `name` and `number` say what
+    together,    ///< what all ranks, of all replicas, do in one order: `name` and `number` say what
   };
   /// Times are nanoseconds of std::chrono::steady_clock, 0 where it has not come so far. What has begun and not ended
   /// is what the rank does or waits for.
@@ -43,7 +43,7 @@ class FlightRecorder {
   using Id = std::uint64_t;
   static constexpr std::size_t capacity = 512;
 
-  /// @param ranks  of the pipeline, in numbers of the world; `rank` is one of them.
+  /// @param ranks  of all replicas, in numbers of the world; `rank` is one of them.
   FlightRecorder(int rank, std::vector<int> ranks) : rank_(rank), ranks_(std::move(ranks)), ring_(capacity) {}
 
   /// What a reader of several records compares.

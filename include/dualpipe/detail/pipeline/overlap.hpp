@@ -16,7 +16,7 @@ namespace dualpipe::detail {
 ///    before whatever they launch later.
 ///  * The collective with which the next step's backward begins is launched ahead, between weight parts, once what it
 ///    takes is here. When that is depends on timing; the order of collectives does not, as only weight parts lie
-///    between.
+///    between: no sum of gradients does.
 class Overlap {
  public:
   Overlap(RunContext& context, Transfers& transfers) : context_(context), transfers_(transfers) {}

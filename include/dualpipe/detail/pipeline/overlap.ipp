@@ -28,8 +28,10 @@ void Overlap::launch_ahead(std::size_t next, int cell) {
 Overlap::Candidate Overlap::next_backward(std::size_t next, int cell) {
   const std::vector<Instruction>& program = context_.program();
   std::size_t at = next;
-  while (at < program.size() && program[at].what != Instruction::Do::compute) ++at;
-  if (at == program.size()) return {next, nullptr};
+  while (at < program.size() && program[at].what != Instruction::Do::compute &&
+         program[at].what != Instruction::Do::reduce)
+    ++at;
+  if (at == program.size() || program[at].what == Instruction::Do::reduce) return {next, nullptr};
   Candidate candidate{next, std::make_unique<StepRun>(context_, program[at].step, cell + 1)};
   const Op* const backward = candidate.step->ahead_op();
   if (backward == nullptr) return {next, nullptr};

@@ -22,16 +22,25 @@
 #include "dualpipe/detail/pipeline/health.hpp"
 #include "dualpipe/detail/pipeline/observers.hpp"
 #include "dualpipe/detail/pipeline/replicas.hpp"
+#include "dualpipe/detail/pipeline/vote.hpp"
 #include "dualpipe/pipeline/dual_pipe.hpp"
+#include "dualpipe/train/mesh.hpp"
 
 namespace dualpipe::detail {
 
 /// What a DualPipe consists of.
 class PipelineState {
  public:
+  /// Where a rank and its pipeline are among the replicas.
+  struct Ranks {
+    std::shared_ptr<Communicator> world;     ///< of all replicas
+    std::shared_ptr<Communicator> pipeline;  ///< of this rank's replica; `world` where there is one
+    MeshShape shape;
+    int replica() const { return shape.replica_of(world->rank()); }
+  };
+
   /// Collective, as the constructor of DualPipeImpl, but for the copies of the stages: see start().
-  DUALPIPE_DECL PipelineState(std::shared_ptr<Communicator> communicator, DualPipeOptions options,
-                              const StageFactory& factory);
+  DUALPIPE_DECL PipelineState(Ranks ranks, DualPipeOptions options, const StageFactory& factory, IsExpert is_expert);
   /// Collective: connects, makes the copies of each stage equal, and freezes the stages.
   DUALPIPE_DECL void start();
 
@@ -46,6 +55,7 @@ class PipelineState {
   void write_record(const std::string& path) const { write_file(path, flight_.to_json()); }
   void add_observer(std::shared_ptr<Observer> observer) { observers_.add(std::move(observer)); }
 
+  const std::shared_ptr<Communicator>& communicator() const noexcept { return communicator_; }
   const Schedule& schedule() const noexcept { return training_->schedule; }
   const std::map<int, Stage>& stages() const noexcept { return executor_->stages(); }
   bool feeds_inputs() const { return runs_stage(0); }
@@ -54,10 +64,14 @@ class PipelineState {
  private:
   using Call = CallStatement::Call;
 
+  Communicator& world() const { return *ranks_.world; }
   int rank() const { return communicator_->rank(); }
+  MicroBatchCount count_of(int num_micro_batches) const {
+    return {num_micro_batches, ranks_.shape.data, ranks_.replica()};
+  }
   bool runs_stage(int stage) const { return stages().count(stage) != 0; }
   DUALPIPE_DECL std::vector<Communicator::Edge> edges() const;
-  std::vector<int> numbers() const { return world_ranks(*communicator_); }
+  std::vector<int> numbers() const { return world_ranks(world()); }
 
   /// Collective: how every call begins. Prepares the batch and compares notes with the other ranks.
   ///
@@ -73,8 +87,10 @@ class PipelineState {
   /// @param end  over when the device has finished the step; empty where the host has waited for it.
   DUALPIPE_DECL StepResult result(at::Tensor losses, RunOutputs outputs, int num_micro_batches, Pending end);
 
-  std::shared_ptr<Communicator> communicator_;
+  Ranks ranks_;
+  std::shared_ptr<Communicator> communicator_;  // the pipeline's
   DualPipeOptions options_;
+  IsExpert is_expert_;
   FlightRecorder flight_;
   Health health_;
   Observers observers_;

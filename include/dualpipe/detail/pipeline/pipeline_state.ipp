@@ -19,7 +19,6 @@
 #include "dualpipe/detail/pipeline/merge_outputs.hpp"
 #include "dualpipe/detail/pipeline/training_plan.hpp"
 #include "dualpipe/detail/pipeline/unfinished_step.hpp"
-#include "dualpipe/detail/pipeline/vote.hpp"
 #include "dualpipe/train/clip.hpp"
 
 namespace dualpipe::detail {
@@ -57,11 +56,6 @@ inline LossFn trainable_loss(const LossFn& loss) {
   };
 }
 
-inline std::shared_ptr<Communicator> not_null(std::shared_ptr<Communicator> communicator) {
-  DUALPIPE_CHECK(communicator != nullptr, "DualPipe needs a communicator");
-  return communicator;
-}
-
 /// Where the rank leaves its record; empty where the options name no folder.
 inline std::string record_path(const DualPipeOptions& options, const Communicator& communicator) {
   if (options.record_to.empty()) return {};
@@ -75,27 +69,31 @@ inline void make_folder(const std::string& path) {
   DUALPIPE_CHECK(!error, "record_to: cannot make the folder ", path, ": ", error.message());
 }
 
-PipelineState::PipelineState(std::shared_ptr<Communicator> communicator, DualPipeOptions options,
-                             const StageFactory& factory)
-    : communicator_(not_null(std::move(communicator))),
+PipelineState::PipelineState(Ranks ranks, DualPipeOptions options, const StageFactory& factory, IsExpert is_expert)
+    : ranks_(std::move(ranks)),
+      communicator_(ranks_.pipeline),
       options_(std::move(options)),
+      is_expert_(std::move(is_expert)),
       flight_(communicator_->world_rank(communicator_->rank()), numbers()),
       health_(communicator_, flight_, record_path(options_, *communicator_)) {
-  Communicator& comm = *communicator_;
-  agree_that_fine(comm, finding_of([&] {
-                    make_folder(options_.record_to);
-                    training_ = training_plan(options_, comm);
-                  }));
-  agree_on(comm, "options", describe(options_, *training_));
+  const std::string finding = finding_of([&] {
+    DUALPIPE_CHECK(ranks_.shape.expert == 1 || is_expert_, "the mesh has expert groups of ", ranks_.shape.expert,
+                   " ranks, but nothing says which parameters are theirs, so all ranks that hold a stage would get the "
+                   "same experts; pass is_expert, or a mesh with expert = 1");
+    make_folder(options_.record_to);
+    training_ = training_plan(options_, *communicator_, ranks_.shape.data);
+  });
+  agree_that_fine(world(), finding);
+  agree_on(world(), "options", describe(options_, *training_));
 
   std::map<int, Stage> stages;
-  agree_that_fine(comm, finding_of([&] { stages = made_stages(schedule(), comm, factory); }));
-  const StageTraits traits = traits_of_all(comm, stages);
+  agree_that_fine(world(), finding_of([&] { stages = made_stages(schedule(), *communicator_, factory); }));
+  const StageTraits traits = traits_of_all(world(), stages);
   // A pair of stages with collectives has its results in another order, and all ranks must send in the same one.
-  if (traits.communicate) training_ = communicating_plan(*training_, comm);
+  if (traits.communicate) training_ = communicating_plan(*training_, *communicator_, ranks_.shape.data);
   flight_.describe(schedule().name, schedule().num_stages, schedule().num_micro_batches, traits.run);
 
-  forward_ = std::make_unique<ForwardPlans>(comm, training_);
+  forward_ = std::make_unique<ForwardPlans>(*communicator_, training_);
   forward_->of(options_.num_micro_batches);
   arrivals_ = std::make_unique<ArrivalMemory>(communicator_, traits.data_dependent_from);
   parameters_ = unique_parameters(stages);
@@ -106,7 +104,9 @@ PipelineState::PipelineState(std::shared_ptr<Communicator> communicator, DualPip
 void PipelineState::start() {
   flight_.together("connect", [&] { communicator_->connect(edges()); });
   flight_.together("broadcast of parameters", [&] {
-    replicas_ = std::make_unique<Replicas>(*communicator_, schedule(), stages());
+    std::vector<int> sum_order;
+    for (const Reduction& reduction : training_->program.reductions) sum_order.push_back(reduction.stage);
+    replicas_ = std::make_unique<Replicas>(world(), ranks_.shape, schedule(), stages(), is_expert_, sum_order);
     replicas_->broadcast();
   });
   for (const auto& [number, stage] : stages()) stage.freeze(communicator_->world_rank(rank()), number);
@@ -143,10 +143,9 @@ CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* 
   });
   constexpr std::array names{"begin of step()", "begin of evaluate()", "begin of predict()"};
   const auto statements = health_.guarded([&] {
-    return flight_.together(names[static_cast<std::size_t>(call)],
-                            [&] { return exchange_statements(*communicator_, mine); });
+    return flight_.together(names[static_cast<std::size_t>(call)], [&] { return exchange_statements(world(), mine); });
   });
-  const CallAgreement agreed = agreement(statements, trains ? step_ : -1, numbers());
+  const CallAgreement agreed = agreement(statements, ranks_.shape, ranks_.replica(), trains ? step_ : -1, numbers());
   if (trains && options_.compare_replicas_every > 0 && step_ % options_.compare_replicas_every == 0) {
     const std::string difference = health_.guarded(
         [&] { return flight_.together("comparison of copies", [&] { return replicas_->difference(); }); });
@@ -176,10 +175,11 @@ auto PipelineState::observed(const Body& body) {
 
 StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const torch::nn::Module& module) {
   RunInputs inputs;
-  const int count = options_.num_micro_batches;
+  const MicroBatchCount count = count_of(options_.num_micro_batches);
   enter(Call::step, batch, &loss, inputs);
   inputs.loss = trainable_loss(loss);
-  inputs.loss_scale = options_.loss_reduction == LossReduction::mean ? 1.0 / count : 1.0;
+  inputs.replicas = replicas_.get();
+  inputs.loss_scale = options_.loss_reduction == LossReduction::mean ? 1.0 / count.all() : 1.0;
   // They outlive what is guarded: nothing is restored before the communicator was aborted and writes no more.
   std::optional<GradientTransaction> gradients;
   std::optional<BufferTransaction> buffers;
@@ -191,7 +191,7 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
     buffers.emplace(module);
     RunOutputs outputs = executor_->run(*training_, inputs, observers_.all());
     flight_.together("sum of gradients", [&] {
-      replicas_->sum_gradients();
+      replicas_->finish_sums(*outputs.recorder);
       replicas_->broadcast_buffers();
     });
     gradients->add_up();
@@ -200,16 +200,16 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
     Pending end;
     if (options_.asynchronous) {
       const MemberHashes before = std::exchange(last_hashes_, std::move(hashes)).values();
-      all = flight_.together("vote", [&] { return vote_ahead(*communicator_, outputs, count, before, end); });
+      all = flight_.together("vote", [&] { return vote_ahead(world(), outputs, count, before, end); });
     } else {
       communicator_->fence().synchronize();  // the only wait of the host for a device
-      all = flight_.together("vote", [&] { return vote(*communicator_, outputs, count, hashes.values()); });
+      all = flight_.together("vote", [&] { return vote(world(), outputs, count, hashes.values()); });
     }
-    check_hashes(all.hashes, options_.asynchronous ? number - 1 : number, numbers());
+    check_hashes(all.hashes, ranks_.shape, options_.asynchronous ? number - 1 : number, numbers());
     gradients->commit();
     buffers->commit();
     if (end && end.done()) end = {};
-    return result(std::move(all.losses), std::move(outputs), count, std::move(end));
+    return result(std::move(all.losses), std::move(outputs), count.of_replica, std::move(end));
   });
 }
 
@@ -223,15 +223,16 @@ RunOutputs PipelineState::run_forward(const std::shared_ptr<const Plan>& plan, R
 
 StepResult PipelineState::evaluate(const Batch& batch, const LossFn& loss, const torch::nn::Module& module) {
   RunInputs inputs;
-  const int count = static_cast<int>(enter(Call::evaluate, batch, &loss, inputs).num_micro_batches);
+  const MicroBatchCount count =
+      count_of(static_cast<int>(enter(Call::evaluate, batch, &loss, inputs).num_micro_batches));
   inputs.loss = loss;
   return observed([&] {
     DeviceHashes hashes(*communicator_, batch);
-    RunOutputs outputs = run_forward(forward_->of(count), inputs, module);
+    RunOutputs outputs = run_forward(forward_->of(count.of_replica), inputs, module);
     communicator_->fence().synchronize();
-    StepVote all = flight_.together("vote", [&] { return vote(*communicator_, outputs, count, hashes.values()); });
-    check_hashes(all.hashes, -1, numbers());
-    return result(std::move(all.losses), std::move(outputs), count, {});
+    StepVote all = flight_.together("vote", [&] { return vote(world(), outputs, count, hashes.values()); });
+    check_hashes(all.hashes, ranks_.shape, -1, numbers());
+    return result(std::move(all.losses), std::move(outputs), count.of_replica, {});
   });
 }
 
@@ -249,11 +250,11 @@ Tensors PipelineState::predict(const Batch& batch, const torch::nn::Module& modu
         const auto all = gather_outputs(*communicator_, *plan, loss_ranks_, std::move(outputs.outputs));
         finding = finding_of([&] { merged = merge_outputs(all, agreed.sizes, options_); });
       }
-      return all_gather_text(*communicator_, finding);
+      return all_gather_text(world(), finding);
     });
     communicator_->fence().synchronize();
-    const StepVote all = flight_.together("vote", [&] { return vote(*communicator_, {}, 0, hashes.values()); });
-    check_hashes(all.hashes, -1, numbers());
+    const StepVote all = flight_.together("vote", [&] { return vote(world(), {}, count_of(0), hashes.values()); });
+    check_hashes(all.hashes, ranks_.shape, -1, numbers());
     return found;
   });
   throw_findings(findings, numbers());
@@ -265,8 +266,12 @@ at::Tensor PipelineState::clip_grad_norm(double max_norm) {
   mine.call = Call::clip_grad_norm;
   return health_.watched([&] {
     return flight_.together("clip_grad_norm_", [&] {
+<<<<<<< HEAD
       agreement(exchange_statements(*communicator_, mine), -1, numbers());
       return dualpipe::clip_grad_norm(*communicator_, replicas_->counted_parameters(), parameters_, max_norm);
+=======
+      return dualpipe::clip_grad_norm(world(), replicas_->counted_parameters(), parameters_, max_norm);
+>>>>>>> main
     });
   });
 }

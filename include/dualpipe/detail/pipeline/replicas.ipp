@@ -21,40 +21,73 @@
 
 namespace dualpipe::detail {
 
-/// Appends those of `tensors` that were not seen before.
-inline void append_new(const torch::OrderedDict<std::string, at::Tensor>& tensors,
-                       std::unordered_set<at::TensorImpl*>& seen, Tensors& into, std::vector<std::string>& names,
-                       const char* what, int stage) {
+/// Appends those of `tensors` that were not seen before and that `wanted` takes by their names.
+template <class Wanted>
+void append_new(const torch::OrderedDict<std::string, at::Tensor>& tensors, std::unordered_set<at::TensorImpl*>& seen,
+                Tensors& into, std::vector<std::string>& names, const char* what, int stage, const Wanted& wanted) {
   for (const auto& item : tensors) {
-    if (!item.value().defined() || !seen.insert(item.value().unsafeGetTensorImpl()).second) continue;
+    if (!item.value().defined() || !wanted(item.key()) || !seen.insert(item.value().unsafeGetTensorImpl()).second)
+      continue;
     into.push_back(item.value());
     names.push_back(str(what, " '", item.key(), "' of stage ", stage));
   }
 }
 
-using HolderSet = std::pair<std::vector<int>, std::vector<int>>;  // ranks, the stages they hold
+/// Ranks of the world that hold the same.
+struct HolderSet {
+  std::vector<int> ranks;   ///< ascending
+  std::vector<int> stages;  ///< that they hold
+  bool experts = false;     ///< of these stages the parameters of experts, else the others
+};
+
+/// All sets, the same on every rank. The stages of one pipeline that the same places hold form one set, which all ranks
+/// at these places share. Where experts are told apart there is one more for each part of the experts.
+inline std::vector<HolderSet> holder_sets(const Schedule& schedule, const MeshShape& shape, bool tells_experts) {
+  std::vector<std::pair<std::vector<int>, std::vector<int>>> by_places;  // places, stages
+  for (int stage = 0; stage < schedule.num_stages; ++stage) {
+    const std::vector<int> places = holders(schedule, stage);
+    auto same =
+        std::find_if(by_places.begin(), by_places.end(), [&](const auto& each) { return each.first == places; });
+    if (same == by_places.end()) same = by_places.insert(by_places.end(), {places, {}});
+    same->second.push_back(stage);
+  }
+  std::vector<HolderSet> sets;
+  for (const auto& [places, stages] : by_places) {
+    const auto add = [&, &of_places = places, &of_stages = stages](bool experts, int first, int step) {
+      HolderSet set{{}, of_stages, experts};
+      for (const int place : of_places)
+        for (int replica = first; replica < shape.data; replica += step)
+          set.ranks.push_back(shape.rank_of(place, replica));
+      std::sort(set.ranks.begin(), set.ranks.end());
+      sets.push_back(std::move(set));
+    };
+    add(false, 0, 1);
+    for (int part = 0; tells_experts && part < shape.expert; ++part) add(true, part, shape.expert);
+  }
+  return sets;
+}
 
 /// The calling rank's communicator of each set of several ranks that it belongs to. `split` is collective, so every
 /// rank goes through all sets in one order; disjoint ones are made by one call, so that their communicators open side
 /// by side.
-inline std::vector<std::shared_ptr<Communicator>> make_holder_groups(Communicator& communicator,
+inline std::vector<std::shared_ptr<Communicator>> make_holder_groups(Communicator& world,
                                                                      const std::vector<HolderSet>& sets) {
   std::vector<std::shared_ptr<Communicator>> groups(sets.size());
   std::vector<bool> made(sets.size(), false);
   for (std::size_t first = 0; first < sets.size(); ++first) {
-    if (made[first] || sets[first].first.size() < 2) continue;
+    if (made[first] || sets[first].ranks.size() < 2) continue;
     std::unordered_set<int> taken;
     std::optional<std::size_t> own;
     for (std::size_t i = first; i < sets.size(); ++i) {
-      const std::vector<int>& ranks = sets[i].first;
+      const std::vector<int>& ranks = sets[i].ranks;
       if (made[i] || ranks.size() < 2 ||
           std::any_of(ranks.begin(), ranks.end(), [&](int r) { return taken.contains(r); }))
         continue;
       made[i] = true;
       taken.insert(ranks.begin(), ranks.end());
-      if (std::find(ranks.begin(), ranks.end(), communicator.rank()) != ranks.end()) own = i;
+      if (std::find(ranks.begin(), ranks.end(), world.rank()) != ranks.end()) own = i;
     }
-    const auto group = communicator.split(own ? static_cast<int>(*own) : -1, communicator.rank());
+    const auto group = world.split(own ? static_cast<int>(*own) : -1, world.rank());
     if (own) groups[*own] = group;
   }
   return groups;
@@ -65,7 +98,9 @@ Tensors unique_parameters(const std::map<int, Stage>& stages) {
   Tensors parameters;
   std::vector<std::string> names;
   for (const auto& [number, stage] : stages)
-    if (stage.module()) append_new(stage.module()->named_parameters(), seen, parameters, names, "parameter", number);
+    if (stage.module())
+      append_new(stage.module()->named_parameters(), seen, parameters, names, "parameter", number,
+                 [](const std::string&) { return true; });
   return parameters;
 }
 
@@ -161,44 +196,65 @@ inline void warn_of_equal(const std::vector<ParameterPlace>& places, const Sched
 
 inline std::uint32_t version_of(const at::Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
 
-Replicas::Replicas(Communicator& communicator, const Schedule& schedule, const std::map<int, Stage>& stages)
-    : communicator_(communicator) {
-  std::vector<HolderSet> sets;
-  for (int stage = 0; stage < schedule.num_stages; ++stage) {
-    const std::vector<int> ranks = holders(schedule, stage);
-    auto same = std::find_if(sets.begin(), sets.end(), [&](const auto& set) { return set.first == ranks; });
-    if (same == sets.end()) same = sets.insert(sets.end(), {ranks, {}});
-    same->second.push_back(stage);
+/// The parameters of each stage, without those that a stage later in the order has too.
+inline std::map<int, std::unordered_set<at::TensorImpl*>> summed_with(const std::map<int, Stage>& stages,
+                                                                      const std::vector<int>& sum_order) {
+  std::map<int, std::unordered_set<at::TensorImpl*>> result;
+  std::unordered_set<at::TensorImpl*> later;
+  for (auto stage = sum_order.rbegin(); stage != sum_order.rend(); ++stage) {
+    const auto mine = stages.find(*stage);
+    if (mine == stages.end() || !mine->second.module()) continue;
+    for (const at::Tensor& parameter : mine->second.module()->parameters())
+      if (parameter.defined() && later.insert(parameter.unsafeGetTensorImpl()).second)
+        result[*stage].insert(parameter.unsafeGetTensorImpl());
   }
+  return result;
+}
 
-  const auto member = [&](const std::vector<int>& ranks) {
-    return std::find(ranks.begin(), ranks.end(), communicator.rank()) != ranks.end();
-  };
-  const auto places = parameter_places(all_gather_text(communicator, parameters_text(stages)));
+Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& schedule,
+                   const std::map<int, Stage>& stages, const IsExpert& is_expert, const std::vector<int>& sum_order)
+    : world_(world), sum_order_(sum_order) {
+  const auto places = parameter_places(all_gather_text(world, parameters_text(stages)));
   check_not_shared(places, schedule);
-  if (communicator.rank() == 0) warn_of_equal(places, schedule);
+  if (world.rank() == 0) warn_of_equal(places, schedule);
 
-  std::vector<std::shared_ptr<Communicator>> groups = make_holder_groups(communicator, sets);
+  const bool tells_experts = is_expert && shape.expert > 1;
+  const std::vector<HolderSet> sets = holder_sets(schedule, shape, tells_experts);
+  std::vector<std::shared_ptr<Communicator>> groups = make_holder_groups(world, sets);
+  const auto summed = summed_with(stages, sum_order);
   std::unordered_set<at::TensorImpl*> seen_parameters, seen_buffers;
   for (std::size_t i = 0; i < sets.size(); ++i) {
-    const auto& [ranks, numbers] = sets[i];
-    if (!member(ranks)) continue;
-    Group mine{static_cast<int>(i), std::move(groups[i]), {}, {}, {}};
-    for (const int number : numbers)
-      if (const auto& module = stages.at(number).module())
-        append_new(module->named_parameters(), seen_parameters, mine.parameters, mine.names, "parameter", number);
-    for (const int number : numbers)
-      if (const auto& module = stages.at(number).module())
-        append_new(module->named_buffers(), seen_buffers, mine.buffers, mine.names, "buffer", number);
-    if (communicator.rank() == ranks.front())
+    const HolderSet& set = sets[i];
+    if (std::find(set.ranks.begin(), set.ranks.end(), world.rank()) == set.ranks.end()) continue;
+    Group mine{static_cast<int>(i), std::move(groups[i]), {}, {}, {}, {}};
+    const auto collect = [&](bool buffers) {
+      for (const int number : set.stages) {
+        const auto& module = stages.at(number).module();
+        if (!module) continue;
+        const auto wanted = [&](const std::string& name) {
+          return !tells_experts || is_expert(str("stage", number, '.', name)) == set.experts;
+        };
+        if (buffers)
+          append_new(module->named_buffers(), seen_buffers, mine.buffers, mine.names, "buffer", number, wanted);
+        else
+          append_new(module->named_parameters(), seen_parameters, mine.parameters, mine.names, "parameter", number,
+                     wanted);
+      }
+    };
+    collect(false);
+    collect(true);
+    for (const auto& [stage, of_stage] : summed)
+      for (const at::Tensor& parameter : mine.parameters)
+        if (of_stage.contains(parameter.unsafeGetTensorImpl())) mine.of_stage[stage].push_back(parameter);
+    if (world.rank() == set.ranks.front())
       counted_.insert(counted_.end(), mine.parameters.begin(), mine.parameters.end());
-    if (ranks.size() > 1) groups_.push_back(std::move(mine));
+    if (set.ranks.size() > 1) groups_.push_back(std::move(mine));
   }
-  any_copies_ = std::any_of(sets.begin(), sets.end(), [](const HolderSet& set) { return set.first.size() > 1; });
+  any_copies_ = std::any_of(sets.begin(), sets.end(), [](const HolderSet& set) { return set.ranks.size() > 1; });
   if (!any_copies_) return;
   const bool buffers =
       std::any_of(groups_.begin(), groups_.end(), [](const Group& group) { return !group.buffers.empty(); });
-  for (const std::string& text : all_gather_text(communicator, buffers ? "buffers" : ""))
+  for (const std::string& text : all_gather_text(world, buffers ? "buffers" : ""))
     watches_buffers_ = watches_buffers_ || !text.empty();
 }
 
@@ -212,41 +268,55 @@ std::map<int, std::uint64_t> Replicas::trainable() const {
   return digests;
 }
 
-void Replicas::sum_gradients() {
-  std::vector<Pending> pending;
-  std::vector<Tensors> trained;     // per group: its parameters that require grad
-  std::vector<at::Tensor> present;  // per group: on how many holders each of them has a gradient
-  for (Group& group : groups_) {
-    Tensors parameters;
-    for (const at::Tensor& parameter : group.parameters)
-      if (parameter.requires_grad()) parameters.push_back(parameter);
-    at::Tensor count = at::zeros({static_cast<std::int64_t>(parameters.size())}, at::kInt);
+void Replicas::begin_sum(int stage) {
+  for (const Group& group : groups_) {
+    const auto found = group.of_stage.find(stage);
+    if (found == group.of_stage.end()) continue;
+    Sum sum{stage, {}, {}, {}, {}};
+    for (const at::Tensor& parameter : found->second)
+      if (parameter.requires_grad()) sum.parameters.push_back(parameter);
+    if (sum.parameters.empty()) continue;
+    sum.present = at::zeros({static_cast<std::int64_t>(sum.parameters.size())}, at::kInt);
     Tensors gradients;
-    for (std::size_t i = 0; i < parameters.size(); ++i) {
-      at::Tensor& gradient = parameters[i].mutable_grad();
-      count.mutable_data_ptr<int>()[i] = gradient.defined() ? 1 : 0;
+    for (std::size_t i = 0; i < sum.parameters.size(); ++i) {
+      at::Tensor& gradient = sum.parameters[i].mutable_grad();
+      sum.present.mutable_data_ptr<int>()[i] = gradient.defined() ? 1 : 0;
       if (!gradient.defined())
-        gradient = at::zeros_like(parameters[i], at::MemoryFormat::Contiguous);
+        gradient = at::zeros_like(sum.parameters[i], at::MemoryFormat::Contiguous);
       else if (gradient.is_sparse())
         gradient = gradient.to_dense();
       else
         gradient = gradient.contiguous();
       gradients.push_back(gradient);
     }
-    present.push_back(count);
-    trained.push_back(std::move(parameters));
-    if (gradients.empty()) continue;
     Communicator& hosts = group.communicator->control();
     if (&hosts == group.communicator.get())
-      gradients.push_back(count);  // no message of its own
+      gradients.push_back(sum.present);  // no message of its own
     else
-      pending.push_back(hosts.all_reduce({count}));
-    pending.push_back(group.communicator->all_reduce(std::move(gradients)));
+      sum.counts = hosts.all_reduce({sum.present});
+    sum.gradients = group.communicator->all_reduce(std::move(gradients));
+    sums_.push_back(std::move(sum));
   }
-  for (Pending& each : pending) each.wait();
-  for (std::size_t g = 0; g < trained.size(); ++g)
-    for (std::size_t i = 0; i < trained[g].size(); ++i)
-      if (present[g].const_data_ptr<int>()[i] == 0) trained[g][i].mutable_grad().reset();
+}
+
+bool Replicas::summed_before(const at::Tensor& parameter, int stage) const {
+  const auto own = std::find(sum_order_.begin(), sum_order_.end(), stage);
+  for (const Group& group : groups_)
+    for (const auto& [number, parameters] : group.of_stage)
+      if (std::any_of(parameters.begin(), parameters.end(), [&](const auto& each) { return each.is_same(parameter); }))
+        return std::find(sum_order_.begin(), own, number) != own;
+  return false;
+}
+
+void Replicas::finish_sums(Recorder& recorder) {
+  for (Sum& sum : sums_) {
+    sum.gradients.wait();
+    if (sum.counts) sum.counts.wait();
+    for (std::size_t i = 0; i < sum.parameters.size(); ++i)
+      if (sum.present.const_data_ptr<int>()[i] == 0) sum.parameters[i].mutable_grad().reset();
+    recorder.record(Lane::reduction, {{Pass::BackwardWeight, sum.stage, 0}, {}}, sum.gradients, "gradients");
+  }
+  sums_.clear();
 }
 
 void Replicas::broadcast() {
@@ -287,7 +357,7 @@ std::vector<Replicas::Difference> Replicas::differences(
   }
   std::map<int, std::pair<int, std::vector<std::int64_t>>> first;  // by group: its first rank, and the digests there
   std::map<std::pair<int, std::size_t>, Difference> found;         // by group and tensor
-  const Tensors all = communicator_.control().all_gather(at::tensor(mine, at::kLong)).take();
+  const Tensors all = world_.control().all_gather(at::tensor(mine, at::kLong)).take();
   for (int rank = 0; rank < static_cast<int>(all.size()); ++rank) {
     const auto* next = all[rank].const_data_ptr<std::int64_t>();
     const auto* const end = next + all[rank].numel();
@@ -308,14 +378,14 @@ std::vector<Replicas::Difference> Replicas::differences(
 std::string Replicas::text_of(const std::vector<Difference>& differences) const {
   std::string mine;
   for (const Difference& each : differences) {
-    if (each.rank != communicator_.rank()) continue;
+    if (each.rank != world_.rank()) continue;
     for (const Group& group : groups_)
       if (group.number == each.group)
-        mine += str(mine.empty() ? "" : ", ", group.names[each.tensor], " on ranks ",
-                    communicator_.world_rank(each.rank), " and ", communicator_.world_rank(each.other));
+        mine += str(mine.empty() ? "" : ", ", group.names[each.tensor], " on ranks ", world_.world_rank(each.rank),
+                    " and ", world_.world_rank(each.other));
   }
   std::string text;
-  for (const std::string& part : all_gather_text(communicator_, mine))
+  for (const std::string& part : all_gather_text(world_, mine))
     if (!part.empty()) text += (text.empty() ? "" : ", ") + part;
   return text;
 }
@@ -352,14 +422,14 @@ void Replicas::warn_of_lost_buffers() {
   if (found.empty()) return;
   watches_buffers_ = false;
   const std::string text = text_of(found);
-  if (communicator_.rank() == 0) {
+  if (world_.rank() == 0) {
     TORCH_WARN(
         "ranks that hold the same stage have changed its buffers in different ways, each by its own micro-batches: ",
         text,
         ". After each step floating-point buffers of the first rank replace the others, so running "
         "statistics, as those of BatchNorm, come from a part of the batch. Layers without them (GroupNorm, "
         "LayerNorm) do not have this problem, nor have kinds that keep each stage on one rank (dualpipev, zbv, "
-        "1f1b). This is said once");
+        "1f1b) without replicas. This is said once");
   }
 }
 

@@ -189,8 +189,15 @@ void StepRun::check_registered() const {
   if (!context_.inputs.training || context_.inputs.step != 0) return;
   const Tensors registered = unique_parameters(context_.stages);
   for (const at::Tensor& leaf : forward_->run().leaves()) {
-    if (std::any_of(registered.begin(), registered.end(), [&](const at::Tensor& each) { return each.is_same(leaf); }))
+    if (std::any_of(registered.begin(), registered.end(), [&](const at::Tensor& each) { return each.is_same(leaf); })) {
+      const Replicas* const replicas = context_.inputs.replicas;
+      DUALPIPE_CHECK(replicas == nullptr || !replicas->summed_before(leaf, forward_op_->stage), "stage ",
+                     forward_op_->stage, ", its loss included, uses a parameter of sizes ", leaf.sizes(),
+                     " that only another stage of this rank has registered, and whose gradients are summed over the "
+                     "ranks that hold it before those of this stage are complete. Register it with the module of each "
+                     "stage that uses it");
       continue;
+    }
     // What a forward makes for itself, as to differentiate within it, is another tensor in each micro-batch.
     std::vector<c10::weak_intrusive_ptr<at::TensorImpl>>& seen = context_.unregistered;
     const bool again = std::any_of(seen.begin(), seen.end(),

@@ -12,10 +12,16 @@
 
 namespace dualpipe::detail {
 
-/// The plan of a training step that the options ask for. @throws InvalidArgument
-DUALPIPE_DECL std::shared_ptr<const Plan> training_plan(const DualPipeOptions& options, Communicator& communicator);
+/// The plan of a training step that the options ask for.
+///
+/// @param pipeline      the ranks of one pipeline.
+/// @param num_replicas  of the pipeline.
+/// @throws InvalidArgument
+DUALPIPE_DECL std::shared_ptr<const Plan> training_plan(const DualPipeOptions& options, Communicator& pipeline,
+                                                        int num_replicas);
 /// The same schedule where stages have collectives.
-DUALPIPE_DECL std::shared_ptr<const Plan> communicating_plan(const Plan& plan, Communicator& communicator);
+DUALPIPE_DECL std::shared_ptr<const Plan> communicating_plan(const Plan& plan, Communicator& pipeline,
+                                                             int num_replicas);
 
 /// The options and the schedule made of them, as far as all ranks must have the same.
 DUALPIPE_DECL std::string describe(const DualPipeOptions& options, const Plan& plan);

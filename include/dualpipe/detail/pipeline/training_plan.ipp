@@ -19,8 +19,8 @@
 
 namespace dualpipe::detail {
 
-std::shared_ptr<const Plan> training_plan(const DualPipeOptions& options, Communicator& communicator) {
-  const int num_ranks = communicator.size();
+std::shared_ptr<const Plan> training_plan(const DualPipeOptions& options, Communicator& pipeline, int num_replicas) {
+  const int num_ranks = pipeline.size();
   DUALPIPE_CHECK(options.num_micro_batches >= 1, "num_micro_batches must be at least 1, got ",
                  options.num_micro_batches);
   DUALPIPE_CHECK(options.num_ranks == 0 || options.num_ranks == num_ranks, "num_ranks is ", options.num_ranks,
@@ -35,22 +35,23 @@ std::shared_ptr<const Plan> training_plan(const DualPipeOptions& options, Commun
   const auto make = [&] {
     Schedule schedule = load_schedule(spec);
     check(schedule);
-    return make_plan(std::move(schedule), options.publish);
+    return make_plan(std::move(schedule), options.publish, {}, num_replicas);
   };
   std::string key = str(spec.kind, " with ", spec.num_ranks, " ranks, ", spec.num_micro_batches, " micro-batches, ",
-                        spec.chunks_per_rank, " chunks, ", options.publish == Publish::early ? "early" : "atomic");
+                        spec.chunks_per_rank, " chunks, ", options.publish == Publish::early ? "early" : "atomic",
+                        ", replicas: ", num_replicas);
   std::error_code ignored;
   if (!is_schedule_kind(spec.kind) && std::filesystem::exists(spec.kind, ignored)) {
     Digest digest;  // a file may have changed
     digest.add(read_file(spec.kind));
     key += str(", checksum ", digest.value());
   }
-  return plan_of_rank(communicator, key, make);
+  return plan_of_rank(pipeline, key, make);
 }
 
-std::shared_ptr<const Plan> communicating_plan(const Plan& plan, Communicator& communicator) {
-  return plan_of_rank(communicator, plan.key + ", with collectives",
-                      [&] { return make_plan(plan.schedule, plan.publish, communicating_pair); });
+std::shared_ptr<const Plan> communicating_plan(const Plan& plan, Communicator& pipeline, int num_replicas) {
+  return plan_of_rank(pipeline, plan.key + ", with collectives",
+                      [&] { return make_plan(plan.schedule, plan.publish, communicating_pair, num_replicas); });
 }
 
 std::string describe(const DualPipeOptions& options, const Plan& plan) {

@@ -9,17 +9,18 @@
 
 namespace dualpipe::detail {
 
-/// One rank's sends and receives, issued in the order of its program, from and to the mailbox.
+/// One rank's sends, receives and sums of gradients, issued in the order of its program, from and to the mailbox.
 class Transfers {
  public:
   explicit Transfers(RunContext& context) : context_(context) {}
 
-  /// Issues the sends and receives that come next, as far as what they send is there, up to the next wait, compute or
-  /// release at or behind `next`. Called between steps and, when results are published early, from inside one.
+  /// Issues the sends and receives that come next, as far as what they send is there, up to the next wait, compute,
+  /// release or reduce at or behind `next`. A reduce before it is begun. Called between steps and, when results are
+  /// published early, from inside one.
   ///
   /// @param next  instruction to come.
   DUALPIPE_DECL void issue(std::size_t next);
-  /// Whether this instruction, a send or receive, was.
+  /// Whether this instruction, a send, receive or reduce, was.
   bool issued(std::size_t instruction) const { return instruction < issued_; }
 
   /// Null where it is not issued; empty where it was delivered.

@@ -6,6 +6,8 @@
 #include <string>
 #include <utility>
 
+#include "dualpipe/detail/pipeline/replicas.hpp"
+
 namespace dualpipe::detail {
 
 inline std::string described(const Transfer& transfer) {
@@ -24,6 +26,8 @@ void Transfers::issue(std::size_t next) {
       sends_[index] = sent(index);
     } else if (issued_ >= next) {
       return;
+    } else if (what == Instruction::Do::reduce) {
+      context_.inputs.replicas->begin_sum(context_.plan.program.reductions[index].stage);
     }
   }
 }

@@ -13,12 +13,13 @@
 #include "dualpipe/detail/pipeline/call_statement.hpp"
 #include "dualpipe/detail/pipeline/device_hash.hpp"
 #include "dualpipe/detail/pipeline/executor.hpp"
+#include "dualpipe/train/mesh.hpp"
 
 namespace dualpipe::detail {
 
 /// How a step has ended.
 struct StepVote {
-  at::Tensor losses;                 ///< [num_micro_batches] float64 in memory of the host, of all micro-batches
+  at::Tensor losses;                 ///< [replicas * num_micro_batches] float64 in memory of the host
   std::vector<MemberHashes> hashes;  ///< by rank
 };
 
@@ -28,8 +29,18 @@ struct BallotHead {
   std::array<std::uint8_t, 3> has_hash{};
 };
 struct BallotLoss {
-  std::int64_t micro_batch = 0;
+  std::int64_t micro_batch = 0;  ///< counted over all replicas
   double loss = 0;
+};
+
+/// Whose losses a rank knows, and how many there are.
+struct MicroBatchCount {
+  int of_replica = 0;
+  int num_replicas = 1;
+  int replica = 0;
+  int all() const { return num_replicas * of_replica; }
+  /// The number of a micro-batch of this replica over all replicas.
+  int number(int micro_batch) const { return replica * of_replica + micro_batch; }
 };
 
 inline std::string packed_ballot(const MemberHashes& hashes, const std::vector<BallotLoss>& losses) {
@@ -43,7 +54,7 @@ inline std::string packed_ballot(const MemberHashes& hashes, const std::vector<B
   return ballot;
 }
 
-/// @param losses  [num_micro_batches] of the result, zeros.
+/// @param losses  [micro-batches of all replicas] of the result, zeros.
 /// @throws InvalidArgument  the same on all ranks: one has committed something else than a step of the pipeline.
 inline StepVote unpacked(const std::vector<std::string>& ballots, at::Tensor losses) {
   StepVote result{.losses = std::move(losses), .hashes = {}};
@@ -70,15 +81,17 @@ inline StepVote unpacked(const std::vector<std::string>& ballots, at::Tensor los
   return result;
 }
 
-/// Ranks that pass a member of the batch pass the same values.
+/// Ranks of a replica that pass a member of the batch pass the same values.
 ///
 /// @param step, numbers  as in agreement().
-inline void check_hashes(const std::vector<MemberHashes>& hashes, std::int64_t step, const std::vector<int>& numbers) {
+inline void check_hashes(const std::vector<MemberHashes>& hashes, const MeshShape& shape, std::int64_t step,
+                         const std::vector<int>& numbers) {
   constexpr std::array<const char*, 3> names = {"inputs", "targets", "extras"};
   for (std::size_t i = 0; i < names.size(); ++i) {
-    int first = -1;
+    std::vector<int> firsts(shape.data, -1);  // by replica
     for (int rank = 0; rank < std::ssize(hashes); ++rank) {
       if (!hashes[rank][i]) continue;
+      int& first = firsts[shape.replica_of(rank)];
       if (first < 0) first = rank;
       DUALPIPE_CHECK(hashes[rank][i] == hashes[first][i], other_batch(names[i], numbers[rank], numbers[first], step));
     }
@@ -87,29 +100,31 @@ inline void check_hashes(const std::vector<MemberHashes>& hashes, std::int64_t s
 
 /// Collective: the end of a step, which is over on all ranks or on none; see Communicator::commit(). Whatever has
 /// failed on this rank's device must have been found before.
-inline StepVote vote(Communicator& communicator, const RunOutputs& outputs, int num_micro_batches,
+///
+/// @param communicator  over the ranks of all replicas.
+inline StepVote vote(Communicator& communicator, const RunOutputs& outputs, const MicroBatchCount& count,
                      const MemberHashes& hashes) {
   Tensors values;
   std::vector<BallotLoss> losses;
   for (const auto& [micro_batch, loss] : outputs.losses) {
     values.push_back(loss.reshape({}).to(at::kDouble));
-    losses.push_back({.micro_batch = micro_batch});
+    losses.push_back({.micro_batch = count.number(micro_batch)});
   }
   if (!values.empty()) {
     const at::Tensor on_host = at::stack(values).cpu();
     for (std::size_t i = 0; i < losses.size(); ++i) losses[i].loss = on_host.const_data_ptr<double>()[i];
   }
-  at::Tensor all = at::zeros({num_micro_batches}, at::kDouble);
+  at::Tensor all = at::zeros({count.all()}, at::kDouble);
   return unpacked(communicator.commit(packed_ballot(hashes, losses)), std::move(all));
 }
 
 /// As vote(), but the hosts do not wait for their devices.
 ///
 /// @param end  gets what is over when the device has finished the step; the losses hold then.
-inline StepVote vote_ahead(Communicator& communicator, const RunOutputs& outputs, int num_micro_batches,
+inline StepVote vote_ahead(Communicator& communicator, const RunOutputs& outputs, const MicroBatchCount& count,
                            const MemberHashes& hashes, Pending& end) {
-  at::Tensor losses = at::zeros({num_micro_batches}, at::device(communicator.device()).dtype(at::kDouble));
-  for (const auto& [micro_batch, loss] : outputs.losses) losses[micro_batch].copy_(loss.reshape({}));
+  at::Tensor losses = at::zeros({count.all()}, at::device(communicator.device()).dtype(at::kDouble));
+  for (const auto& [micro_batch, loss] : outputs.losses) losses[count.number(micro_batch)].copy_(loss.reshape({}));
   communicator.all_reduce({losses}).wait();
   at::Tensor on_host = losses.to(at::kCPU, /*non_blocking=*/true);
   end = communicator.fence();

@@ -5,7 +5,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "dualpipe/detail/schedule/dependencies.hpp"
@@ -26,6 +29,8 @@ inline const char* instruction_name(Do what) {
       return "compute";
     case Do::send:
       return "send";
+    case Do::reduce:
+      return "reduce";
     case Do::release:
       break;
   }
@@ -37,14 +42,18 @@ class DryRun {
   explicit DryRun(const Program& program)
       : program_(program),
         at_(program.ranks.size(), 0),
-        last_transfer_(program.ranks.size(), none),
-        done_(program.order.size()) {
+        last_(program.ranks.size()),
+        done_(program.order.size()),
+        reduced_(program.reductions.size(), false) {
     measure();
     computed_[0].assign(cells_, none);
     computed_[1].assign(cells_, none);
     incoming_[0].assign(cells_, none);
     incoming_[1].assign(cells_, none);
     for (int transfer = 0; transfer < static_cast<int>(program.order.size()); ++transfer) enter(transfer);
+    if (!program.reductions.empty()) count_weight_parts();
+    for (int reduction = 0; reduction < static_cast<int>(program.reductions.size()); ++reduction)
+      enter_reduction(reduction);
   }
 
   void operator()() && {
@@ -58,6 +67,10 @@ class DryRun {
           const int peer = meet(rank, *instruction);
           if (peer == none) break;
           runnable.push_back(peer);
+        } else if (instruction->what == Do::reduce) {
+          if (!reduce(rank, *instruction)) break;
+          for (const int other : program_.reductions[instruction->transfer].ranks)
+            if (other != rank) runnable.push_back(other);
         } else {
           perform(rank, *instruction);
           ++at_[rank];
@@ -70,6 +83,9 @@ class DryRun {
 
  private:
   static constexpr int none = -1;
+
+  /// Where an operation stands in the global order: transfer i at {i + 1, none}, sum j at {behind, j}.
+  using Place = std::pair<int, int>;
 
   struct Done {
     bool sent = false, waited = false, released = false;  // a transfer is received when it is sent
@@ -101,6 +117,17 @@ class DryRun {
     cells_ = forwards;
   }
 
+  void count_weight_parts() {
+    weights_left_.resize(program_.ranks.size());
+    for (std::size_t rank = 0; rank < program_.ranks.size(); ++rank)
+      for (const Instruction& instruction : program_.ranks[rank]) {
+        if (instruction.what != Do::compute) continue;
+        visit_ops(instruction.step, [&](const Op& op) { weights_left_[rank][op.stage] += has_weight_part(op); });
+      }
+  }
+
+  static bool has_weight_part(const Op& op) { return op.pass == Pass::Backward || op.pass == Pass::BackwardWeight; }
+
   std::int64_t cell(int stage, int micro_batch) const { return stage * num_micro_batches_ + micro_batch; }
   static StageResult result_of(const Transfer& transfer) {
     return {transfer.payload, transfer.stage, transfer.micro_batch};
@@ -124,16 +151,36 @@ class DryRun {
     entry = index;
   }
 
+  void enter_reduction(int index) {
+    const auto& [stage, ranks, behind] = program_.reductions[index];
+    const auto name = [&, at = stage] { return str("sum ", index, ", of the gradients of stage ", at); };
+    DUALPIPE_CHECK(stage >= 0 && stage < num_stages_, name(), ": the program computes ", num_stages_, " stages");
+    DUALPIPE_CHECK(!ranks.empty() && ranks.front() >= 0 && ranks.back() < size() &&
+                       std::adjacent_find(ranks.begin(), ranks.end(), std::greater_equal<>()) == ranks.end(),
+                   name(), ": expected ascending ranks below ", size());
+    DUALPIPE_CHECK(behind >= 0 && behind <= static_cast<int>(program_.order.size()) &&
+                       (index == 0 || program_.reductions[index - 1].behind <= behind),
+                   name(), ": behind ", behind, " transfers of ", program_.order.size(),
+                   " and not before the sum in front of it");
+  }
+
   std::string where(int rank) const {
     const Instruction* instruction = current(rank);
     const std::string place = str("rank ", rank, " at instruction ", at_[rank], " of ", program_.ranks[rank].size());
     if (instruction == nullptr) return place + " (finished)";
     return place + ", " + instruction_name(instruction->what) + " " +
-           (instruction->what == Do::compute ? to_string(instruction->step) : describe(instruction->transfer));
+           (instruction->what == Do::compute  ? to_string(instruction->step)
+            : instruction->what == Do::reduce ? describe_reduction(instruction->transfer)
+                                              : describe(instruction->transfer));
   }
 
   std::string describe(int transfer) const {
     return str("transfer ", transfer, ", ", to_string(program_.order[transfer]));
+  }
+
+  std::string describe_reduction(int index) const {
+    if (index < 0 || index >= static_cast<int>(program_.reductions.size())) return str("sum ", index);
+    return str("sum ", index, ", of the gradients of stage ", program_.reductions[index].stage);
   }
 
   void check_transfer(int rank, const Instruction& instruction, bool sender) const {
@@ -161,15 +208,41 @@ class DryRun {
     Done& done = done_[mine.transfer];
     DUALPIPE_CHECK(!done.sent, where(rank), ": for the second time");
     done.sent = true;
-    for (const int end : {rank, peer}) {
-      if (last_transfer_[end] > mine.transfer && disorder_.empty())
-        disorder_ = str(where(end), ": behind ", describe(last_transfer_[end]),
-                        "; the ranks must keep to the global order of transfers");
-      last_transfer_[end] = mine.transfer;
-    }
+    for (const int end : {rank, peer}) keep_order(end, {mine.transfer + 1, none});
     ++at_[rank];
     ++at_[peer];
     return peer;
+  }
+
+  /// A rank has reached a sum. If all its ranks have, all go on.
+  bool reduce(int rank, const Instruction& mine) {
+    DUALPIPE_CHECK(mine.transfer >= 0 && mine.transfer < static_cast<int>(program_.reductions.size()), where(rank),
+                   " of ", program_.reductions.size());
+    const Reduction& reduction = program_.reductions[mine.transfer];
+    DUALPIPE_CHECK(std::find(reduction.ranks.begin(), reduction.ranks.end(), rank) != reduction.ranks.end(),
+                   where(rank), ": this rank does not hold the stage");
+    DUALPIPE_CHECK(weights_left_[rank][reduction.stage] == 0, where(rank), ": ", weights_left_[rank][reduction.stage],
+                   " weight parts of the stage are still to come here");
+    for (const int other : reduction.ranks) {
+      const Instruction* theirs = current(other);
+      if (theirs == nullptr || theirs->what != Do::reduce || theirs->transfer != mine.transfer) return false;
+    }
+    DUALPIPE_CHECK(!reduced_[mine.transfer], where(rank), ": for the second time");
+    reduced_[mine.transfer] = true;
+    for (const int each : reduction.ranks) {
+      keep_order(each, {reduction.behind, mine.transfer});
+      ++at_[each];
+    }
+    return true;
+  }
+
+  void keep_order(int rank, const Place& place) {
+    if (last_[rank] > place && disorder_.empty())
+      disorder_ =
+          str(where(rank), ": behind ",
+              last_[rank].second == none ? describe(last_[rank].first - 1) : describe_reduction(last_[rank].second),
+              "; the ranks must keep to the global order of transfers");
+    last_[rank] = place;
   }
 
   void perform(int rank, const Instruction& instruction) {
@@ -211,6 +284,7 @@ class DryRun {
   }
 
   void mark(int rank, const Op& op) {
+    if (!weights_left_.empty() && has_weight_part(op)) --weights_left_[rank][op.stage];
     if (const auto payload = payload_of(op.pass))
       computed_[*payload == Payload::gradient][cell(op.stage, op.micro_batch)] = rank;
   }
@@ -227,13 +301,17 @@ class DryRun {
                      : !done.waited ? "waited for"
                                     : "released");
     }
+    for (int index = 0; index < static_cast<int>(reduced_.size()); ++index)
+      DUALPIPE_CHECK(reduced_[index], describe_reduction(index), ": is never begun");
   }
 
   const Program& program_;
-  std::vector<std::size_t> at_;     // per rank: index of its next instruction
-  std::vector<int> last_transfer_;  // per rank
-  std::vector<Done> done_;          // per transfer
-  std::string disorder_;            // the first departure from the global order
+  std::vector<std::size_t> at_;                   // per rank: index of its next instruction
+  std::vector<Place> last_;                       // per rank: its last transfer or sum
+  std::vector<Done> done_;                        // per transfer
+  std::vector<bool> reduced_;                     // per sum
+  std::vector<std::map<int, int>> weights_left_;  // per rank and stage; empty without sums
+  std::string disorder_;                          // the first departure from the global order
   std::int64_t num_stages_ = 0, num_micro_batches_ = 0;
   std::int64_t cells_ = 0;
   // Both per (stage, micro-batch): [0] forward or activation, [1] backward or gradient.
