@@ -266,12 +266,8 @@ at::Tensor PipelineState::clip_grad_norm(double max_norm) {
   mine.call = Call::clip_grad_norm;
   return health_.watched([&] {
     return flight_.together("clip_grad_norm_", [&] {
-<<<<<<< HEAD
-      agreement(exchange_statements(*communicator_, mine), -1, numbers());
-      return dualpipe::clip_grad_norm(*communicator_, replicas_->counted_parameters(), parameters_, max_norm);
-=======
+      agreement(exchange_statements(world(), mine), ranks_.shape, ranks_.replica(), -1, numbers());
       return dualpipe::clip_grad_norm(world(), replicas_->counted_parameters(), parameters_, max_norm);
->>>>>>> main
     });
   });
 }
