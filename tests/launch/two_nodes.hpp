@@ -1,5 +1,7 @@
 #pragma once
 
+#include <fcntl.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <array>
@@ -43,6 +45,18 @@ class TwoNodes {
     if (::geteuid() != 0) all.insert(all.end(), {"--user", "--preserve-credentials"});
     all.insert(all.end(), command.begin(), command.end());
     return all;
+  }
+
+  /// Takes this process, which has one thread, to the network of `node`.
+  void enter(int node) const {
+    const auto enter_namespace = [&](const std::string& kind) {
+      const int fd = ::open(("/proc/" + pid(node) + "/ns/" + kind).c_str(), O_RDONLY | O_CLOEXEC);
+      const bool entered = fd >= 0 && ::setns(fd, 0) == 0;
+      if (fd >= 0) ::close(fd);
+      if (!entered) throw std::runtime_error("cannot enter the " + kind + " namespace of node " + std::to_string(node));
+    };
+    if (::geteuid() != 0) enter_namespace("user");
+    enter_namespace("net");
   }
 
   /// From now on nothing passes, and nobody is told.

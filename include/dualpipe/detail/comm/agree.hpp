@@ -35,8 +35,12 @@ inline std::vector<std::string> all_gather_text(Communicator& communicator, cons
   at::Tensor bytes = at::empty({static_cast<std::int64_t>(text.size())}, at::kByte);
   if (!text.empty()) std::memcpy(bytes.mutable_data_ptr(), text.data(), text.size());
   std::vector<std::string> texts;
-  for (const at::Tensor& each : communicator.control().all_gather(bytes).take())
+  for (const at::Tensor& each : communicator.control().all_gather(bytes).take()) {
+    DUALPIPE_CHECK(each.scalar_type() == at::kByte, "rank ", communicator.world_rank(static_cast<int>(texts.size())),
+                   " has called something else, as step(), while rank ", communicator.world_rank(communicator.rank()),
+                   " makes a DualPipe or is within another call; all ranks call the same in the same order");
     texts.emplace_back(static_cast<const char*>(each.const_data_ptr()), each.numel());
+  }
   return texts;
 }
 

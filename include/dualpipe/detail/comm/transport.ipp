@@ -167,13 +167,17 @@ void Transport::wait(std::span<const std::shared_ptr<Request>> requests, const R
     error = overdue(whole, missing);
     lock.lock();
   }
+  if (!failure_ && gone != nullptr) error = has_left(whole, gone->peer);
+  if (!failure_ && error) {
+    // Before the wait ends: ranks that ask meanwhile must not take this one for the end of their chain.
+    lock.unlock();
+    abort(error->origin_rank(), error->what());
+    lock.lock();
+    end_wait();
+    throw *error;
+  }
   end_wait();
   if (failure_) throw_failure(whole);
-  if (gone != nullptr) error = has_left(whole, gone->peer);
-  if (!error) return;
-  lock.unlock();
-  abort(error->origin_rank(), error->what());
-  throw *error;
 }
 
 std::vector<std::string> Transport::commit(std::int64_t group, const std::vector<int>& members, std::string ballot) {
@@ -310,6 +314,10 @@ void Transport::end_wait() {
 RankActivity Transport::activity() const {
   const std::lock_guard lock(mutex_);
   const std::chrono::duration<double> since = std::chrono::steady_clock::now() - wait_changed_;
+  // A rank that knows of a failure elsewhere is not where it began.
+  if (failure_ && failure_->origin != rank_)
+    return {
+        .waits_for = {failure_->origin}, .operation = wait_ ? wait_->operation : last_wait_, .seconds = since.count()};
   if (!wait_) return {.waits_for = {}, .operation = last_wait_, .seconds = since.count()};
   return {.waits_for = wait_->members.empty() ? missing_of(wait_->requests)
                                               : missing_votes(wait_->group, wait_->members, wait_->step),

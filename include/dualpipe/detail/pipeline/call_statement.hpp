@@ -14,7 +14,7 @@ namespace dualpipe::detail {
 /// What a rank tells all others when a collective call begins, so that all of them throw what one of them finds wrong
 /// before anything else is sent.
 struct CallStatement {
-  enum class Call : std::int64_t { step, evaluate, predict };
+  enum class Call : std::int64_t { step, evaluate, predict, clip_grad_norm };
   /// A member of Batch on one rank.
   struct Part {
     bool needed = false;       ///< the rank needs it where the call has it at all
@@ -31,6 +31,9 @@ struct CallStatement {
 };
 
 /// Collective: the statements of all ranks, by rank. One message per rank, a second one only after a finding.
+///
+/// @throws CommError        naming the call of this rank: another has left, or does something that is no message.
+/// @throws InvalidArgument  another rank does something that is no call of a pipeline, as making one.
 DUALPIPE_DECL std::vector<CallStatement> exchange_statements(Communicator& communicator, const CallStatement& mine);
 
 /// The error of two ranks, in numbers of the world, that pass different values of a member of the batch; `name` as in

@@ -5,11 +5,19 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <array>
 #include <utility>
 
 #include "dualpipe/detail/comm/agree.hpp"
 
 namespace dualpipe::detail {
+
+inline const char* call_name(CallStatement::Call call) {
+  constexpr std::array names{"step()", "evaluate()", "predict()", "clip_grad_norm_()"};
+  return names.at(static_cast<std::size_t>(call));
+}
+
+constexpr std::int64_t min_statement = 13;  // numbers, of a rank without parameters
 
 /// A statement as numbers, without the text of its finding.
 inline at::Tensor packed_statement(const CallStatement& statement) {
@@ -49,8 +57,25 @@ inline bool unpack_statement(const at::Tensor& packed, CallStatement& statement)
   return finding;
 }
 
+/// The packed statements of all ranks, by rank.
+inline Tensors gather_statements(Communicator& communicator, const CallStatement& mine) {
+  try {
+    return communicator.control().all_gather(packed_statement(mine)).take();
+  } catch (const CommError& error) {
+    throw CommError(error.origin_rank(), error.operation(),
+                    str(error.what(), "; this rank had called ", call_name(mine.call)));
+  }
+}
+
 std::vector<CallStatement> exchange_statements(Communicator& communicator, const CallStatement& mine) {
-  const Tensors packed = communicator.control().all_gather(packed_statement(mine)).take();
+  const Tensors packed = gather_statements(communicator, mine);
+  const int me = communicator.rank();
+  for (int rank = 0; rank < static_cast<int>(packed.size()); ++rank)
+    DUALPIPE_CHECK(packed[rank].scalar_type() == at::kLong && packed[rank].numel() >= min_statement, "rank ",
+                   communicator.world_rank(me), " calls ", call_name(mine.call), ", but rank ",
+                   communicator.world_rank(rank),
+                   " does something else with the communicator, as making a DualPipe or calling all_gather(); all "
+                   "ranks call the same in the same order");
   std::vector<CallStatement> statements(packed.size());
   bool finding = false;
   for (std::size_t rank = 0; rank < packed.size(); ++rank)
@@ -100,15 +125,14 @@ CallAgreement agreement(const std::vector<CallStatement>& statements, const Mesh
   for (const CallStatement& statement : statements) findings.push_back(statement.finding);
   throw_findings(findings, numbers);
 
-  const char* const names[] = {"step", "evaluate", "predict"};
   CallAgreement agreed;
   int counted = -1;
   std::map<int, std::pair<int, std::uint64_t>> trainable;  // by group: the first rank of it, and what that says
   for (int rank = 0; rank < static_cast<int>(statements.size()); ++rank) {
     const CallStatement& statement = statements[rank];
     DUALPIPE_CHECK(statement.call == statements[0].call, "ranks call different methods: rank ", numbers[0], " calls ",
-                   names[static_cast<int>(statements[0].call)], "(), rank ", numbers[rank], " calls ",
-                   names[static_cast<int>(statement.call)], "(); all ranks call them in the same order");
+                   call_name(statements[0].call), ", rank ", numbers[rank], " calls ", call_name(statement.call),
+                   "; all ranks call them in the same order");
     if (statement.num_micro_batches > 0) {
       if (counted < 0) counted = rank;
       DUALPIPE_CHECK(statement.num_micro_batches == statements[counted].num_micro_batches,

@@ -262,8 +262,11 @@ Tensors PipelineState::predict(const Batch& batch, const torch::nn::Module& modu
 }
 
 at::Tensor PipelineState::clip_grad_norm(double max_norm) {
+  CallStatement mine;
+  mine.call = Call::clip_grad_norm;
   return health_.watched([&] {
     return flight_.together("clip_grad_norm_", [&] {
+      agreement(exchange_statements(world(), mine), ranks_.shape, ranks_.replica(), -1, numbers());
       return dualpipe::clip_grad_norm(world(), replicas_->counted_parameters(), parameters_, max_norm);
     });
   });
