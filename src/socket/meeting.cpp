@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <utility>
 
 #include "dualpipe/error.hpp"
@@ -171,7 +172,7 @@ class MeetingHost final : public Meeting {
     } catch (...) {
       // They find their connections closed.
     }
-    drain(give_up_limit, [this] { return all_closed() && std::count(lines_.begin() + 1, lines_.end(), nullptr) == 0; });
+    drain(give_up_limit, [this] { return all_closed() && std::ssize(came_) >= world_.size - 1; });
   }
 
   std::string session_key() const override { return session_key_of(world_, hexadecimal(session_)); }
@@ -193,6 +194,7 @@ class MeetingHost final : public Meeting {
           if (fits) ended(rank, why);
         });
     all_.push_back(line);
+    came_.insert(rank);
     line->start();
     if (farewell_) return line->send(farewell_);
     if (contact.size != world_.size)
@@ -272,6 +274,7 @@ class MeetingHost final : public Meeting {
   std::vector<std::optional<std::string>> said_;  ///< in this round, by rank
   std::vector<std::shared_ptr<Line>> lines_;      ///< by rank; null: has not come
   std::vector<std::shared_ptr<Line>> all_;        ///< also of those that cannot take part
+  std::set<int> came_;
   bool leaving_ = false;
   Line::Frame farewell_;  ///< also for those who come while this rank gives up
   Listener listener_;
