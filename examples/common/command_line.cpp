@@ -52,7 +52,8 @@ void CommandLine::add_pipeline() {
   flag("--device", device_, "DEVICE", "Where the ranks compute: cpu, or cuda, which needs a GPU for each of them")
       ->check(CLI::IsMember({"cpu", "cuda"}).description(""))
       ->capture_default_str();
-  count("--pipelines", options_.pipelines, "Pipelines side by side, which share the ranks evenly")
+  count("--data-parallel,--pipelines", options_.pipelines,
+        "Pipelines side by side, which share the ranks evenly and train one model, each on its part of the batch")
       ->capture_default_str();
   number("--link-latency-ms", latency_milliseconds_, "A slower network: time that every message takes longer");
   number("--link-bandwidth", megabytes_per_second_, "A slower network: MB/s from each rank to each, 0: no limit");

@@ -30,11 +30,9 @@ struct Reach {
 
 class ConnectionBuilder {
  public:
-  ConnectionBuilder(asio::io_context& io, const World& world, const ConnectOptions& options, Meeting& meeting,
-                    Route route, Encryption* encryption)
+  ConnectionBuilder(asio::io_context& io, const World& world, Meeting& meeting, Route route, Encryption* encryption)
       : io_(io),
         world_(world),
-        options_(options),
         meeting_(meeting),
         route_(route),
         encryption_(encryption),
@@ -158,7 +156,7 @@ class ConnectionBuilder {
     else if (ranks_[rank].endpoint)
       places.push_back({str(*ranks_[rank].endpoint), *ranks_[rank].endpoint, ""});
     callers_[rank] = std::make_shared<Caller>(
-        io_, rank, introduction([rank](const Greeting& theirs, const Ends&) {
+        io_, introduction([rank](const Greeting& theirs, const Ends&) {
           return theirs.rank == rank ? "" : str("rank ", theirs.rank, " answers");
         }),
         [places] { return places; }, [this](Contact contact) { keep(std::move(contact)); });
@@ -198,7 +196,6 @@ class ConnectionBuilder {
 
   asio::io_context& io_;
   const World& world_;
-  const ConnectOptions& options_;
   Meeting& meeting_;
   const Route route_;
   Encryption* const encryption_;
@@ -233,7 +230,7 @@ std::vector<Connection> connect_all(asio::io_context& io, const World& world, co
     return CommError(world.rank, "rendezvous", str("rank ", world.rank, ": cannot connect: ", message_of(error)));
   };
   try {
-    ConnectionBuilder builder(own, world, options, *meeting, route, encryption);
+    ConnectionBuilder builder(own, world, *meeting, route, encryption);
     auto contacts = builder.build();
     meeting->leave();
     return moved_to(io, std::move(contacts));

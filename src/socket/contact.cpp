@@ -188,9 +188,8 @@ void Listener::meet(StreamSocket socket) {
 
 // ---- calling
 
-Caller::Caller(asio::io_context& io, int rank, Introduction introduction, Places places, Connected connected)
+Caller::Caller(asio::io_context& io, Introduction introduction, Places places, Connected connected)
     : io_(io),
-      rank_(rank),
       introduction_(std::move(introduction)),
       places_(std::move(places)),
       connected_(std::move(connected)),

@@ -97,7 +97,7 @@ class Caller : public std::enable_shared_from_this<Caller> {
   using Connected = std::function<void(Contact contact)>;
 
   /// @param places  looked up again after each round; at least one.
-  Caller(asio::io_context& io, int rank, Introduction introduction, Places places, Connected connected);
+  Caller(asio::io_context& io, Introduction introduction, Places places, Connected connected);
   void start();
   void close() noexcept;
   /// "its Unix domain socket (Connection refused), 10.0.0.1:29500 (no answer)"
@@ -109,7 +109,6 @@ class Caller : public std::enable_shared_from_this<Caller> {
   void call_again(const std::string& place, const std::string& problem);
 
   asio::io_context& io_;
-  const int rank_;
   const Introduction introduction_;
   const Places places_;
   Connected connected_;

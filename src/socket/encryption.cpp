@@ -33,6 +33,7 @@ namespace ssl = asio::ssl;
 using Local = asio::local::stream_protocol::socket;
 
 constexpr auto tls_handshake_limit = std::chrono::seconds(5);
+constexpr auto farewell_limit = std::chrono::milliseconds(500);
 constexpr const char* psk_identity = "dualpipe";
 
 /// Where OpenSSL keeps the key of a context for us.
@@ -73,6 +74,7 @@ class Encryption::Pump : public std::enable_shared_from_this<Pump> {
     timer_.async_wait([weak = weak_from_this()](const asio::error_code& error) {
       if (const auto self = weak.lock(); !error && self) self->close();
     });
+    near_.non_blocking(true);
     // A listener's end that becomes readable before is closed: it has given the stranger up.
     if (listens) {
       near_.async_wait(Local::wait_read, [self = shared_from_this()](const asio::error_code& error) {
@@ -111,36 +113,42 @@ class Encryption::Pump : public std::enable_shared_from_this<Pump> {
       self->sending_ = true;  // before the bytes leave the socket
       asio::error_code problem;
       const std::size_t size = self->near_.read_some(asio::buffer(self->outgoing_), problem);
-      if (problem) return self->say_goodbye();
-      asio::async_write(self->far_, asio::buffer(self->outgoing_, size),
-                        [self](const asio::error_code& failed, std::size_t) {
-                          self->sending_ = false;
-                          if (!failed) self->send_more();  // else the receiving side says what it means
-                        });
-    });
-  }
-
-  void say_goodbye() {
-    far_.async_shutdown([self = shared_from_this()](const asio::error_code&) {
-      self->sending_ = false;
-      self->close();
+      if (problem == asio::error::would_block || problem == asio::error::try_again) {
+        // Readiness may be announced once more for bytes that were read before.
+        self->sending_ = false;
+        return self->send_more();
+      }
+      if (problem) return self->close();
+      const auto sent = [self](const asio::error_code&, std::size_t) {
+        self->sending_ = false;
+        self->send_more();
+      };
+      if (self->far_has_ended_)
+        sent({}, size);  // nobody takes it
+      else
+        asio::async_write(self->far_, asio::buffer(self->outgoing_, size), sent);
     });
   }
 
   void receive_more() {
     const auto received = [self = shared_from_this()](const asio::error_code& error, std::size_t size) {
-      if (error) {
-        const bool ended = error == asio::error::eof || error == ssl::error::stream_truncated ||
-                           error == asio::error::connection_reset;
-        if (!ended) *self->broken_ = true;
-        return self->close();
-      }
+      if (error) return self->far_ended(error);
       asio::async_write(self->near_, asio::buffer(self->incoming_, size),
                         [self](const asio::error_code& failed, std::size_t) {
                           if (!failed) self->receive_more();
                         });
     };
     far_.async_read_some(asio::buffer(incoming_), received);
+  }
+
+  /// This process's end stays open for what it still writes: a close would overtake what has come.
+  void far_ended(const asio::error_code& error) {
+    const bool ended =
+        error == asio::error::eof || error == ssl::error::stream_truncated || error == asio::error::connection_reset;
+    if (!ended) *broken_ = true;
+    far_has_ended_ = true;
+    asio::error_code ignored;
+    near_.shutdown(Local::shutdown_send, ignored);
   }
 
   ssl::stream<StreamSocket> far_;
@@ -151,6 +159,7 @@ class Encryption::Pump : public std::enable_shared_from_this<Pump> {
   const std::shared_ptr<std::atomic<bool>> broken_ = std::make_shared<std::atomic<bool>>(false);
   std::atomic<bool> sending_{false};
   bool is_secure_ = false;
+  bool far_has_ended_ = false;
 };
 
 class Encryption::Pumps {
@@ -180,7 +189,11 @@ class Encryption::Pumps {
     });
   }
 
+  /// The ends of this process are closed: what was written to them is sent, then the pumps end.
   ~Pumps() {
+    const auto limit = std::chrono::steady_clock::now() + farewell_limit;
+    while (!all_ended() && std::chrono::steady_clock::now() < limit)
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
     io_.stop();
     thread_.join();
   }
@@ -213,6 +226,10 @@ class Encryption::Pumps {
   }
 
  private:
+  bool all_ended() const {
+    const std::lock_guard lock(mutex_);
+    return std::all_of(all_.begin(), all_.end(), [](const auto& weak) { return weak.expired(); });
+  }
   template <class Action>
   void for_all(const Action& action) const {
     const std::lock_guard lock(mutex_);

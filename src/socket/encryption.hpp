@@ -15,7 +15,7 @@ class Encryption {
  public:
   /// @param secret  not empty.
   explicit Encryption(std::string secret);
-  /// Ends the connections.
+  /// Call when the ends of this process are closed. Sends what was written to them, for half a second at most.
   ~Encryption();
   Encryption(const Encryption&) = delete;
   Encryption& operator=(const Encryption&) = delete;

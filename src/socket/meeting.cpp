@@ -288,7 +288,7 @@ class MeetingGuest final : public Meeting {
                Route route, const Introduction& introduction)
       : Meeting(io, world, options, deadline),
         caller_(std::make_shared<Caller>(
-            io, 0, introduction,
+            io, introduction,
             [place = std::make_shared<MeetingPlace>(world, options, deadline, route)] { return place->places(); },
             [this](Contact contact) { connected(std::move(contact)); })) {
     caller_->start();

@@ -259,9 +259,9 @@ class SocketTransport final : public Transport, public PeerOwner {
   }
 
   bool flushed() const {
-    bool all = !encryption_ || encryption_->flushed();
+    bool all = true;
     for_peers([&](const Peer& peer) { all = all && peer.flushed(); });
-    return all;
+    return all && (!encryption_ || encryption_->flushed());  // it gets what peers have written
   }
 
   template <class Action>

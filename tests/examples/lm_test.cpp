@@ -51,6 +51,17 @@ TEST_F(LanguageModel, EveryScheduleTrainsTheSameModel) {
   expect_trace_is_reported();
 }
 
+TEST_F(LanguageModel, TwoPipelinesTrainTheModelOfOne) {
+  const std::vector<std::string> one = losses(output(2, {"--microbatches", "8"}));
+  const std::string text = output(4, {"--data-parallel", "2", "--microbatches", "4"});
+  const std::vector<std::string> two = losses(text);
+  EXPECT_THAT(text, HasSubstr("2 pipelines side by side"));
+  ASSERT_EQ(one.size(), 4u);
+  ASSERT_EQ(two.size(), one.size()) << text;
+  for (std::size_t i = 0; i < one.size(); ++i)
+    EXPECT_NEAR(std::stod(two[i]), std::stod(one[i]), 1.5e-3) << "step " << i;
+}
+
 TEST_F(LanguageModel, LearnsInBfloat16) {
   std::vector<std::string> first;
   for (const std::string dtype : {"float32", "bfloat16"}) {

@@ -47,8 +47,8 @@ void kill_at_random_moments(const std::string& mode, unsigned seed, int kills) {
   }
 }
 
-TEST(CheckpointKill, OneProcessLeavesACompleteCheckpoint) { kill_at_random_moments("alone", 11, 13); }
-TEST(CheckpointKill, RanksThatWriteInTheBackgroundLeaveACompleteCheckpoint) { kill_at_random_moments("ranks", 12, 12); }
+TEST(CheckpointKill, OneProcessLeavesACompleteCheckpoint) { kill_at_random_moments("alone", 11, 25); }
+TEST(CheckpointKill, RanksThatWriteInTheBackgroundLeaveACompleteCheckpoint) { kill_at_random_moments("ranks", 12, 25); }
 
 }  // namespace
 }  // namespace dualpipe
