@@ -36,7 +36,6 @@ PARTS = {
     "detail/host": "base",
     "detail/error_text": "pending",
     "config": "config",
-    "train/atomic_file": "checkpoint",
     "train/checkpoint": "checkpoint",
     "train/metrics": "checkpoint",
     "train/safetensors": "checkpoint",

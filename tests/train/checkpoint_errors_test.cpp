@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "dualpipe/detail/files.hpp"
 #include "dualpipe/train/checkpoint.hpp"
 #include "dualpipe/train/safetensors.hpp"
 #include "error_of.hpp"
@@ -33,10 +34,6 @@ using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
-std::string text_of(const fs::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
 void overwrite(const fs::path& path, const std::string& text) { std::ofstream(path, std::ios::binary) << text; }
 
 /// A run of two steps in one process, with a checkpoint after the first.
@@ -122,7 +119,7 @@ TEST(CheckpointErrors, EveryFileIsCheckedForCutsAndChanges) {
     if (!entry.is_regular_file()) continue;
     ++files;
     SCOPED_TRACE(entry.path());
-    const std::string name = entry.path().string(), whole = text_of(name);
+    const std::string name = entry.path().string(), whole = detail::read_file(name);
     overwrite(name, whole.substr(0, whole.size() - 3));
     EXPECT_THAT(run.refusal(), HasSubstr(name));
     std::string changed = whole;
@@ -143,7 +140,7 @@ TEST(CheckpointErrors, EveryFileIsCheckedForCutsAndChanges) {
 TEST(CheckpointErrors, ANewerFormatAndNoCheckpointAreNamed) {
   SavedRun run;
   const fs::path manifest = run.checkpoint() / "manifest.json";
-  std::string text = text_of(manifest);
+  std::string text = detail::read_file(manifest);
   text.replace(text.find("\"version\": 1"), 12, "\"version\": 2");
   overwrite(manifest, text);
   EXPECT_THAT(run.refusal(), AllOf(HasSubstr("version 2"), HasSubstr("reads 1")));

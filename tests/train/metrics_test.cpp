@@ -4,11 +4,10 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <fstream>
-#include <iterator>
 #include <limits>
 #include <string>
 
+#include "dualpipe/detail/files.hpp"
 #include "dualpipe/planner/run_log.hpp"
 #include "error_of.hpp"
 #include "temporary_folder.hpp"
@@ -21,24 +20,19 @@ using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
-std::string text_of(const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
-
 TEST(Metrics, NumbersAreReadBackAsTheyWere) {
   const test::TemporaryFolder folder;
   const std::string path = folder / "run.jsonl";
   const double third = 1.0 / 3, tiny = std::numeric_limits<double>::denorm_min();
   MetricsWriter writer(path);
   writer.write({.step = 1, .loss = third, .learning_rate = tiny, .gradient_norm = 1e300, .tokens_per_second = 1200});
-  EXPECT_EQ(text_of(path),
+  EXPECT_EQ(detail::read_file(path),
             "{\"step\":1,\"loss\":0.3333333333333333,\"learning_rate\":5e-324,\"gradient_norm\":1e+300,"
             "\"tokens_per_second\":1200}\n")
       << "the line is there at once";
   writer.write({.step = 3, .loss = std::numeric_limits<double>::infinity()});
-  EXPECT_THAT(text_of(path), HasSubstr("{\"step\":3,\"loss\":null,"));
-  const planner::RunLog log = planner::read_run_log(text_of(path), path);
+  EXPECT_THAT(detail::read_file(path), HasSubstr("{\"step\":3,\"loss\":null,"));
+  const planner::RunLog log = planner::read_run_log(detail::read_file(path), path);
   EXPECT_THAT(log.steps, ElementsAre(1, 3));
   EXPECT_EQ(log.values.at("loss")[0], third);
   EXPECT_EQ(log.values.at("learning_rate")[0], tiny);
@@ -52,29 +46,29 @@ TEST(Metrics, AResumedRunCutsWhatCameLater) {
     MetricsWriter writer(path);
     for (int step = 1; step <= 5; ++step) writer.write({.step = step, .loss = 10.0 + step});
   }
-  const std::string whole = text_of(path);
+  const std::string whole = detail::read_file(path);
   folder.write("run.jsonl", whole + "{\"step\":6,\"lo");  // it was killed within a line
   MetricsWriter(path, 9);
-  EXPECT_EQ(text_of(path), whole);
+  EXPECT_EQ(detail::read_file(path), whole);
   MetricsWriter writer(path, 3);
   writer.write({.step = 4, .loss = 20});
-  const planner::RunLog log = planner::read_run_log(text_of(path), path);
+  const planner::RunLog log = planner::read_run_log(detail::read_file(path), path);
   EXPECT_THAT(log.steps, ElementsAre(1, 2, 3, 4));
   EXPECT_THAT(log.values.at("loss"), ElementsAre(11, 12, 13, 20));
   MetricsWriter(path, 0);
-  EXPECT_EQ(text_of(path), "");
+  EXPECT_EQ(detail::read_file(path), "");
   folder.write("run.jsonl", whole);
   MetricsWriter again(path);
-  EXPECT_EQ(text_of(path), "") << "a run that begins anew";
+  EXPECT_EQ(detail::read_file(path), "") << "a run that begins anew";
   MetricsWriter(folder / "new.jsonl", 7).write({.step = 8});
-  EXPECT_THAT(text_of(folder / "new.jsonl"), HasSubstr("\"step\":8"));
+  EXPECT_THAT(detail::read_file(folder / "new.jsonl"), HasSubstr("\"step\":8"));
 }
 
 TEST(Metrics, WhatCannotBeWrittenIsNamed) {
   const test::TemporaryFolder folder;
   const std::string path = folder.write("notes.txt", "{\"step\":1}\nnotes\n");
   EXPECT_THAT(error_of([&] { MetricsWriter writer(path, 5); }), AllOf(HasSubstr(path), HasSubstr("line 2")));
-  EXPECT_EQ(text_of(path), "{\"step\":1}\nnotes\n");
+  EXPECT_EQ(detail::read_file(path), "{\"step\":1}\nnotes\n");
   EXPECT_THAT(error_of([&] { MetricsWriter writer(path + "/file"); }),
               AllOf(HasSubstr(path), HasSubstr("Not a directory")));
   MetricsWriter writer(folder / "run.jsonl", 4);

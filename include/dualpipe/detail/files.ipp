@@ -70,22 +70,43 @@ std::string read_file(const std::string& path) {
   }
 }
 
-void write_file(const std::string& path, std::string_view text) {
+AtomicFile::AtomicFile(std::string path) : path_(std::move(path)) {
   // A name that nobody can have put there before; O_EXCL refuses one that somebody has.
   std::random_device random;
   constexpr int attempts = 8;
-  for (int attempt = 1;; ++attempt) {
-    const std::string beside = str(path, ".", std::hex, random(), random(), ".tmp");
-    FileDescriptor file(beside, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW);
-    if (!file && errno == EEXIST && attempt < attempts) continue;
-    if (!file) throw_file_error("write", path, errno);
-    if (write_all(file.get(), text) && ::fsync(file.get()) == 0 && file.close() &&
-        std::rename(beside.c_str(), path.c_str()) == 0)
-      return;
-    const int error = errno;
-    ::unlink(beside.c_str());
-    throw_file_error("write", path, error);
+  for (int attempt = 1; file_ < 0; ++attempt) {
+    temporary_ = str(path_, ".", std::hex, random(), random(), ".tmp");
+    file_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0666);
+    if (file_ < 0 && (errno != EEXIST || attempt == attempts)) throw_file_error("write", path_, errno);
   }
+}
+
+AtomicFile::~AtomicFile() {
+  if (file_ >= 0) ::close(file_);
+  if (!temporary_.empty()) ::unlink(temporary_.c_str());
+}
+
+void AtomicFile::write(std::string_view bytes) {
+  if (!write_all(file_, bytes)) throw_file_error("write", path_, errno);
+}
+
+void AtomicFile::commit() {
+  if (::fsync(file_) != 0 || ::close(std::exchange(file_, -1)) != 0 ||
+      std::rename(temporary_.c_str(), path_.c_str()) != 0)
+    throw_file_error("write", path_, errno);
+  temporary_.clear();
+}
+
+void write_file(const std::string& path, std::string_view text) {
+  AtomicFile file(path);
+  file.write(text);
+  file.commit();
+}
+
+void sync_folder(const std::string& path) {
+  const FileDescriptor folder(path, O_RDONLY | O_DIRECTORY);
+  DUALPIPE_CHECK(folder && ::fsync(folder.get()) == 0, "cannot write ", path,
+                 " to the disk: ", std::generic_category().message(errno));
 }
 
 void write_device(const std::string& path, std::string_view text) {

@@ -15,7 +15,6 @@
 #include "dualpipe/detail/files.hpp"
 #include "dualpipe/error.hpp"
 #include "planner/json.hpp"
-#include "train/atomic_file.hpp"
 
 namespace dualpipe::detail {
 namespace {

@@ -9,7 +9,6 @@
 
 #include "dualpipe/detail/files.hpp"
 #include "dualpipe/error.hpp"
-#include "train/atomic_file.hpp"
 #include "train/safetensors/file.hpp"
 
 namespace dualpipe::detail {

@@ -13,9 +13,9 @@
 #include <system_error>
 #include <utility>
 
+#include "dualpipe/detail/files.hpp"
 #include "dualpipe/error.hpp"
 #include "dualpipe/train/safetensors.hpp"
-#include "train/atomic_file.hpp"
 #include "train/safetensors/header.hpp"
 
 namespace dualpipe {
