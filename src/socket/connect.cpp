@@ -48,7 +48,7 @@ class ConnectionBuilder {
     // Opened before anybody learns where.
     Reach& own = ranks_[world_.rank];
     own.host = host_identity() + (route_ == Route::tcp ? str(" ", world_.rank) : "");
-    own.unix_name = "dualpipe." + hexadecimal(random_bytes());
+    own.unix_name = random_unix_name();
     if (meeting_.ends().are_far()) own.sees_host_at = meeting_.ends().other;
     exchange_hosts();
     listener_.emplace(io_, introduction([this](const Greeting& theirs, const Ends&) -> std::string {

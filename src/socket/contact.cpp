@@ -33,11 +33,15 @@ bool concerns_one_connection(const asio::error_code& error) {
 
 bool crosses_hosts(const StreamSocket& socket) { return socket.local_endpoint().protocol().family() != AF_UNIX; }
 
-asio::ip::address address_of(const Stream::endpoint& endpoint) {
+tcp::endpoint as_tcp(const Stream::endpoint& endpoint) {
   tcp::endpoint result;
   result.resize(endpoint.size());
   std::copy_n(reinterpret_cast<const char*>(endpoint.data()), endpoint.size(), reinterpret_cast<char*>(result.data()));
-  const asio::ip::address address = result.address();
+  return result;
+}
+
+asio::ip::address address_of(const Stream::endpoint& endpoint) {
+  const asio::ip::address address = as_tcp(endpoint).address();
   return address.is_v6() && address.to_v6().is_v4_mapped()
              ? asio::ip::make_address_v4(asio::ip::v4_mapped, address.to_v6())
              : address;
@@ -93,13 +97,15 @@ std::shared_ptr<Handshake> shake_hands(asio::io_context& io, StreamSocket socket
 
 }  // namespace
 
+std::string random_unix_name() { return "dualpipe." + hexadecimal(random_bytes()); }
+
 asio::generic::stream_protocol::endpoint unix_endpoint(const std::string& name) {
   return asio::local::stream_protocol::endpoint(std::string(1, '\0') + name);
 }
 
 // ---- listening
 
-struct Listener::Door : std::enable_shared_from_this<Door> {
+struct Listener::Door {
   explicit Door(asio::io_context& io) : acceptor(io), pause(io) {}
   asio::basic_socket_acceptor<Stream> acceptor;
   asio::steady_timer pause;
@@ -131,11 +137,7 @@ void Listener::listen_here(const std::string& name) { open(unix_endpoint(name));
 
 std::uint16_t Listener::listen_at(const tcp::endpoint& endpoint) {
   open(endpoint);
-  tcp::endpoint bound;
-  const Stream::endpoint generic = doors_.back()->acceptor.local_endpoint();
-  bound.resize(generic.size());
-  std::copy_n(reinterpret_cast<const char*>(generic.data()), generic.size(), reinterpret_cast<char*>(bound.data()));
-  return bound.port();
+  return as_tcp(doors_.back()->acceptor.local_endpoint()).port();
 }
 
 void Listener::close() noexcept {
@@ -149,31 +151,32 @@ void Listener::close() noexcept {
 void Listener::accept(const std::shared_ptr<Door>& door) {
   door->acceptor.async_wait(asio::socket_base::wait_read, [this, door](const asio::error_code& error) {
     if (error || !door->acceptor.is_open()) return;  // closed, perhaps with this object
-    accept_one(*door);
-    if (door->acceptor.is_open() && door->pause.expiry() <= std::chrono::steady_clock::now()) accept(door);
+    if (accept_one(*door)) return accept(door);
+    door->pause.expires_after(pause_without_room);
+    door->pause.async_wait([this, door](const asio::error_code& cancelled) {
+      if (!cancelled && door->acceptor.is_open()) accept(door);
+    });
   });
 }
 
-void Listener::accept_one(Door& door) {
+bool Listener::accept_one(Door& door) {
   const int fd = ::accept4(door.acceptor.native_handle(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
-  if (fd >= 0) return meet(StreamSocket(io_, door.acceptor.local_endpoint().protocol(), fd));
   const asio::error_code error(errno, asio::error::get_system_category());
-  if (!concerns_one_connection(error)) make_room(door.shared_from_this(), error);
-}
-
-/// Strangers may hold the descriptors that this process has left.
-void Listener::make_room(const std::shared_ptr<Door>& door, const asio::error_code& error) {
-  handshakes_.remove_if([](const auto& handshake) { return handshake->is_over(); });
+  if (fd >= 0) meet(StreamSocket(io_, door.acceptor.local_endpoint().protocol(), fd));
+  if (fd >= 0 || concerns_one_connection(error)) return true;
+  // Strangers may hold the descriptors that this process has left.
+  forget_ended();
   if (handshakes_.empty()) throw asio::system_error(error, "cannot accept connections");
   handshakes_.front()->give_up("no more descriptors or memory");
-  door->pause.expires_after(pause_without_room);
-  door->pause.async_wait([this, door](const asio::error_code& cancelled) {
-    if (!cancelled && door->acceptor.is_open()) accept(door);
-  });
+  return false;
+}
+
+void Listener::forget_ended() {
+  handshakes_.remove_if([](const auto& handshake) { return handshake->is_over(); });
 }
 
 void Listener::meet(StreamSocket socket) {
-  handshakes_.remove_if([](const auto& handshake) { return handshake->is_over(); });
+  forget_ended();
   // The oldest has had its time: a rank needs a moment only.
   if (handshakes_.size() >= limit_) handshakes_.front()->give_up("too many connections at once");
   try {

@@ -46,6 +46,8 @@ struct Introduction {
   std::function<std::string(const Greeting& theirs, const Ends& ends)> check;
 };
 
+/// A name for an abstract Unix domain socket that nobody can know before.
+std::string random_unix_name();
 /// Of an abstract Unix domain socket.
 asio::generic::stream_protocol::endpoint unix_endpoint(const std::string& name);
 
@@ -71,9 +73,10 @@ class Listener {
   struct Door;
   void open(const asio::generic::stream_protocol::endpoint& endpoint);
   void accept(const std::shared_ptr<Door>& door);
-  void accept_one(Door& door);
-  void make_room(const std::shared_ptr<Door>& door, const asio::error_code& error);
+  /// @return false: this process has no room for a connection.
+  bool accept_one(Door& door);
   void meet(StreamSocket socket);
+  void forget_ended();
 
   asio::io_context& io_;
   const Introduction introduction_;

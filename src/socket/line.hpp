@@ -29,7 +29,6 @@ class Line : public std::enable_shared_from_this<Line> {
   void send(const Frame& frame);
   void close() noexcept;
   bool is_open() const { return socket_.is_open(); }
-  bool is_flushed() const { return outgoing_.empty(); }
   /// When something has last come; counts from the beginning, or from listen_anew().
   std::chrono::steady_clock::time_point last_heard() const { return last_heard_; }
   void listen_anew() { last_heard_ = std::chrono::steady_clock::now(); }

@@ -110,6 +110,20 @@ void Meeting::fail(int origin, const std::string& reason) {
   if (!failure_) failure_.emplace(origin, "rendezvous", reason);
 }
 
+void Meeting::fail_by_end(int rank, const std::string& why) {
+  fail(rank, str("rank ", world_.rank, ": rank ", rank,
+                 why.empty() ? " closed its connection while the ranks were meeting (killed?)"
+                             : " cannot be reached any more while the ranks were meeting: " + why));
+}
+
+Line::Frame Meeting::failure_frame(const CommError& error) {
+  return Line::frame_of({{"failed", {{"origin", error.origin_rank()}, {"reason", error.what()}}}});
+}
+
+void Meeting::fail_as_told(const nlohmann::json& failed) {
+  fail(failed.at("origin").get<int>(), failed.at("reason").get<std::string>());
+}
+
 std::string Meeting::waits_for(const Status& status) const {
   return str("rank ", status.missing.empty() ? "0" : list(status.missing), " to ",
              status.lacks.empty() ? "start" : "go on", " (communicator '", options_.name, "', epoch ", options_.epoch,
@@ -167,7 +181,7 @@ class MeetingHost final : public Meeting {
   void give_up(const CommError& error) noexcept override {
     try {
       leaving_ = true;
-      farewell_ = Line::frame_of({{"failed", {{"origin", error.origin_rank()}, {"reason", error.what()}}}});
+      farewell_ = failure_frame(error);
       for (const auto& line : all_) line->send(farewell_);
     } catch (...) {
       // They find their connections closed.
@@ -213,16 +227,12 @@ class MeetingHost final : public Meeting {
       said_.at(rank) = message.at("said").get<std::string>();
       finish_round();
     } else if (message.contains("failed")) {
-      const nlohmann::json& failed = message.at("failed");
-      fail(failed.at("origin").get<int>(), failed.at("reason").get<std::string>());
+      fail_as_told(message.at("failed"));
     }
   }
 
   void ended(int rank, const std::string& why) {
-    if (leaving_) return;
-    fail(rank, str("rank 0: rank ", rank,
-                   why.empty() ? std::string(" closed its connection while the ranks were meeting (killed?)")
-                               : " cannot be reached any more while the ranks were meeting: " + why));
+    if (!leaving_) fail_by_end(rank, why);
   }
 
   void say(const std::string& mine) override {
@@ -307,7 +317,7 @@ class MeetingGuest final : public Meeting {
   void give_up(const CommError& error) noexcept override {
     if (!line_ || !line_->is_open()) return;
     try {
-      line_->send({{"failed", {{"origin", error.origin_rank()}, {"reason", error.what()}}}});
+      line_->send(failure_frame(error));
     } catch (...) {
       return;  // rank 0 finds the connection closed
     }
@@ -322,11 +332,7 @@ class MeetingGuest final : public Meeting {
     ends_ = contact.ends;
     line_ = std::make_shared<Line>(
         std::move(contact.socket), [this](const nlohmann::json& message) { arrived(message); },
-        [this](const std::string& why) {
-          fail(0, str("rank ", world_.rank, ": rank 0 ",
-                      why.empty() ? std::string("closed its connection while the ranks were meeting (killed?)")
-                                  : "cannot be reached any more while the ranks were meeting: " + why));
-        });
+        [this](const std::string& why) { fail_by_end(0, why); });
     line_->start();
   }
 
@@ -336,8 +342,7 @@ class MeetingGuest final : public Meeting {
     } else if (message.contains("all")) {
       result_ = message.at("all").get<std::vector<std::string>>();
     } else if (message.contains("failed")) {
-      const nlohmann::json& failed = message.at("failed");
-      fail(failed.at("origin").get<int>(), failed.at("reason").get<std::string>());
+      fail_as_told(message.at("failed"));
       line_->close();
     } else {
       status_ = {message.at("missing").get<std::vector<int>>(), message.at("lacks").get<std::string>()};

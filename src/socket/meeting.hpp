@@ -71,6 +71,11 @@ class Meeting {
   virtual void pulse() = 0;  ///< to beat and to look for silent ranks
 
   void fail(int origin, const std::string& reason);
+  /// The connection to a rank has ended; `why` as Line says it.
+  void fail_by_end(int rank, const std::string& why);
+  /// What a rank that gives up sends, and what is done with it.
+  static Line::Frame failure_frame(const CommError& error);
+  void fail_as_told(const nlohmann::json& failed);
   /// Runs handlers until `condition` or for `patience`.
   void drain(std::chrono::milliseconds patience, const std::function<bool()>& condition) noexcept;
   CommError late(const Status& status) const;

@@ -25,8 +25,6 @@ constexpr auto pause_between_tries = 50ms;
 constexpr auto look_limit = 5s;
 constexpr std::size_t longest_unix_name = 100;  // of the 107 bytes that Linux allows
 
-std::string random_name() { return "dualpipe." + hexadecimal(random_bytes()); }
-
 /// @throws std::runtime_error  the name is unknown, or nobody has answered in time.
 std::vector<tcp::endpoint> resolve(const std::string& name, int port, std::chrono::steady_clock::time_point deadline) {
   const auto found = result_until(deadline, [name, port] {
@@ -58,7 +56,7 @@ MeetingPlace::MeetingPlace(const World& world, const ConnectOptions& options, Cl
   if (route == Route::tcp) return;
   // The others have to find it: by the same computation, or in the store.
   unix_name_ = uses_store_
-                   ? random_name()
+                   ? random_unix_name()
                    : "dualpipe." + hexadecimal(authentication_code(
                                        world.secret, {"place", world.master_address, std::to_string(world.master_port),
                                                       world.run_id, options.name, std::to_string(options.epoch)}));
@@ -66,6 +64,10 @@ MeetingPlace::MeetingPlace(const World& world, const ConnectOptions& options, Cl
 
 CommError MeetingPlace::failure(const std::string& what) const {
   return {0, "rendezvous", str("rank ", world_.rank, ": ", what)};
+}
+
+MeetingPlace::Clock::time_point MeetingPlace::look_deadline() const {
+  return std::min(deadline_, Clock::now() + look_limit);
 }
 
 /// Whether all ranks are on this host for certain.
@@ -76,11 +78,9 @@ bool MeetingPlace::is_local() const {
 
 /// The master's own addresses, but for loopback addresses, which a host's own name often is there.
 std::vector<tcp::endpoint> MeetingPlace::listening_endpoints() const {
-  const auto port = static_cast<std::uint16_t>(uses_store_ ? 0 : world_.master_port);
   std::vector<tcp::endpoint> endpoints;
   try {
-    for (const tcp::endpoint& endpoint :
-         resolve(world_.master_address, port, std::min(deadline_, Clock::now() + look_limit))) {
+    for (const tcp::endpoint& endpoint : resolve(world_.master_address, listening_port(), look_deadline())) {
       const bool known = std::find(endpoints.begin(), endpoints.end(), endpoint) != endpoints.end();
       if (!known && (!endpoint.address().is_loopback() || route_ == Route::tcp)) endpoints.push_back(endpoint);
     }
@@ -120,9 +120,8 @@ std::vector<tcp::endpoint> MeetingPlace::listen(asio::io_context& io, Listener& 
   };
   for (const tcp::endpoint& endpoint : listening_endpoints()) try_at(endpoint);
   // All addresses of this host.
-  const auto port = static_cast<std::uint16_t>(uses_store_ ? 0 : world_.master_port);
-  if (bound.empty()) try_at({tcp::v6(), port});
-  if (bound.empty()) try_at({tcp::v4(), port});
+  if (bound.empty()) try_at({tcp::v6(), listening_port()});
+  if (bound.empty()) try_at({tcp::v4(), listening_port()});
   if (bound.empty())
     throw failure(str("cannot listen at ", problem,
                       "; MASTER_ADDR must name the host of rank 0 and MASTER_PORT a port that it may use"));
@@ -179,10 +178,9 @@ c10::intrusive_ptr<c10d::Store> MeetingPlace::store() {
 }
 
 std::vector<Place> MeetingPlace::places_in_store() {
-  const auto text = result_until(std::min(deadline_, Clock::now() + look_limit),
-                                 [store = store(), key = store_key()]() -> std::string {
-                                   return store->check({key}) ? store->get_to_str(key) : "";
-                                 });
+  const auto text = result_until(look_deadline(), [store = store(), key = store_key()]() -> std::string {
+    return store->check({key}) ? store->get_to_str(key) : "";
+  });
   if (!text) throw std::runtime_error("it does not answer");
   if (text->empty()) throw std::runtime_error("rank 0 has not written into it");
   const nlohmann::json place = nlohmann::json::parse(*text);
@@ -213,9 +211,8 @@ std::vector<Place> MeetingPlace::places() {
   if (!unix_name_.empty()) places.push_back({"the Unix domain socket for " + name, unix_endpoint(unix_name_), ""});
   if (is_local()) return places;
   try {
-    const auto endpoints =
-        resolve(world_.master_address, world_.master_port, std::min(deadline_, Clock::now() + look_limit));
-    for (const tcp::endpoint& endpoint : endpoints) places.push_back({name, endpoint, ""});
+    for (const tcp::endpoint& endpoint : resolve(world_.master_address, world_.master_port, look_deadline()))
+      places.push_back({name, endpoint, ""});
   } catch (const std::exception& error) {
     const auto* system = dynamic_cast<const asio::system_error*>(&error);
     places.push_back({name, std::nullopt, system != nullptr ? system->code().message() : error.what()});

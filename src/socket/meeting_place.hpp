@@ -3,6 +3,7 @@
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include <chrono>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -32,6 +33,9 @@ class MeetingPlace {
 
  private:
   bool is_local() const;
+  /// Of the next look at a store or for the name of a host.
+  Clock::time_point look_deadline() const;
+  std::uint16_t listening_port() const { return static_cast<std::uint16_t>(uses_store_ ? 0 : world_.master_port); }
   std::vector<asio::ip::tcp::endpoint> listening_endpoints() const;
   /// @return the endpoints that it listens at.
   std::vector<asio::ip::tcp::endpoint> listen(asio::io_context& io, Listener& listener) const;
