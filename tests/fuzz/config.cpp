@@ -5,7 +5,6 @@
 #include "fuzz/target.hpp"
 
 namespace dualpipe::fuzz {
-namespace {
 
 void read(std::string_view text) {
   try {
@@ -18,10 +17,4 @@ void read(std::string_view text) {
   }
 }
 
-}  // namespace
 }  // namespace dualpipe::fuzz
-
-extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  dualpipe::fuzz::read({reinterpret_cast<const char*>(data), size});
-  return 0;
-}

@@ -25,6 +25,8 @@ void use(const planner::CostModel& model) {
   planner::spread(model, stages, 2 * stages);
 }
 
+}  // namespace
+
 void read(std::string_view text) {
   planner::CostModel model;
   try {
@@ -41,10 +43,4 @@ void read(std::string_view text) {
   }
 }
 
-}  // namespace
 }  // namespace dualpipe::fuzz
-
-extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  dualpipe::fuzz::read({reinterpret_cast<const char*>(data), size});
-  return 0;
-}

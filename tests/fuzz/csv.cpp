@@ -26,6 +26,8 @@ void run(const Schedule& schedule) {
   dry_run(lower(forward_only(schedule, schedule.num_micro_batches + 1)));
 }
 
+}  // namespace
+
 void read(std::string_view text) {
   Schedule schedule;
   try {
@@ -46,10 +48,4 @@ void read(std::string_view text) {
   run(schedule);
 }
 
-}  // namespace
 }  // namespace dualpipe::fuzz
-
-extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  dualpipe::fuzz::read({reinterpret_cast<const char*>(data), size});
-  return 0;
-}

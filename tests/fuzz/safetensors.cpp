@@ -8,7 +8,6 @@
 #include "train/safetensors/header.hpp"
 
 namespace dualpipe::fuzz {
-namespace {
 
 void read(std::string_view file) {
   try {
@@ -37,10 +36,4 @@ void read(std::string_view file) {
   }
 }
 
-}  // namespace
 }  // namespace dualpipe::fuzz
-
-extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  dualpipe::fuzz::read({reinterpret_cast<const char*>(data), size});
-  return 0;
-}

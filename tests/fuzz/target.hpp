@@ -6,11 +6,14 @@
 #include <string>
 #include <string_view>
 
-/// libFuzzer's entry point, one per program. Throws where a promise is broken, which ends the fuzzer and fails the
-/// replay.
+/// libFuzzer's entry point: calls read().
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size);
 
 namespace dualpipe::fuzz {
+
+/// What a program fuzzes; each target defines it. Throws where a promise is broken, which ends the fuzzer and fails the
+/// replay.
+void read(std::string_view text);
 
 inline void require(bool kept, const std::string& promise) {
   if (!kept) throw std::logic_error("broken promise: " + promise);

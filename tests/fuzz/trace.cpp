@@ -20,6 +20,8 @@ void draw(const Draw& picture_of) {
   }
 }
 
+}  // namespace
+
 void read(std::string_view text) {
   Timeline timeline;
   try {
@@ -37,10 +39,4 @@ void read(std::string_view text) {
   draw([&] { planner::to_svg({timeline, timeline}); });
 }
 
-}  // namespace
 }  // namespace dualpipe::fuzz
-
-extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  dualpipe::fuzz::read({reinterpret_cast<const char*>(data), size});
-  return 0;
-}

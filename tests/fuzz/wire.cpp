@@ -54,6 +54,8 @@ void read_head(const wire::Prefix& prefix, std::string_view head) {
   }
 }
 
+}  // namespace
+
 /// Frames one after the other, as from a connection.
 void read(std::string_view bytes) {
   try {
@@ -70,10 +72,4 @@ void read(std::string_view bytes) {
   }
 }
 
-}  // namespace
 }  // namespace dualpipe::fuzz
-
-extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  dualpipe::fuzz::read({reinterpret_cast<const char*>(data), size});
-  return 0;
-}
