@@ -18,6 +18,7 @@
 #include "dualpipe/detail/host.hpp"
 #include "dualpipe/detail/pipeline/device_hash.hpp"
 #include "dualpipe/detail/pipeline/digest.hpp"
+#include "dualpipe/detail/pipeline/gradients.hpp"
 
 namespace dualpipe::detail {
 
@@ -212,8 +213,9 @@ inline std::map<int, std::unordered_set<at::TensorImpl*>> summed_with(const std:
 }
 
 Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& schedule,
-                   const std::map<int, Stage>& stages, const IsExpert& is_expert, const std::vector<int>& sum_order)
-    : world_(world), sum_order_(sum_order) {
+                   const std::map<int, Stage>& stages, const IsExpert& is_expert, const std::vector<int>& sum_order,
+                   GradientDtype gradients)
+    : world_(world), sum_order_(sum_order), gradients_(gradients) {
   const auto places = parameter_places(all_gather_text(world, parameters_text(stages)));
   check_not_shared(places, schedule);
   if (world.rank() == 0) warn_of_equal(places, schedule);
@@ -282,7 +284,8 @@ void Replicas::begin_sum(int stage) {
       at::Tensor& gradient = sum.parameters[i].mutable_grad();
       sum.present.mutable_data_ptr<int>()[i] = gradient.defined() ? 1 : 0;
       if (!gradient.defined())
-        gradient = at::zeros_like(sum.parameters[i], at::MemoryFormat::Contiguous);
+        gradient = at::zeros_like(sum.parameters[i], gradient_type(sum.parameters[i], gradients_), {}, {}, {},
+                                  at::MemoryFormat::Contiguous);
       else if (gradient.is_sparse())
         gradient = gradient.to_dense();
       else
