@@ -23,6 +23,7 @@ class FiniteCheck {
       at::Tensor values = parameters[i].grad();
       if (!values.defined()) continue;
       if (values.is_sparse()) values = values.coalesce()._values();
+      if (values.layout() != at::kStrided) values = values.to_dense();
       if (values.is_complex()) values = at::view_as_real(values);
       if (values.numel() == 0) continue;
       const auto [least, greatest] = at::aminmax(values.flatten(), 0);

@@ -189,11 +189,10 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
   // They outlive what is guarded: nothing is restored before the communicator was aborted and writes no more.
   std::optional<GradientTransaction> gradients;
   std::optional<BufferTransaction> buffers;
-  const std::int64_t number = step_;
-  std::string infinite;  // what is not, the same on all ranks
+  std::string infinite;  // what is not finite, the same on all ranks
   bool dropped = false;
   const auto body = [&] {
-    ++step_;
+    const std::int64_t number = step_++;
     inputs.arrivals = arrivals_->known_arrivals(training_, inputs, module);
     DeviceHashes hashes(*communicator_, batch);
     gradients.emplace(parameters_, options_.gradient_dtype);
@@ -230,8 +229,7 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
     return result(std::move(all.losses), std::move(outputs), count.of_replica);
   };
   StepResult found = observed(body, &dropped);
-  DUALPIPE_CHECK(!dropped || options_.on_non_finite == OnNonFinite::skip, "step ", number + 1,
-                 " is not finite: ", infinite,
+  DUALPIPE_CHECK(!dropped || options_.on_non_finite == OnNonFinite::skip, "step ", step_, " is not finite: ", infinite,
                  ". Gradients and buffers are what they were before it. With DualPipeOptions::on_non_finite = skip "
                  "step() leaves such steps out and says so, with keep it hands out their gradients");
   found.skipped = dropped;
@@ -327,7 +325,7 @@ StepResult PipelineState::result(at::Tensor losses, RunOutputs outputs, int num_
 
 StepResult PipelineState::result_ahead(const at::Tensor& numbers, RunOutputs outputs, const MicroBatchCount& count,
                                        Pending end, std::int64_t step) {
-  const bool over = end.done();
+  const bool over = !end || end.done();
   StepResult result = this->result(numbers.narrow(0, 0, count.all()), std::move(outputs), count.of_replica);
   if (!over) result.loss.fill_(std::numeric_limits<double>::quiet_NaN());
   std::function<std::string()> finding;
