@@ -1,5 +1,6 @@
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "dualpipe/schedule/schedule.hpp"
@@ -21,6 +22,9 @@ struct MemoryCosts {
   double weight = 0;
   double state = 0;
   std::vector<StageMemory> stages = {};  ///< empty, or one for each stage instead of the three above
+  /// Stages are computed again before their backward (Stage::recompute): what stays of an activation from the end of F to
+  /// the start of B or I, the inputs of a stage. At most the activation. Empty: all of it stays.
+  std::optional<double> kept = {};
   bool operator==(const MemoryCosts&) const = default;
 };
 

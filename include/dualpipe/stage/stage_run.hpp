@@ -1,7 +1,9 @@
 #pragma once
 
+#include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -90,17 +92,32 @@ class StageRun {
   bool keeps_handle(int node) const { return nodes_[node].handle != nullptr; }
 
  private:
+  /// What a node that is computed again begins with.
+  struct Beginning {
+    Tensors inputs = {};
+    std::vector<std::uint32_t> versions = {};  // of the inputs
+    detail::SharedPairs shared = {};
+    std::vector<at::Generator> generators = {};
+    std::vector<at::Tensor> random = {};  // states of the generators
+    Tensors leaves = {};                  // what its backward will accumulate into; of the first step only
+  };
   /// What one node of the chain left.
   struct Node {
     detail::BackwardGraph graph = {};                         // computing nodes; empty outside of training
     std::shared_ptr<const Communication> communication = {};  // null: the node computes
     std::shared_ptr<void> handle = {};                        // of the collective
     bool whole = false;                                       // the weight part ran with the input part
+    std::unique_ptr<Beginning> beginning = {};                // null: the graph is there
   };
 
   DUALPIPE_DECL void advance_forward(int index);
   DUALPIPE_DECL void advance_backward(int index);
   DUALPIPE_DECL void compute(std::size_t begin, std::size_t end);
+  DUALPIPE_DECL std::unique_ptr<Beginning> beginning() const;
+  /// Runs node `index` of the chain again, for its graph.
+  DUALPIPE_DECL void recompute(int index);
+  /// For that: a run of its own, in which nothing has been computed.
+  DUALPIPE_DECL StageRun(const StageRun& of, const Beginning& beginning);
   DUALPIPE_DECL void launch(const std::shared_ptr<const Communication>& communication);
 
   const Stage* stage_;

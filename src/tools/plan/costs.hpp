@@ -16,6 +16,7 @@ struct CostOptions {
   std::optional<double> send;
   std::string ready;                                                       ///< of a pair's results: activation,gradient
   std::string memory;                                                      ///< activation,weight part,state
+  std::optional<double> recompute;                                         ///< what stays of an activation
   std::vector<std::string> stage_scale, boundary_send, links, stragglers;  ///< each PLACE:NUMBER
 
   /// For a model cut into `num_stages` stages; the ranks named are below `num_ranks`. A file is read once; notes of
@@ -38,6 +39,8 @@ struct CostOptions {
 void add_costs(CLI::App& command, CostOptions& costs);
 /// --memory
 void add_memory(CLI::App& command, CostOptions& costs);
+/// --recompute
+void add_recompute(CLI::App& command, CostOptions& costs);
 
 /// A costs file, or the costs measured from a trace, with notes on standard error.
 CostModel read_cost_file(const std::string& path);

@@ -140,6 +140,7 @@ void add_simulate(CLI::App& app) {
   add_output(command, options->output, {"text", "json", "svg", "trace"});
   add_costs(command, options->costs);
   add_memory(command, options->costs);
+  add_recompute(command, options->costs);
   add_publish(command, options->publish);
   CLI::Option* jitter = command
                             .add_option("--jitter", options->deviation,

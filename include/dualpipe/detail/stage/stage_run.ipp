@@ -7,7 +7,10 @@
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -70,7 +73,104 @@ inline Tensors take_moved(Tensors& values, const std::vector<int>& moves) {
   return moved;
 }
 
+/// Gives the buffers of a module their values back, unseen by graphs that have saved them.
+class KeptBuffers {
+ public:
+  explicit KeptBuffers(const torch::nn::Module* module) {
+    if (module == nullptr) return;
+    for (const at::Tensor& buffer : module->buffers())
+      if (buffer.defined() && !buffer.is_inference()) kept_.emplace_back(buffer, buffer.detach().clone());
+  }
+  ~KeptBuffers() {
+    const at::NoGradGuard no_grad;
+    for (const auto& [buffer, value] : kept_)
+      if (buffer.sizes() == value.sizes()) buffer.variable_data().copy_(value);
+  }
+  KeptBuffers(const KeptBuffers&) = delete;
+  KeptBuffers& operator=(const KeptBuffers&) = delete;
+
+ private:
+  std::vector<std::pair<at::Tensor, at::Tensor>> kept_;
+};
+
+/// Exchanges the states of generators until the end.
+class GeneratorStates {
+ public:
+  GeneratorStates(std::vector<at::Generator> generators, const std::vector<at::Tensor>& states)
+      : generators_(std::move(generators)), before_(of(generators_)) {
+    set(states);
+  }
+  ~GeneratorStates() { set(before_); }
+  GeneratorStates(const GeneratorStates&) = delete;
+  GeneratorStates& operator=(const GeneratorStates&) = delete;
+
+  static std::vector<at::Tensor> of(const std::vector<at::Generator>& generators) {
+    std::vector<at::Tensor> states;
+    for (at::Generator generator : generators) {
+      const std::lock_guard lock(generator.mutex());
+      states.push_back(generator.get_state());
+    }
+    return states;
+  }
+
+ private:
+  void set(const std::vector<at::Tensor>& states) {
+    for (std::size_t i = 0; i < generators_.size(); ++i) {
+      const std::lock_guard lock(generators_[i].mutex());
+      generators_[i].set_state(states[i]);
+    }
+  }
+
+  std::vector<at::Generator> generators_;
+  std::vector<at::Tensor> before_;
+};
+
+/// LibTorch's default ones, of the CPU and of the devices where the tensors are.
+inline std::vector<at::Generator> generators_of(const Tensors& tensors) {
+  std::vector<at::Generator> generators{at::globalContext().defaultGenerator(at::kCPU)};
+  for (const at::Tensor& tensor : tensors) {
+    if (!tensor.defined() || tensor.is_cpu()) continue;
+    const at::Generator& generator = at::globalContext().defaultGenerator(tensor.device());
+    if (std::find(generators.begin(), generators.end(), generator) == generators.end()) generators.push_back(generator);
+  }
+  return generators;
+}
+
 }  // namespace detail
+
+StageRun::StageRun(const StageRun& of, const Beginning& beginning)
+    : stage_(of.stage_),
+      context_(of.context_),
+      num_nodes_(1),
+      split_(of.split_),
+      owner_(of.owner_),
+      values_(beginning.inputs),
+      shared_(beginning.shared) {}
+
+std::unique_ptr<StageRun::Beginning> StageRun::beginning() const {
+  auto result = std::make_unique<Beginning>(
+      Beginning{.inputs = values_, .versions = detail::versions_of(values_), .shared = shared_});
+  result->generators = detail::generators_of(values_);
+  result->random = detail::GeneratorStates::of(result->generators);
+  return result;
+}
+
+void StageRun::recompute(int index) {
+  Node& node = nodes_[index];
+  const std::unique_ptr<Beginning> kept = std::move(node.beginning);
+  const Stage::Segment segment = stage_->segment(index);
+  DUALPIPE_CHECK(
+      detail::versions_of(kept->inputs) == kept->versions, "what node '", stage_->chain_name(index), "' of stage ",
+      context_.stage,
+      " is to be computed again from was written to in place since; return a clone() from where it comes from, "
+      "or say recompute(false)");
+  const c10::AutoGradMode grad_mode(true);
+  const detail::KeptBuffers buffers(owner_.module.get());
+  const detail::GeneratorStates random(kept->generators, kept->random);
+  StageRun again(*this, *kept);
+  again.compute(segment.begin, segment.end);
+  node.graph = std::move(again.nodes_.back().graph);
+}
 
 StageRun::StageRun(const Stage& stage, Tensors inputs, StageContext context, StageLoss loss, detail::SharedPairs shared)
     : stage_(&stage),
@@ -100,7 +200,17 @@ void StageRun::advance_forward(int index) {
   const c10::AutoGradMode grad_mode(context_.training);
   const Stage::Segment segment = stage_->segment(index);
   if (segment.begin == segment.end || !stage_->nodes()[segment.begin].communication) {
+    std::unique_ptr<Beginning> kept = context_.training && stage_->recomputes(index) ? beginning() : nullptr;
     compute(segment.begin, segment.end);
+    if (!kept) return;
+    Node& node = nodes_.back();
+    if (context_.step == 0) kept->leaves = node.graph.leaves();
+    node.graph = {};
+    DUALPIPE_CHECK(detail::versions_of(kept->inputs) == kept->versions, "stage ", context_.stage,
+                   " writes in place into what node '", node_name_,
+                   "' is given, from which it is to be computed again; write into a clone() of it, or say "
+                   "recompute(false)");
+    node.beginning = std::move(kept);
     return;
   }
   const Stage::Node& node = stage_->nodes()[segment.begin];
@@ -165,7 +275,8 @@ void StageRun::finish_forward() {
 Tensors StageRun::leaves() const {
   Tensors all;
   for (const Node& node : nodes_)
-    for (at::Tensor& leaf : node.graph.leaves()) all.push_back(std::move(leaf));
+    for (at::Tensor& leaf : node.beginning ? node.beginning->leaves : node.graph.leaves())
+      all.push_back(std::move(leaf));
   return all;
 }
 
@@ -179,6 +290,7 @@ void StageRun::start_backward(Tensors output_gradients, bool whole_first) {
 void StageRun::advance_backward(int index) {
   Node& node = nodes_[index];
   if (!node.communication) {
+    if (node.beginning) recompute(index);
     node.whole = !split_ || (index == 0 && whole_first_);
     values_ = node.whole ? node.graph.backward(values_) : node.graph.backward_input(values_, &owner_);
     return;
