@@ -4,9 +4,12 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <array>
 #include <filesystem>
 #include <limits>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <set>
 #include <system_error>
@@ -19,17 +22,40 @@
 #include "dualpipe/detail/pipeline/merge_outputs.hpp"
 #include "dualpipe/detail/pipeline/training_plan.hpp"
 #include "dualpipe/detail/pipeline/unfinished_step.hpp"
+#include "dualpipe/detail/stage/layer_random.hpp"
 #include "dualpipe/train/clip.hpp"
 
 namespace dualpipe::detail {
 
+/// Whether other ranks are threads of this process, which share LibTorch's generators.
+inline bool shares_generators(Communicator& world) {
+  return world.size() > 1 && world.control().shared_values() != nullptr;
+}
+
+/// Collective: the seed of LibTorch's default generator, if all ranks have the same one; that of a process in which
+/// nobody has set one is another in each.
+inline std::optional<std::uint64_t> common_seed(Communicator& world) {
+  if (shares_generators(world)) return {};
+  const std::uint64_t seed = default_generators(at::kCPU)[0].current_seed();
+  const std::vector<std::string> seeds = all_gather_text(world, std::to_string(seed));
+  const bool same = std::all_of(seeds.begin(), seeds.end(), [&](const std::string& each) { return each == seeds[0]; });
+  return same ? std::optional(seed) : std::nullopt;
+}
+
 /// The stages of this rank, on the communicator's device.
-inline std::map<int, Stage> made_stages(const Schedule& schedule, const Communicator& communicator,
-                                        const StageFactory& factory) {
+inline std::map<int, Stage> made_stages(const Schedule& schedule, Communicator& world, const Communicator& communicator,
+                                        const StageFactory& factory, const std::optional<std::uint64_t>& seed) {
+  // Ranks that are threads make seeded stages one after the other, as they draw from one generator.
+  const auto mutex = seed && shares_generators(world)
+                         ? world.control().shared_values()->get<std::shared_ptr<std::mutex>>(
+                               "seeded factories", [] { return std::make_shared<std::mutex>(); })
+                         : nullptr;
+  std::unique_lock<std::mutex> lock;
+  if (mutex) lock = std::unique_lock(**mutex);
   std::map<int, Stage> stages;
   for (const int number : stages_of(schedule, communicator.rank())) {
     const std::string error = finding_of([&] {
-      Stage stage = factory(number);
+      Stage stage = seed ? factory.make(number, *seed, communicator.device()) : factory(number);
       if (stage.module()) stage.module()->to(communicator.device());
       stages.emplace(number, std::move(stage));
     });
@@ -85,9 +111,15 @@ PipelineState::PipelineState(Ranks ranks, DualPipeOptions options, const StageFa
   });
   agree_that_fine(world(), finding);
   agree_on(world(), "options", describe(options_, *training_));
+  seed_ = options_.seed ? options_.seed : common_seed(world());
 
   std::map<int, Stage> stages;
-  agree_that_fine(world(), finding_of([&] { stages = made_stages(schedule(), *communicator_, factory); }));
+  agree_that_fine(world(),
+                  finding_of([&] { stages = made_stages(schedule(), world(), *communicator_, factory, seed_); }));
+  if (seed_) {
+    generator_ = default_generators(communicator_->device()).back();
+    if (shares_generators(world())) generator_ = generator_.clone();
+  }
   const StageTraits traits = traits_of_all(world(), stages);
   // A pair of stages with collectives has its results in another order, and all ranks must send in the same one.
   if (traits.communicate) training_ = communicating_plan(*training_, *communicator_, ranks_.shape.data);
@@ -126,6 +158,7 @@ CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* 
   const bool trains = call == Call::step;
   CallStatement mine;
   mine.call = call;
+  mine.step = step_;
   mine.finding = finding_of([&] {
     const std::string before = observers_.take_error();
     DUALPIPE_CHECK(before.empty(), before);
@@ -146,13 +179,20 @@ CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* 
     return flight_.together(names[static_cast<std::size_t>(call)], [&] { return exchange_statements(world(), mine); });
   });
   const CallAgreement agreed = agreement(statements, ranks_.shape, ranks_.replica(), trains ? step_ : -1, numbers());
-  if (trains && options_.compare_replicas_every > 0 && step_ % options_.compare_replicas_every == 0) {
+  if (trains && options_.compare_replicas_every > 0 && steps_run_ % options_.compare_replicas_every == 0) {
     const std::string difference = health_.guarded(
         [&] { return flight_.together("comparison of copies", [&] { return replicas_->difference(); }); });
     DUALPIPE_CHECK(difference.empty(), difference);
   }
   inputs.training = trains;
   inputs.step = step_;
+  inputs.first_step = steps_run_ == 0;
+  if (seed_) {
+    const std::int64_t micro_batches = trains ? options_.num_micro_batches : agreed.num_micro_batches;
+    inputs.random = RandomKey{
+        .seed = *seed_, .step = step_, .micro_batch = ranks_.replica() * micro_batches, .call = trains ? 0 : ++calls_};
+    inputs.generator = generator_;
+  }
   inputs.keep_outputs = options_.keep_outputs || call == Call::predict;
   return agreed;
 }
@@ -185,6 +225,8 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
   std::optional<BufferTransaction> buffers;
   return observed([&] {
     const std::int64_t number = step_++;
+    ++steps_run_;
+    calls_ = 0;
     inputs.arrivals = arrivals_->known_arrivals(training_, inputs, module);
     DeviceHashes hashes(*communicator_, batch);
     gradients.emplace(parameters_);
