@@ -311,7 +311,7 @@ TEST(Random, WhatANodeThrowsLeavesTheCallersState) {
   torch::manual_seed(4);
   const Tensor undisturbed = torch::rand({2});
   torch::manual_seed(4);
-  EXPECT_THAT(error_of([&] { stage.forward({}, of_run); }), HasSubstr("boom"));
+  EXPECT_THROW(stage.forward({}, of_run), std::runtime_error);
   EXPECT_TRUE(torch::equal(torch::rand({2}), undisturbed));
 }
 

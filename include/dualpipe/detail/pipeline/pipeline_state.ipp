@@ -3,6 +3,7 @@
 #include "dualpipe/detail/pipeline/pipeline_state.hpp"
 
 #include <ATen/ATen.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -16,6 +17,7 @@
 #include <utility>
 
 #include "dualpipe/detail/comm/agree.hpp"
+#include "dualpipe/detail/host.hpp"
 #include "dualpipe/detail/pipeline/buffers.hpp"
 #include "dualpipe/detail/pipeline/call_batch.hpp"
 #include "dualpipe/detail/pipeline/gradients.hpp"
@@ -27,29 +29,35 @@
 
 namespace dualpipe::detail {
 
-/// Whether other ranks are threads of this process, which share LibTorch's generators.
-inline bool shares_generators(Communicator& world) {
-  return world.size() > 1 && world.control().shared_values() != nullptr;
-}
+/// LibTorch's generators, as all ranks have them.
+struct GeneratorsOfAll {
+  bool shared = false;                     ///< some ranks are threads of one process
+  std::optional<std::uint64_t> seed = {};  ///< if all ranks have the same one; where nobody sets it, processes differ
+};
 
-/// Collective: the seed of LibTorch's default generator, if all ranks have the same one; that of a process in which
-/// nobody has set one is another in each.
-inline std::optional<std::uint64_t> common_seed(Communicator& world) {
-  if (shares_generators(world)) return {};
-  const std::uint64_t seed = default_generators(at::kCPU)[0].current_seed();
-  const std::vector<std::string> seeds = all_gather_text(world, std::to_string(seed));
-  const bool same = std::all_of(seeds.begin(), seeds.end(), [&](const std::string& each) { return each == seeds[0]; });
-  return same ? std::optional(seed) : std::nullopt;
+/// Collective.
+inline GeneratorsOfAll generators_of_all(Communicator& world) {
+  const at::Generator generator = default_generators(at::kCPU)[0];
+  const std::string seed = std::to_string(generator.current_seed());
+  const std::string identity = str(boot_id(), '-', ::getpid(), '-', generator.unsafeGetGeneratorImpl());
+  std::set<std::string> identities, seeds;
+  for (const std::string& text : all_gather_text(world, seed + ' ' + identity)) {
+    seeds.insert(text.substr(0, text.find(' ')));
+    identities.insert(text.substr(text.find(' ')));
+  }
+  GeneratorsOfAll all{.shared = std::ssize(identities) < world.size()};
+  if (!all.shared && seeds.size() == 1) all.seed = generator.current_seed();
+  return all;
 }
 
 /// The stages of this rank, on the communicator's device.
 inline std::map<int, Stage> made_stages(const Schedule& schedule, Communicator& world, const Communicator& communicator,
                                         const StageFactory& factory, const std::optional<std::uint64_t>& seed) {
   // Ranks that are threads make seeded stages one after the other, as they draw from one generator.
-  const auto mutex = seed && shares_generators(world)
-                         ? world.control().shared_values()->get<std::shared_ptr<std::mutex>>(
-                               "seeded factories", [] { return std::make_shared<std::mutex>(); })
-                         : nullptr;
+  SharedValues* const shared = world.control().shared_values();
+  const auto mutex = seed && shared ? shared->get<std::shared_ptr<std::mutex>>(
+                                          "seeded factories", [] { return std::make_shared<std::mutex>(); })
+                                    : nullptr;
   std::unique_lock<std::mutex> lock;
   if (mutex) lock = std::unique_lock(**mutex);
   std::map<int, Stage> stages;
@@ -111,14 +119,15 @@ PipelineState::PipelineState(Ranks ranks, DualPipeOptions options, const StageFa
   });
   agree_that_fine(world(), finding);
   agree_on(world(), "options", describe(options_, *training_));
-  seed_ = options_.seed ? options_.seed : common_seed(world());
+  const GeneratorsOfAll generators = generators_of_all(world());
+  seed_ = options_.seed ? options_.seed : generators.seed;
 
   std::map<int, Stage> stages;
   agree_that_fine(world(),
                   finding_of([&] { stages = made_stages(schedule(), world(), *communicator_, factory, seed_); }));
   if (seed_) {
     generator_ = default_generators(communicator_->device()).back();
-    if (shares_generators(world())) generator_ = generator_.clone();
+    if (generators.shared) generator_ = generator_.clone();
   }
   const StageTraits traits = traits_of_all(world(), stages);
   // A pair of stages with collectives has its results in another order, and all ranks must send in the same one.
