@@ -4,6 +4,7 @@
 #include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "dualpipe/detail/files.hpp"
 #include "dualpipe/error.hpp"
@@ -26,6 +27,12 @@ bool take(const Json& value, int& count) {
                           : value.get<std::int64_t>();
   if (number < 0 || number > std::numeric_limits<int>::max()) return false;
   count = static_cast<int>(number);
+  return true;
+}
+
+bool take(const Json& value, std::optional<std::uint64_t>& number) {
+  if (!value.is_number_unsigned()) return false;
+  number = value.get<std::uint64_t>();
   return true;
 }
 
@@ -91,6 +98,7 @@ std::map<std::string, Key> keys() {
        {"a list of objects with \"how\", which is \"concat\", \"stack\" or \"list\", and \"dim\", an integer >= 0",
         set_merges}},
       {"compare_replicas_every", {"an integer >= 0", plain(&DualPipeOptions::compare_replicas_every)}},
+      {"seed", {"an integer >= 0", plain(&DualPipeOptions::seed)}},
       {"keep_outputs", {"true or false", plain(&DualPipeOptions::keep_outputs)}},
       {"asynchronous", {"true or false", plain(&DualPipeOptions::asynchronous)}},
       {"publish",

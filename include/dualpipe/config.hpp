@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -33,6 +35,11 @@ struct DualPipeOptions {
   /// What predict() returns, for each output of the last stage. Empty: all by concat along batch_dim, where an output
   /// has one entry for each sample of its micro-batch.
   std::vector<Merge> merge_outputs = {};
+  /// Of all random numbers: each layer that split() cut draws what follows from the seed, the step, its name and the
+  /// micro-batch (layer_seed), its first weights what follows from the seed and its name, whatever the schedule and the
+  /// number of ranks. None: LibTorch's own seed, if all ranks are processes that have the same one, as after
+  /// torch::manual_seed at the top of the program; else random numbers are left alone. See docs/training.md.
+  std::optional<std::uint64_t> seed = {};
   bool keep_outputs = false;  ///< step() and evaluate() return this rank's last-stage outputs, detached
   bool asynchronous = false;  ///< CUDA: do not wait at the end of a step; results hold after StepResult::wait(). See
                               ///< DualPipeImpl::step on failures

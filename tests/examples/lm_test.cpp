@@ -3,12 +3,15 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <regex>
 #include <string>
 #include <vector>
 
+#include "dualpipe/detail/files.hpp"
 #include "examples/example_program.hpp"
 
 namespace dualpipe {
@@ -34,6 +37,23 @@ std::vector<std::string> losses(const std::string& output) {
   const std::regex line("step [0-9]+  loss ([0-9.]+)");
   for (std::sregex_iterator it(output.begin(), output.end(), line), end; it != end; ++it) found.push_back((*it)[1]);
   return found;
+}
+
+/// The part of a line of metrics that follows from the seed.
+std::vector<std::string> metrics(const std::filesystem::path& path) {
+  std::ifstream file(path);
+  std::vector<std::string> found;
+  for (std::string line; std::getline(file, line);) found.push_back(line.substr(0, line.find(",\"tokens_per_second")));
+  return found;
+}
+
+/// Paths below a checkpoint, and the bytes of weights and optimizer states there.
+std::map<std::string, std::string> files_of(const std::filesystem::path& folder) {
+  std::map<std::string, std::string> files;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(folder))
+    if (entry.path().filename().string().starts_with("stage-") || entry.path().parent_path().filename() == "optimizer")
+      files[std::filesystem::relative(entry.path(), folder)] = detail::read_file(entry.path());
+  return files;
 }
 
 TEST_F(LanguageModel, EveryScheduleTrainsTheSameModel) {
@@ -98,8 +118,10 @@ TEST_F(LanguageModel, CpuRanksLoadNoCuda) {
 }
 
 TEST_F(LanguageModel, RunsFromAConfigurationFile) {
-  const auto config = write("run.json", R"({"num_ranks": 2, "num_micro_batches": 6, "schedule": "1f1b"})");
-  EXPECT_THAT(output(2, {"--config", config.string()}), HasSubstr("1f1b on 2 ranks, 2 stages, 6 micro-batches"));
+  const auto config = write("run.json", R"({"num_ranks": 2, "num_micro_batches": 6, "schedule": "1f1b", "seed": 5})");
+  const std::string text = output(2, {"--config", config.string()});
+  EXPECT_THAT(text, HasSubstr("1f1b on 2 ranks, 2 stages, 6 micro-batches"));
+  EXPECT_EQ(losses(output(2, {"--schedule", "1f1b", "--microbatches", "6", "--seed", "5"})), losses(text));
 }
 
 TEST_F(LanguageModel, GoesOnFromItsLastCheckpoint) {
@@ -111,13 +133,7 @@ TEST_F(LanguageModel, GoesOnFromItsLastCheckpoint) {
     all.insert(all.end(), more.begin(), more.end());
     return all;
   };
-  const auto lines = [&](const std::string& name) {
-    std::ifstream file(folder / (name + ".jsonl"));
-    std::vector<std::string> found;
-    for (std::string line; std::getline(file, line);)
-      found.push_back(line.substr(0, line.find(",\"tokens_per_second")));
-    return found;
-  };
+  const auto lines = [&](const std::string& name) { return metrics(folder / (name + ".jsonl")); };
   output(2, flags("whole", "6", {}));
   ASSERT_EQ(lines("whole").size(), 6u);
 
@@ -133,6 +149,62 @@ TEST_F(LanguageModel, GoesOnFromItsLastCheckpoint) {
   EXPECT_EQ(losses(output(2, flags("new", "2", {"--resume"}))).size(), 2u);
   EXPECT_THAT(failure(2, flags("whole", "6", {"--resume"})), AllOf(HasSubstr("6 steps"), HasSubstr("raise --steps")));
   EXPECT_THAT(failure(2, {"--resume"}), HasSubstr("--resume needs --checkpoint"));
+}
+
+TEST_F(LanguageModel, DropsTheSameUnderEverySchedule) {
+  const auto run = [&](const std::string& kind, const std::string& dropout) {
+    std::vector<double> found;
+    for (const std::string& loss : losses(output(2, {"--schedule", kind, "--microbatches", "4", "--dropout", dropout})))
+      found.push_back(std::stod(loss));
+    return found;
+  };
+  const std::vector<double> first = run("dualpipe", "0.3");
+  for (const std::string kind : {"zbv", "interleaved"})
+    EXPECT_THAT(run(kind, "0.3"), ::testing::Pointwise(::testing::DoubleNear(1.5e-3), first)) << kind;
+  EXPECT_NE(run("dualpipe", "0"), first);
+}
+
+/// torchrun starts all ranks again when one of them is killed.
+TEST_F(LanguageModel, GoesOnUnderTorchrunAsIfNothingHadHappened) {
+  if (!std::filesystem::exists(TORCHRUN)) GTEST_SKIP() << "there is no " << TORCHRUN;
+  const auto flags = [&](const std::string& name) {
+    return Flags{"--microbatches",
+                 "4",
+                 "--steps",
+                 "8",
+                 "--dropout",
+                 "0.1",
+                 "--seed",
+                 "9",
+                 "--checkpoint",
+                 (folder / name).string(),
+                 "--metrics",
+                 (folder / (name + ".jsonl")).string(),
+                 "--resume",
+                 "--checkpoint-every",
+                 "2"};
+  };
+  output(2, flags("whole"));
+
+  // The first time, rank 1 is killed as soon as there is a checkpoint. Links are slow, so that the run is not over then.
+  Flags program = command(2, flags("parts"));
+  program.erase(program.begin(), std::find(program.begin(), program.end(), "--") + 1);
+  program.insert(program.end(), {"--link-latency-ms", "20"});
+  const std::string script =
+      "if [ $RANK != 1 ] || [ $TORCHELASTIC_RESTART_COUNT != 0 ]; then exec \"$@\"; fi\n"
+      "\"$@\" & until [ -d '" +
+      (folder / "parts" / "step-00000002").string() + "' ]; do sleep 0.01; done; kill -9 $!; wait $!";
+  Flags all{TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--no-python", "sh", "-c", script,
+            "sh"};
+  all.insert(all.end(), program.begin(), program.end());
+  Process run(all, {{"OMP_NUM_THREADS", "1"}});
+  ASSERT_EQ(run.wait(std::chrono::seconds(100)), 0) << run.out() << run.err();
+  EXPECT_THAT(run.out(), ::testing::ContainsRegex("goes on after step [246]"));
+  EXPECT_EQ(metrics(folder / "parts.jsonl").size(), 8u);
+  EXPECT_EQ(metrics(folder / "parts.jsonl"), metrics(folder / "whole.jsonl"));
+  const auto whole = files_of(folder / "whole" / "step-00000008"), parts = files_of(folder / "parts" / "step-00000008");
+  EXPECT_GE(whole.size(), 5u);
+  EXPECT_TRUE(whole == parts) << "every byte of weights and optimizer states";
 }
 
 TEST_F(LanguageModel, WrongInputIsOneClearError) {

@@ -124,7 +124,7 @@ TEST(BadInput, Json) {
   const auto options = DualPipeOptions::from_json(
       R"({"num_ranks": 8, "num_micro_batches": 20, "schedule": "1f1b", "publish": "atomic", "loss_reduction": "sum",
           "batch_dim": 1, "keep_outputs": true, "asynchronous": true, "chunks_per_rank": 3,
-          "compare_replicas_every": 7,
+          "compare_replicas_every": 7, "seed": 18446744073709551615,
           "merge_outputs": [{"how": "stack", "dim": 1}, {"how": "list"}, {"dim": 2}]})");
   EXPECT_EQ(options.num_ranks, 8);
   EXPECT_EQ(options.num_micro_batches, 20);
@@ -136,6 +136,7 @@ TEST(BadInput, Json) {
   EXPECT_TRUE(options.asynchronous);
   EXPECT_EQ(options.chunks_per_rank, 3);
   EXPECT_EQ(options.compare_replicas_every, 7);
+  EXPECT_EQ(options.seed, 18446744073709551615u);
   EXPECT_EQ(options.merge_outputs,
             (std::vector<Merge>{{Merge::How::stack, 1}, {Merge::How::list}, {Merge::How::concat, 2}}));
 
@@ -148,6 +149,7 @@ TEST(BadInput, Json) {
   EXPECT_THAT(fails(R"({"num_micro_batches": "20"})"), AllOf(HasSubstr("must be an integer"), HasSubstr("\"20\"")));
   EXPECT_THAT(fails(R"({"num_micro_batches": 2.5})"), HasSubstr("2.5"));
   EXPECT_THAT(fails(R"({"num_micro_batches": -1})"), HasSubstr("-1"));
+  EXPECT_THAT(fails(R"({"seed": -1})"), AllOf(HasSubstr("\"seed\" must be an integer >= 0"), HasSubstr("-1")));
   EXPECT_THAT(fails(R"({"num_micro_batches": 99999999999999999999})"), HasSubstr("must be an integer"));
   EXPECT_THAT(fails(R"({"num_micro_batches": 18446744073709551615})"), HasSubstr("must be an integer"));
   EXPECT_THAT(fails(R"({"publish": "never"})"), AllOf(HasSubstr("\"early\" or \"atomic\""), HasSubstr("never")));

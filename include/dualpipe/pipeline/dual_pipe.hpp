@@ -3,6 +3,7 @@
 #include <torch/nn/module.h>
 #include <torch/nn/pimpl.h>
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <utility>
@@ -67,8 +68,8 @@ class DualPipeImpl : public torch::nn::Module {
   using StageFactory = dualpipe::StageFactory;
   using LossFn = dualpipe::LossFn;
 
-  /// Collective. Makes, proves and lowers the schedule, calls `factory` once for each stage that this rank holds, moves
-  /// the stages to the communicator's device and makes the copies of each stage equal.
+  /// Collective. Makes, proves and lowers the schedule, calls `factory` once for each stage that this rank holds (with a
+  /// seed, see DualPipeOptions::seed, as StageFactory::make; ranks that are threads one after the other), moves the stages to the communicator's device and makes the copies of each stage equal.
   ///
   /// @throws InvalidArgument  options that are wrong or differ between ranks, a factory that threw, or a parameter that
   ///                          stages of different ranks share, where that can be seen (docs/stages.md): the same text
@@ -132,6 +133,12 @@ class DualPipeImpl : public torch::nn::Module {
   /// Collective. Parameters and buffers of the lowest holder of each stage replace the others'. Done by the
   /// constructor; call it after loading weights by hand.
   DUALPIPE_DECL void broadcast_parameters();
+  /// The number of steps that lie behind the model, 0 for a new one: StageContext::step, and random numbers with
+  /// DualPipeOptions::seed, go on from there. load_checkpoint() calls it. The same on all ranks, which the next call
+  /// compares.
+  ///
+  /// @throws InvalidArgument  a negative number.
+  DUALPIPE_DECL void set_step(std::int64_t step);
   /// The observer sees what this rank does, from the next call on.
   DUALPIPE_DECL void add_observer(std::shared_ptr<Observer> observer);
 

@@ -342,6 +342,7 @@ CheckpointExtra load_checkpoint(const std::string& folder, torch::nn::Module& mo
 
   apply_weights(weights, state);
   apply_optimizer(std::move(states), optimizer);
+  if (state.pipe != nullptr) state.pipe->set_step(extra.step);
   if (random.defined()) {
     at::Generator generator = at::detail::getDefaultCPUGenerator();
     const std::lock_guard lock(generator.mutex());

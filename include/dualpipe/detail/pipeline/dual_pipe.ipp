@@ -52,6 +52,11 @@ torch::Tensor DualPipeImpl::clip_grad_norm_(double max_norm) { return state_->cl
 
 void DualPipeImpl::broadcast_parameters() { state_->broadcast_parameters(); }
 
+void DualPipeImpl::set_step(std::int64_t step) {
+  DUALPIPE_CHECK(step >= 0, "the number of steps must not be negative, got ", step);
+  state_->set_step(step);
+}
+
 void DualPipeImpl::add_observer(std::shared_ptr<Observer> observer) {
   DUALPIPE_CHECK(observer != nullptr, "add_observer got no observer");
   state_->add_observer(std::move(observer));

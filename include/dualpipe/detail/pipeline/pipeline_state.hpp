@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -52,6 +53,7 @@ class PipelineState {
   void broadcast_parameters() {
     health_.watched([&] { flight_.together("broadcast of parameters", [&] { replicas_->broadcast(); }); });
   }
+  void set_step(std::int64_t step) { step_ = step, calls_ = 0; }
   void write_record(const std::string& path) const { write_file(path, flight_.to_json()); }
   void add_observer(std::shared_ptr<Observer> observer) { observers_.add(std::move(observer)); }
 
@@ -101,8 +103,12 @@ class PipelineState {
   std::unique_ptr<ArrivalMemory> arrivals_;
   Tensors parameters_;
   std::vector<int> loss_ranks_;
+  std::optional<std::uint64_t> seed_;
+  at::Generator generator_;  // what stages draw from, with a seed
   std::int64_t step_ = 0;
-  DeviceHashes last_hashes_;  // of the step before, if asynchronous
+  std::int64_t steps_run_ = 0;  // here; step_ may begin elsewhere
+  std::int64_t calls_ = 0;      // evaluations and predictions since the step before
+  DeviceHashes last_hashes_;    // of the step before, if asynchronous
 };
 
 }  // namespace dualpipe::detail

@@ -187,7 +187,8 @@ inline void warn_of_equal(const std::vector<ParameterPlace>& places, const Sched
     if (holders(schedule, place.stage) == holders(schedule, first)) continue;
     TORCH_WARN("stages ", first, " and ", place.stage, " begin with equal values of a parameter of the same name, '",
                place.name,
-               "', and different ranks hold them. If they were seeded alike: seed each stage by its number. If "
+               "', and different ranks hold them. If they were seeded alike: leave that to DualPipeOptions::seed, or "
+               "seed each stage by its number. If "
                "it is one weight that both use: each will train its own copy. ",
                ways_to_tie, ". This is said once");
     return;
