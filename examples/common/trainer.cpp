@@ -166,22 +166,17 @@ void Trainer::introduce() const {
       1e-6 * static_cast<double>(corpus_.training.size()), 1e-6 * static_cast<double>(corpus_.held_out.size()));
 }
 
-std::filesystem::path Trainer::checkpoints() const {
-  return mesh_.num_replicas() == 1 ? options_.checkpoint
-                                   : options_.checkpoint / ("pipeline-" + std::to_string(mesh_.replica()));
-}
-
 std::optional<dualpipe::CheckpointExtra> Trainer::resume(torch::optim::Optimizer& optimizer) {
   if (options_.checkpoint.empty()) return std::nullopt;
   std::error_code ignored;
-  const bool empty =
-      agree(std::filesystem::is_directory(checkpoints(), ignored) && !std::filesystem::is_empty(checkpoints(), ignored)
-                ? 0
-                : 1) > 0;
+  const bool empty = agree(std::filesystem::is_directory(options_.checkpoint, ignored) &&
+                                   !std::filesystem::is_empty(options_.checkpoint, ignored)
+                               ? 0
+                               : 1) > 0;
   DUALPIPE_CHECK(empty || options_.resume, options_.checkpoint.string(),
                  " is not empty; add --resume to go on from its last checkpoint, or choose another folder");
   if (empty) return std::nullopt;
-  const dualpipe::CheckpointExtra extra = load_checkpoint(checkpoints(), pipe_, optimizer);
+  const dualpipe::CheckpointExtra extra = load_checkpoint(options_.checkpoint, pipe_, optimizer);
   DUALPIPE_CHECK(extra.step < options_.steps, "the run in ", options_.checkpoint.string(), " has done its ", extra.step,
                  " steps; raise --steps, which is ", options_.steps);
   say("goes on after step %lld\n", static_cast<long long>(extra.step));
@@ -215,7 +210,7 @@ Timeline Trainer::train() {
   }
   std::optional<dualpipe::CheckpointWriter> writer;
   if (!options_.checkpoint.empty())
-    writer.emplace(checkpoints(), dualpipe::CheckpointOptions{.keep = 2, .asynchronous = true});
+    writer.emplace(options_.checkpoint, dualpipe::CheckpointOptions{.keep = 2, .asynchronous = true});
   std::optional<dualpipe::MetricsWriter> metrics;
   if (!options_.metrics.empty() && world_.rank == 0) metrics.emplace(options_.metrics, first > 0 ? first : -1);
 
