@@ -11,6 +11,7 @@
 #include <iterator>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -148,7 +149,11 @@ TEST(CheckpointErrors, ANewerFormatAndNoCheckpointAreNamed) {
   EXPECT_THAT(run.refusal(), AllOf(HasSubstr("version 2"), HasSubstr("reads 1")));
   overwrite(manifest, "{}");
   EXPECT_THAT(run.refusal(), HasSubstr("no manifest"));
+  EXPECT_EQ(latest_checkpoint(run.folder.path()), 1);
   fs::remove(manifest);
+  EXPECT_EQ(latest_checkpoint(run.folder.path()), std::nullopt);
+  EXPECT_EQ(latest_checkpoint(run.folder / "missing"), std::nullopt);
+  EXPECT_THAT(error_of([&] { latest_checkpoint(run.folder.write("file", "")); }), HasSubstr("cannot read"));
   EXPECT_THAT(run.refusal(), HasSubstr("no complete checkpoint in " + run.folder.path().string()));
   EXPECT_THAT(error_of([&] { load_checkpoint(run.folder / "missing", run.model, run.optimizer); }),
               AllOf(HasSubstr("missing"), HasSubstr("no folder")));

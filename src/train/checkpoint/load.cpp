@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <mutex>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <set>
 #include <utility>
 
@@ -212,7 +213,6 @@ void check_optimizer(const WholeModel& model, const TensorFiles& files, const Js
   for (const auto& [name, group] : saved.at("group_of").items())
     if (const auto line = model.find(name); line != model.end() && line->second.group != group.get<int>())
       moved.push_back(name);
-  DUALPIPE_CHECK(moved.empty(), "the checkpoint has other parameter groups of ", listed(moved));
   for (const std::string& key : files.names()) {
     const std::string name = key.substr(0, key.rfind('.'));
     const auto line = model.find(name);
@@ -224,6 +224,7 @@ void check_optimizer(const WholeModel& model, const TensorFiles& files, const Js
   }
   DUALPIPE_CHECK(unknown.empty(),
                  "the checkpoint has states of what the optimizer does not train here: ", listed(unknown));
+  DUALPIPE_CHECK(moved.empty(), "the checkpoint has other parameter groups of ", listed(moved));
   DUALPIPE_CHECK(other.empty(), "optimizer states have other sizes than their parameters: ", listed(other));
 }
 
@@ -293,6 +294,14 @@ TensorFiles weights_at(const fs::path& path) {
 
 }  // namespace
 }  // namespace detail
+
+std::optional<std::int64_t> latest_checkpoint(const std::string& folder) {
+  std::error_code error;
+  if (!std::filesystem::exists(folder, error)) return std::nullopt;
+  const auto complete = detail::complete_checkpoints(folder);
+  if (complete.empty()) return std::nullopt;
+  return complete.rbegin()->first;
+}
 
 CheckpointExtra load_checkpoint(const std::string& folder, torch::nn::Module& model,
                                 torch::optim::Optimizer& optimizer) {
