@@ -83,6 +83,18 @@ bool set_merges(DualPipeOptions& options, const Json& value) {
   return true;
 }
 
+/// {"running_mean": "mean", …}
+bool set_buffers(DualPipeOptions& options, const Json& value) {
+  const std::map<std::string, BufferReduction> names{{"broadcast", BufferReduction::broadcast},
+                                                     {"sum", BufferReduction::sum},
+                                                     {"mean", BufferReduction::mean},
+                                                     {"local", BufferReduction::local}};
+  if (!value.is_object()) return false;
+  for (const auto& [name, reduction] : value.items())
+    if (!take(reduction, names, options.buffers[name])) return false;
+  return true;
+}
+
 struct Key {
   const char* allowed;
   Setter set;
@@ -97,6 +109,7 @@ std::map<std::string, Key> keys() {
       {"merge_outputs",
        {"a list of objects with \"how\", which is \"concat\", \"stack\" or \"list\", and \"dim\", an integer >= 0",
         set_merges}},
+      {"buffers", {"an object from names to \"broadcast\", \"sum\", \"mean\" or \"local\"", set_buffers}},
       {"compare_replicas_every", {"an integer >= 0", plain(&DualPipeOptions::compare_replicas_every)}},
       {"seed", {"an integer >= 0", plain(&DualPipeOptions::seed)}},
       {"keep_outputs", {"true or false", plain(&DualPipeOptions::keep_outputs)}},

@@ -48,8 +48,6 @@ class Trainer {
   void say(const char* pattern, const Arguments&... arguments) const;
   void introduce() const;
   dualpipe::Timeline train();
-  /// Where this pipeline's checkpoints are.
-  std::filesystem::path checkpoints() const;
   /// What the last checkpoint says, if the run goes on from one.
   std::optional<dualpipe::CheckpointExtra> resume(torch::optim::Optimizer& optimizer);
   /// Of all pipelines' last step: loss without penalty, and penalty.

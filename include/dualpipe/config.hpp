@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -21,6 +22,14 @@ struct Merge {
   How how = How::concat;
   int dim = 0;
   bool operator==(const Merge&) const = default;
+};
+
+/// How the copies of a buffer become one after a step in which each holder of its stage has run other micro-batches.
+enum class BufferReduction {
+  broadcast,  ///< the value of the lowest holder replaces the others'
+  sum,        ///< it grows by the sum of what it has grown by on each holder: counters, exact for integers
+  mean,       ///< it grows by the mean of that: running statistics; floating point
+  local       ///< each holder keeps its own, which is not compared
 };
 
 /// Members in the order in which a reader sets them.
@@ -45,13 +54,16 @@ struct DualPipeOptions {
                               ///< DualPipeImpl::step on failures
   int compare_replicas_every = 100;  ///< steps: the copies of a stage on several ranks are compared bit by bit in the
                                      ///< first and every such step, 0: never; see DualPipeImpl::step
+  /// By name, which is that of a buffer or its end behind a dot, the longest that fits: {{"running_mean",
+  /// BufferReduction::mean}}. Others are broadcast where they are floating-point numbers, else local and compared.
+  std::map<std::string, BufferReduction> buffers = {};
   /// A folder, made if there is none: when the pipeline fails, each rank that can leaves what it did last in
   /// `rank-<number>.json` there, for `dualpipe-plan report`. Empty: no files.
   std::string record_to = {};
   int num_ranks = 0;  ///< when not 0, must equal the number of ranks of the pipeline
 
   /// Reads a JSON object whose keys are the members above; merge_outputs is a list as in
-  /// [{"how": "stack", "dim": 1}, {"how": "list"}].
+  /// [{"how": "stack", "dim": 1}, {"how": "list"}], buffers an object as in {"running_mean": "mean"}.
   ///
   /// @throws InvalidArgument  unreadable file, malformed JSON, an unknown or mistyped key; the text names the file, the
   /// key and what is allowed.

@@ -2,6 +2,7 @@
 // one clear error.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <signal.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -205,6 +206,51 @@ TEST_F(LanguageModel, GoesOnUnderTorchrunAsIfNothingHadHappened) {
   const auto whole = files_of(folder / "whole" / "step-00000008"), parts = files_of(folder / "parts" / "step-00000008");
   EXPECT_GE(whole.size(), 5u);
   EXPECT_TRUE(whole == parts) << "every byte of weights and optimizer states";
+}
+
+TEST_F(LanguageModel, TheDemoGoesOnAfterAnInterrupt) {
+  // The script among stand-ins for what is around it.
+  namespace fs = std::filesystem;
+  fs::create_directories(folder / "scripts");
+  fs::create_directories(folder / "build/release/bin");
+  fs::copy_file(DUALPIPE_DEMO, folder / "scripts/demo");
+  write("scripts/setup", "#!/bin/sh\n");
+  fs::permissions(folder / "scripts/setup", fs::perms::owner_all);
+  fs::create_symlink(DUALPIPE_RUN, folder / "build/release/bin/dualpipe-run");
+  fs::create_symlink(DUALPIPE_LM, folder / "build/release/bin/dualpipe-lm");
+  // In a group of processes of its own, as a shell starts it.
+  const auto demo = [&](const Flags& flags) {
+    Flags all = command(2, flags);
+    all.erase(all.begin(), std::find(all.begin(), all.end(), DUALPIPE_LM) + 1);
+    all.insert(all.begin(), {"bash", "-c", "set -m; \"$0\" \"$@\" & echo \"group $! of \"; wait $!",
+                             (folder / "scripts/demo").string(), "--microbatches", "4", "--checkpoint-every", "2"});
+    return all;
+  };
+  {
+    Process process(demo({"--steps", "1000000"}), {{"RANKS", "2"}});
+    ASSERT_TRUE(process.wait_for_output("step 8 ")) << process.out() << process.err();
+    const std::string text = process.out();
+    ::kill(-std::stoi(text.substr(text.find("group ") + 6)), SIGINT);
+    EXPECT_NE(process.wait(), 0);
+    EXPECT_THAT(process.err(), AllOf(HasSubstr("out/demo has the last checkpoint"), HasSubstr("--new begins anew")));
+  }
+  {
+    Process process(demo({"--steps", "100", "--layers", "4"}), {{"RANKS", "2"}});
+    EXPECT_NE(process.wait(), 0);
+    EXPECT_THAT(process.err(), AllOf(HasSubstr("another model"), HasSubstr("--new begins anew")));
+  }
+  const auto finish = [&](const Flags& flags) {
+    Process process(demo(flags), {{"RANKS", "2"}});
+    EXPECT_EQ(process.wait(), 0) << process.out() << process.err();
+    EXPECT_FALSE(fs::exists(folder / "out/demo"));
+    return process.out();
+  };
+  const fs::path saved = folder / "saved";
+  fs::copy(folder / "out/demo", saved, fs::copy_options::recursive);
+  EXPECT_THAT(finish({"--steps", "2", "--new"}), AllOf(HasSubstr("before training"), Not(HasSubstr("goes on"))));
+  fs::rename(saved, folder / "out/demo");
+  EXPECT_THAT(finish({"--steps", "1000000", "--minutes", "0.000001"}),  // they are used up: what comes after training
+              AllOf(HasSubstr("goes on after step"), Not(HasSubstr("before training")), HasSubstr("sample")));
 }
 
 TEST_F(LanguageModel, WrongInputIsOneClearError) {

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdio>
 #include <fstream>
+#include <map>
 #include <string>
 
 #include "pipeline/pipeline.hpp"
@@ -125,6 +126,7 @@ TEST(BadInput, Json) {
       R"({"num_ranks": 8, "num_micro_batches": 20, "schedule": "1f1b", "publish": "atomic", "loss_reduction": "sum",
           "batch_dim": 1, "keep_outputs": true, "asynchronous": true, "chunks_per_rank": 3,
           "compare_replicas_every": 7, "seed": 18446744073709551615,
+          "buffers": {"running_mean": "mean", "seen": "sum"},
           "merge_outputs": [{"how": "stack", "dim": 1}, {"how": "list"}, {"dim": 2}]})");
   EXPECT_EQ(options.num_ranks, 8);
   EXPECT_EQ(options.num_micro_batches, 20);
@@ -137,6 +139,8 @@ TEST(BadInput, Json) {
   EXPECT_EQ(options.chunks_per_rank, 3);
   EXPECT_EQ(options.compare_replicas_every, 7);
   EXPECT_EQ(options.seed, 18446744073709551615u);
+  EXPECT_EQ(options.buffers, (std::map<std::string, BufferReduction>{{"running_mean", BufferReduction::mean},
+                                                                     {"seen", BufferReduction::sum}}));
   EXPECT_EQ(options.merge_outputs,
             (std::vector<Merge>{{Merge::How::stack, 1}, {Merge::How::list}, {Merge::How::concat, 2}}));
 
@@ -158,6 +162,7 @@ TEST(BadInput, Json) {
        {R"("stack")", R"(["stack"])", R"([{"how": "sum"}])", R"([{"dim": -1}])", R"([{"dims": 1}])"})
     EXPECT_THAT(fails(detail::str("{\"merge_outputs\": ", merges, "}")),
                 HasSubstr("\"concat\", \"stack\" or \"list\""));
+  EXPECT_THAT(fails(R"({"buffers": {"seen": "max"}})"), HasSubstr("\"broadcast\", \"sum\", \"mean\" or \"local\""));
   EXPECT_THAT(fails(R"({"num_ranks": 8, "num_ranks": 4})"), HasSubstr("the key \"num_ranks\" is named twice"));
   EXPECT_THAT(fails("[1]"), HasSubstr("object"));
   EXPECT_THAT(fails("{"), HasSubstr("not JSON: parse error at line 1, column 2"));

@@ -150,6 +150,11 @@ class DualPipeImpl : public torch::nn::Module {
 
   /// Of the ranks of this pipeline; with a mesh, of this rank's replica.
   DUALPIPE_DECL const std::shared_ptr<Communicator>& communicator() const;
+  /// Of the ranks of all replicas; communicator() where there is one.
+  DUALPIPE_DECL const std::shared_ptr<Communicator>& world() const;
+  /// Which part of the experts this rank has of a parameter or buffer, by its name in the pipeline; -1 where all ranks
+  /// that hold its stage have the same.
+  DUALPIPE_DECL int expert_part(const std::string& name) const;
   DUALPIPE_DECL const Schedule& schedule() const;
   DUALPIPE_DECL std::vector<int> local_stages() const;
   /// This rank runs the first stage for some micro-batches and needs their inputs.

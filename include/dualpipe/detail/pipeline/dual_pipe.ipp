@@ -65,6 +65,10 @@ void DualPipeImpl::add_observer(std::shared_ptr<Observer> observer) {
 void DualPipeImpl::write_record(const std::string& path) const { state_->write_record(path); }
 const std::shared_ptr<Communicator>& DualPipeImpl::communicator() const { return state_->communicator(); }
 
+const std::shared_ptr<Communicator>& DualPipeImpl::world() const { return state_->ranks().world; }
+
+int DualPipeImpl::expert_part(const std::string& name) const { return state_->expert_part(name); }
+
 const Schedule& DualPipeImpl::schedule() const { return state_->schedule(); }
 
 std::vector<int> DualPipeImpl::local_stages() const {

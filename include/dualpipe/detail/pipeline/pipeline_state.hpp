@@ -58,6 +58,11 @@ class PipelineState {
   void add_observer(std::shared_ptr<Observer> observer) { observers_.add(std::move(observer)); }
 
   const std::shared_ptr<Communicator>& communicator() const noexcept { return communicator_; }
+  const Ranks& ranks() const noexcept { return ranks_; }
+  int expert_part(const std::string& name) const {
+    const int parts = ranks_.shape.expert;
+    return parts > 1 && is_expert_(name) ? ranks_.replica() % parts : -1;
+  }
   const Schedule& schedule() const noexcept { return training_->schedule; }
   const std::map<int, Stage>& stages() const noexcept { return executor_->stages(); }
   bool feeds_inputs() const { return runs_stage(0); }

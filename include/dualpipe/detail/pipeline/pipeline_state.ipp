@@ -147,7 +147,8 @@ void PipelineState::start() {
   flight_.together("broadcast of parameters", [&] {
     std::vector<int> sum_order;
     for (const Reduction& reduction : training_->program.reductions) sum_order.push_back(reduction.stage);
-    replicas_ = std::make_unique<Replicas>(world(), ranks_.shape, schedule(), stages(), is_expert_, sum_order);
+    replicas_ = std::make_unique<Replicas>(world(), ranks_.shape, schedule(), stages(), is_expert_, sum_order,
+                                           options_.buffers);
     replicas_->broadcast();
   });
   for (const auto& [number, stage] : stages()) stage.freeze(communicator_->world_rank(rank()), number);
@@ -243,7 +244,7 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
     RunOutputs outputs = executor_->run(*training_, inputs, observers_.all());
     flight_.together("sum of gradients", [&] {
       replicas_->finish_sums(*outputs.recorder);
-      replicas_->broadcast_buffers();
+      replicas_->combine_buffers(*buffers);
     });
     gradients->add_up();
     observers_.finish(*communicator_, outputs);
