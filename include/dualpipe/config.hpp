@@ -12,6 +12,17 @@ namespace dualpipe {
 
 enum class LossReduction { mean, sum };
 
+/// In what the gradients of bfloat16 and float16 parameters are accumulated over micro-batches, summed over ranks and
+/// handed out. Those of other parameters have the dtype of their parameter.
+enum class GradientDtype { parameter, float32 };
+
+/// What happens to a step with a loss or a gradient that is infinite or NaN, alike on all ranks.
+enum class OnNonFinite {
+  error,  ///< step() throws InvalidArgument on all ranks; gradients and buffers are what they were
+  skip,   ///< the same without an exception: StepResult::skipped says so
+  keep    ///< nobody looks, and the gradients are handed out
+};
+
 /// How predict() makes an output of the whole batch from that of each micro-batch.
 struct Merge {
   enum class How {
@@ -40,7 +51,9 @@ struct DualPipeOptions {
   Publish publish = Publish::early;
   LossReduction loss_reduction =
       LossReduction::mean;  ///< each micro-batch loss is scaled by 1/N (mean; N over all replicas) or 1 (sum)
-  int batch_dim = 0;        ///< dimension that is split into micro-batches
+  GradientDtype gradient_dtype = GradientDtype::parameter;
+  OnNonFinite on_non_finite = OnNonFinite::error;
+  int batch_dim = 0;  ///< dimension that is split into micro-batches
   /// What predict() returns, for each output of the last stage. Empty: all by concat along batch_dim, where an output
   /// has one entry for each sample of its micro-batch.
   std::vector<Merge> merge_outputs = {};

@@ -97,6 +97,12 @@ TEST_F(LanguageModel, LearnsInBfloat16) {
   }
 }
 
+TEST_F(LanguageModel, ALossThatIsNoNumberEndsTheRun) {
+  const std::string text = failure(2, {"--learning-rate", "1e30", "--microbatches", "4"});
+  EXPECT_THAT(text, AllOf(HasSubstr(" is not finite: the loss of micro-batch 0 is "), Not(HasSubstr("loss -nan")),
+                          Not(HasSubstr("loss nan"))));
+}
+
 TEST_F(LanguageModel, GpuRanksWithoutAGpuAreOneClearError) {
   const auto text_of = [&](const std::vector<std::string>& flags) {
     Process process(command(2, flags), {{"CUDA_VISIBLE_DEVICES", "-1"}});

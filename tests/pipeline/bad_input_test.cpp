@@ -126,7 +126,7 @@ TEST(BadInput, Json) {
       R"({"num_ranks": 8, "num_micro_batches": 20, "schedule": "1f1b", "publish": "atomic", "loss_reduction": "sum",
           "batch_dim": 1, "keep_outputs": true, "asynchronous": true, "chunks_per_rank": 3,
           "compare_replicas_every": 7, "seed": 18446744073709551615,
-          "buffers": {"running_mean": "mean", "seen": "sum"},
+          "buffers": {"running_mean": "mean", "seen": "sum"}, "gradient_dtype": "float32", "on_non_finite": "keep",
           "merge_outputs": [{"how": "stack", "dim": 1}, {"how": "list"}, {"dim": 2}]})");
   EXPECT_EQ(options.num_ranks, 8);
   EXPECT_EQ(options.num_micro_batches, 20);
@@ -141,6 +141,8 @@ TEST(BadInput, Json) {
   EXPECT_EQ(options.seed, 18446744073709551615u);
   EXPECT_EQ(options.buffers, (std::map<std::string, BufferReduction>{{"running_mean", BufferReduction::mean},
                                                                      {"seen", BufferReduction::sum}}));
+  EXPECT_EQ(options.gradient_dtype, GradientDtype::float32);
+  EXPECT_EQ(options.on_non_finite, OnNonFinite::keep);
   EXPECT_EQ(options.merge_outputs,
             (std::vector<Merge>{{Merge::How::stack, 1}, {Merge::How::list}, {Merge::How::concat, 2}}));
 
@@ -157,6 +159,8 @@ TEST(BadInput, Json) {
   EXPECT_THAT(fails(R"({"num_micro_batches": 99999999999999999999})"), HasSubstr("must be an integer"));
   EXPECT_THAT(fails(R"({"num_micro_batches": 18446744073709551615})"), HasSubstr("must be an integer"));
   EXPECT_THAT(fails(R"({"publish": "never"})"), AllOf(HasSubstr("\"early\" or \"atomic\""), HasSubstr("never")));
+  EXPECT_THAT(fails(R"({"gradient_dtype": "bfloat16"})"), HasSubstr("\"parameter\" or \"float32\""));
+  EXPECT_THAT(fails(R"({"on_non_finite": true})"), HasSubstr("\"error\", \"skip\" or \"keep\""));
   EXPECT_THAT(fails(R"({"keep_outputs": 1})"), HasSubstr("true or false"));
   for (const char* merges :
        {R"("stack")", R"(["stack"])", R"([{"how": "sum"}])", R"([{"dim": -1}])", R"([{"dims": 1}])"})

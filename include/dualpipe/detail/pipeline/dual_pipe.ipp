@@ -48,7 +48,9 @@ StepResult DualPipeImpl::evaluate(const Batch& batch, const LossFn& loss) {
 
 Tensors DualPipeImpl::predict(const Batch& batch) { return state_->predict(batch, *this); }
 
-torch::Tensor DualPipeImpl::clip_grad_norm_(double max_norm) { return state_->clip_grad_norm(max_norm); }
+torch::Tensor DualPipeImpl::clip_grad_norm_(double max_norm, bool error_if_nonfinite) {
+  return state_->clip_grad_norm(max_norm, error_if_nonfinite);
+}
 
 void DualPipeImpl::broadcast_parameters() { state_->broadcast_parameters(); }
 

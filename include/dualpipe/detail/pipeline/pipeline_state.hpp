@@ -18,6 +18,7 @@
 #include "dualpipe/detail/pipeline/call_statement.hpp"
 #include "dualpipe/detail/pipeline/device_hash.hpp"
 #include "dualpipe/detail/pipeline/executor.hpp"
+#include "dualpipe/detail/pipeline/finite.hpp"
 #include "dualpipe/detail/pipeline/flight_recorder.hpp"
 #include "dualpipe/detail/pipeline/forward_plans.hpp"
 #include "dualpipe/detail/pipeline/health.hpp"
@@ -49,7 +50,7 @@ class PipelineState {
   DUALPIPE_DECL StepResult step(const Batch& batch, const LossFn& loss, const torch::nn::Module& module);
   DUALPIPE_DECL StepResult evaluate(const Batch& batch, const LossFn& loss, const torch::nn::Module& module);
   DUALPIPE_DECL Tensors predict(const Batch& batch, const torch::nn::Module& module);
-  DUALPIPE_DECL at::Tensor clip_grad_norm(double max_norm);
+  DUALPIPE_DECL at::Tensor clip_grad_norm(double max_norm, bool error_if_nonfinite);
   void broadcast_parameters() {
     health_.watched([&] { flight_.together("broadcast of parameters", [&] { replicas_->broadcast(); }); });
   }
@@ -86,13 +87,22 @@ class PipelineState {
   /// @throws InvalidArgument  on every rank, what one of them found; nothing else was sent.
   DUALPIPE_DECL CallAgreement enter(Call call, const Batch& batch, const LossFn* loss, RunInputs& inputs);
   /// Runs the body of a call, and tells the observers when it begins and ends.
+  ///
+  /// @param dropped  set by a body that commits nothing; may be null.
   template <class Body>
-  auto observed(const Body& body);
+  auto observed(const Body& body, const bool* dropped = nullptr);
   /// Runs the plan of a call that does not train.
   DUALPIPE_DECL RunOutputs run_forward(const std::shared_ptr<const Plan>& plan, RunInputs& inputs,
                                        const torch::nn::Module& module);
-  /// @param end  over when the device has finished the step; empty where the host has waited for it.
-  DUALPIPE_DECL StepResult result(at::Tensor losses, RunOutputs outputs, int num_micro_batches, Pending end);
+  /// Which gradients of this rank are not finite; empty: all are. Waits for the device.
+  DUALPIPE_DECL std::string finding_of_gradients(const FiniteCheck& check) const;
+  DUALPIPE_DECL StepResult result(at::Tensor losses, RunOutputs outputs, int num_micro_batches);
+  /// Of a step that was committed ahead of its device.
+  ///
+  /// @param numbers  as vote_ahead gives them.
+  /// @param end      over when the device has finished the step.
+  DUALPIPE_DECL StepResult result_ahead(const at::Tensor& numbers, RunOutputs outputs, const MicroBatchCount& count,
+                                        Pending end, std::int64_t step);
 
   Ranks ranks_;
   std::shared_ptr<Communicator> communicator_;  // the pipeline's
@@ -113,7 +123,9 @@ class PipelineState {
   std::int64_t step_ = 0;
   std::int64_t steps_run_ = 0;  // here; step_ may begin elsewhere
   std::int64_t calls_ = 0;      // evaluations and predictions since the step before
-  DeviceHashes last_hashes_;    // of the step before, if asynchronous
+  // Of the step before, if asynchronous.
+  DeviceHashes last_hashes_;
+  std::shared_ptr<UnfinishedStep> last_step_;
 };
 
 }  // namespace dualpipe::detail

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <filesystem>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -20,6 +21,7 @@
 #include "dualpipe/detail/host.hpp"
 #include "dualpipe/detail/pipeline/buffers.hpp"
 #include "dualpipe/detail/pipeline/call_batch.hpp"
+#include "dualpipe/detail/pipeline/finite.hpp"
 #include "dualpipe/detail/pipeline/gradients.hpp"
 #include "dualpipe/detail/pipeline/merge_outputs.hpp"
 #include "dualpipe/detail/pipeline/training_plan.hpp"
@@ -114,6 +116,9 @@ PipelineState::PipelineState(Ranks ranks, DualPipeOptions options, const StageFa
     DUALPIPE_CHECK(ranks_.shape.expert == 1 || is_expert_, "the mesh has expert groups of ", ranks_.shape.expert,
                    " ranks, but nothing says which parameters are theirs, so all ranks that hold a stage would get the "
                    "same experts; pass is_expert, or a mesh with expert = 1");
+    DUALPIPE_CHECK(!options_.asynchronous || options_.on_non_finite != OnNonFinite::skip,
+                   "an asynchronous step hands out its gradients before anybody knows whether they are finite, so it "
+                   "cannot be skipped; set on_non_finite to error or keep, or asynchronous to false");
     make_folder(options_.record_to);
     training_ = training_plan(options_, *communicator_, ranks_.shape.data);
   });
@@ -148,7 +153,7 @@ void PipelineState::start() {
     std::vector<int> sum_order;
     for (const Reduction& reduction : training_->program.reductions) sum_order.push_back(reduction.stage);
     replicas_ = std::make_unique<Replicas>(world(), ranks_.shape, schedule(), stages(), is_expert_, sum_order,
-                                           options_.buffers);
+                                           options_);
     replicas_->broadcast();
   });
   for (const auto& [number, stage] : stages()) stage.freeze(communicator_->world_rank(rank()), number);
@@ -208,14 +213,14 @@ CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* 
 }
 
 template <class Body>
-auto PipelineState::observed(const Body& body) {
+auto PipelineState::observed(const Body& body, const bool* dropped) {
   const std::int64_t number = step_;
   try {
     auto result = health_.guarded([&] {
       observers_.begin(number);
       return body();
     });
-    observers_.end(number, true);
+    observers_.end(number, dropped == nullptr || !*dropped);
     return result;
   } catch (...) {
     observers_.end(number, false);
@@ -233,13 +238,15 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
   // They outlive what is guarded: nothing is restored before the communicator was aborted and writes no more.
   std::optional<GradientTransaction> gradients;
   std::optional<BufferTransaction> buffers;
-  return observed([&] {
+  std::string infinite;  // what is not finite, the same on all ranks
+  bool dropped = false;
+  const auto body = [&] {
     const std::int64_t number = step_++;
     ++steps_run_;
     calls_ = 0;
     inputs.arrivals = arrivals_->known_arrivals(training_, inputs, module);
     DeviceHashes hashes(*communicator_, batch);
-    gradients.emplace(parameters_);
+    gradients.emplace(parameters_, options_.gradient_dtype);
     buffers.emplace(module);
     RunOutputs outputs = executor_->run(*training_, inputs, observers_.all());
     flight_.together("sum of gradients", [&] {
@@ -247,22 +254,53 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
       replicas_->combine_buffers(*buffers);
     });
     gradients->add_up();
+    const FiniteCheck finite(options_.on_non_finite == OnNonFinite::keep ? Tensors() : parameters_);
     observers_.finish(*communicator_, outputs);
-    StepVote all;
-    Pending end;
     if (options_.asynchronous) {
       const MemberHashes before = std::exchange(last_hashes_, std::move(hashes)).values();
-      all = flight_.together("vote", [&] { return vote_ahead(world(), outputs, count, before, end); });
-    } else {
-      communicator_->fence().synchronize();  // the only wait of the host for a device
-      all = flight_.together("vote", [&] { return vote(world(), outputs, count, hashes.values()); });
+      if (const auto step = std::exchange(last_step_, nullptr)) step->finish();
+      Pending end;
+      const StepVote all =
+          flight_.together("vote", [&] { return vote_ahead(world(), outputs, count, before, finite.count(), end); });
+      check_hashes(all.hashes, ranks_.shape, number - 1, numbers());
+      gradients->commit();
+      buffers->commit();
+      return result_ahead(all.losses, std::move(outputs), count, std::move(end), number);
     }
-    check_hashes(all.hashes, ranks_.shape, options_.asynchronous ? number - 1 : number, numbers());
-    gradients->commit();
-    buffers->commit();
-    if (end && end.done()) end = {};
-    return result(std::move(all.losses), std::move(outputs), count.of_replica, std::move(end));
-  });
+    communicator_->fence().synchronize();  // the only wait of the host for a device
+    StepVote all = flight_.together(
+        "vote", [&] { return vote(world(), outputs, count, hashes.values(), finding_of_gradients(finite)); });
+    check_hashes(all.hashes, ranks_.shape, number, numbers());
+    if (options_.on_non_finite != OnNonFinite::keep) infinite = non_finite(all, count);
+    dropped = !infinite.empty();
+    if (!dropped) {
+      gradients->commit();
+      buffers->commit();
+    }
+    return result(std::move(all.losses), std::move(outputs), count.of_replica);
+  };
+  StepResult found = observed(body, &dropped);
+  DUALPIPE_CHECK(!dropped || options_.on_non_finite == OnNonFinite::skip, "step ", step_, " is not finite: ", infinite,
+                 ". Gradients and buffers are what they were before it. With DualPipeOptions::on_non_finite = skip "
+                 "step() leaves such steps out and says so, with keep it hands out their gradients");
+  found.skipped = dropped;
+  return found;
+}
+
+std::string PipelineState::finding_of_gradients(const FiniteCheck& check) const {
+  const std::vector<std::size_t> found = check.found();
+  if (found.empty()) return {};
+  const at::Tensor& first = parameters_[found.front()];
+  std::string text;
+  for (const auto& [number, stage] : stages()) {
+    if (!text.empty() || !stage.module()) continue;
+    for (const auto& item : stage.module()->named_parameters())
+      if (text.empty() && item.value().is_same(first))
+        text = str("the gradient of parameter '", item.key(), "' of stage ", number, " on rank ",
+                   communicator_->world_rank(rank()));
+  }
+  if (found.size() > 1) text += str(" and of ", found.size() - 1, " more there");
+  return text;
 }
 
 RunOutputs PipelineState::run_forward(const std::shared_ptr<const Plan>& plan, RunInputs& inputs,
@@ -284,7 +322,7 @@ StepResult PipelineState::evaluate(const Batch& batch, const LossFn& loss, const
     communicator_->fence().synchronize();
     StepVote all = flight_.together("vote", [&] { return vote(world(), outputs, count, hashes.values()); });
     check_hashes(all.hashes, ranks_.shape, -1, numbers());
-    return result(std::move(all.losses), std::move(outputs), count.of_replica, {});
+    return result(std::move(all.losses), std::move(outputs), count.of_replica);
   });
 }
 
@@ -313,31 +351,48 @@ Tensors PipelineState::predict(const Batch& batch, const torch::nn::Module& modu
   return merged;
 }
 
-at::Tensor PipelineState::clip_grad_norm(double max_norm) {
+at::Tensor PipelineState::clip_grad_norm(double max_norm, bool error_if_nonfinite) {
   CallStatement mine;
   mine.call = Call::clip_grad_norm;
   return health_.watched([&] {
     return flight_.together("clip_grad_norm_", [&] {
       agreement(exchange_statements(world(), mine), ranks_.shape, ranks_.replica(), -1, numbers());
-      return dualpipe::clip_grad_norm(world(), replicas_->counted_parameters(), parameters_, max_norm);
+      return dualpipe::clip_grad_norm(world(), replicas_->counted_parameters(), parameters_, max_norm,
+                                      error_if_nonfinite);
     });
   });
 }
 
-StepResult PipelineState::result(at::Tensor losses, RunOutputs outputs, int num_micro_batches, Pending end) {
+StepResult PipelineState::result(at::Tensor losses, RunOutputs outputs, int num_micro_batches) {
   StepResult result;
-  if (end) {
-    result.loss = at::full({}, std::numeric_limits<double>::quiet_NaN(), at::kDouble);
-    result.unfinished_ = std::make_shared<UnfinishedStep>(std::move(end), options_.loss_reduction, result.loss, losses);
-    health_.watch(result.unfinished_);
-  } else {
-    result.loss = reduced(losses, options_.loss_reduction);
-  }
+  result.loss = reduced(losses, options_.loss_reduction);
   result.losses = std::move(losses);
   if (options_.keep_outputs) {
     result.outputs.resize(num_micro_batches);
     for (auto& [micro_batch, tensors] : outputs.outputs) result.outputs[micro_batch] = std::move(tensors);
   }
+  return result;
+}
+
+StepResult PipelineState::result_ahead(const at::Tensor& numbers, RunOutputs outputs, const MicroBatchCount& count,
+                                       Pending end, std::int64_t step) {
+  const bool over = !end || end.done();
+  StepResult result = this->result(numbers.narrow(0, 0, count.all()), std::move(outputs), count.of_replica);
+  if (!over) result.loss.fill_(std::numeric_limits<double>::quiet_NaN());
+  std::function<std::string()> finding;
+  if (options_.on_non_finite != OnNonFinite::keep) {
+    finding = [numbers, count, step] {
+      std::string text;
+      add_non_finite_losses(numbers, count, text);
+      const double gradients = numbers.const_data_ptr<double>()[count.all()];
+      if (gradients != 0) text += str(text.empty() ? "" : ", ", gradients, " gradients, those of each rank counted");
+      return text.empty() ? text : str("step ", step + 1, " is not finite: ", text);
+    };
+  }
+  last_step_ = std::make_shared<UnfinishedStep>(over ? Pending() : std::move(end), options_.loss_reduction, result.loss,
+                                                result.losses, std::move(finding));
+  result.unfinished_ = last_step_;
+  if (!over) health_.watch(last_step_);
   return result;
 }
 

@@ -34,13 +34,13 @@ class Replicas {
   /// @param stages     those of this rank.
   /// @param sum_order  the stages that several ranks hold, in the order in which all ranks begin their sums. A parameter
   ///                   that several stages share is summed with the last of them.
-  /// @param buffers    DualPipeOptions::buffers, the same on all ranks.
+  /// @param options    how buffers are combined and gradients added up; the same on all ranks.
   /// @throws InvalidArgument  on every rank: a parameter shared by stages that different sets of ranks hold, or by ranks
   ///                          that are threads of one process; a name that no buffer has, or a buffer that does not
   ///                          add up.
   DUALPIPE_DECL Replicas(Communicator& world, const MeshShape& shape, const Schedule& schedule,
                          const std::map<int, Stage>& stages, const IsExpert& is_expert,
-                         const std::vector<int>& sum_order, const std::map<std::string, BufferReduction>& buffers);
+                         const std::vector<int>& sum_order, const DualPipeOptions& options);
 
   /// Which parameters require grad, as a hash for each set of ranks that this rank belongs to. All ranks of a set must
   /// have the same when begin_sum() is called.
@@ -104,6 +104,7 @@ class Replicas {
   Communicator& world_;
   std::vector<Group> groups_;
   std::vector<int> sum_order_;
+  GradientDtype gradients_;
   std::vector<Sum> sums_;
   Tensors counted_;
   bool any_copies_ = false;              // some stage has several holders

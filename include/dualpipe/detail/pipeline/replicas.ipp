@@ -20,6 +20,7 @@
 #include "dualpipe/detail/host.hpp"
 #include "dualpipe/detail/pipeline/device_hash.hpp"
 #include "dualpipe/detail/pipeline/digest.hpp"
+#include "dualpipe/detail/pipeline/gradients.hpp"
 
 namespace dualpipe::detail {
 
@@ -257,13 +258,13 @@ inline BufferReductions buffer_reductions(Communicator& world, const std::map<in
 
 Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& schedule,
                    const std::map<int, Stage>& stages, const IsExpert& is_expert, const std::vector<int>& sum_order,
-                   const std::map<std::string, BufferReduction>& buffer_rules)
-    : world_(world), sum_order_(sum_order) {
+                   const DualPipeOptions& options)
+    : world_(world), sum_order_(sum_order), gradients_(options.gradient_dtype) {
   const auto places = parameter_places(all_gather_text(world, parameters_text(stages)));
   check_not_shared(places, schedule);
   if (world.rank() == 0) warn_of_equal(places, schedule);
 
-  const BufferReductions reductions = buffer_reductions(world, stages, buffer_rules);
+  const BufferReductions reductions = buffer_reductions(world, stages, options.buffers);
   const bool tells_experts = is_expert && shape.expert > 1;
   const std::vector<HolderSet> sets = holder_sets(schedule, shape, tells_experts);
   std::vector<std::shared_ptr<Communicator>> groups = make_holder_groups(world, sets);
@@ -332,7 +333,8 @@ void Replicas::begin_sum(int stage) {
       at::Tensor& gradient = sum.parameters[i].mutable_grad();
       sum.present.mutable_data_ptr<int>()[i] = gradient.defined() ? 1 : 0;
       if (!gradient.defined())
-        gradient = at::zeros_like(sum.parameters[i], at::MemoryFormat::Contiguous);
+        gradient = at::zeros_like(sum.parameters[i], gradient_type(sum.parameters[i], gradients_), {}, {}, {},
+                                  at::MemoryFormat::Contiguous);
       else if (gradient.is_sparse())
         gradient = gradient.to_dense();
       else

@@ -63,9 +63,14 @@ std::string describe(const DualPipeOptions& options, const Plan& plan) {
     buffers += str(buffers.empty() ? "" : ", ", name, " ", name_of(reduction));
   return str("num_micro_batches ", options.num_micro_batches, ", schedule ", options.schedule, " (checksum ",
              plan.checksum, "), publish ", options.publish == Publish::early ? "early" : "atomic", ", loss_reduction ",
-             options.loss_reduction == LossReduction::mean ? "mean" : "sum", ", batch_dim ", options.batch_dim,
-             ", merge_outputs [", merges, "], compare_replicas_every ", options.compare_replicas_every, ", buffers [",
-             buffers, "], seed ", options.seed ? std::to_string(*options.seed) : "none");
+             options.loss_reduction == LossReduction::mean ? "mean" : "sum", ", gradient_dtype ",
+             options.gradient_dtype == GradientDtype::float32 ? "float32" : "parameter", ", on_non_finite ",
+             options.on_non_finite == OnNonFinite::error  ? "error"
+             : options.on_non_finite == OnNonFinite::skip ? "skip"
+                                                          : "keep",
+             ", batch_dim ", options.batch_dim, ", merge_outputs [", merges, "], compare_replicas_every ",
+             options.compare_replicas_every, ", buffers [", buffers, "], seed ",
+             options.seed ? std::to_string(*options.seed) : "none");
 }
 
 StageTraits traits_of_all(Communicator& communicator, const std::map<int, Stage>& stages) {

@@ -3,6 +3,7 @@
 #include "dualpipe/stage/stage_run.hpp"
 
 #include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
@@ -42,6 +43,21 @@ inline std::vector<std::uint32_t> versions_of(const Tensors& tensors) {
     versions.push_back(tensor.defined() && !tensor.is_inference() ? tensor._version() : 0);
   return versions;
 }
+
+/// Autocast keeps the casts of weights for later uses. Each has a place in the graph of the micro-batch that made it, or
+/// none if that was an evaluation, so micro-batches must not see each other's.
+class NoCachedCasts {
+ public:
+  NoCachedCasts() : before_(at::autocast::is_autocast_cache_enabled()) {
+    at::autocast::set_autocast_cache_enabled(false);
+  }
+  ~NoCachedCasts() { at::autocast::set_autocast_cache_enabled(before_); }
+  NoCachedCasts(const NoCachedCasts&) = delete;
+  NoCachedCasts& operator=(const NoCachedCasts&) = delete;
+
+ private:
+  bool before_;
+};
 
 /// Takes out what a collective moves.
 inline Tensors take_moved(Tensors& values, const std::vector<int>& moves) {
@@ -116,6 +132,7 @@ void StageRun::leave_layer(std::size_t index) {
 }
 
 void StageRun::compute(std::size_t begin, std::size_t end) {
+  const detail::NoCachedCasts no_cached_casts;
   const detail::GraphInputs entered = detail::enter_graph(values_);
   const detail::SharedWrites writes(entered.tensors, shared_);
   const std::vector<std::uint32_t> extras = detail::versions_of(context_.extras);
