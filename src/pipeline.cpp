@@ -23,3 +23,4 @@
 #include "dualpipe/detail/train/clip.ipp"
 #include "dualpipe/detail/train/learning_rate.ipp"
 #include "dualpipe/detail/train/mesh.ipp"
+#include "dualpipe/detail/train/sharded_optimizer.ipp"

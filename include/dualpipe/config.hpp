@@ -38,6 +38,9 @@ struct DualPipeOptions {
                               ///< DualPipeImpl::step on failures
   int compare_replicas_every = 100;  ///< steps: the copies of a stage on several ranks are compared bit by bit in the
                                      ///< first and every such step, 0: never; see DualPipeImpl::step
+  /// Each parameter has one owner among the ranks that hold it, in all replicas: there alone are its summed gradient and
+  /// its optimizer state. Train with a ShardedOptimizer, which needs DualPipeImpl::owned_parameters().
+  bool shard_optimizer = false;
   /// A folder, made if there is none: when the pipeline fails, each rank that can leaves what it did last in
   /// `rank-<number>.json` there, for `dualpipe-plan report`. Empty: no files.
   std::string record_to = {};

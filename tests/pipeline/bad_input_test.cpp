@@ -125,6 +125,7 @@ TEST(BadInput, Json) {
       R"({"num_ranks": 8, "num_micro_batches": 20, "schedule": "1f1b", "publish": "atomic", "loss_reduction": "sum",
           "batch_dim": 1, "keep_outputs": true, "asynchronous": true, "chunks_per_rank": 3,
           "compare_replicas_every": 7,
+          "shard_optimizer": true,
           "merge_outputs": [{"how": "stack", "dim": 1}, {"how": "list"}, {"dim": 2}]})");
   EXPECT_EQ(options.num_ranks, 8);
   EXPECT_EQ(options.num_micro_batches, 20);
@@ -136,6 +137,7 @@ TEST(BadInput, Json) {
   EXPECT_TRUE(options.asynchronous);
   EXPECT_EQ(options.chunks_per_rank, 3);
   EXPECT_EQ(options.compare_replicas_every, 7);
+  EXPECT_TRUE(options.shard_optimizer);
   EXPECT_EQ(options.merge_outputs,
             (std::vector<Merge>{{Merge::How::stack, 1}, {Merge::How::list}, {Merge::How::concat, 2}}));
 

@@ -4,6 +4,7 @@
 #include <ATen/MemoryOverlap.h>
 
 #include <cstddef>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -15,7 +16,9 @@ namespace dualpipe::detail {
 /// restores them: the same tensor objects with the same values.
 class GradientTransaction {
  public:
-  explicit GradientTransaction(Tensors parameters) : parameters_(std::move(parameters)) {
+  /// @param is_kept  whether a parameter has a gradient after the step; null: all have.
+  explicit GradientTransaction(Tensors parameters, std::function<bool(const at::Tensor& parameter)> is_kept = nullptr)
+      : parameters_(std::move(parameters)), is_kept_(std::move(is_kept)) {
     aside_.reserve(parameters_.size());
     for (at::Tensor& parameter : parameters_) {
       aside_.push_back(std::move(parameter.mutable_grad()));
@@ -35,6 +38,11 @@ class GradientTransaction {
     for (std::size_t i = 0; i < aside_.size(); ++i) {
       at::Tensor& fresh = parameters_[i].mutable_grad();
       const at::Tensor& before = aside_[i];
+      if (is_kept_ && !is_kept_(parameters_[i])) {
+        fresh.reset();
+        ways_.push_back(Way::replace);
+        continue;
+      }
       if (before.defined() && fresh.defined()) fresh = sum_of(before, fresh);
       ways_.push_back(way_of(before, fresh));
     }
@@ -83,6 +91,7 @@ class GradientTransaction {
   }
 
   Tensors parameters_;
+  std::function<bool(const at::Tensor&)> is_kept_;
   Tensors aside_;
   std::vector<Way> ways_;
 };

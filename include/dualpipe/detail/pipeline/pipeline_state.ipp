@@ -106,7 +106,8 @@ void PipelineState::start() {
   flight_.together("broadcast of parameters", [&] {
     std::vector<int> sum_order;
     for (const Reduction& reduction : training_->program.reductions) sum_order.push_back(reduction.stage);
-    replicas_ = std::make_unique<Replicas>(world(), ranks_.shape, schedule(), stages(), is_expert_, sum_order);
+    replicas_ = std::make_unique<Replicas>(world(), ranks_.shape, schedule(), stages(), is_expert_, sum_order,
+                                           options_.shard_optimizer);
     replicas_->broadcast();
   });
   for (const auto& [number, stage] : stages()) stage.freeze(communicator_->world_rank(rank()), number);
@@ -187,7 +188,7 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
     const std::int64_t number = step_++;
     inputs.arrivals = arrivals_->known_arrivals(training_, inputs, module);
     DeviceHashes hashes(*communicator_, batch);
-    gradients.emplace(parameters_);
+    gradients.emplace(parameters_, [this](const at::Tensor& parameter) { return replicas_->owns(parameter); });
     buffers.emplace(module);
     RunOutputs outputs = executor_->run(*training_, inputs, observers_.all());
     flight_.together("sum of gradients", [&] {
@@ -269,6 +270,23 @@ at::Tensor PipelineState::clip_grad_norm(double max_norm) {
       agreement(exchange_statements(world(), mine), ranks_.shape, ranks_.replica(), -1, numbers());
       return dualpipe::clip_grad_norm(world(), replicas_->counted_parameters(), parameters_, max_norm);
     });
+  });
+}
+
+void PipelineState::update_parameters(const std::string& finding, const std::function<void()>& update) {
+  CallStatement mine;
+  mine.call = Call::optimizer_step;
+  mine.finding = finding;
+  mine.trainable = replicas_->trainable();
+  health_.watched([&] {
+    flight_.together("ShardedOptimizer::step()", [&] {
+      agreement(exchange_statements(world(), mine), ranks_.shape, ranks_.replica(), -1, numbers());
+    });
+  });
+  health_.guarded([&] {
+    update();
+    flight_.together("broadcast of updated parameters", [&] { replicas_->broadcast_owned(); });
+    flight_.together("vote", [&] { world().commit(""); });
   });
 }
 

@@ -60,7 +60,8 @@ std::string describe(const DualPipeOptions& options, const Plan& plan) {
   return str("num_micro_batches ", options.num_micro_batches, ", schedule ", options.schedule, " (checksum ",
              plan.checksum, "), publish ", options.publish == Publish::early ? "early" : "atomic", ", loss_reduction ",
              options.loss_reduction == LossReduction::mean ? "mean" : "sum", ", batch_dim ", options.batch_dim,
-             ", merge_outputs [", merges, "], compare_replicas_every ", options.compare_replicas_every);
+             ", merge_outputs [", merges, "], compare_replicas_every ", options.compare_replicas_every,
+             options.shard_optimizer ? ", shard_optimizer" : "");
 }
 
 StageTraits traits_of_all(Communicator& communicator, const std::map<int, Stage>& stages) {
