@@ -114,6 +114,7 @@ std::map<std::string, Key> keys() {
       {"seed", {"an integer >= 0", plain(&DualPipeOptions::seed)}},
       {"keep_outputs", {"true or false", plain(&DualPipeOptions::keep_outputs)}},
       {"asynchronous", {"true or false", plain(&DualPipeOptions::asynchronous)}},
+      {"shard_optimizer", {"true or false", plain(&DualPipeOptions::shard_optimizer)}},
       {"publish",
        {"\"early\" or \"atomic\"",
         choice(&DualPipeOptions::publish, {{"early", Publish::early}, {"atomic", Publish::atomic}})}},

@@ -70,6 +70,9 @@ struct DualPipeOptions {
   /// By name, which is that of a buffer or its end behind a dot, the longest that fits: {{"running_mean",
   /// BufferReduction::mean}}. Others are broadcast where they are floating-point numbers, else local and compared.
   std::map<std::string, BufferReduction> buffers = {};
+  /// Each parameter has one owner among the ranks that hold it, in all replicas: there alone are its summed gradient and
+  /// its optimizer state. Train with a ShardedOptimizer, which needs DualPipeImpl::owned_parameters().
+  bool shard_optimizer = false;
   /// A folder, made if there is none: when the pipeline fails, each rank that can leaves what it did last in
   /// `rank-<number>.json` there, for `dualpipe-plan report`. Empty: no files.
   std::string record_to = {};

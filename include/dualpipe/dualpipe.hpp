@@ -30,4 +30,5 @@
 #include "dualpipe/train/mesh.hpp"
 #include "dualpipe/train/metrics.hpp"
 #include "dualpipe/train/safetensors.hpp"
+#include "dualpipe/train/sharded_optimizer.hpp"
 #include "dualpipe/version.hpp"

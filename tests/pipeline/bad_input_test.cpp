@@ -127,6 +127,7 @@ TEST(BadInput, Json) {
           "batch_dim": 1, "keep_outputs": true, "asynchronous": true, "chunks_per_rank": 3,
           "compare_replicas_every": 7, "seed": 18446744073709551615,
           "buffers": {"running_mean": "mean", "seen": "sum"}, "gradient_dtype": "float32", "on_non_finite": "keep",
+          "shard_optimizer": true,
           "merge_outputs": [{"how": "stack", "dim": 1}, {"how": "list"}, {"dim": 2}]})");
   EXPECT_EQ(options.num_ranks, 8);
   EXPECT_EQ(options.num_micro_batches, 20);
@@ -143,6 +144,7 @@ TEST(BadInput, Json) {
                                                                      {"seen", BufferReduction::sum}}));
   EXPECT_EQ(options.gradient_dtype, GradientDtype::float32);
   EXPECT_EQ(options.on_non_finite, OnNonFinite::keep);
+  EXPECT_TRUE(options.shard_optimizer);
   EXPECT_EQ(options.merge_outputs,
             (std::vector<Merge>{{Merge::How::stack, 1}, {Merge::How::list}, {Merge::How::concat, 2}}));
 

@@ -19,6 +19,7 @@
 #include "dualpipe/train/mesh.hpp"
 
 namespace dualpipe {
+class ShardedOptimizer;
 namespace detail {
 class PipelineState;
 class UnfinishedStep;
@@ -95,6 +96,9 @@ class DualPipeImpl : public torch::nn::Module {
   /// the ranks that hold each stage, in all replicas, commit. Afterwards `.grad` has grown by this step's gradient, in the same tensor
   /// objects, equal on all holders. After an exception gradients and buffers are what they were. So are parameters,
   /// unless a forward has written to them.
+  ///
+  /// With DualPipeOptions::shard_optimizer that holds for owned_parameters(). `.grad` of all others is undefined
+  /// afterwards, whatever it was before.
   ///
   /// With DualPipeOptions::asynchronous the host does not wait for its device, and step() commits when all hosts have
   /// reached the end of the step. A device that fails later is reported by StepResult::wait() or, before it does
@@ -173,8 +177,13 @@ class DualPipeImpl : public torch::nn::Module {
   /// As torch::nn::Module's, but a parameter that several stages of this rank share comes once, under its first name.
   DUALPIPE_DECL std::vector<torch::Tensor> parameters(bool recurse = true) const;
   DUALPIPE_DECL torch::OrderedDict<std::string, torch::Tensor> named_parameters(bool recurse = true) const;
+  /// Those of parameters() that this rank updates, in their order. With DualPipeOptions::shard_optimizer each parameter of
+  /// the model, frozen or not, has one owner among the ranks that hold it; the bytes are spread evenly over these as far as
+  /// whole parameters allow, and a rank may own none. It stays the owner. Without, all of parameters().
+  DUALPIPE_DECL std::vector<torch::Tensor> owned_parameters() const;
 
  private:
+  friend class ShardedOptimizer;
   DUALPIPE_DECL explicit DualPipeImpl(std::unique_ptr<detail::PipelineState> state);
 
   std::unique_ptr<detail::PipelineState> state_;

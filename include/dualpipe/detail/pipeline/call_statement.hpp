@@ -14,7 +14,7 @@ namespace dualpipe::detail {
 /// What a rank tells all others when a collective call begins, so that all of them throw what one of them finds wrong
 /// before anything else is sent.
 struct CallStatement {
-  enum class Call : std::int64_t { step, evaluate, predict, clip_grad_norm };
+  enum class Call : std::int64_t { step, evaluate, predict, clip_grad_norm, optimizer_step };
   /// A member of Batch on one rank.
   struct Part {
     bool needed = false;       ///< the rank needs it where the call has it at all

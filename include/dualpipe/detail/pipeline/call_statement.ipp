@@ -13,7 +13,7 @@
 namespace dualpipe::detail {
 
 inline const char* call_name(CallStatement::Call call) {
-  constexpr std::array names{"step()", "evaluate()", "predict()", "clip_grad_norm_()"};
+  constexpr std::array names{"step()", "evaluate()", "predict()", "clip_grad_norm_()", "ShardedOptimizer::step()"};
   return names.at(static_cast<std::size_t>(call));
 }
 

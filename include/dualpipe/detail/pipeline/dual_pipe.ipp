@@ -93,6 +93,13 @@ torch::OrderedDict<std::string, torch::Tensor> DualPipeImpl::named_parameters(bo
   return unique;
 }
 
+std::vector<torch::Tensor> DualPipeImpl::owned_parameters() const {
+  Tensors owned;
+  for (const at::Tensor& parameter : parameters())
+    if (state_->owns(parameter)) owned.push_back(parameter);
+  return owned;
+}
+
 void StepResult::wait() const {
   if (unfinished_) unfinished_->finish();
 }

@@ -3,6 +3,7 @@
 #include <torch/nn/module.h>
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -51,6 +52,20 @@ class PipelineState {
   DUALPIPE_DECL StepResult evaluate(const Batch& batch, const LossFn& loss, const torch::nn::Module& module);
   DUALPIPE_DECL Tensors predict(const Batch& batch, const torch::nn::Module& module);
   DUALPIPE_DECL at::Tensor clip_grad_norm(double max_norm, bool error_if_nonfinite);
+  /// @throws Error  no call is possible, and CommError, as Health::require().
+  void require() { health_.require(); }
+  /// Whether this rank updates the parameter.
+  bool owns(const at::Tensor& parameter) const { return replicas_->owns(parameter); }
+  /// Collective: throws on every rank what one of them has found, as the other calls do.
+  void check_on_all(const std::string& finding) {
+    require();
+    health_.watched([&] { agree_that_fine(world(), finding); });
+  }
+  /// Collective: `update` changes parameters that this rank owns, and all ranks get the values and vote.
+  ///
+  /// @param finding           why this rank cannot; empty: it can.
+  /// @throws InvalidArgument  on every rank, what one of them found; nothing was changed.
+  DUALPIPE_DECL void update_parameters(const std::string& finding, const std::function<void()>& update);
   void broadcast_parameters() {
     health_.watched([&] { flight_.together("broadcast of parameters", [&] { replicas_->broadcast(); }); });
   }

@@ -246,7 +246,8 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
     calls_ = 0;
     inputs.arrivals = arrivals_->known_arrivals(training_, inputs, module);
     DeviceHashes hashes(*communicator_, batch);
-    gradients.emplace(parameters_, options_.gradient_dtype);
+    gradients.emplace(parameters_, options_.gradient_dtype,
+                      [this](const at::Tensor& parameter) { return replicas_->owns(parameter); });
     buffers.emplace(module);
     RunOutputs outputs = executor_->run(*training_, inputs, observers_.all());
     flight_.together("sum of gradients", [&] {
@@ -360,6 +361,23 @@ at::Tensor PipelineState::clip_grad_norm(double max_norm, bool error_if_nonfinit
       return dualpipe::clip_grad_norm(world(), replicas_->counted_parameters(), parameters_, max_norm,
                                       error_if_nonfinite);
     });
+  });
+}
+
+void PipelineState::update_parameters(const std::string& finding, const std::function<void()>& update) {
+  CallStatement mine;
+  mine.call = Call::optimizer_step;
+  mine.finding = finding;
+  mine.trainable = replicas_->trainable();
+  health_.watched([&] {
+    flight_.together("ShardedOptimizer::step()", [&] {
+      agreement(exchange_statements(world(), mine), ranks_.shape, ranks_.replica(), -1, numbers());
+    });
+  });
+  health_.guarded([&] {
+    update();
+    flight_.together("broadcast of updated parameters", [&] { replicas_->broadcast_owned(); });
+    flight_.together("vote", [&] { world().commit(""); });
   });
 }
 

@@ -256,10 +256,33 @@ inline BufferReductions buffer_reductions(Communicator& world, const std::map<in
   return reductions;
 }
 
+/// For each parameter the rank that owns it, of `num_ranks`. The largest come first, each to the rank that has least by
+/// then. Those that are trained and those that are frozen are spread each for themselves.
+inline std::vector<int> owners_of(const Tensors& parameters, int num_ranks) {
+  std::vector<int> owners(parameters.size());
+  for (const bool trained : {true, false}) {
+    std::vector<std::size_t> order;
+    for (std::size_t i = 0; i < parameters.size(); ++i)
+      if (parameters[i].requires_grad() == trained) order.push_back(i);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](std::size_t a, std::size_t b) { return parameters[a].nbytes() > parameters[b].nbytes(); });
+    std::vector<std::size_t> bytes(num_ranks, 0);
+    for (const std::size_t i : order) {
+      const auto least = std::min_element(bytes.begin(), bytes.end());
+      *least += parameters[i].nbytes();
+      owners[i] = static_cast<int>(least - bytes.begin());
+    }
+  }
+  return owners;
+}
+
 Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& schedule,
                    const std::map<int, Stage>& stages, const IsExpert& is_expert, const std::vector<int>& sum_order,
                    const DualPipeOptions& options)
-    : world_(world), sum_order_(sum_order), gradients_(options.gradient_dtype) {
+    : world_(world),
+      sum_order_(sum_order),
+      gradients_(options.gradient_dtype),
+      shards_(options.shard_optimizer) {
   const auto places = parameter_places(all_gather_text(world, parameters_text(stages)));
   check_not_shared(places, schedule);
   if (world.rank() == 0) warn_of_equal(places, schedule);
@@ -297,9 +320,17 @@ Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& 
     for (const auto& [stage, of_stage] : summed)
       for (const at::Tensor& parameter : mine.parameters)
         if (of_stage.contains(parameter.unsafeGetTensorImpl())) mine.of_stage[stage].push_back(parameter);
-    if (world.rank() == set.ranks.front())
-      counted_.insert(counted_.end(), mine.parameters.begin(), mine.parameters.end());
+    const auto me = std::find(set.ranks.begin(), set.ranks.end(), world.rank()) - set.ranks.begin();
+    const std::vector<int> owners = owners_of(mine.parameters, shards ? static_cast<int>(set.ranks.size()) : 1);
+    for (std::size_t p = 0; p < mine.parameters.size(); ++p) {
+      if (owners[p] == me) counted_.push_back(mine.parameters[p]);
+      if (shards) mine.owners[mine.parameters[p].unsafeGetTensorImpl()] = owners[p];
+    }
     if (set.ranks.size() > 1) groups_.push_back(std::move(mine));
+  }
+  if (shards) {
+    for (const at::Tensor& parameter : counted_) owned_.insert(parameter.unsafeGetTensorImpl());
+    check_alike();
   }
   any_copies_ = std::any_of(sets.begin(), sets.end(), [](const HolderSet& set) { return set.ranks.size() > 1; });
   if (!any_copies_) return;
@@ -319,11 +350,28 @@ std::map<int, std::uint64_t> Replicas::trainable() const {
   return digests;
 }
 
+void Replicas::check_alike() const {
+  std::map<int, std::vector<std::uint64_t>> digests;
+  for (const Group& group : groups_) {
+    Digest digest;
+    for (const at::Tensor& parameter : group.parameters) {
+      digest.add(std::uint64_t{parameter.requires_grad()});
+      digest.add(std::uint64_t{parameter.nbytes()});
+    }
+    digests[group.number] = {digest.value()};
+  }
+  for (const Difference& each : differences(digests))
+    throw InvalidArgument(str("ranks ", world_.world_rank(each.rank), " and ", world_.world_rank(each.other),
+                              " hold the same stages, but these have other parameters there, or others that require "
+                              "grad, so the ranks would not agree on their owners (shard_optimizer); make and freeze a "
+                              "stage alike on all ranks that hold it"));
+}
+
 void Replicas::begin_sum(int stage) {
   for (const Group& group : groups_) {
     const auto found = group.of_stage.find(stage);
     if (found == group.of_stage.end()) continue;
-    Sum sum{stage, {}, {}, {}, {}};
+    Sum sum{stage, {}, {}, {}, {}, {}};
     for (const at::Tensor& parameter : found->second)
       if (parameter.requires_grad()) sum.parameters.push_back(parameter);
     if (sum.parameters.empty()) continue;
@@ -342,12 +390,63 @@ void Replicas::begin_sum(int stage) {
       gradients.push_back(gradient);
     }
     Communicator& hosts = group.communicator->control();
+    if (shards_) {
+      gradients.clear();
+      sum.counts = hosts.all_reduce({sum.present});
+      send_to_owners(group, sum);
+      sums_.push_back(std::move(sum));
+      continue;
+    }
     if (&hosts == group.communicator.get())
       gradients.push_back(sum.present);  // no message of its own
     else
       sum.counts = hosts.all_reduce({sum.present});
     sum.gradients = group.communicator->all_reduce(std::move(gradients));
     sums_.push_back(std::move(sum));
+  }
+}
+
+void Replicas::send_to_owners(const Group& group, Sum& sum) {
+  const at::NoGradGuard no_grad;
+  const int me = group.communicator->rank(), num_ranks = group.communicator->size();
+  std::map<at::ScalarType, std::vector<std::vector<std::size_t>>> by_dtype;  // and owner: of the parameters of the sum
+  for (std::size_t i = 0; i < sum.parameters.size(); ++i) {
+    auto& by_owner = by_dtype[sum.parameters[i].grad().scalar_type()];
+    by_owner.resize(num_ranks);
+    by_owner[group.owners.at(sum.parameters[i].unsafeGetTensorImpl())].push_back(i);
+  }
+  for (auto& [dtype, by_owner] : by_dtype) {
+    const at::TensorOptions options = at::TensorOptions().dtype(dtype).device(group.communicator->device());
+    Tensors outgoing;
+    for (int owner = 0; owner < num_ranks; ++owner) {
+      Tensors flat;
+      for (const std::size_t i : by_owner[owner])
+        if (owner != me) flat.push_back(std::exchange(sum.parameters[i].mutable_grad(), {}).flatten());
+      outgoing.push_back(flat.empty() ? at::empty({0}, options) : at::cat(flat));
+    }
+    std::int64_t size = 0;
+    for (const std::size_t i : by_owner[me]) size += sum.parameters[i].numel();
+    Signature expected(num_ranks, {.dtype = dtype, .sizes = {size}});
+    expected[me].sizes = {0};
+    Pending parts = group.communicator->all_to_all(std::move(outgoing), expected);
+    sum.shards.push_back({std::move(by_owner[me]), me, std::move(parts)});
+  }
+}
+
+void Replicas::add_shard(const Sum& sum, Shard& shard) {
+  const at::NoGradGuard no_grad;
+  const Tensors parts = shard.parts.take();
+  std::int64_t begin = 0;
+  for (const std::size_t i : shard.owned) {
+    const at::Tensor own = sum.parameters[i].grad().view({-1});
+    at::Tensor total;
+    for (int rank = 0; rank < std::ssize(parts); ++rank) {
+      const at::Tensor part = rank == shard.rank ? own : parts[rank].narrow(0, begin, own.numel());
+      // What was received is not written to: it may be the sender's memory.
+      total = rank == 0 ? part : rank == 1 && shard.rank != 0 ? total + part : total.add_(part);
+    }
+    if (shard.rank != 0) own.copy_(total);
+    begin += own.numel();
   }
 }
 
@@ -362,11 +461,14 @@ bool Replicas::summed_before(const at::Tensor& parameter, int stage) const {
 
 void Replicas::finish_sums(Recorder& recorder) {
   for (Sum& sum : sums_) {
-    sum.gradients.wait();
+    if (sum.gradients) sum.gradients.wait();
+    for (Shard& shard : sum.shards) add_shard(sum, shard);
     if (sum.counts) sum.counts.wait();
     for (std::size_t i = 0; i < sum.parameters.size(); ++i)
       if (sum.present.const_data_ptr<int>()[i] == 0) sum.parameters[i].mutable_grad().reset();
-    recorder.record(Lane::reduction, {{Pass::BackwardWeight, sum.stage, 0}, {}}, sum.gradients, "gradients");
+    const Step step{{Pass::BackwardWeight, sum.stage, 0}, {}};
+    if (sum.gradients) recorder.record(Lane::reduction, step, sum.gradients, "gradients");
+    for (const Shard& shard : sum.shards) recorder.record(Lane::reduction, step, shard.parts, "gradients");
   }
   sums_.clear();
 }
@@ -381,6 +483,21 @@ void Replicas::broadcast() {
     pending.push_back(group.communicator->broadcast(std::move(tensors), 0));
   }
   for (Pending& each : pending) each.synchronize();  // parameters are right when this returns, or it throws
+}
+
+void Replicas::broadcast_owned() {
+  if (!shards_) return;
+  at::NoGradGuard no_grad;
+  std::vector<Pending> pending;
+  for (const Group& group : groups_)
+    for (int owner = 0; owner < group.communicator->size(); ++owner) {
+      Tensors tensors;
+      for (const at::Tensor& parameter : group.parameters)
+        if (group.owners.at(parameter.unsafeGetTensorImpl()) == owner && parameter.requires_grad())
+          tensors.push_back(parameter.detach());
+      if (!tensors.empty()) pending.push_back(group.communicator->broadcast(std::move(tensors), owner));
+    }
+  for (Pending& each : pending) each.synchronize();
 }
 
 void Replicas::combine_buffers(const BufferTransaction& start) {
@@ -476,7 +593,8 @@ std::string Replicas::difference() const {
   return str(
       text_of({found.front()}),
       ", which hold the same stage, is not the same bit by bit: something changes it on each rank by itself, as "
-      "max_norm of an embedding, noise, or a counter in a buffer does, or weights were loaded on some ranks only. "
+      "max_norm of an embedding, noise, or a counter in a buffer does, or weights were loaded on some ranks only",
+      shards_ ? ", or the optimizer is no ShardedOptimizer, which shard_optimizer needs. " : ". ",
       "broadcast_parameters() makes all copies equal; DualPipeOptions::buffers lets counters add up over the ranks; "
       "DualPipeOptions::compare_replicas_every says how often they are compared (0: never)");
 }
