@@ -152,8 +152,8 @@ void PipelineState::start() {
   flight_.together("broadcast of parameters", [&] {
     std::vector<int> sum_order;
     for (const Reduction& reduction : training_->program.reductions) sum_order.push_back(reduction.stage);
-    replicas_ = std::make_unique<Replicas>(world(), ranks_.shape, schedule(), stages(), is_expert_, sum_order,
-                                           options_);
+    replicas_ =
+        std::make_unique<Replicas>(world(), ranks_.shape, schedule(), stages(), is_expert_, sum_order, options_);
     replicas_->broadcast();
   });
   for (const auto& [number, stage] : stages()) stage.freeze(communicator_->world_rank(rank()), number);

@@ -279,10 +279,7 @@ inline std::vector<int> owners_of(const Tensors& parameters, int num_ranks) {
 Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& schedule,
                    const std::map<int, Stage>& stages, const IsExpert& is_expert, const std::vector<int>& sum_order,
                    const DualPipeOptions& options)
-    : world_(world),
-      sum_order_(sum_order),
-      gradients_(options.gradient_dtype),
-      shards_(options.shard_optimizer) {
+    : world_(world), sum_order_(sum_order), gradients_(options.gradient_dtype), shards_(options.shard_optimizer) {
   const auto places = parameter_places(all_gather_text(world, parameters_text(stages)));
   check_not_shared(places, schedule);
   if (world.rank() == 0) warn_of_equal(places, schedule);

@@ -70,8 +70,7 @@ std::string describe(const DualPipeOptions& options, const Plan& plan) {
                                                           : "keep",
              ", batch_dim ", options.batch_dim, ", merge_outputs [", merges, "], compare_replicas_every ",
              options.compare_replicas_every, ", buffers [", buffers, "], seed ",
-             options.seed ? std::to_string(*options.seed) : "none",
-             options.shard_optimizer ? ", shard_optimizer" : "");
+             options.seed ? std::to_string(*options.seed) : "none", options.shard_optimizer ? ", shard_optimizer" : "");
 }
 
 StageTraits traits_of_all(Communicator& communicator, const std::map<int, Stage>& stages) {
