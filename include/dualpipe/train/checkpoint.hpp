@@ -79,7 +79,7 @@ void save_checkpoint(const std::string& folder, const torch::nn::Module& model,
 
 /// Collective. Parameters, buffers, optimizer states, options of parameter groups become what they were when the
 /// checkpoint was saved, whatever the schedule and the number of ranks then and now. With as many ranks as then, so
-/// does the state of LibTorch's default CPU generator on each.
+/// does the state of LibTorch's default CPU generator on each. A DualPipe counts its steps from there (set_step).
 ///
 /// Everything is checked, and read into host memory, before anything is changed.
 ///
