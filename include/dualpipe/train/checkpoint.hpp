@@ -89,7 +89,8 @@ std::optional<std::int64_t> latest_checkpoint(const std::string& folder);
 
 /// Collective. Parameters, buffers, optimizer states, options of parameter groups become what they were when the
 /// checkpoint was saved, whatever the schedule, the number of ranks and replicas, and the parameters that each rank's
-/// optimizer has, then and now. With as many ranks as then, so does the state of LibTorch's default CPU generator on each.
+/// optimizer has, then and now. With as many ranks as then, so does the state of LibTorch's default CPU generator on
+/// each. A DualPipe counts its steps from there (set_step).
 ///
 /// Everything is checked, and read into host memory, before anything is changed.
 ///

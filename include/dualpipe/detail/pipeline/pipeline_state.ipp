@@ -41,7 +41,8 @@ struct GeneratorsOfAll {
 inline GeneratorsOfAll generators_of_all(Communicator& world) {
   const at::Generator generator = default_generators(at::kCPU)[0];
   const std::string seed = std::to_string(generator.current_seed());
-  const std::string identity = str(boot_id(), '-', ::getpid(), '-', generator.unsafeGetGeneratorImpl());
+  const std::string identity =
+      str(boot_id(), '-', ::getpid(), '-', static_cast<const void*>(generator.unsafeGetGeneratorImpl()));
   std::set<std::string> identities, seeds;
   for (const std::string& text : all_gather_text(world, seed + ' ' + identity)) {
     seeds.insert(text.substr(0, text.find(' ')));
