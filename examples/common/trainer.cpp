@@ -70,6 +70,11 @@ dualpipe::StageFactory cut(const Model& model, int num_stages, const Options& op
   return dualpipe::split(std::move(layers), num_stages, model.costs);
 }
 
+dualpipe::DualPipeOptions with_buffers(dualpipe::DualPipeOptions options, const Model& model) {
+  for (const auto& [name, reduction] : model.buffers) options.buffers.try_emplace(name, reduction);
+  return options;
+}
+
 /// In nats per byte.
 torch::Tensor cross_entropy(const Tensors& outputs, const Tensors& targets) {
   return torch::nn::functional::cross_entropy(outputs[0].flatten(0, 1).to(torch::kFloat), targets[0].flatten());
@@ -130,7 +135,7 @@ Trainer::Trainer(const dualpipe::World& world, const Options& options, const Mak
           open_corpus(options.text.empty() ? std::vector{default_text()} : options.text, options.model.context + 1)),
       mesh_(connect(world, options), mesh_shape(options, world.size)),
       model_(make_model(mesh_)),
-      pipe_(mesh_, options.pipe, cut(model_, num_stages_, options), model_.is_expert),
+      pipe_(mesh_, with_buffers(options.pipe, model_), cut(model_, num_stages_, options), model_.is_expert),
       tracer_(std::make_shared<dualpipe::Tracer>(world.rank)) {
   pipe_->add_observer(tracer_);
 }
@@ -139,6 +144,12 @@ void Trainer::run() {
   introduce();
   const Timeline last_step = train();
   say("held-out loss: %.3f nats per byte\n", held_out_loss());
+  if (model_.after_step) {
+    const torch::Tensor busiest = torch::full({1}, busiest_, torch::dtype(torch::kDouble).device(device()));
+    mesh_.world()->all_reduce({busiest}, dualpipe::Reduce::max).wait();
+    if (busiest.item<double>() > 0)
+      say("busiest expert of a block in the last step: %.2f times its share\n", busiest.item<double>());
+  }
   if (options_.sample > 0) sample();
   if (last_step.num_ranks > 0) report(last_step);
 }
@@ -238,6 +249,7 @@ Timeline Trainer::train() {
     measured = trace();
     const double norm = options_.clip > 0 ? pipe_->clip_grad_norm_(options_.clip).item<double>() : NAN;
     optimizer.step();
+    if (model_.after_step) busiest_ = model_.after_step(*pipe_);
     const auto [mean, penalty] = loss_and_penalty(result);
     const double now = elapsed();
     const double tokens = static_cast<double>(mesh_.num_replicas() * sequences() * options_.model.context);

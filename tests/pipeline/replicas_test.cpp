@@ -408,6 +408,8 @@ TEST_P(Buffers, CountersAddUpExactly) {
 }
 
 TEST_P(Buffers, RunningStatisticsAreThoseOfAllHolders) {
+  const int num_threads = at::get_num_threads();
+  at::set_num_threads(1);  // BatchNorm takes all cores, in each rank
   const auto& [kind, shape] = GetParam();
   constexpr int kSteps = 2;
   const auto batch_of = [](int step, int replica) {
@@ -454,6 +456,7 @@ TEST_P(Buffers, RunningStatisticsAreThoseOfAllHolders) {
     }
     EXPECT_EQ(count, std::int64_t{kSteps} * kMicroBatches * shape.data);
     run_ranks(shape.size(), [&, &k = kind, &s = shape](std::shared_ptr<Communicator> comm) {
+      at::set_num_threads(1);
       const Mesh mesh(comm, s);
       DualPipe pipe(mesh,
                     {.num_micro_batches = kMicroBatches,
@@ -474,6 +477,7 @@ TEST_P(Buffers, RunningStatisticsAreThoseOfAllHolders) {
       EXPECT_EQ(buffers["stage0.num_batches_tracked"].item<std::int64_t>(), count);
     });
   }
+  at::set_num_threads(num_threads);
 }
 
 TEST(Replicas, RulesForBuffersThatCannotBeAreNamedOnAllRanks) {

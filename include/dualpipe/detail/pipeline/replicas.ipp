@@ -618,7 +618,7 @@ void Replicas::warn_of_lost_buffers() {
         text,
         ". After each step floating-point buffers of the first rank replace the others, so running "
         "statistics, as those of BatchNorm, come from a part of the batch. DualPipeOptions::buffers says what is to "
-        "be done instead: {{\"running_mean\", mean}, {\"running_var\", mean}, {\"num_batches_tracked\", sum}}. "
+        "be done instead, as {{\"running_mean\", BufferReduction::mean}}. "
         "Layers without them (GroupNorm, LayerNorm) do not have this problem, nor have kinds that keep each stage on "
         "one rank (dualpipev, zbv, 1f1b) without replicas. This is said once");
   }
