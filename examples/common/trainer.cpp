@@ -25,6 +25,7 @@
 #include "dualpipe/schedule/load.hpp"
 #include "dualpipe/train/learning_rate.hpp"
 #include "dualpipe/train/metrics.hpp"
+#include "dualpipe/train/sharded_optimizer.hpp"
 #include "report.hpp"
 
 namespace example {
@@ -194,9 +195,12 @@ Timeline Trainer::train() {
   const auto start = Clock::now();
   const auto elapsed = [&] { return before + std::chrono::duration<double>(Clock::now() - start).count(); };
   const double budget = 60 * options_.minutes;
-  torch::optim::AdamW optimizer(
-      pipe_->parameters(),
-      torch::optim::AdamWOptions(options_.learning_rate).betas({0.9, 0.95}).weight_decay(options_.weight_decay));
+  dualpipe::ShardedOptimizer sharded(
+      pipe_,
+      std::make_unique<torch::optim::AdamW>(
+          pipe_->owned_parameters(),
+          torch::optim::AdamWOptions(options_.learning_rate).betas({0.9, 0.95}).weight_decay(options_.weight_decay)));
+  torch::optim::Optimizer& optimizer = sharded.optimizer();
 
   const dualpipe::LossFn loss = [&](const Tensors& outputs, const Tensors& targets) {
     torch::Tensor value = cross_entropy(outputs, targets);
@@ -239,7 +243,7 @@ Timeline Trainer::train() {
     const dualpipe::StepResult result = pipe_->step(batch, loss);
     measured = trace();
     const double norm = options_.clip > 0 ? pipe_->clip_grad_norm_(options_.clip).item<double>() : NAN;
-    optimizer.step();
+    sharded.step();
     const auto [mean, penalty] = loss_and_penalty(result);
     const double now = elapsed();
     const double tokens = static_cast<double>(mesh_.num_replicas() * sequences() * options_.model.context);
