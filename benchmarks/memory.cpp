@@ -17,6 +17,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -54,33 +55,46 @@ struct Held {
 
 thread_local Held* held_by_this_thread = nullptr;
 
-/// Counts for the thread that allocates.
+/// Counts for the thread that allocates. Memory is its own context, as raw_allocate() wants it, so blocks are looked up.
 class CountingAllocator final : public c10::Allocator {
  public:
-  explicit CountingAllocator(c10::Allocator& inner) : inner_(inner) {}
+  explicit CountingAllocator(c10::Allocator& inner) : inner_(inner) { that_ = this; }
 
   c10::DataPtr allocate(std::size_t bytes) override {
-    if (held_by_this_thread == nullptr) return inner_.allocate(bytes);
-    auto block =
-        std::make_unique<Block>(Block{inner_.allocate(bytes), held_by_this_thread, static_cast<std::int64_t>(bytes)});
-    block->held->add(block->bytes);
-    void* const memory = block->data.get();
-    return {memory, block.release(), release, c10::Device(c10::kCPU)};
+    c10::DataPtr data = inner_.allocate(bytes);
+    void* const memory = data.get();
+    if (memory == nullptr) return data;
+    Held* const held = held_by_this_thread;
+    if (held != nullptr) held->add(static_cast<std::int64_t>(bytes));
+    const std::lock_guard lock(mutex_);
+    blocks_[memory] = {std::move(data), held, static_cast<std::int64_t>(bytes)};
+    return {memory, memory, release, c10::Device(c10::kCPU)};
   }
+  c10::DeleterFnPtr raw_deleter() const override { return release; }
   void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
 
  private:
   struct Block {
     c10::DataPtr data;
-    Held* held;
-    std::int64_t bytes;
+    Held* held = nullptr;  // null: of no rank
+    std::int64_t bytes = 0;
   };
-  static void release(void* context) {
-    const std::unique_ptr<Block> block(static_cast<Block*>(context));
-    block->held->add(-block->bytes);
+  static void release(void* memory) {
+    if (memory == nullptr) return;
+    Block block;
+    {
+      const std::lock_guard lock(that_->mutex_);
+      const auto found = that_->blocks_.find(memory);
+      block = std::move(found->second);
+      that_->blocks_.erase(found);
+    }
+    if (block.held != nullptr) block.held->add(-block.bytes);
   }
 
+  static inline CountingAllocator* that_ = nullptr;
   c10::Allocator& inner_;
+  std::mutex mutex_;
+  std::unordered_map<void*, Block> blocks_;
 };
 
 /// What the rank holds when it has all its gradients for the first time in a step.
@@ -232,9 +246,9 @@ int main(int argc, char** argv) {
         ->check(CLI::IsMember({"float32", "bfloat16"}));
     CLI11_PARSE(app, argc, argv);
     at::set_num_threads(1);
-    // Lives until the end, as what LibTorch has allocated by it.
-    static CountingAllocator allocator(*c10::GetCPUAllocator());
-    c10::SetCPUAllocator(&allocator, /*priority=*/255);
+    // Never destroyed: LibTorch releases by it what it keeps until the end.
+    auto* const allocator = new CountingAllocator(*c10::GetCPUAllocator());
+    c10::SetCPUAllocator(allocator, /*priority=*/255);
     return compare(flags) ? 0 : 1;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "dualpipe-bench-memory: %s\n", error.what());
