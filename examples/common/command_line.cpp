@@ -55,6 +55,9 @@ void CommandLine::add_pipeline() {
   count("--data-parallel,--pipelines", options_.pipelines,
         "Pipelines side by side, which share the ranks evenly and train one model, each on its part of the batch")
       ->capture_default_str();
+  app_.add_flag("--shard-optimizer", shard_optimizer_,
+                "Keep each optimizer state on one of the ranks that hold the parameter, not on all of them")
+      ->group(group_);
   number("--link-latency-ms", latency_milliseconds_, "A slower network: time that every message takes longer");
   number("--link-bandwidth", megabytes_per_second_, "A slower network: MB/s from each rank to each, 0: no limit");
 }
@@ -122,6 +125,7 @@ std::optional<std::string> CommandLine::parse(int argc, const char* const* argv)
   options_.pipe.seed = options_.seed;
   if (schedule_) options_.pipe.schedule = *schedule_;
   if (micro_batches_) options_.pipe.num_micro_batches = *micro_batches_;
+  if (shard_optimizer_) options_.pipe.shard_optimizer = true;
   if (chunks_) options_.pipe.chunks_per_rank = *chunks_;
   if (publish_) options_.pipe.publish = *publish_ == "early" ? dualpipe::Publish::early : dualpipe::Publish::atomic;
   if (device_ == "cuda") options_.device = at::kCUDA;

@@ -25,6 +25,7 @@
 #include "dualpipe/schedule/load.hpp"
 #include "dualpipe/train/learning_rate.hpp"
 #include "dualpipe/train/metrics.hpp"
+#include "dualpipe/train/sharded_optimizer.hpp"
 #include "report.hpp"
 
 namespace example {
@@ -198,9 +199,12 @@ std::optional<dualpipe::CheckpointExtra> Trainer::resume(torch::optim::Optimizer
 Timeline Trainer::train() {
   using Clock = std::chrono::steady_clock;
   const double budget = 60 * options_.minutes;
-  torch::optim::AdamW optimizer(
-      pipe_->parameters(),
-      torch::optim::AdamWOptions(options_.learning_rate).betas({0.9, 0.95}).weight_decay(options_.weight_decay));
+  dualpipe::ShardedOptimizer sharded(
+      pipe_,
+      std::make_unique<torch::optim::AdamW>(
+          pipe_->owned_parameters(),
+          torch::optim::AdamWOptions(options_.learning_rate).betas({0.9, 0.95}).weight_decay(options_.weight_decay)));
+  torch::optim::Optimizer& optimizer = sharded.optimizer();
 
   const dualpipe::LossFn loss = [&](const Tensors& outputs, const Tensors& targets) {
     torch::Tensor value = cross_entropy(outputs, targets);
@@ -248,7 +252,7 @@ Timeline Trainer::train() {
     const dualpipe::StepResult result = pipe_->step(batch, loss);
     measured = trace();
     const double norm = options_.clip > 0 ? pipe_->clip_grad_norm_(options_.clip).item<double>() : NAN;
-    optimizer.step();
+    sharded.step();
     if (model_.after_step) busiest_ = model_.after_step(*pipe_);
     const auto [mean, penalty] = loss_and_penalty(result);
     const double now = elapsed();

@@ -83,6 +83,15 @@ TEST_F(LanguageModel, TwoPipelinesTrainTheModelOfOne) {
     EXPECT_NEAR(std::stod(two[i]), std::stod(one[i]), 1.5e-3) << "step " << i;
 }
 
+TEST_F(LanguageModel, AShardedOptimizerTrainsTheSameModel) {
+  const Flags flags{"--data-parallel", "2", "--microbatches", "4"};
+  Flags sharded = flags;
+  sharded.push_back("--shard-optimizer");
+  const std::vector<std::string> expected = losses(output(4, flags));
+  ASSERT_EQ(expected.size(), 4u);
+  EXPECT_EQ(losses(output(4, sharded)), expected);
+}
+
 TEST_F(LanguageModel, LearnsInBfloat16) {
   std::vector<std::string> first;
   for (const std::string dtype : {"float32", "bfloat16"}) {

@@ -288,7 +288,8 @@ TEST(ShardedGradients, HaveTheBitsOfThoseThatAllHaveAndAddUp) {
             if (step == 0) known.push_back(item.value().grad());
           }
         for (const at::Tensor& parameter : sharded->parameters())  // one that does not count
-          if (!parameter.grad().defined() && step == 0) parameter.mutable_grad() = torch::ones_like(parameter);
+          if (step == 0 && parameter.requires_grad() && !parameter.grad().defined())
+            parameter.mutable_grad() = torch::ones_like(parameter);
       }
       Tensors now;
       for (const at::Tensor& parameter : sharded->parameters())

@@ -30,7 +30,8 @@ struct ShardedOptimizerOptions {
 ///     optimizer.step();
 ///
 /// Each parameter is whole on its owner, so optimizers that look at one parameter at a time are right, whether they work
-/// element by element or on matrices. Without the option each rank owns all its parameters, and the same program is right.
+/// element by element or on matrices. Without the option each rank owns all its parameters, step() sends nothing, and the
+/// same program is right.
 /// Several of them may train disjoint parts of the parameters.
 class ShardedOptimizer {
  public:

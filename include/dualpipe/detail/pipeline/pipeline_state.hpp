@@ -54,6 +54,7 @@ class PipelineState {
   DUALPIPE_DECL at::Tensor clip_grad_norm(double max_norm, bool error_if_nonfinite);
   /// @throws Error  no call is possible, and CommError, as Health::require().
   void require() { health_.require(); }
+  bool shards_optimizer() const noexcept { return options_.shard_optimizer; }
   /// Whether this rank updates the parameter.
   bool owns(const at::Tensor& parameter) const { return replicas_->owns(parameter); }
   /// Collective: throws on every rank what one of them has found, as the other calls do.

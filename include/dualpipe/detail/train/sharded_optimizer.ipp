@@ -109,6 +109,12 @@ void ShardedOptimizer::update() {
 
 void ShardedOptimizer::step() {
   pipe_->state_->require();
+  if (!pipe_->state_->shards_optimizer()) {
+    check_parameters();
+    update();
+    ++steps_;
+    return;
+  }
   const std::string finding = detail::finding_of([&] { check_parameters(); });
   const auto note = [&] {
     return detail::str("\n  It ended ShardedOptimizer::step() of step ", steps_ + 1,
