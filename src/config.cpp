@@ -4,6 +4,7 @@
 #include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "dualpipe/detail/files.hpp"
 #include "dualpipe/error.hpp"
@@ -26,6 +27,12 @@ bool take(const Json& value, int& count) {
                           : value.get<std::int64_t>();
   if (number < 0 || number > std::numeric_limits<int>::max()) return false;
   count = static_cast<int>(number);
+  return true;
+}
+
+bool take(const Json& value, std::optional<std::uint64_t>& number) {
+  if (!value.is_number_unsigned()) return false;
+  number = value.get<std::uint64_t>();
   return true;
 }
 
@@ -76,6 +83,18 @@ bool set_merges(DualPipeOptions& options, const Json& value) {
   return true;
 }
 
+/// {"running_mean": "mean", …}
+bool set_buffers(DualPipeOptions& options, const Json& value) {
+  const std::map<std::string, BufferReduction> names{{"broadcast", BufferReduction::broadcast},
+                                                     {"sum", BufferReduction::sum},
+                                                     {"mean", BufferReduction::mean},
+                                                     {"local", BufferReduction::local}};
+  if (!value.is_object()) return false;
+  for (const auto& [name, reduction] : value.items())
+    if (!take(reduction, names, options.buffers[name])) return false;
+  return true;
+}
+
 struct Key {
   const char* allowed;
   Setter set;
@@ -90,9 +109,12 @@ std::map<std::string, Key> keys() {
       {"merge_outputs",
        {"a list of objects with \"how\", which is \"concat\", \"stack\" or \"list\", and \"dim\", an integer >= 0",
         set_merges}},
+      {"buffers", {"an object from names to \"broadcast\", \"sum\", \"mean\" or \"local\"", set_buffers}},
       {"compare_replicas_every", {"an integer >= 0", plain(&DualPipeOptions::compare_replicas_every)}},
+      {"seed", {"an integer >= 0", plain(&DualPipeOptions::seed)}},
       {"keep_outputs", {"true or false", plain(&DualPipeOptions::keep_outputs)}},
       {"asynchronous", {"true or false", plain(&DualPipeOptions::asynchronous)}},
+      {"shard_optimizer", {"true or false", plain(&DualPipeOptions::shard_optimizer)}},
       {"publish",
        {"\"early\" or \"atomic\"",
         choice(&DualPipeOptions::publish, {{"early", Publish::early}, {"atomic", Publish::atomic}})}},

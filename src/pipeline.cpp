@@ -25,3 +25,4 @@
 #include "dualpipe/detail/train/learning_rate.ipp"
 #include "dualpipe/detail/train/master_weights.ipp"
 #include "dualpipe/detail/train/mesh.ipp"
+#include "dualpipe/detail/train/sharded_optimizer.ipp"

@@ -20,6 +20,7 @@
 #include "dualpipe/stage/as_stage.hpp"
 #include "dualpipe/stage/collective.hpp"
 #include "dualpipe/stage/partition.hpp"
+#include "dualpipe/stage/random.hpp"
 #include "dualpipe/stage/stage.hpp"
 #include "dualpipe/train/checkpoint.hpp"
 #include "dualpipe/train/clip.hpp"
@@ -29,4 +30,5 @@
 #include "dualpipe/train/mesh.hpp"
 #include "dualpipe/train/metrics.hpp"
 #include "dualpipe/train/safetensors.hpp"
+#include "dualpipe/train/sharded_optimizer.hpp"
 #include "dualpipe/version.hpp"

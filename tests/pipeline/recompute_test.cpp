@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -47,10 +48,11 @@ Stage normed(int number, const std::function<void(Stage&)>& after_first, bool re
 }
 
 /// Losses, gradients and buffers of each rank after two steps.
-std::vector<Tensors> results_of(const std::string& kind, int num_ranks, const std::function<Stage(int)>& factory) {
+std::vector<Tensors> results_of(const std::string& kind, int num_ranks, const std::function<Stage(int)>& factory,
+                                std::optional<std::uint64_t> seed = {}) {
   std::vector<Tensors> results(num_ranks);
   run_ranks(num_ranks, [&](std::shared_ptr<Communicator> comm) {
-    DualPipe pipe(comm, {.num_micro_batches = kMicroBatches, .schedule = kind}, factory);
+    DualPipe pipe(comm, {.num_micro_batches = kMicroBatches, .schedule = kind, .seed = seed}, factory);
     Tensors& mine = results[comm->rank()];
     for (std::uint64_t step = 0; step < 2; ++step) {
       const Batch batch = random_batch(4 * kMicroBatches, 3 + step);
@@ -93,6 +95,37 @@ TEST(Recompute, GivesTheSameBitsWithEveryKind) {
         for (std::size_t i = 0; i < plain[rank].size(); ++i)
           EXPECT_TRUE(torch::equal(again[rank][i], plain[rank][i])) << "rank " << rank << ", " << i;
       }
+  }
+}
+
+TEST(Recompute, DrawsWhatTheSeedSays) {
+  // Three nodes of one layer that draw; none of them is computed again, all are, one is, or two are.
+  const auto noisy = [](std::array<bool, 3> recompute) {
+    return [recompute](int number) {
+      Layer layer(number);
+      Stage stage(layer);
+      for (int node = 0; node < 3; ++node) {
+        Stage part;
+        part.compute("draws", [layer](const Tensors& x, const StageContext& context) mutable {
+          const auto mask = torch::bernoulli(torch::full_like(x[0], 0.7), context.generator);
+          return layer->forward(x[0] * mask);
+        });
+        part.recompute(recompute[node]);
+        stage.append(std::to_string(node), part);
+      }
+      return stage;
+    };
+  };
+  for (const std::string kind : {"dualpipe", "zb1p"}) {
+    const auto results = [&](std::array<bool, 3> recompute) { return results_of(kind, 2, noisy(recompute), 5); };
+    const std::vector<Tensors> plain = results({false, false, false});
+    for (const auto& recompute : std::vector<std::array<bool, 3>>{
+             {true, true, true}, {false, true, false}, {true, false, true}, {true, true, false}}) {
+      const std::vector<Tensors> again = results(recompute);
+      for (int rank = 0; rank < 2; ++rank)
+        for (std::size_t i = 0; i < plain[rank].size(); ++i)
+          EXPECT_TRUE(torch::equal(again[rank][i], plain[rank][i])) << kind << ", rank " << rank << ", " << i;
+    }
   }
 }
 

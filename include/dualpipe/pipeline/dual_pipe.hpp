@@ -3,6 +3,7 @@
 #include <torch/nn/module.h>
 #include <torch/nn/pimpl.h>
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <utility>
@@ -18,6 +19,7 @@
 #include "dualpipe/train/mesh.hpp"
 
 namespace dualpipe {
+class ShardedOptimizer;
 namespace detail {
 class PipelineState;
 class UnfinishedStep;
@@ -69,8 +71,8 @@ class DualPipeImpl : public torch::nn::Module {
   using StageFactory = dualpipe::StageFactory;
   using LossFn = dualpipe::LossFn;
 
-  /// Collective. Makes, proves and lowers the schedule, calls `factory` once for each stage that this rank holds, moves
-  /// the stages to the communicator's device and makes the copies of each stage equal.
+  /// Collective. Makes, proves and lowers the schedule, calls `factory` once for each stage that this rank holds (with a
+  /// seed, see DualPipeOptions::seed, as StageFactory::make; ranks that are threads one after the other), moves the stages to the communicator's device and makes the copies of each stage equal.
   ///
   /// @throws InvalidArgument  options that are wrong or differ between ranks, a factory that threw, or a parameter that
   ///                          stages of different ranks share, where that can be seen (docs/stages.md): the same text
@@ -94,6 +96,9 @@ class DualPipeImpl : public torch::nn::Module {
   /// the ranks that hold each stage, in all replicas, commit. Afterwards `.grad` has grown by this step's gradient, in the same tensor
   /// objects, equal on all holders. After an exception gradients and buffers are what they were. So are parameters,
   /// unless a forward has written to them.
+  ///
+  /// With DualPipeOptions::shard_optimizer that holds for owned_parameters(). `.grad` of all others is undefined
+  /// afterwards, whatever it was before.
   ///
   /// With DualPipeOptions::asynchronous the host does not wait for its device, and step() commits when all hosts have
   /// reached the end of the step. A device that fails later is reported by StepResult::wait() or, before it does
@@ -140,6 +145,12 @@ class DualPipeImpl : public torch::nn::Module {
   /// Collective. Parameters and buffers of the lowest holder of each stage replace the others'. Done by the
   /// constructor; call it after loading weights by hand.
   DUALPIPE_DECL void broadcast_parameters();
+  /// The number of steps that lie behind the model, 0 for a new one: StageContext::step, and random numbers with
+  /// DualPipeOptions::seed, go on from there. load_checkpoint() calls it. The same on all ranks, which the next call
+  /// compares.
+  ///
+  /// @throws InvalidArgument  a negative number.
+  DUALPIPE_DECL void set_step(std::int64_t step);
   /// The observer sees what this rank does, from the next call on.
   DUALPIPE_DECL void add_observer(std::shared_ptr<Observer> observer);
 
@@ -151,6 +162,11 @@ class DualPipeImpl : public torch::nn::Module {
 
   /// Of the ranks of this pipeline; with a mesh, of this rank's replica.
   DUALPIPE_DECL const std::shared_ptr<Communicator>& communicator() const;
+  /// Of the ranks of all replicas; communicator() where there is one.
+  DUALPIPE_DECL const std::shared_ptr<Communicator>& world() const;
+  /// Which part of the experts this rank has of a parameter or buffer, by its name in the pipeline; -1 where all ranks
+  /// that hold its stage have the same.
+  DUALPIPE_DECL int expert_part(const std::string& name) const;
   DUALPIPE_DECL const Schedule& schedule() const;
   DUALPIPE_DECL std::vector<int> local_stages() const;
   /// This rank runs the first stage for some micro-batches and needs their inputs.
@@ -161,8 +177,13 @@ class DualPipeImpl : public torch::nn::Module {
   /// As torch::nn::Module's, but a parameter that several stages of this rank share comes once, under its first name.
   DUALPIPE_DECL std::vector<torch::Tensor> parameters(bool recurse = true) const;
   DUALPIPE_DECL torch::OrderedDict<std::string, torch::Tensor> named_parameters(bool recurse = true) const;
+  /// Those of parameters() that this rank updates, in their order. With DualPipeOptions::shard_optimizer each parameter of
+  /// the model, frozen or not, has one owner among the ranks that hold it; the bytes are spread evenly over these as far as
+  /// whole parameters allow, and a rank may own none. It stays the owner. Without, all of parameters().
+  DUALPIPE_DECL std::vector<torch::Tensor> owned_parameters() const;
 
  private:
+  friend class ShardedOptimizer;
   DUALPIPE_DECL explicit DualPipeImpl(std::unique_ptr<detail::PipelineState> state);
 
   std::unique_ptr<detail::PipelineState> state_;

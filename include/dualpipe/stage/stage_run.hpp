@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dualpipe/detail/config.hpp"
+#include "dualpipe/detail/stage/layer_random.hpp"
 #include "dualpipe/detail/stage/shared_memory.hpp"
 #include "dualpipe/detail/stage/split_backward.hpp"
 #include "dualpipe/stage/stage.hpp"
@@ -97,9 +98,10 @@ class StageRun {
     Tensors inputs = {};
     std::vector<std::uint32_t> versions = {};  // of the inputs
     detail::SharedPairs shared = {};
-    std::vector<at::Generator> generators = {};
-    std::vector<at::Tensor> random = {};  // states of the generators
-    Tensors leaves = {};                  // what its backward will accumulate into; of the first step only
+    detail::LayerRandom random;
+    std::vector<at::Generator> generators = {};  // LibTorch's, where the pipeline has no seed
+    std::vector<at::Tensor> states = {};         // of the generators
+    Tensors leaves = {};                         // what its backward will accumulate into; of the first step only
   };
   /// What one node of the chain left.
   struct Node {
@@ -118,10 +120,16 @@ class StageRun {
   DUALPIPE_DECL void recompute(int index);
   /// For that: a run of its own, in which nothing has been computed.
   DUALPIPE_DECL StageRun(const StageRun& of, const Beginning& beginning);
+  /// What node `index` draws is that of its layer. @param begin  of the segment.
+  DUALPIPE_DECL void enter_layer(std::size_t index, std::size_t begin);
+  DUALPIPE_DECL void leave_layer(std::size_t index);
+  /// As the key of what it draws names it.
+  DUALPIPE_DECL std::string layer_of(std::size_t index) const;
   DUALPIPE_DECL void launch(const std::shared_ptr<const Communication>& communication);
 
   const Stage* stage_;
   StageContext context_;
+  detail::LayerRandom random_;
   StageLoss loss_;
   at::Tensor loss_value_;
   int num_nodes_;

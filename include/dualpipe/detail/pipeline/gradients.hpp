@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <cstddef>
+#include <functional>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -50,7 +51,10 @@ class WidenedGradient final : public torch::autograd::PostAccumulateGradHook {
 /// restores them: the same tensor objects with the same values.
 class GradientTransaction {
  public:
-  GradientTransaction(Tensors parameters, GradientDtype dtype) : parameters_(std::move(parameters)), dtype_(dtype) {
+  /// @param is_kept  whether a parameter has a gradient after the step; null: all have.
+  GradientTransaction(Tensors parameters, GradientDtype dtype,
+                      std::function<bool(const at::Tensor& parameter)> is_kept = nullptr)
+      : parameters_(std::move(parameters)), dtype_(dtype), is_kept_(std::move(is_kept)) {
     aside_.reserve(parameters_.size());
     for (at::Tensor& parameter : parameters_) {
       aside_.push_back(std::move(parameter.mutable_grad()));
@@ -73,6 +77,11 @@ class GradientTransaction {
     for (std::size_t i = 0; i < aside_.size(); ++i) {
       at::Tensor& fresh = parameters_[i].mutable_grad();
       const at::Tensor& before = aside_[i];
+      if (is_kept_ && !is_kept_(parameters_[i])) {
+        fresh.reset();
+        ways_.push_back(Way::replace);
+        continue;
+      }
       if (before.defined() && fresh.defined()) fresh = sum_of(before, fresh, widens(parameters_[i]));
       ways_.push_back(way_of(before, fresh));
     }
@@ -126,6 +135,7 @@ class GradientTransaction {
 
   Tensors parameters_;
   GradientDtype dtype_;
+  std::function<bool(const at::Tensor&)> is_kept_;
   Tensors aside_;
   std::vector<Way> ways_;
 };

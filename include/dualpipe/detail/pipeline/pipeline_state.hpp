@@ -3,8 +3,10 @@
 #include <torch/nn/module.h>
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -50,13 +52,34 @@ class PipelineState {
   DUALPIPE_DECL StepResult evaluate(const Batch& batch, const LossFn& loss, const torch::nn::Module& module);
   DUALPIPE_DECL Tensors predict(const Batch& batch, const torch::nn::Module& module);
   DUALPIPE_DECL at::Tensor clip_grad_norm(double max_norm, bool error_if_nonfinite);
+  /// @throws Error  no call is possible, and CommError, as Health::require().
+  void require() { health_.require(); }
+  bool shards_optimizer() const noexcept { return options_.shard_optimizer; }
+  /// Whether this rank updates the parameter.
+  bool owns(const at::Tensor& parameter) const { return replicas_->owns(parameter); }
+  /// Collective: throws on every rank what one of them has found, as the other calls do.
+  void check_on_all(const std::string& finding) {
+    require();
+    health_.watched([&] { agree_that_fine(world(), finding); });
+  }
+  /// Collective: `update` changes parameters that this rank owns, and all ranks get the values and vote.
+  ///
+  /// @param finding           why this rank cannot; empty: it can.
+  /// @throws InvalidArgument  on every rank, what one of them found; nothing was changed.
+  DUALPIPE_DECL void update_parameters(const std::string& finding, const std::function<void()>& update);
   void broadcast_parameters() {
     health_.watched([&] { flight_.together("broadcast of parameters", [&] { replicas_->broadcast(); }); });
   }
+  void set_step(std::int64_t step) { step_ = step, calls_ = 0; }
   void write_record(const std::string& path) const { write_file(path, flight_.to_json()); }
   void add_observer(std::shared_ptr<Observer> observer) { observers_.add(std::move(observer)); }
 
   const std::shared_ptr<Communicator>& communicator() const noexcept { return communicator_; }
+  const Ranks& ranks() const noexcept { return ranks_; }
+  int expert_part(const std::string& name) const {
+    const int parts = ranks_.shape.expert;
+    return parts > 1 && is_expert_(name) ? ranks_.replica() % parts : -1;
+  }
   const Schedule& schedule() const noexcept { return training_->schedule; }
   const std::map<int, Stage>& stages() const noexcept { return executor_->stages(); }
   bool feeds_inputs() const { return runs_stage(0); }
@@ -111,7 +134,11 @@ class PipelineState {
   std::unique_ptr<ArrivalMemory> arrivals_;
   Tensors parameters_;
   std::vector<int> loss_ranks_;
+  std::optional<std::uint64_t> seed_;
+  at::Generator generator_;  // what stages draw from, with a seed
   std::int64_t step_ = 0;
+  std::int64_t steps_run_ = 0;  // here; step_ may begin elsewhere
+  std::int64_t calls_ = 0;      // evaluations and predictions since the step before
   // Of the step before, if asynchronous.
   DeviceHashes last_hashes_;
   std::shared_ptr<UnfinishedStep> last_step_;

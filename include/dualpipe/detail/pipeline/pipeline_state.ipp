@@ -3,17 +3,22 @@
 #include "dualpipe/detail/pipeline/pipeline_state.hpp"
 
 #include <ATen/ATen.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <filesystem>
 #include <functional>
 #include <limits>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <set>
 #include <system_error>
 #include <utility>
 
 #include "dualpipe/detail/comm/agree.hpp"
+#include "dualpipe/detail/host.hpp"
 #include "dualpipe/detail/pipeline/buffers.hpp"
 #include "dualpipe/detail/pipeline/call_batch.hpp"
 #include "dualpipe/detail/pipeline/finite.hpp"
@@ -21,17 +26,47 @@
 #include "dualpipe/detail/pipeline/merge_outputs.hpp"
 #include "dualpipe/detail/pipeline/training_plan.hpp"
 #include "dualpipe/detail/pipeline/unfinished_step.hpp"
+#include "dualpipe/detail/stage/layer_random.hpp"
 #include "dualpipe/train/clip.hpp"
 
 namespace dualpipe::detail {
 
+/// LibTorch's generators, as all ranks have them.
+struct GeneratorsOfAll {
+  bool shared = false;                     ///< some ranks are threads of one process
+  std::optional<std::uint64_t> seed = {};  ///< if all ranks have the same one; where nobody sets it, processes differ
+};
+
+/// Collective.
+inline GeneratorsOfAll generators_of_all(Communicator& world) {
+  const at::Generator generator = default_generators(at::kCPU)[0];
+  const std::string seed = std::to_string(generator.current_seed());
+  const std::string identity =
+      str(boot_id(), '-', ::getpid(), '-', static_cast<const void*>(generator.unsafeGetGeneratorImpl()));
+  std::set<std::string> identities, seeds;
+  for (const std::string& text : all_gather_text(world, seed + ' ' + identity)) {
+    seeds.insert(text.substr(0, text.find(' ')));
+    identities.insert(text.substr(text.find(' ')));
+  }
+  GeneratorsOfAll all{.shared = std::ssize(identities) < world.size()};
+  if (!all.shared && seeds.size() == 1) all.seed = generator.current_seed();
+  return all;
+}
+
 /// The stages of this rank, on the communicator's device.
-inline std::map<int, Stage> made_stages(const Schedule& schedule, const Communicator& communicator,
-                                        const StageFactory& factory) {
+inline std::map<int, Stage> made_stages(const Schedule& schedule, Communicator& world, const Communicator& communicator,
+                                        const StageFactory& factory, const std::optional<std::uint64_t>& seed) {
+  // Ranks that are threads make seeded stages one after the other, as they draw from one generator.
+  SharedValues* const shared = world.control().shared_values();
+  const auto mutex = seed && shared ? shared->get<std::shared_ptr<std::mutex>>(
+                                          "seeded factories", [] { return std::make_shared<std::mutex>(); })
+                                    : nullptr;
+  std::unique_lock<std::mutex> lock;
+  if (mutex) lock = std::unique_lock(**mutex);
   std::map<int, Stage> stages;
   for (const int number : stages_of(schedule, communicator.rank())) {
     const std::string error = finding_of([&] {
-      Stage stage = factory(number);
+      Stage stage = seed ? factory.make(number, *seed, communicator.device()) : factory(number);
       if (stage.module()) stage.module()->to(communicator.device());
       stages.emplace(number, std::move(stage));
     });
@@ -90,9 +125,16 @@ PipelineState::PipelineState(Ranks ranks, DualPipeOptions options, const StageFa
   });
   agree_that_fine(world(), finding);
   agree_on(world(), "options", describe(options_, *training_));
+  const GeneratorsOfAll generators = generators_of_all(world());
+  seed_ = options_.seed ? options_.seed : generators.seed;
 
   std::map<int, Stage> stages;
-  agree_that_fine(world(), finding_of([&] { stages = made_stages(schedule(), *communicator_, factory); }));
+  agree_that_fine(world(),
+                  finding_of([&] { stages = made_stages(schedule(), world(), *communicator_, factory, seed_); }));
+  if (seed_) {
+    generator_ = default_generators(communicator_->device()).back();
+    if (generators.shared) generator_ = generator_.clone();
+  }
   const StageTraits traits = traits_of_all(world(), stages);
   // A pair of stages with collectives has its results in another order, and all ranks must send in the same one.
   if (traits.communicate) training_ = communicating_plan(*training_, *communicator_, ranks_.shape.data);
@@ -111,8 +153,8 @@ void PipelineState::start() {
   flight_.together("broadcast of parameters", [&] {
     std::vector<int> sum_order;
     for (const Reduction& reduction : training_->program.reductions) sum_order.push_back(reduction.stage);
-    replicas_ = std::make_unique<Replicas>(world(), ranks_.shape, schedule(), stages(), is_expert_, sum_order,
-                                           options_.gradient_dtype);
+    replicas_ =
+        std::make_unique<Replicas>(world(), ranks_.shape, schedule(), stages(), is_expert_, sum_order, options_);
     replicas_->broadcast();
   });
   for (const auto& [number, stage] : stages()) stage.freeze(communicator_->world_rank(rank()), number);
@@ -132,6 +174,7 @@ CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* 
   const bool trains = call == Call::step;
   CallStatement mine;
   mine.call = call;
+  mine.step = step_;
   mine.finding = finding_of([&] {
     const std::string before = observers_.take_error();
     DUALPIPE_CHECK(before.empty(), before);
@@ -152,13 +195,20 @@ CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* 
     return flight_.together(names[static_cast<std::size_t>(call)], [&] { return exchange_statements(world(), mine); });
   });
   const CallAgreement agreed = agreement(statements, ranks_.shape, ranks_.replica(), trains ? step_ : -1, numbers());
-  if (trains && options_.compare_replicas_every > 0 && step_ % options_.compare_replicas_every == 0) {
+  if (trains && options_.compare_replicas_every > 0 && steps_run_ % options_.compare_replicas_every == 0) {
     const std::string difference = health_.guarded(
         [&] { return flight_.together("comparison of copies", [&] { return replicas_->difference(); }); });
     DUALPIPE_CHECK(difference.empty(), difference);
   }
   inputs.training = trains;
   inputs.step = step_;
+  inputs.first_step = steps_run_ == 0;
+  if (seed_) {
+    const std::int64_t micro_batches = trains ? options_.num_micro_batches : agreed.num_micro_batches;
+    inputs.random = RandomKey{
+        .seed = *seed_, .step = step_, .micro_batch = ranks_.replica() * micro_batches, .call = trains ? 0 : ++calls_};
+    inputs.generator = generator_;
+  }
   inputs.keep_outputs = options_.keep_outputs || call == Call::predict;
   return agreed;
 }
@@ -193,14 +243,17 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
   bool dropped = false;
   const auto body = [&] {
     const std::int64_t number = step_++;
+    ++steps_run_;
+    calls_ = 0;
     inputs.arrivals = arrivals_->known_arrivals(training_, inputs, module);
     DeviceHashes hashes(*communicator_, batch);
-    gradients.emplace(parameters_, options_.gradient_dtype);
+    gradients.emplace(parameters_, options_.gradient_dtype,
+                      [this](const at::Tensor& parameter) { return replicas_->owns(parameter); });
     buffers.emplace(module);
     RunOutputs outputs = executor_->run(*training_, inputs, observers_.all());
     flight_.together("sum of gradients", [&] {
       replicas_->finish_sums(*outputs.recorder);
-      replicas_->broadcast_buffers();
+      replicas_->combine_buffers(*buffers);
     });
     gradients->add_up();
     const FiniteCheck finite(options_.on_non_finite == OnNonFinite::keep ? Tensors() : parameters_);
@@ -309,6 +362,23 @@ at::Tensor PipelineState::clip_grad_norm(double max_norm, bool error_if_nonfinit
       return dualpipe::clip_grad_norm(world(), replicas_->counted_parameters(), parameters_, max_norm,
                                       error_if_nonfinite);
     });
+  });
+}
+
+void PipelineState::update_parameters(const std::string& finding, const std::function<void()>& update) {
+  CallStatement mine;
+  mine.call = Call::optimizer_step;
+  mine.finding = finding;
+  mine.trainable = replicas_->trainable();
+  health_.watched([&] {
+    flight_.together("ShardedOptimizer::step()", [&] {
+      agreement(exchange_statements(world(), mine), ranks_.shape, ranks_.replica(), -1, numbers());
+    });
+  });
+  health_.guarded([&] {
+    update();
+    flight_.together("broadcast of updated parameters", [&] { replicas_->broadcast_owned(); });
+    flight_.together("vote", [&] { world().commit(""); });
   });
 }
 

@@ -10,7 +10,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -94,46 +93,26 @@ class KeptBuffers {
 };
 
 /// Exchanges the states of generators until the end.
-class GeneratorStates {
+class ExchangedStates {
  public:
-  GeneratorStates(std::vector<at::Generator> generators, const std::vector<at::Tensor>& states)
-      : generators_(std::move(generators)), before_(of(generators_)) {
-    set(states);
+  ExchangedStates(std::vector<at::Generator> generators, const std::vector<at::Tensor>& states)
+      : generators_(std::move(generators)), before_(states_of(generators_)) {
+    set_states(generators_, states);
   }
-  ~GeneratorStates() { set(before_); }
-  GeneratorStates(const GeneratorStates&) = delete;
-  GeneratorStates& operator=(const GeneratorStates&) = delete;
-
-  static std::vector<at::Tensor> of(const std::vector<at::Generator>& generators) {
-    std::vector<at::Tensor> states;
-    for (at::Generator generator : generators) {
-      const std::lock_guard lock(generator.mutex());
-      states.push_back(generator.get_state());
-    }
-    return states;
-  }
+  ~ExchangedStates() { set_states(generators_, before_); }
+  ExchangedStates(const ExchangedStates&) = delete;
+  ExchangedStates& operator=(const ExchangedStates&) = delete;
 
  private:
-  void set(const std::vector<at::Tensor>& states) {
-    for (std::size_t i = 0; i < generators_.size(); ++i) {
-      const std::lock_guard lock(generators_[i].mutex());
-      generators_[i].set_state(states[i]);
-    }
-  }
-
   std::vector<at::Generator> generators_;
   std::vector<at::Tensor> before_;
 };
 
-/// LibTorch's default ones, of the CPU and of the devices where the tensors are.
+/// LibTorch's default ones, of the CPU and of the device where the tensors are.
 inline std::vector<at::Generator> generators_of(const Tensors& tensors) {
-  std::vector<at::Generator> generators{at::globalContext().defaultGenerator(at::kCPU)};
-  for (const at::Tensor& tensor : tensors) {
-    if (!tensor.defined() || tensor.is_cpu()) continue;
-    const at::Generator& generator = at::globalContext().defaultGenerator(tensor.device());
-    if (std::find(generators.begin(), generators.end(), generator) == generators.end()) generators.push_back(generator);
-  }
-  return generators;
+  for (const at::Tensor& tensor : tensors)
+    if (tensor.defined() && !tensor.is_cpu()) return default_generators(tensor.device());
+  return default_generators(at::kCPU);
 }
 
 }  // namespace detail
@@ -141,6 +120,7 @@ inline std::vector<at::Generator> generators_of(const Tensors& tensors) {
 StageRun::StageRun(const StageRun& of, const Beginning& beginning)
     : stage_(of.stage_),
       context_(of.context_),
+      random_(beginning.random),
       num_nodes_(1),
       split_(of.split_),
       owner_(of.owner_),
@@ -149,9 +129,9 @@ StageRun::StageRun(const StageRun& of, const Beginning& beginning)
 
 std::unique_ptr<StageRun::Beginning> StageRun::beginning() const {
   auto result = std::make_unique<Beginning>(
-      Beginning{.inputs = values_, .versions = detail::versions_of(values_), .shared = shared_});
-  result->generators = detail::generators_of(values_);
-  result->random = detail::GeneratorStates::of(result->generators);
+      Beginning{.inputs = values_, .versions = detail::versions_of(values_), .shared = shared_, .random = random_});
+  if (!random_.on()) result->generators = detail::generators_of(values_);
+  result->states = detail::states_of(result->generators);
   return result;
 }
 
@@ -166,7 +146,7 @@ void StageRun::recompute(int index) {
       "or say recompute(false)");
   const c10::AutoGradMode grad_mode(true);
   const detail::KeptBuffers buffers(owner_.module.get());
-  const detail::GeneratorStates random(kept->generators, kept->random);
+  const detail::ExchangedStates random(kept->generators, kept->states);
   StageRun again(*this, *kept);
   again.compute(segment.begin, segment.end);
   node.graph = std::move(again.nodes_.back().graph);
@@ -175,6 +155,7 @@ void StageRun::recompute(int index) {
 StageRun::StageRun(const Stage& stage, Tensors inputs, StageContext context, StageLoss loss, detail::SharedPairs shared)
     : stage_(&stage),
       context_(std::move(context)),
+      random_(context_.random, context_.generator),
       loss_(std::move(loss)),
       num_nodes_(stage.num_nodes(loss_ != nullptr)),
       split_(stage.splits_backward()),
@@ -215,7 +196,29 @@ void StageRun::advance_forward(int index) {
   }
   const Stage::Node& node = stage_->nodes()[segment.begin];
   node_name_ = node.name;
+  const detail::LayerRandom::Scope scope(random_);
+  enter_layer(segment.begin, segment.begin);
   launch(node.communication);
+  leave_layer(segment.begin);
+}
+
+std::string StageRun::layer_of(std::size_t index) const {
+  const std::string& layer = stage_->nodes()[index].layer;
+  return layer.empty() ? detail::str("stage", context_.stage) : layer;
+}
+
+void StageRun::enter_layer(std::size_t index, std::size_t begin) {
+  if (!random_.on()) return;
+  const Stage::Node& node = stage_->nodes()[index];
+  if (index > begin) {
+    if (stage_->nodes()[index - 1].layer == node.layer) return;
+    leave_layer(index - 1);
+  }
+  node.goes_on ? random_.go_on(layer_of(index)) : random_.begin(layer_of(index));
+}
+
+void StageRun::leave_layer(std::size_t index) {
+  if (random_.on() && stage_->nodes()[index].to_be_continued) random_.pause(layer_of(index));
 }
 
 void StageRun::compute(std::size_t begin, std::size_t end) {
@@ -224,12 +227,16 @@ void StageRun::compute(std::size_t begin, std::size_t end) {
   const detail::SharedWrites writes(entered.tensors, shared_);
   const std::vector<std::uint32_t> extras = detail::versions_of(context_.extras);
   values_ = entered.tensors;
+  const detail::LayerRandom::Scope scope(random_);
   for (std::size_t i = begin; i < end; ++i) {
     node_name_ = stage_->nodes()[i].name;
+    enter_layer(i, begin);
     values_ = stage_->nodes()[i].compute(values_, context_);
   }
+  if (begin < end) leave_layer(end - 1);
   Node& node = nodes_.emplace_back();
   if (loss_ && advanced()) {
+    random_.begin("");
     const at::Tensor value = detail::compute_loss(loss_, values_, context_.stage);
     loss_value_ = value.detach();
     if (context_.training) node.graph = detail::BackwardGraph(entered, {value});
