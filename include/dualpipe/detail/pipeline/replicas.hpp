@@ -84,13 +84,13 @@ class Replicas {
   struct Group {
     int number;  ///< the same on all of them
     std::shared_ptr<Communicator> communicator;
-    Tensors parameters;
-    Tensors buffers;
-    std::vector<std::optional<BufferReduction>> reductions;  ///< of the buffers, where the options say one
-    std::unordered_map<at::TensorImpl*, int>
-        owners;                       ///< of the parameters, as ranks of the communicator; empty: all own them
-    std::vector<std::string> names;   ///< "parameter 'weight' of stage 2", of the parameters, then of the buffers
-    std::map<int, Tensors> of_stage;  ///< the parameters that are summed with each stage
+    Tensors parameters = {};
+    Tensors buffers = {};
+    std::vector<std::optional<BufferReduction>> reductions = {};  ///< of the buffers, where the options say one
+    std::unordered_map<at::TensorImpl*, int> owners =
+        {};                                ///< of the parameters, as ranks of the communicator; empty: all own them
+    std::vector<std::string> names = {};   ///< "parameter 'weight' of stage 2", of the parameters, then of the buffers
+    std::map<int, Tensors> of_stage = {};  ///< the parameters that are summed with each stage
   };
   /// What the ranks of a group have sent of gradients that this rank owns, all of one dtype.
   struct Shard {

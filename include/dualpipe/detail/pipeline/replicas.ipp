@@ -293,7 +293,7 @@ Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& 
   for (std::size_t i = 0; i < sets.size(); ++i) {
     const HolderSet& set = sets[i];
     if (std::find(set.ranks.begin(), set.ranks.end(), world.rank()) == set.ranks.end()) continue;
-    Group mine{static_cast<int>(i), std::move(groups[i]), {}, {}, {}, {}, {}};
+    Group mine{.number = static_cast<int>(i), .communicator = std::move(groups[i])};
     const auto collect = [&](bool buffers) {
       for (const int number : set.stages) {
         const auto& module = stages.at(number).module();
@@ -318,14 +318,14 @@ Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& 
       for (const at::Tensor& parameter : mine.parameters)
         if (of_stage.contains(parameter.unsafeGetTensorImpl())) mine.of_stage[stage].push_back(parameter);
     const auto me = std::find(set.ranks.begin(), set.ranks.end(), world.rank()) - set.ranks.begin();
-    const std::vector<int> owners = owners_of(mine.parameters, shards ? static_cast<int>(set.ranks.size()) : 1);
+    const std::vector<int> owners = owners_of(mine.parameters, shards_ ? static_cast<int>(set.ranks.size()) : 1);
     for (std::size_t p = 0; p < mine.parameters.size(); ++p) {
       if (owners[p] == me) counted_.push_back(mine.parameters[p]);
-      if (shards) mine.owners[mine.parameters[p].unsafeGetTensorImpl()] = owners[p];
+      if (shards_) mine.owners[mine.parameters[p].unsafeGetTensorImpl()] = owners[p];
     }
     if (set.ranks.size() > 1) groups_.push_back(std::move(mine));
   }
-  if (shards) {
+  if (shards_) {
     for (const at::Tensor& parameter : counted_) owned_.insert(parameter.unsafeGetTensorImpl());
     check_alike();
   }
