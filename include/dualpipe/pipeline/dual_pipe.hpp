@@ -3,6 +3,7 @@
 #include <torch/nn/module.h>
 #include <torch/nn/pimpl.h>
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <utility>
@@ -33,6 +34,8 @@ struct StepResult {
   torch::Tensor
       losses;  ///< [replicas * micro-batches] float64 on the CPU, the same on every rank: of each micro-batch,
                ///< unscaled; those of replica d begin at d * micro-batches
+  bool skipped =
+      false;  ///< with OnNonFinite::skip: something was not finite, so gradients and buffers are what they were
   std::vector<Tensors> outputs;  ///< with keep_outputs: by micro-batch of this rank's replica, empty where another rank
                                  ///< ran its last stage
 
@@ -68,8 +71,8 @@ class DualPipeImpl : public torch::nn::Module {
   using StageFactory = dualpipe::StageFactory;
   using LossFn = dualpipe::LossFn;
 
-  /// Collective. Makes, proves and lowers the schedule, calls `factory` once for each stage that this rank holds, moves
-  /// the stages to the communicator's device and makes the copies of each stage equal.
+  /// Collective. Makes, proves and lowers the schedule, calls `factory` once for each stage that this rank holds (with a
+  /// seed, see DualPipeOptions::seed, as StageFactory::make; ranks that are threads one after the other), moves the stages to the communicator's device and makes the copies of each stage equal.
   ///
   /// @throws InvalidArgument  options that are wrong or differ between ranks, a factory that threw, or a parameter that
   ///                          stages of different ranks share, where that can be seen (docs/stages.md): the same text
@@ -101,7 +104,8 @@ class DualPipeImpl : public torch::nn::Module {
   /// reached the end of the step. A device that fails later is reported by StepResult::wait() or, before it does
   /// anything, by the next step(), evaluate() or predict(), on all ranks. Gradients and parameters updated meanwhile
   /// may then hold anything, so go back to a checkpoint. A batch in page-locked memory must not be written to before
-  /// wait(). With observers the host does wait, as they are told when the device did what.
+  /// wait(). With observers the host does wait, as they are told when the device did what. A loss or a gradient that is
+  /// not finite is an Error of StepResult::wait() and of the next step() then, as the gradients were handed out before.
   ///
   /// @param batch  of this rank's replica; whole, or what this rank needs: inputs where feeds_inputs(), targets where computes_loss(), extras
   ///               where its stages use them. None of its tensors requires grad.
@@ -110,7 +114,9 @@ class DualPipeImpl : public torch::nn::Module {
   ///               (sum).
   /// @throws InvalidArgument  a batch that does not split, lacks something, or differs between ranks; copies of a stage
   ///                          that differ between its holders (compared every DualPipeOptions::compare_replicas_every
-  ///                          steps); what an observer threw at the end of the step before.
+  ///                          steps); what an observer threw at the end of the step before; a loss or a gradient that
+  ///                          is not finite, with DualPipeOptions::on_non_finite = error. The text names the
+  ///                          micro-batch, and the parameter with its stage and rank.
   /// @throws Error            user code threw here; values of the batch on a device differ between ranks, which is
   ///                          known at the end of the step, of an asynchronous one at the end of the next.
   /// @throws CommError        another rank failed.
@@ -129,13 +135,22 @@ class DualPipeImpl : public torch::nn::Module {
   DUALPIPE_DECL Tensors predict(const Batch& batch);
 
   /// Collective. Scales the gradients of the whole model to a 2-norm of at most `max_norm`, each parameter counted
-  /// once. Gradients are dense. On a device the host waits for the norm, so that nothing is scaled after an abort.
+  /// once. Gradients are dense or sparse. On a device the host waits for the norm, so that nothing is scaled after an
+  /// abort.
   ///
+  /// @param error_if_nonfinite  a norm that is infinite or NaN is an error; else it scales the gradients.
   /// @return  the norm before, zero-dimensional float64, the same on every rank.
-  DUALPIPE_DECL torch::Tensor clip_grad_norm_(double max_norm);
+  /// @throws InvalidArgument  on every rank, gradients are what they were: as clip_grad_norm() in train/clip.hpp.
+  DUALPIPE_DECL torch::Tensor clip_grad_norm_(double max_norm, bool error_if_nonfinite = false);
   /// Collective. Parameters and buffers of the lowest holder of each stage replace the others'. Done by the
   /// constructor; call it after loading weights by hand.
   DUALPIPE_DECL void broadcast_parameters();
+  /// The number of steps that lie behind the model, 0 for a new one: StageContext::step, and random numbers with
+  /// DualPipeOptions::seed, go on from there. load_checkpoint() calls it. The same on all ranks, which the next call
+  /// compares.
+  ///
+  /// @throws InvalidArgument  a negative number.
+  DUALPIPE_DECL void set_step(std::int64_t step);
   /// The observer sees what this rank does, from the next call on.
   DUALPIPE_DECL void add_observer(std::shared_ptr<Observer> observer);
 
@@ -147,6 +162,11 @@ class DualPipeImpl : public torch::nn::Module {
 
   /// Of the ranks of this pipeline; with a mesh, of this rank's replica.
   DUALPIPE_DECL const std::shared_ptr<Communicator>& communicator() const;
+  /// Of the ranks of all replicas; communicator() where there is one.
+  DUALPIPE_DECL const std::shared_ptr<Communicator>& world() const;
+  /// Which part of the experts this rank has of a parameter or buffer, by its name in the pipeline; -1 where all ranks
+  /// that hold its stage have the same.
+  DUALPIPE_DECL int expert_part(const std::string& name) const;
   DUALPIPE_DECL const Schedule& schedule() const;
   DUALPIPE_DECL std::vector<int> local_stages() const;
   /// This rank runs the first stage for some micro-batches and needs their inputs.

@@ -24,6 +24,7 @@ struct CallStatement {
 
   Call call = Call::step;
   std::string finding = {};            ///< why this rank cannot take part; empty: it can
+  std::int64_t step = 0;               ///< number of steps before
   std::int64_t num_micro_batches = 0;  ///< of this rank's batch, 0: it has none
   Part inputs, targets, extras;
   std::map<int, std::uint64_t> trainable = {};  ///< by group of holders: which parameters require grad

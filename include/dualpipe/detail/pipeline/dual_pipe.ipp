@@ -48,9 +48,16 @@ StepResult DualPipeImpl::evaluate(const Batch& batch, const LossFn& loss) {
 
 Tensors DualPipeImpl::predict(const Batch& batch) { return state_->predict(batch, *this); }
 
-torch::Tensor DualPipeImpl::clip_grad_norm_(double max_norm) { return state_->clip_grad_norm(max_norm); }
+torch::Tensor DualPipeImpl::clip_grad_norm_(double max_norm, bool error_if_nonfinite) {
+  return state_->clip_grad_norm(max_norm, error_if_nonfinite);
+}
 
 void DualPipeImpl::broadcast_parameters() { state_->broadcast_parameters(); }
+
+void DualPipeImpl::set_step(std::int64_t step) {
+  DUALPIPE_CHECK(step >= 0, "the number of steps must not be negative, got ", step);
+  state_->set_step(step);
+}
 
 void DualPipeImpl::add_observer(std::shared_ptr<Observer> observer) {
   DUALPIPE_CHECK(observer != nullptr, "add_observer got no observer");
@@ -59,6 +66,10 @@ void DualPipeImpl::add_observer(std::shared_ptr<Observer> observer) {
 
 void DualPipeImpl::write_record(const std::string& path) const { state_->write_record(path); }
 const std::shared_ptr<Communicator>& DualPipeImpl::communicator() const { return state_->communicator(); }
+
+const std::shared_ptr<Communicator>& DualPipeImpl::world() const { return state_->ranks().world; }
+
+int DualPipeImpl::expert_part(const std::string& name) const { return state_->expert_part(name); }
 
 const Schedule& DualPipeImpl::schedule() const { return state_->schedule(); }
 

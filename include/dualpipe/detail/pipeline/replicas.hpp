@@ -5,13 +5,16 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/config.hpp"
 #include "dualpipe/detail/config.hpp"
+#include "dualpipe/detail/pipeline/buffers.hpp"
 #include "dualpipe/detail/pipeline/recorder.hpp"
 #include "dualpipe/schedule/schedule.hpp"
 #include "dualpipe/stage/stage.hpp"
@@ -33,13 +36,15 @@ class Replicas {
   /// @param stages     those of this rank.
   /// @param sum_order  the stages that several ranks hold, in the order in which all ranks begin their sums. A parameter
   ///                   that several stages share is summed with the last of them.
-  /// @param shards     each parameter has one owner among the ranks of its set, else every rank is.
+  /// @param options    how buffers are combined and gradients added up, and whether each parameter has one owner among the
+  ///                   ranks of its set, else every rank is; the same on all ranks.
   /// @throws InvalidArgument  on every rank: a parameter shared by stages that different sets of ranks hold, or by ranks
-  ///                          that are threads of one process; with `shards`, ranks of a set that have other parameters
-  ///                          or have frozen others.
+  ///                          that are threads of one process; a name that no buffer has, or a buffer that does not
+  ///                          add up; where parameters have owners, ranks of a set that have other parameters or have
+  ///                          frozen others.
   DUALPIPE_DECL Replicas(Communicator& world, const MeshShape& shape, const Schedule& schedule,
                          const std::map<int, Stage>& stages, const IsExpert& is_expert,
-                         const std::vector<int>& sum_order, bool shards);
+                         const std::vector<int>& sum_order, const DualPipeOptions& options);
 
   /// Which parameters require grad, as a hash for each set of ranks that this rank belongs to. All ranks of a set must
   /// have the same when begin_sum() is called.
@@ -55,10 +60,12 @@ class Replicas {
   DUALPIPE_DECL void finish_sums(Recorder& recorder);
   /// Collective: parameters and buffers of the lowest holder replace the others'.
   DUALPIPE_DECL void broadcast();
-  /// Collective: floating-point buffers only (running statistics), as DistributedDataParallel does. The first time that
-  /// holders have others, rank 0 warns.
-  DUALPIPE_DECL void broadcast_buffers();
-  /// Collective: compares parameters and buffers of the holders bit by bit.
+  /// Collective: buffers become one as DualPipeOptions::buffers says. The first time that holders have others of those
+  /// about which it says nothing, rank 0 warns.
+  ///
+  /// @param start  of the step.
+  DUALPIPE_DECL void combine_buffers(const BufferTransaction& start);
+  /// Collective: compares parameters and buffers of the holders bit by bit, but for those that are to be local.
   ///
   /// @return the same on every rank: the first one that differs, and the way out; empty if all are equal.
   DUALPIPE_DECL std::string difference() const;
@@ -77,12 +84,13 @@ class Replicas {
   struct Group {
     int number;  ///< the same on all of them
     std::shared_ptr<Communicator> communicator;
-    Tensors parameters;
-    Tensors buffers;
-    std::unordered_map<at::TensorImpl*, int>
-        owners;                       ///< of the parameters, as ranks of the communicator; empty: all own them
-    std::vector<std::string> names;   ///< "parameter 'weight' of stage 2", of the parameters, then of the buffers
-    std::map<int, Tensors> of_stage;  ///< the parameters that are summed with each stage
+    Tensors parameters = {};
+    Tensors buffers = {};
+    std::vector<std::optional<BufferReduction>> reductions = {};  ///< of the buffers, where the options say one
+    std::unordered_map<at::TensorImpl*, int> owners =
+        {};                                ///< of the parameters, as ranks of the communicator; empty: all own them
+    std::vector<std::string> names = {};   ///< "parameter 'weight' of stage 2", of the parameters, then of the buffers
+    std::map<int, Tensors> of_stage = {};  ///< the parameters that are summed with each stage
   };
   /// What the ranks of a group have sent of gradients that this rank owns, all of one dtype.
   struct Shard {
@@ -121,8 +129,9 @@ class Replicas {
   Communicator& world_;
   std::vector<Group> groups_;
   std::vector<int> sum_order_;
-  std::vector<Sum> sums_;
+  GradientDtype gradients_;
   bool shards_;
+  std::vector<Sum> sums_;
   std::unordered_set<at::TensorImpl*> owned_;  // where parameters have owners
   Tensors counted_;
   bool any_copies_ = false;              // some stage has several holders

@@ -11,6 +11,8 @@
 #include <map>
 #include <optional>
 #include <sstream>
+#include <string>
+#include <unordered_map>
 #include <unordered_set>
 #include <utility>
 
@@ -18,6 +20,7 @@
 #include "dualpipe/detail/host.hpp"
 #include "dualpipe/detail/pipeline/device_hash.hpp"
 #include "dualpipe/detail/pipeline/digest.hpp"
+#include "dualpipe/detail/pipeline/gradients.hpp"
 
 namespace dualpipe::detail {
 
@@ -187,7 +190,8 @@ inline void warn_of_equal(const std::vector<ParameterPlace>& places, const Sched
     if (holders(schedule, place.stage) == holders(schedule, first)) continue;
     TORCH_WARN("stages ", first, " and ", place.stage, " begin with equal values of a parameter of the same name, '",
                place.name,
-               "', and different ranks hold them. If they were seeded alike: seed each stage by its number. If "
+               "', and different ranks hold them. If they were seeded alike: leave that to DualPipeOptions::seed, or "
+               "seed each stage by its number. If "
                "it is one weight that both use: each will train its own copy. ",
                ways_to_tie, ". This is said once");
     return;
@@ -209,6 +213,47 @@ inline std::map<int, std::unordered_set<at::TensorImpl*>> summed_with(const std:
         result[*stage].insert(parameter.unsafeGetTensorImpl());
   }
   return result;
+}
+
+using BufferReductions = std::unordered_map<const at::TensorImpl*, BufferReduction>;
+
+/// Collective: of the buffers that `rules` name.
+inline BufferReductions buffer_reductions(Communicator& world, const std::map<int, Stage>& stages,
+                                          const std::map<std::string, BufferReduction>& rules) {
+  BufferReductions reductions;
+  if (rules.empty()) return reductions;
+  std::unordered_set<std::string> used;
+  agree_that_fine(world, finding_of([&] {
+                    for (const auto& [number, stage] : stages) {
+                      if (!stage.module()) continue;
+                      for (const auto& item : stage.module()->named_buffers()) {
+                        const std::string name = "." + item.key();
+                        const std::pair<const std::string, BufferReduction>* best = nullptr;
+                        for (const auto& rule : rules)
+                          if (name.ends_with("." + rule.first) && (!best || rule.first.size() > best->first.size()))
+                            best = &rule;
+                        if (best == nullptr || !item.value().defined()) continue;
+                        const at::ScalarType type = item.value().scalar_type();
+                        DUALPIPE_CHECK(best->second == BufferReduction::mean
+                                           ? item.value().is_floating_point()
+                                           : best->second != BufferReduction::sum || type != at::kBool,
+                                       "DualPipeOptions::buffers: ", best->first, " is to be a ", name_of(best->second),
+                                       ", but buffer '", item.key(), "' of stage ", number, " is of type ", type);
+                        used.insert(best->first);
+                        reductions.emplace(item.value().unsafeGetTensorImpl(), best->second);
+                      }
+                    }
+                  }));
+  std::string mine;
+  for (const std::string& name : used) mine += name + '\n';
+  for (const std::string& text : all_gather_text(world, mine)) {
+    std::istringstream lines(text);
+    for (std::string name; std::getline(lines, name);) used.insert(name);
+  }
+  for (const auto& [name, reduction] : rules)
+    DUALPIPE_CHECK(used.contains(name), "DualPipeOptions::buffers names '", name,
+                   "', but no buffer of the model has that name or ends with it behind a dot");
+  return reductions;
 }
 
 /// For each parameter the rank that owns it, of `num_ranks`. The largest come first, each to the rank that has least by
@@ -233,12 +278,13 @@ inline std::vector<int> owners_of(const Tensors& parameters, int num_ranks) {
 
 Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& schedule,
                    const std::map<int, Stage>& stages, const IsExpert& is_expert, const std::vector<int>& sum_order,
-                   bool shards)
-    : world_(world), sum_order_(sum_order), shards_(shards) {
+                   const DualPipeOptions& options)
+    : world_(world), sum_order_(sum_order), gradients_(options.gradient_dtype), shards_(options.shard_optimizer) {
   const auto places = parameter_places(all_gather_text(world, parameters_text(stages)));
   check_not_shared(places, schedule);
   if (world.rank() == 0) warn_of_equal(places, schedule);
 
+  const BufferReductions reductions = buffer_reductions(world, stages, options.buffers);
   const bool tells_experts = is_expert && shape.expert > 1;
   const std::vector<HolderSet> sets = holder_sets(schedule, shape, tells_experts);
   std::vector<std::shared_ptr<Communicator>> groups = make_holder_groups(world, sets);
@@ -247,7 +293,7 @@ Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& 
   for (std::size_t i = 0; i < sets.size(); ++i) {
     const HolderSet& set = sets[i];
     if (std::find(set.ranks.begin(), set.ranks.end(), world.rank()) == set.ranks.end()) continue;
-    Group mine{static_cast<int>(i), std::move(groups[i]), {}, {}, {}, {}, {}};
+    Group mine{.number = static_cast<int>(i), .communicator = std::move(groups[i])};
     const auto collect = [&](bool buffers) {
       for (const int number : set.stages) {
         const auto& module = stages.at(number).module();
@@ -264,18 +310,22 @@ Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& 
     };
     collect(false);
     collect(true);
+    for (const at::Tensor& buffer : mine.buffers) {
+      const auto found = reductions.find(buffer.unsafeGetTensorImpl());
+      mine.reductions.push_back(found == reductions.end() ? std::nullopt : std::optional(found->second));
+    }
     for (const auto& [stage, of_stage] : summed)
       for (const at::Tensor& parameter : mine.parameters)
         if (of_stage.contains(parameter.unsafeGetTensorImpl())) mine.of_stage[stage].push_back(parameter);
     const auto me = std::find(set.ranks.begin(), set.ranks.end(), world.rank()) - set.ranks.begin();
-    const std::vector<int> owners = owners_of(mine.parameters, shards ? static_cast<int>(set.ranks.size()) : 1);
+    const std::vector<int> owners = owners_of(mine.parameters, shards_ ? static_cast<int>(set.ranks.size()) : 1);
     for (std::size_t p = 0; p < mine.parameters.size(); ++p) {
       if (owners[p] == me) counted_.push_back(mine.parameters[p]);
-      if (shards) mine.owners[mine.parameters[p].unsafeGetTensorImpl()] = owners[p];
+      if (shards_) mine.owners[mine.parameters[p].unsafeGetTensorImpl()] = owners[p];
     }
     if (set.ranks.size() > 1) groups_.push_back(std::move(mine));
   }
-  if (shards) {
+  if (shards_) {
     for (const at::Tensor& parameter : counted_) owned_.insert(parameter.unsafeGetTensorImpl());
     check_alike();
   }
@@ -328,7 +378,8 @@ void Replicas::begin_sum(int stage) {
       at::Tensor& gradient = sum.parameters[i].mutable_grad();
       sum.present.mutable_data_ptr<int>()[i] = gradient.defined() ? 1 : 0;
       if (!gradient.defined())
-        gradient = at::zeros_like(sum.parameters[i], at::MemoryFormat::Contiguous);
+        gradient = at::zeros_like(sum.parameters[i], gradient_type(sum.parameters[i], gradients_), {}, {}, {},
+                                  at::MemoryFormat::Contiguous);
       else if (gradient.is_sparse())
         gradient = gradient.to_dense();
       else
@@ -446,17 +497,37 @@ void Replicas::broadcast_owned() {
   for (Pending& each : pending) each.synchronize();
 }
 
-void Replicas::broadcast_buffers() {
+void Replicas::combine_buffers(const BufferTransaction& start) {
   if (watches_buffers_) warn_of_lost_buffers();
   at::NoGradGuard no_grad;
+  struct Growth {
+    at::Tensor buffer, sum;
+    std::int64_t count;  // it grows by sum / count
+  };
+  std::vector<Growth> growths;
   std::vector<Pending> pending;
-  for (Group& group : groups_) {
-    Tensors tensors;
-    for (const at::Tensor& buffer : group.buffers)
-      if (buffer.is_floating_point()) tensors.push_back(buffer.detach());
-    if (!tensors.empty()) pending.push_back(group.communicator->broadcast(std::move(tensors), 0));
+  for (const Group& group : groups_) {
+    Tensors first, sums;
+    for (std::size_t i = 0; i < group.buffers.size(); ++i) {
+      const at::Tensor buffer = group.buffers[i].detach();
+      const BufferReduction reduction = group.reductions[i].value_or(
+          buffer.is_floating_point() ? BufferReduction::broadcast : BufferReduction::local);
+      if (reduction == BufferReduction::broadcast) first.push_back(buffer);
+      if (reduction != BufferReduction::sum && reduction != BufferReduction::mean) continue;
+      const at::Tensor& before = start.before(group.buffers[i]);
+      DUALPIPE_CHECK(buffer.sizes() == before.sizes(), group.names[group.parameters.size() + i],
+                     " has got other sizes in the step, ", buffer.sizes(), " instead of ", before.sizes(),
+                     ", so it does not add up");
+      // What has not changed grows by 0, infinite or not.
+      sums.push_back((buffer - before).masked_fill_(buffer.eq(before), 0).contiguous());
+      growths.push_back({buffer, sums.back(), reduction == BufferReduction::mean ? group.communicator->size() : 1});
+      buffer.copy_(before);
+    }
+    if (!first.empty()) pending.push_back(group.communicator->broadcast(std::move(first), 0));
+    if (!sums.empty()) pending.push_back(group.communicator->all_reduce(std::move(sums)));
   }
   for (Pending& each : pending) each.wait();
+  for (const auto& [buffer, sum, count] : growths) buffer.add_(count == 1 ? sum : sum / count);
   if (!watches_buffers_) return;
   versions_.clear();
   for (const Group& group : groups_)
@@ -508,9 +579,12 @@ std::string Replicas::text_of(const std::vector<Difference>& differences) const 
 std::string Replicas::difference() const {
   if (!any_copies_) return {};
   std::map<int, std::vector<std::uint64_t>> digests;
-  for (const Group& group : groups_)
-    for (const Tensors* tensors : {&group.parameters, &group.buffers})
-      for (const at::Tensor& tensor : *tensors) digests[group.number].push_back(digest_of(tensor));
+  for (const Group& group : groups_) {
+    std::vector<std::uint64_t>& values = digests[group.number];
+    for (const at::Tensor& parameter : group.parameters) values.push_back(digest_of(parameter));
+    for (std::size_t i = 0; i < group.buffers.size(); ++i)
+      values.push_back(group.reductions[i] == BufferReduction::local ? 0 : digest_of(group.buffers[i]));
+  }
   const std::vector<Difference> found = differences(digests);
   if (found.empty()) return {};
   return str(
@@ -518,8 +592,8 @@ std::string Replicas::difference() const {
       ", which hold the same stage, is not the same bit by bit: something changes it on each rank by itself, as "
       "max_norm of an embedding, noise, or a counter in a buffer does, or weights were loaded on some ranks only",
       shards_ ? ", or the optimizer is no ShardedOptimizer, which shard_optimizer needs. " : ". ",
-      "broadcast_parameters() makes all copies equal; DualPipeOptions::compare_replicas_every says how often they "
-      "are compared (0: never)");
+      "broadcast_parameters() makes all copies equal; DualPipeOptions::buffers lets counters add up over the ranks; "
+      "DualPipeOptions::compare_replicas_every says how often they are compared (0: never)");
 }
 
 void Replicas::warn_of_lost_buffers() {
@@ -528,9 +602,9 @@ void Replicas::warn_of_lost_buffers() {
   for (const Group& group : groups_) {
     std::vector<std::uint64_t>& values = digests[group.number];
     values.assign(group.parameters.size(), 0);
-    for (const at::Tensor& buffer : group.buffers) {
-      const bool unchanged = next < versions_.size() && versions_[next] == version_of(buffer);
-      values.push_back(unchanged ? 0 : digest_of(buffer));
+    for (std::size_t i = 0; i < group.buffers.size(); ++i) {
+      const bool unchanged = next < versions_.size() && versions_[next] == version_of(group.buffers[i]);
+      values.push_back(unchanged || group.reductions[i] ? 0 : digest_of(group.buffers[i]));
       ++next;
     }
   }
@@ -543,9 +617,10 @@ void Replicas::warn_of_lost_buffers() {
         "ranks that hold the same stage have changed its buffers in different ways, each by its own micro-batches: ",
         text,
         ". After each step floating-point buffers of the first rank replace the others, so running "
-        "statistics, as those of BatchNorm, come from a part of the batch. Layers without them (GroupNorm, "
-        "LayerNorm) do not have this problem, nor have kinds that keep each stage on one rank (dualpipev, zbv, "
-        "1f1b) without replicas. This is said once");
+        "statistics, as those of BatchNorm, come from a part of the batch. DualPipeOptions::buffers says what is to "
+        "be done instead, as {{\"running_mean\", BufferReduction::mean}}. "
+        "Layers without them (GroupNorm, LayerNorm) do not have this problem, nor have kinds that keep each stage on "
+        "one rank (dualpipev, zbv, 1f1b) without replicas. This is said once");
   }
 }
 

@@ -19,14 +19,17 @@ namespace dualpipe::detail {
 
 /// How a step has ended.
 struct StepVote {
-  at::Tensor losses;                 ///< [replicas * num_micro_batches] float64 in memory of the host
-  std::vector<MemberHashes> hashes;  ///< by rank
+  at::Tensor losses;                  ///< [replicas * num_micro_batches] float64 in memory of the host
+  std::vector<MemberHashes> hashes;   ///< by rank
+  std::vector<std::string> findings;  ///< by rank: which gradients are not finite; empty: none
 };
 
-/// What a rank says at the end of a step. Its bytes travel: this head, and a loss for each of its micro-batches.
+/// What a rank says at the end of a step. Its bytes travel: this head, its finding, and a loss for each of its
+/// micro-batches.
 struct BallotHead {
   std::array<std::uint64_t, 3> hashes{};
   std::array<std::uint8_t, 3> has_hash{};
+  std::uint32_t finding_size = 0;
 };
 struct BallotLoss {
   std::int64_t micro_batch = 0;  ///< counted over all replicas
@@ -43,13 +46,15 @@ struct MicroBatchCount {
   int number(int micro_batch) const { return replica * of_replica + micro_batch; }
 };
 
-inline std::string packed_ballot(const MemberHashes& hashes, const std::vector<BallotLoss>& losses) {
-  BallotHead head;
+inline std::string packed_ballot(const MemberHashes& hashes, const std::vector<BallotLoss>& losses,
+                                 const std::string& finding = {}) {
+  BallotHead head{.finding_size = static_cast<std::uint32_t>(finding.size())};
   for (std::size_t i = 0; i < hashes.size(); ++i) {
     head.has_hash[i] = hashes[i].has_value() ? 1 : 0;
     head.hashes[i] = hashes[i].value_or(0);
   }
   std::string ballot(reinterpret_cast<const char*>(&head), sizeof head);
+  ballot += finding;
   for (const BallotLoss& loss : losses) ballot.append(reinterpret_cast<const char*>(&loss), sizeof loss);
   return ballot;
 }
@@ -57,7 +62,7 @@ inline std::string packed_ballot(const MemberHashes& hashes, const std::vector<B
 /// @param losses  [micro-batches of all replicas] of the result, zeros.
 /// @throws InvalidArgument  the same on all ranks: one has committed something else than a step of the pipeline.
 inline StepVote unpacked(const std::vector<std::string>& ballots, at::Tensor losses) {
-  StepVote result{.losses = std::move(losses), .hashes = {}};
+  StepVote result{.losses = std::move(losses), .hashes = {}, .findings = {}};
   const auto check = [](bool right) {
     DUALPIPE_CHECK(right,
                    "a rank has called Communicator::commit() of the pipeline's communicator, beside step(), with a "
@@ -65,13 +70,16 @@ inline StepVote unpacked(const std::vector<std::string>& ballots, at::Tensor los
   };
   for (const std::string& ballot : ballots) {
     BallotHead head;
-    check(ballot.size() >= sizeof head && (ballot.size() - sizeof head) % sizeof(BallotLoss) == 0);
+    check(ballot.size() >= sizeof head);
     std::memcpy(&head, ballot.data(), sizeof head);
+    const std::size_t rest = ballot.size() - sizeof head;
+    check(head.finding_size <= rest && (rest - head.finding_size) % sizeof(BallotLoss) == 0);
     MemberHashes hashes;
     for (std::size_t i = 0; i < hashes.size(); ++i)
       if (head.has_hash[i] != 0) hashes[i] = head.hashes[i];
     result.hashes.push_back(hashes);
-    for (std::size_t at = sizeof head; at < ballot.size(); at += sizeof(BallotLoss)) {
+    result.findings.push_back(ballot.substr(sizeof head, head.finding_size));
+    for (std::size_t at = sizeof head + head.finding_size; at < ballot.size(); at += sizeof(BallotLoss)) {
       BallotLoss loss;
       std::memcpy(&loss, ballot.data() + at, sizeof loss);
       check(loss.micro_batch >= 0 && loss.micro_batch < result.losses.numel());
@@ -102,8 +110,9 @@ inline void check_hashes(const std::vector<MemberHashes>& hashes, const MeshShap
 /// failed on this rank's device must have been found before.
 ///
 /// @param communicator  over the ranks of all replicas.
+/// @param finding       which gradients of this rank are not finite.
 inline StepVote vote(Communicator& communicator, const RunOutputs& outputs, const MicroBatchCount& count,
-                     const MemberHashes& hashes) {
+                     const MemberHashes& hashes, const std::string& finding = {}) {
   Tensors values;
   std::vector<BallotLoss> losses;
   for (const auto& [micro_batch, loss] : outputs.losses) {
@@ -115,18 +124,21 @@ inline StepVote vote(Communicator& communicator, const RunOutputs& outputs, cons
     for (std::size_t i = 0; i < losses.size(); ++i) losses[i].loss = on_host.const_data_ptr<double>()[i];
   }
   at::Tensor all = at::zeros({count.all()}, at::kDouble);
-  return unpacked(communicator.commit(packed_ballot(hashes, losses)), std::move(all));
+  return unpacked(communicator.commit(packed_ballot(hashes, losses, finding)), std::move(all));
 }
 
 /// As vote(), but the hosts do not wait for their devices.
 ///
-/// @param end  gets what is over when the device has finished the step; the losses hold then.
+/// @param num_infinite  how many gradients of this rank are not finite, float64 on its device; undefined: none is.
+/// @param end           gets what is over when the device has finished the step. Then the losses hold, and behind them
+///                      is one element more: num_infinite of all ranks.
 inline StepVote vote_ahead(Communicator& communicator, const RunOutputs& outputs, const MicroBatchCount& count,
-                           const MemberHashes& hashes, Pending& end) {
-  at::Tensor losses = at::zeros({count.all()}, at::device(communicator.device()).dtype(at::kDouble));
-  for (const auto& [micro_batch, loss] : outputs.losses) losses[count.number(micro_batch)].copy_(loss.reshape({}));
-  communicator.all_reduce({losses}).wait();
-  at::Tensor on_host = losses.to(at::kCPU, /*non_blocking=*/true);
+                           const MemberHashes& hashes, const at::Tensor& num_infinite, Pending& end) {
+  at::Tensor numbers = at::zeros({count.all() + 1}, at::device(communicator.device()).dtype(at::kDouble));
+  for (const auto& [micro_batch, loss] : outputs.losses) numbers[count.number(micro_batch)].copy_(loss.reshape({}));
+  if (num_infinite.defined()) numbers[count.all()].copy_(num_infinite);
+  communicator.all_reduce({numbers}).wait();
+  at::Tensor on_host = numbers.to(at::kCPU, /*non_blocking=*/true);
   end = communicator.fence();
   StepVote result = unpacked(communicator.commit(packed_ballot(hashes, {})), at::empty({0}, at::kDouble));
   result.losses = std::move(on_host);
