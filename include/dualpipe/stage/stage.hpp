@@ -25,9 +25,16 @@ namespace dualpipe {
 struct StageContext {
   int stage = 0;
   int micro_batch = 0;
-  std::int64_t step = 0;  ///< number of training steps begun before
-  bool training = true;   ///< false in evaluate and predict
-  Tensors extras = {};    ///< side inputs of this micro-batch (Batch::extras), the same on every stage
+  std::int64_t step = 0;            ///< number of training steps begun before
+  bool training = true;             ///< false in evaluate and predict
+  Tensors extras = {};              ///< side inputs of this micro-batch (Batch::extras), the same on every stage
+  Tensors* added_losses = nullptr;  ///< where add_loss puts them; set by StageRun
+
+  /// Adds a loss of this micro-batch to what is trained, from any stage: it is weighted as the loss of the last stage is,
+  /// and reported in StepResult::added_losses. Called by the stage's compute functions while they run.
+  ///
+  /// @throws InvalidArgument  not one floating-point element; not within a compute function.
+  DUALPIPE_DECL void add_loss(const at::Tensor& loss) const;
 };
 
 /// Ordinary autograd code from tensors to tensors.

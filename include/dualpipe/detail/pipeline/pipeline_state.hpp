@@ -18,9 +18,9 @@
 #include "dualpipe/detail/pipeline/device_hash.hpp"
 #include "dualpipe/detail/pipeline/executor.hpp"
 #include "dualpipe/detail/pipeline/flight_recorder.hpp"
-#include "dualpipe/detail/pipeline/forward_plans.hpp"
 #include "dualpipe/detail/pipeline/health.hpp"
 #include "dualpipe/detail/pipeline/observers.hpp"
+#include "dualpipe/detail/pipeline/plans.hpp"
 #include "dualpipe/detail/pipeline/replicas.hpp"
 #include "dualpipe/detail/pipeline/vote.hpp"
 #include "dualpipe/pipeline/dual_pipe.hpp"
@@ -47,7 +47,8 @@ class PipelineState {
   // The methods of DualPipeImpl. `module` is the DualPipeImpl, which holds the stages' modules.
   DUALPIPE_DECL StepResult step(const Batch& batch, const LossFn& loss, const torch::nn::Module& module);
   DUALPIPE_DECL StepResult evaluate(const Batch& batch, const LossFn& loss, const torch::nn::Module& module);
-  DUALPIPE_DECL Tensors predict(const Batch& batch, const torch::nn::Module& module);
+  DUALPIPE_DECL Tensors predict(const Batch& batch, bool everywhere, const torch::nn::Module& module);
+  DUALPIPE_DECL Batch broadcast_batch(const Batch& batch);
   DUALPIPE_DECL at::Tensor clip_grad_norm(double max_norm);
   void broadcast_parameters() {
     health_.watched([&] { flight_.together("broadcast of parameters", [&] { replicas_->broadcast(); }); });
@@ -67,7 +68,7 @@ class PipelineState {
   Communicator& world() const { return *ranks_.world; }
   int rank() const { return communicator_->rank(); }
   MicroBatchCount count_of(int num_micro_batches) const {
-    return {num_micro_batches, ranks_.shape.data, ranks_.replica()};
+    return {num_micro_batches, ranks_.shape.data, ranks_.replica(), schedule().num_stages};
   }
   bool runs_stage(int stage) const { return stages().count(stage) != 0; }
   DUALPIPE_DECL std::vector<Communicator::Edge> edges() const;
@@ -81,11 +82,13 @@ class PipelineState {
   /// Runs the body of a call, and tells the observers when it begins and ends.
   template <class Body>
   auto observed(const Body& body);
+  /// The plan of a training step with so many micro-batches. @throws InvalidArgument  there is none, on all ranks.
+  DUALPIPE_DECL std::shared_ptr<const Plan> plan_of(int num_micro_batches);
   /// Runs the plan of a call that does not train.
   DUALPIPE_DECL RunOutputs run_forward(const std::shared_ptr<const Plan>& plan, RunInputs& inputs,
                                        const torch::nn::Module& module);
   /// @param end  over when the device has finished the step; empty where the host has waited for it.
-  DUALPIPE_DECL StepResult result(at::Tensor losses, RunOutputs outputs, int num_micro_batches, Pending end);
+  DUALPIPE_DECL StepResult result(StepVote vote, RunOutputs outputs, const CallAgreement& agreed, Pending end);
 
   Ranks ranks_;
   std::shared_ptr<Communicator> communicator_;  // the pipeline's
@@ -95,7 +98,10 @@ class PipelineState {
   Health health_;
   Observers observers_;
   std::shared_ptr<const Plan> training_;
-  std::unique_ptr<ForwardPlans> forward_;
+  std::unique_ptr<Plans> plans_;
+  StageTraits traits_;
+  int described_ = 0;    // micro-batches that the record names
+  bool warned_ = false;  // of micro-batches that are left out of an order
   std::unique_ptr<Executor> executor_;
   std::unique_ptr<Replicas> replicas_;
   std::unique_ptr<ArrivalMemory> arrivals_;

@@ -9,7 +9,9 @@
 namespace dualpipe::detail {
 
 /// The loss of a step, of the losses of its micro-batches.
-DUALPIPE_DECL at::Tensor reduced(const at::Tensor& losses, LossReduction reduction);
+///
+/// @param weights  of the losses, float64; those of weight 0 do not count, whatever they are. Undefined: all are 1.
+DUALPIPE_DECL at::Tensor reduced(const at::Tensor& losses, LossReduction reduction, const at::Tensor& weights);
 
 /// A step that was committed before its device had finished it.
 class UnfinishedStep {
@@ -17,7 +19,9 @@ class UnfinishedStep {
   /// @param end     over when the device has finished the step.
   /// @param loss    set by finish().
   /// @param losses  in memory of the host; valid at the end.
-  DUALPIPE_DECL UnfinishedStep(Pending end, LossReduction reduction, at::Tensor loss, at::Tensor losses);
+  /// @param weights  as in reduced().
+  DUALPIPE_DECL UnfinishedStep(Pending end, LossReduction reduction, at::Tensor loss, at::Tensor losses,
+                               at::Tensor weights);
 
   /// Waits for the end, then sets the loss. @throws CommError
   DUALPIPE_DECL void finish();
@@ -27,7 +31,7 @@ class UnfinishedStep {
  private:
   Pending end_;  // empty after finish()
   LossReduction reduction_;
-  at::Tensor loss_, losses_;
+  at::Tensor loss_, losses_, weights_;
 };
 
 }  // namespace dualpipe::detail
