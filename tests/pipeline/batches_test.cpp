@@ -60,6 +60,22 @@ TEST(Weights, CountRelativeToTheirSumOrAsTheyAre) {
   });
 }
 
+TEST(Weights, ALossOfWeight0NeedsNoGraph) {
+  run_ranks(2, [](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe(comm, {.num_micro_batches = 2}, as_factory(layer));
+    Batch batch = random_batch(4, 3);
+    batch.targets[0].narrow(0, 0, 2).zero_();
+    batch.weights = {0, 1};
+    pipe->step(batch, [](const at::Tensor& x, const at::Tensor& y) {
+      return y.count_nonzero().item<std::int64_t>() == 0 ? torch::zeros({}) : torch::mse_loss(x, y);
+    });
+    const Reference truth = reference(
+        layer, 2, Batch{.inputs = {batch.inputs[0].narrow(0, 2, 2)}, .targets = {batch.targets[0].narrow(0, 2, 2)}}, 1,
+        squared_error(), 1);
+    expect_gradients(pipe, truth);
+  });
+}
+
 TEST(Weights, ThatCannotBeAreAnErrorOnAllRanks) {
   const auto step = [](int num_replicas, const std::function<std::vector<double>(int rank)>& weights) {
     return failure_on_all(2 * num_replicas, [&](std::shared_ptr<Communicator> comm) {

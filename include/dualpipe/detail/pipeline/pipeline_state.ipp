@@ -45,17 +45,10 @@ inline std::map<int, Stage> made_stages(const Schedule& schedule, const Communic
   return stages;
 }
 
-/// The loss of a training step, which must have a graph: without one the step would train nothing.
-inline LossFn trainable_loss(const LossFn& loss) {
+/// Calls the caller's own function, whose state may change.
+inline LossFn referred(const LossFn& loss) {
   if (!loss) return nullptr;
-  return [&loss](const Tensors& outputs, const Tensors& targets) {
-    Tensors values = loss.values(outputs, targets);
-    DUALPIPE_CHECK(
-        values.empty() || !values[0].defined() || values[0].requires_grad(),
-        "the loss has no graph, so nothing would be trained: it does not depend on a parameter that requires "
-        "grad, or it was computed from detach(), item() or integers; to compute a loss alone call evaluate()");
-    return values;
-  };
+  return [&loss](const Tensors& outputs, const Tensors& targets) { return loss.values(outputs, targets); };
 }
 
 /// Where the rank leaves its record; empty where the options name no folder.
@@ -205,7 +198,7 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
   const CallAgreement agreed = enter(Call::step, batch, &loss, inputs);
   const MicroBatchCount count = count_of(static_cast<int>(agreed.num_micro_batches));
   const std::shared_ptr<const Plan> plan = plan_of(count.of_replica);
-  inputs.loss = trainable_loss(loss);
+  inputs.loss = referred(loss);
   inputs.replicas = replicas_.get();
   replicas_->set_sum_order(stages(), sum_order_of(*plan));
   // They outlive what is guarded: nothing is restored before the communicator was aborted and writes no more.

@@ -23,11 +23,18 @@ inline Tensors viewed(const Tensors& tensors) {
   return views;
 }
 
-/// Runs the loss function, and adds its metrics to those of the run.
-inline at::Tensor loss_with_metrics(RunContext& context, const Tensors& outputs, const Tensors& targets) {
+/// Runs the loss function, and adds its metrics to those of the run. A loss that is trained must have a graph: without one
+/// the step would train nothing.
+inline at::Tensor loss_with_metrics(RunContext& context, int micro_batch, const Tensors& outputs,
+                                    const Tensors& targets) {
   const Tensors values = context.inputs.loss.values(outputs, targets);
   DUALPIPE_CHECK(!values.empty() && values.size() <= LossFn::max_metrics + 1, "the loss function returned ",
                  values.size(), " tensors; it returns the loss and at most ", LossFn::max_metrics, " metrics");
+  DUALPIPE_CHECK(
+      !context.inputs.training || context.inputs.scale_of(micro_batch) == 0 || !values[0].defined() ||
+          values[0].requires_grad(),
+      "the loss has no graph, so nothing would be trained: it does not depend on a parameter that requires grad, or it "
+      "was computed from detach(), item() or integers; to compute a loss alone call evaluate()");
   Tensors& sums = context.outputs.metrics;
   const bool first = sums.empty() && context.outputs.losses.empty();
   if (first) sums.resize(values.size() - 1);
@@ -183,8 +190,8 @@ void StepRun::start_forward() {
   }
   StageLoss loss;
   if (context_.last(op) && run.loss)
-    loss = [&context = context_, batch](const Tensors& outputs) {
-      return loss_with_metrics(context, outputs, batch ? batch->targets : Tensors());
+    loss = [&context = context_, micro_batch = op.micro_batch, batch](const Tensors& outputs) {
+      return loss_with_metrics(context, micro_batch, outputs, batch ? batch->targets : Tensors());
     };
   StageContext context{op.stage, op.micro_batch, run.step, run.training, batch ? viewed(batch->extras) : Tensors()};
   forward_ = std::make_unique<MicroBatch>(context_.stage_of(op), inputs, context, std::move(loss), received.has_value(),
