@@ -83,7 +83,8 @@ class NcclApi {
   /// Collective, after the last operation; waits for the other ranks.
   virtual void destroy(NcclComm comm) = 0;
   /// Ends the running operations of all `comms`, waits for this device, and frees them. Waits for no other rank. Any
-  /// thread. Pass all communicators of a device in one call: operations of one may wait for those of another.
+  /// thread. Pass all communicators of a device in one call: operations of one may wait for those of another. Stops them
+  /// before it makes any other call of CUDA.
   virtual void abort(std::span<const NcclComm> comms) noexcept = 0;
   /// The communicator's asynchronous error, if any.
   virtual std::optional<std::string> async_error(NcclComm comm) = 0;

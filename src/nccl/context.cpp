@@ -1,4 +1,5 @@
 #include "nccl/context.hpp"
+#include "socket/abandonable.hpp"
 #include "socket/blocked_signals.hpp"
 
 #include <ATen/ATen.h>
@@ -8,6 +9,7 @@
 #include <csignal>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <system_error>
 #include <utility>
 
@@ -106,9 +108,9 @@ NcclContext::NcclContext(std::shared_ptr<Transport> transport, std::shared_ptr<D
   try {
     launcher_ = start_thread("dualpipe-launch", [this] { run_launcher(); });
     watchdog_ = start_thread("dualpipe-watch", [this] { run_watchdog(); });
+    poller_ = start_thread("dualpipe-poll", [this] { run_poller(); });
   } catch (const std::system_error& error) {
-    launch_signal_->stop();
-    if (launcher_.joinable()) launcher_.join();
+    stop_threads();
     const std::string message = str("rank ", transport_->rank(), ": cannot start a thread: ", error.what());
     transport_->abort(transport_->rank(), message);
     throw CommError(transport_->rank(), "connect", message);
@@ -122,14 +124,7 @@ NcclContext::~NcclContext() {
   } catch (...) {
     // Counts as not drained.
   }
-  {
-    const std::lock_guard lock(stop_mutex_);
-    stop_ = true;
-  }
-  stop_changed_.notify_all();
-  launch_signal_->stop();
-  launcher_.join();
-  watchdog_.join();
+  stop_threads();
   // Peers may read a communicator's memory until they are idle too.
   if (all_drained && !aborted_) {
     for (const NcclComm comm : comms_) {
@@ -148,6 +143,17 @@ NcclContext::~NcclContext() {
   for (const DeviceStream stream : streams_) device_->destroy(stream);
 }
 
+void NcclContext::stop_threads() {
+  {
+    const std::lock_guard lock(stop_mutex_);
+    stop_ = true;
+  }
+  stop_changed_.notify_all();
+  launch_signal_->stop();
+  for (std::thread* thread : {&launcher_, &watchdog_, &poller_})
+    if (thread->joinable()) thread->join();
+}
+
 CommStream NcclContext::open(MessageCommunicator& control, const std::string& name) {
   const PlainTensors plain;
   NcclId id{};
@@ -161,7 +167,7 @@ CommStream NcclContext::open(MessageCommunicator& control, const std::string& na
   NcclConfig config = config_;
   config.name += name;
   control.barrier().wait();  // init() cannot be aborted: call it only when all ranks are here
-  const NcclComm comm = nccl_->init(control.size(), id, control.rank(), config);
+  const NcclComm comm = init(control.size(), id, control.rank(), config);
   const std::lock_guard lock(comms_mutex_);
   if (aborted_) {
     nccl_->abort({&comm, 1});
@@ -170,6 +176,17 @@ CommStream NcclContext::open(MessageCommunicator& control, const std::string& na
   comms_.push_back(comm);
   streams_.push_back(device_->create_stream());
   return {comm, streams_.back()};
+}
+
+NcclComm NcclContext::init(int num_ranks, const NcclId& id, int rank, const NcclConfig& config) {
+  const auto deadline = Clock::now() + timeout_;
+  const std::optional<NcclComm> comm = result_until(
+      deadline, [nccl = nccl_, num_ranks, id, rank, config] { return nccl->init(num_ranks, id, rank, config); });
+  if (!comm)
+    throw DeviceFailure(str("NCCL has not connected ", num_ranks, " ranks within the timeout of ", timeout_.count(),
+                            " ms, though all of them were here before: one has stopped since, or cannot be reached by "
+                            "NCCL's own connections; NCCL_DEBUG=INFO says which way it tries"));
+  return *comm;
 }
 
 NcclContext::QueueId NcclContext::add_queue() {

@@ -29,7 +29,11 @@ bool poll_briefly(std::chrono::microseconds limit, const Done& done) {
 }
 
 /// What one rank's communicators share, from the world to its smallest split: the control plane, NCCL's communicators,
-/// the launch thread, the watchdog thread, and the first failure, which ends them all.
+/// three threads, and the first failure, which ends them all.
+///
+/// The launch thread launches what had to wait for announcements. The polling thread asks the device what it has
+/// finished. The watchdog makes no call of CUDA but abort(): while code is loaded, CUDA holds the context's lock until
+/// the device is idle, so any other call may wait for a kernel that only the abort ends.
 ///
 /// NCCL's communicators are blocking. After the warm-up their calls only enqueue, and the watchdog ends a call that
 /// does not return by abort(). Non-blocking communicators would start a thread per group and require a poll before a
@@ -101,13 +105,21 @@ class NcclContext {
   using Queue = std::deque<std::shared_ptr<NcclOperation>>;
   static constexpr auto poll_period = std::chrono::microseconds(100);
 
+  /// On a thread of its own, which is left to itself when the timeout is over: init() cannot be aborted.
+  /// @throws DeviceFailure
+  NcclComm init(int num_ranks, const NcclId& id, int rank, const NcclConfig& config);
   void progress(Queue& queue);            // launch_mutex_ held
   bool launch(NcclOperation& operation);  // launch_mutex_ held
   void issue(NcclOperation& operation);   // launch_mutex_ held
   void call_nccl(NcclOperation& operation);
   void run_launcher();  // a thread
   void run_watchdog();  // a thread
+  void run_poller();    // a thread
+  void stop_threads();
   void check_deadlines();
+  void forget_finished();
+  /// Waits; false: the threads shall end.
+  bool next_period();
   void abort_all() noexcept;
   bool idle();  // nothing is queued or running
   bool drained(Clock::time_point deadline);
@@ -139,6 +151,7 @@ class NcclContext {
   bool stop_ = false;
   std::thread launcher_;
   std::thread watchdog_;
+  std::thread poller_;
 };
 
 }  // namespace dualpipe::detail

@@ -36,10 +36,13 @@ void NcclContext::watch(std::shared_ptr<NcclOperation> operation) {
   watched_.push_back({std::move(operation), Clock::now() + timeout_});
 }
 
-void NcclContext::run_watchdog() {
+bool NcclContext::next_period() {
   std::unique_lock lock(stop_mutex_);
-  while (!stop_changed_.wait_for(lock, watchdog_period, [this] { return stop_; })) {
-    lock.unlock();
+  return !stop_changed_.wait_for(lock, watchdog_period, [this] { return stop_; });
+}
+
+void NcclContext::run_watchdog() {
+  while (next_period()) {
     try {
       if (failed()) {
         abort_all();
@@ -56,8 +59,30 @@ void NcclContext::run_watchdog() {
     } catch (const std::exception& error) {
       transport().abort(transport().rank(), str("rank ", transport().rank(), ": ", error.what()));
     }
-    lock.lock();
   }
+}
+
+void NcclContext::run_poller() {
+  while (next_period()) {
+    try {
+      forget_finished();
+    } catch (const std::exception& error) {
+      transport().abort(transport().rank(), str("rank ", transport().rank(), ": ", error.what()));
+      return;
+    }
+  }
+}
+
+void NcclContext::forget_finished() {
+  std::vector<Watched> watched;
+  {
+    const std::lock_guard lock(watch_mutex_);
+    watched = watched_;
+  }
+  std::erase_if(watched, [this](const Watched& each) { return !device_->done(each.operation->end.get()); });
+  const std::lock_guard lock(watch_mutex_);
+  for (const Watched& finished : watched)
+    std::erase_if(watched_, [&](const Watched& each) { return each.operation == finished.operation; });
 }
 
 void NcclContext::check_deadlines() {
@@ -72,7 +97,6 @@ void NcclContext::check_deadlines() {
             "others; NCCL_DEBUG=INFO says which way it tries"));
     return;
   }
-  std::erase_if(watched_, [this](const Watched& each) { return device_->done(each.operation->end.get()); });
   for (const auto& [operation, deadline] : watched_) {
     if (now < deadline) continue;
     transport().abort(

@@ -223,9 +223,9 @@ class NcclLibrary final : public NcclApi {
     const c10::cuda::CUDAGuard guard(device_);
     DUALPIPE_NCCL_CHECK(nullptr, ncclCommDestroy(real(comm)));
   }
-  // In a group NCCL 2.22 and later stops all communicators before it waits for the first.
+  // In a group NCCL 2.22 and later stops all communicators before it waits for the first. It sets their devices by itself,
+  // behind that: a guard here might wait for a kernel that only the abort ends.
   void abort(std::span<const NcclComm> comms) noexcept override {
-    const QuietGuard guard(device_);
     (void)ncclGroupStart();
     for (const NcclComm comm : comms) (void)ncclCommAbort(real(comm));
     (void)ncclGroupEnd();

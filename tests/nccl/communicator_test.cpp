@@ -284,6 +284,58 @@ TEST(Abort, OfOneCommunicatorAfterTheOtherWouldHang) {
   EXPECT_THAT(violations_of_an_abort(200ms, one_by_one), ::testing::Contains(HasSubstr("abort hangs")));
 }
 
+/// Touches the device before it aborts, as a guard that sets it would.
+class GuardFirst final : public ForwardingNccl {
+ public:
+  GuardFirst(std::shared_ptr<detail::NcclApi> inner, std::shared_ptr<detail::DeviceApi> device)
+      : ForwardingNccl(std::move(inner)), device_(std::move(device)) {}
+  void abort(std::span<const detail::NcclComm> comms) noexcept override {
+    device_->destroy(device_->create_event(false));
+    inner_->abort(comms);
+  }
+
+ private:
+  std::shared_ptr<detail::DeviceApi> device_;
+};
+
+/// Rank 0 waits for what its peer never sends, and loads code meanwhile: only an abort ends that.
+std::vector<std::string> violations_while_code_is_loaded(std::chrono::milliseconds patience, const Decorate& decorate) {
+  const testing::NcclEmulation emulation(2, {.patience = patience});
+  std::latch launched(2);
+  run_emulated(
+      emulation, 2, {.timeout = 20s},
+      [&](const EmulatedRank& emulated) {
+        const AsyncRank rank(emulated);
+        rank->connect({{1, 0}});
+        const Signature expected{{.dtype = at::kFloat, .sizes = {100}}};
+        if (rank.rank() == 1) rank->send(0, {rank.empty({100})}).wait();
+        if (rank.rank() == 0) {
+          rank->receive(1, expected).wait();  // from here on such a receive is launched without an announcement
+          rank->receive(1, expected).wait();  // the device waits, and the watchdog looks after it
+        }
+        launched.arrive_and_wait();
+        if (rank.rank() == 0) emulation.load_code(0);
+        if (rank.rank() == 1) rank->abort("enough");
+        EXPECT_THROW(rank->barrier().wait(), CommError);
+      },
+      decorate);
+  return emulation.violations();
+}
+
+TEST(Abort, EndsOperationsForWhichLoadingCodeWaits) {
+  EXPECT_THAT(violations_while_code_is_loaded(60s, nullptr), IsEmpty());
+}
+
+TEST(Abort, BehindTheContextsLockWouldHang) {
+  const auto guard_first = [](int, std::shared_ptr<detail::DeviceApi>& device, std::shared_ptr<detail::NcclApi>& nccl) {
+    nccl = std::make_shared<GuardFirst>(nccl, device);
+  };
+  // Whichever of the two waits loses its patience first.
+  EXPECT_THAT(violations_while_code_is_loaded(300ms, guard_first),
+              ::testing::Contains(::testing::AnyOf(HasSubstr("a call of the device waits for code that is loaded"),
+                                                   HasSubstr("code is not loaded"))));
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // errors of the device on the rank's thread
 
@@ -432,6 +484,42 @@ TEST(Deadline, EndsACallOfNcclThatDoesNotReturn) {
         if (rank == 0) nccl = hanging = std::make_shared<HangingNccl>(nccl);
       });
   expect_clean(emulation);
+}
+
+/// The first init() does not return before it is let go, as when another rank stops between the agreement and NCCL's
+/// start.
+class StuckInit final : public ForwardingNccl {
+ public:
+  using ForwardingNccl::ForwardingNccl;
+  detail::NcclComm init(int, const detail::NcclId&, int, const detail::NcclConfig&) override {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this] { return over_; });
+    throw detail::DeviceFailure("never connected");
+  }
+  void let_go() {
+    const std::lock_guard lock(mutex_);
+    over_ = true;
+    changed_.notify_all();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool over_ = false;
+};
+
+TEST(Deadline, EndsAStartOfNcclThatDoesNotReturn) {
+  const testing::NcclEmulation emulation(2);
+  std::vector<std::shared_ptr<StuckInit>> stuck(2);
+  const auto start = [&] {
+    run_emulated(
+        emulation, 2, {.timeout = 300ms}, [](const EmulatedRank& rank) { rank.communicator->barrier().wait(); },
+        [&](int rank, std::shared_ptr<detail::DeviceApi>&, std::shared_ptr<detail::NcclApi>& nccl) {
+          nccl = stuck[rank] = std::make_shared<StuckInit>(nccl);
+        });
+  };
+  EXPECT_THAT(start, ::testing::ThrowsMessage<CommError>(HasSubstr("NCCL has not connected 2 ranks within")));
+  for (const auto& each : stuck) each->let_go();
 }
 
 }  // namespace

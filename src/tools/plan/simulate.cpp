@@ -1,5 +1,6 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <numeric>
@@ -12,7 +13,9 @@
 #include "dualpipe/planner/memory.hpp"
 #include "dualpipe/planner/render.hpp"
 #include "dualpipe/planner/report.hpp"
+#include "dualpipe/planner/residency.hpp"
 #include "dualpipe/planner/trace.hpp"
+#include "dualpipe/schedule/lower.hpp"
 #include "dualpipe/schedule/simulate.hpp"
 #include "tools/plan/commands.hpp"
 #include "tools/plan/costs.hpp"
@@ -63,6 +66,32 @@ std::string memory_text(const std::vector<RankMemory>& ranks) {
                      " parameters and optimizer; at most ", most->peak_weights, " weight parts wait\n");
 }
 
+/// How long kernels of transfers are on the devices, for each way to start them.
+struct Residencies {
+  Residency posted, both_ready;
+};
+
+Residencies residencies(const Schedule& plan, const Costs& costs, Publish publish) {
+  const Program program = lower(plan, publish);
+  return {residency(plan, program, costs, TransferStart::posted, publish),
+          residency(plan, program, costs, TransferStart::both_ready, publish)};
+}
+
+ordered_json residency_json(const Residency& residency) {
+  ordered_json object{{"makespan", residency.makespan}};
+  for (const RankResidency& rank : residency.ranks)
+    object["ranks"].push_back({{"resident", rank.resident}, {"moving", rank.moving}});
+  return object;
+}
+
+std::string residency_text(const Residencies& found) {
+  const auto percent = [](double share) { return detail::str(std::round(1000 * share) / 10, " %"); };
+  return detail::str("kernels of transfers occupy a device for at most ", percent(found.posted.most_resident()),
+                     " of the step where each end starts when it is posted, ",
+                     percent(found.both_ready.most_resident()), " where both start together; data move for ",
+                     percent(found.posted.most_moving()), "\n");
+}
+
 std::string simulate_and_print(const SimulateOptions& options) {
   const Schedule plan = schedule(options.schedule);
   const CostModel model = options.costs.of(plan);
@@ -75,6 +104,9 @@ std::string simulate_and_print(const SimulateOptions& options) {
   if (options.output.format == "trace") return to_trace(timeline);
   const Report result = report(timeline);
   const std::vector<RankMemory> memories = memory(plan, model.memory);
+  // Without collectives in its stages a pair hands both results on at its end, as lower() takes it here.
+  const Residencies found = residencies(plan, model.time, options.publish);
+  const bool tells_residency = found.posted.most_moving() > 0;
   const bool tells_memory = model.memory != MemoryCosts{};
   Jitter jitter = options.jitter;
   std::vector<double> makespans;
@@ -87,11 +119,15 @@ std::string simulate_and_print(const SimulateOptions& options) {
     if (tells_memory)
       for (const RankMemory& rank : memories)
         object["memory"].push_back({{"state", rank.state}, {"peak", rank.peak}, {"peak_weights", rank.peak_weights}});
+    if (tells_residency)
+      object["residency"] = {{"posted", residency_json(found.posted)},
+                             {"both_ready", residency_json(found.both_ready)}};
     if (options.deviation) object["jitter"] = jitter_json(jitter, makespans);
     return dumped(object);
   }
   return describe(plan) + "; " + describe(model.time, options.publish) + "\n" + text(result, unit) +
-         (tells_memory ? memory_text(memories) : "") + (options.deviation ? jitter_text(jitter, makespans, unit) : "");
+         (tells_residency ? residency_text(found) : "") + (tells_memory ? memory_text(memories) : "") +
+         (options.deviation ? jitter_text(jitter, makespans, unit) : "");
 }
 
 }  // namespace

@@ -127,6 +127,7 @@ struct Cluster {
   Cluster(int num_ranks, const NcclEmulation::Options& with)
       : options(with),
         occupied(static_cast<std::size_t>(num_ranks), false),
+        loading(static_cast<std::size_t>(num_ranks), false),
         communicators(static_cast<std::size_t>(num_ranks)),
         connections(static_cast<std::size_t>(num_ranks)) {}
 
@@ -134,6 +135,7 @@ struct Cluster {
   std::mutex mutex;
   std::condition_variable changed;
   std::vector<bool> occupied;                           ///< by device: performs a transfer
+  std::vector<bool> loading;                            ///< by device: loads code, and its context is locked
   std::vector<std::vector<std::string>> communicators;  ///< by rank: names
   std::vector<std::vector<std::string>> connections;    ///< by rank
   std::uint64_t ids = 0;
@@ -141,6 +143,7 @@ struct Cluster {
   std::size_t open_streams = 0;
   std::map<std::uint64_t, std::shared_ptr<Clique>> cliques;
   std::set<Member*> valid;
+  std::vector<std::shared_ptr<Member>> members;  ///< all that were ever opened
   std::map<int, std::string> broken;
   std::vector<std::string> violations;
   std::vector<std::unique_ptr<Stream>> retired;

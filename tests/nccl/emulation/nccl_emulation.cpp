@@ -35,6 +35,14 @@ Stream* real(DeviceStream stream) { return reinterpret_cast<Stream*>(stream); }
 Event* real(DeviceEvent event) { return reinterpret_cast<Event*>(event); }
 Member* real(NcclComm comm) { return reinterpret_cast<Member*>(comm); }
 
+/// Waits while another call holds the context's lock.
+void enter_context(Cluster& cluster, int rank) {
+  std::unique_lock lock(cluster.mutex);
+  const auto free = [&] { return cluster.stopped || !cluster.loading[static_cast<std::size_t>(rank)]; };
+  if (!cluster.changed.wait_for(lock, cluster.options.patience, free))
+    cluster.violations.push_back("a call of the device waits for code that is loaded");
+}
+
 }  // namespace
 
 class NcclEmulation::Device final : public detail::DeviceApi {
@@ -52,6 +60,7 @@ class NcclEmulation::Device final : public detail::DeviceApi {
     current_ = stream;
   }
   DeviceStream create_stream() override {
+    enter_context(*cluster_, rank_);
     auto stream = std::make_unique<Stream>(*cluster_, rank_, /*on_host=*/false);
     const std::lock_guard lock(cluster_->mutex);
     ++cluster_->open_streams;
@@ -74,10 +83,14 @@ class NcclEmulation::Device final : public detail::DeviceApi {
     --cluster_->open_streams;
   }
 
-  DeviceEvent create_event(bool timed) override { return reinterpret_cast<DeviceEvent>(new Event(cluster_, timed)); }
+  DeviceEvent create_event(bool timed) override {
+    enter_context(*cluster_, rank_);
+    return reinterpret_cast<DeviceEvent>(new Event(cluster_, timed));
+  }
   void destroy(DeviceEvent event) noexcept override { delete real(event); }
 
   void record(DeviceEvent event, DeviceStream stream) override {
+    enter_context(*cluster_, rank_);
     const auto state = real(event)->state;
     std::uint64_t generation = 0;
     {
@@ -95,6 +108,7 @@ class NcclEmulation::Device final : public detail::DeviceApi {
   }
 
   void wait(DeviceStream stream, DeviceEvent event) override {
+    enter_context(*cluster_, rank_);
     const auto state = real(event)->state;
     std::uint64_t generation = 0;
     {
@@ -108,11 +122,13 @@ class NcclEmulation::Device final : public detail::DeviceApi {
   }
 
   bool done(DeviceEvent event) override {
+    enter_context(*cluster_, rank_);
     const std::lock_guard lock(cluster_->mutex);
     return real(event)->state->completed >= real(event)->state->recorded;
   }
 
   double time_of(DeviceEvent event) override {
+    enter_context(*cluster_, rank_);
     const std::lock_guard lock(cluster_->mutex);
     if (!real(event)->timed) cluster_->violations.push_back("an event was asked for its time that has none");
     return real(event)->state->time;
@@ -138,6 +154,7 @@ class NcclEmulation::Device final : public detail::DeviceApi {
   }
 
   void copy(const at::Tensor& to, const at::Tensor& from, DeviceStream stream) override {
+    enter_context(*cluster_, rank_);
     // Keeps neither tensor alive, as a device does not.
     real(stream)->enqueue([into = to.mutable_data_ptr(), data = from.const_data_ptr(), bytes = to.nbytes()] {
       std::memcpy(into, data, bytes);
@@ -199,6 +216,7 @@ class NcclEmulation::Nccl final : public detail::NcclApi {
     member->rank = rank;
     member->device = rank_;
     member->name = config.name;
+    cluster_->members.push_back(member);
     cluster_->communicators[static_cast<std::size_t>(rank_)].push_back(config.name);
     cluster_->changed.notify_all();
     const bool complete = cluster_->changed.wait_for(lock, cluster_->options.patience, [&] {
@@ -383,6 +401,21 @@ void NcclEmulation::run(DeviceStream stream, std::function<void()> kernel) const
   real(stream)->enqueue(std::move(kernel));
 }
 void NcclEmulation::synchronize(DeviceStream stream) const { real(stream)->synchronize(); }
+
+void NcclEmulation::load_code(int rank) const {
+  std::unique_lock lock(cluster_->mutex);
+  const auto at = static_cast<std::size_t>(rank);
+  cluster_->loading[at] = true;
+  const auto idle = [&] {
+    return std::all_of(cluster_->members.begin(), cluster_->members.end(), [&](const auto& member) {
+      return member->device != rank || member->finished == member->launched;
+    });
+  };
+  if (!cluster_->changed.wait_for(lock, cluster_->options.patience, idle))
+    cluster_->violations.push_back("code is not loaded: an operation does not end");
+  cluster_->loading[at] = false;
+  cluster_->changed.notify_all();
+}
 
 void NcclEmulation::break_down(int rank, const std::string& error) const {
   const std::lock_guard lock(cluster_->mutex);

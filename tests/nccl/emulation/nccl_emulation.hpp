@@ -53,6 +53,11 @@ class NcclEmulation {
   /// Blocks until the stream is empty.
   void synchronize(detail::DeviceStream stream) const;
 
+  /// Loads code as the first launch of a kernel does: returns when no operation of NCCL is under way on the rank's
+  /// device. Other threads' calls of the device wait for it; aborting NCCL does not. Waiting longer than
+  /// Options::patience is a violation.
+  void load_code(int rank) const;
+
   /// From now on the rank's communicators report `error` as asynchronous error.
   void break_down(int rank, const std::string& error) const;
   /// Calls whose effect NCCL leaves undefined.
