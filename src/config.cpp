@@ -4,6 +4,7 @@
 #include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "dualpipe/detail/files.hpp"
 #include "dualpipe/error.hpp"
@@ -26,6 +27,12 @@ bool take(const Json& value, int& count) {
                           : value.get<std::int64_t>();
   if (number < 0 || number > std::numeric_limits<int>::max()) return false;
   count = static_cast<int>(number);
+  return true;
+}
+
+bool take(const Json& value, std::optional<std::uint64_t>& number) {
+  if (!value.is_number_unsigned()) return false;
+  number = value.get<std::uint64_t>();
   return true;
 }
 
@@ -95,6 +102,18 @@ bool set_splits(DualPipeOptions& options, const Json& value) {
   return true;
 }
 
+/// {"running_mean": "mean", …}
+bool set_buffers(DualPipeOptions& options, const Json& value) {
+  const std::map<std::string, BufferReduction> names{{"broadcast", BufferReduction::broadcast},
+                                                     {"sum", BufferReduction::sum},
+                                                     {"mean", BufferReduction::mean},
+                                                     {"local", BufferReduction::local}};
+  if (!value.is_object()) return false;
+  for (const auto& [name, reduction] : value.items())
+    if (!take(reduction, names, options.buffers[name])) return false;
+  return true;
+}
+
 struct Key {
   const char* allowed;
   Setter set;
@@ -113,15 +132,26 @@ std::map<std::string, Key> keys() {
        {"an object with \"inputs\", \"targets\" and \"extras\", lists of objects with \"how\", which is \"chunk\", "
         "\"whole\" or \"list\", and \"dim\", an integer >= 0",
         set_splits}},
+      {"buffers", {"an object from names to \"broadcast\", \"sum\", \"mean\" or \"local\"", set_buffers}},
       {"compare_replicas_every", {"an integer >= 0", plain(&DualPipeOptions::compare_replicas_every)}},
+      {"seed", {"an integer >= 0", plain(&DualPipeOptions::seed)}},
       {"keep_outputs", {"true or false", plain(&DualPipeOptions::keep_outputs)}},
       {"asynchronous", {"true or false", plain(&DualPipeOptions::asynchronous)}},
+      {"shard_optimizer", {"true or false", plain(&DualPipeOptions::shard_optimizer)}},
       {"publish",
        {"\"early\" or \"atomic\"",
         choice(&DualPipeOptions::publish, {{"early", Publish::early}, {"atomic", Publish::atomic}})}},
       {"loss_reduction",
        {"\"mean\" or \"sum\"",
         choice(&DualPipeOptions::loss_reduction, {{"mean", LossReduction::mean}, {"sum", LossReduction::sum}})}},
+      {"gradient_dtype",
+       {"\"parameter\" or \"float32\"",
+        choice(&DualPipeOptions::gradient_dtype,
+               {{"parameter", GradientDtype::parameter}, {"float32", GradientDtype::float32}})}},
+      {"on_non_finite",
+       {"\"error\", \"skip\" or \"keep\"",
+        choice(&DualPipeOptions::on_non_finite,
+               {{"error", OnNonFinite::error}, {"skip", OnNonFinite::skip}, {"keep", OnNonFinite::keep}})}},
       {"record_to", {"a string: the path of a folder", plain(&DualPipeOptions::record_to)}},
       {"schedule", {"a string: a kind or the path of a CSV file", plain(&DualPipeOptions::schedule)}},
   };

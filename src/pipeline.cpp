@@ -21,5 +21,8 @@
 #include "dualpipe/detail/pipeline/transfers.ipp"
 #include "dualpipe/detail/pipeline/unfinished_step.ipp"
 #include "dualpipe/detail/train/clip.ipp"
+#include "dualpipe/detail/train/grad_scaler.ipp"
 #include "dualpipe/detail/train/learning_rate.ipp"
+#include "dualpipe/detail/train/master_weights.ipp"
 #include "dualpipe/detail/train/mesh.ipp"
+#include "dualpipe/detail/train/sharded_optimizer.ipp"

@@ -1,5 +1,6 @@
 #include "dualpipe/detail/stage/stage.ipp"
 #include "dualpipe/detail/stage/collective.ipp"
 #include "dualpipe/detail/stage/partition.ipp"
+#include "dualpipe/detail/stage/random.ipp"
 #include "dualpipe/detail/stage/split_backward.ipp"
 #include "dualpipe/detail/stage/stage_run.ipp"

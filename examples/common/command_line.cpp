@@ -34,7 +34,7 @@ CommandLine::CommandLine(const std::string& description, Options& options)
 void CommandLine::add_text() {
   group("Text");
   flag("--text", options_.text, "PATH", "Files or folders to learn from (default: the headers of LibTorch)");
-  flag("--seed", options_.seed, "N", "Of the first weights, the order of the text and the sample")
+  flag("--seed", options_.seed, "N", "Of the first weights, the order of the text, dropout and the sample")
       ->capture_default_str();
 }
 
@@ -55,6 +55,9 @@ void CommandLine::add_pipeline() {
   count("--data-parallel,--pipelines", options_.pipelines,
         "Pipelines side by side, which share the ranks evenly and train one model, each on its part of the batch")
       ->capture_default_str();
+  app_.add_flag("--shard-optimizer", shard_optimizer_,
+                "Keep each optimizer state on one of the ranks that hold the parameter, not on all of them")
+      ->group(group_);
   number("--link-latency-ms", latency_milliseconds_, "A slower network: time that every message takes longer");
   number("--link-bandwidth", megabytes_per_second_, "A slower network: MB/s from each rank to each, 0: no limit");
 }
@@ -78,6 +81,7 @@ void CommandLine::add_training() {
   number("--lr", options_.learning_rate, "Highest learning rate of AdamW");
   number("--warm-up", options_.warm_up, "Share of the run in which the learning rate rises", 1);
   number("--weight-decay", options_.weight_decay, "Of AdamW");
+  number("--dropout", options_.model.dropout, "Share of each branch that a step leaves out", 1);
   number("--clip", options_.clip, "Largest norm of the gradients, 0: any");
 }
 
@@ -117,8 +121,11 @@ std::optional<std::string> CommandLine::parse(int argc, const char* const* argv)
     DUALPIPE_CHECK(options_.pipe.batch_dim == 0, config_,
                    ": \"batch_dim\" must be 0, the model takes [batch, length]; got ", options_.pipe.batch_dim);
   }
+  if (app_.count("--seed") == 0) options_.seed = options_.pipe.seed.value_or(options_.seed);
+  options_.pipe.seed = options_.seed;
   if (schedule_) options_.pipe.schedule = *schedule_;
   if (micro_batches_) options_.pipe.num_micro_batches = *micro_batches_;
+  if (shard_optimizer_) options_.pipe.shard_optimizer = true;
   if (chunks_) options_.pipe.chunks_per_rank = *chunks_;
   if (publish_) options_.pipe.publish = *publish_ == "early" ? dualpipe::Publish::early : dualpipe::Publish::atomic;
   if (device_ == "cuda") options_.device = at::kCUDA;

@@ -49,6 +49,7 @@ class CommandLine {
   std::optional<std::string> schedule_, publish_;
   std::string device_ = "cpu", dtype_ = "float32";
   std::optional<int> micro_batches_, chunks_;
+  bool shard_optimizer_ = false;
   double latency_milliseconds_ = 0;
   double megabytes_per_second_ = 0;
 };

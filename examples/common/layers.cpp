@@ -47,7 +47,8 @@ torch::nn::LayerNorm norm(std::int64_t width) { return torch::nn::LayerNorm(torc
 
 double branch_gain(const ModelSize& size) { return 1 / std::sqrt(2.0 * size.layers); }
 
-EmbeddingImpl::EmbeddingImpl(const ModelSize& size, at::Generator random) : torch::nn::Module("Embedding") {
+EmbeddingImpl::EmbeddingImpl(const ModelSize& size, at::Generator random)
+    : torch::nn::Module("Embedding"), dropout_(size.dropout) {
   for (std::int64_t i = 0; i < kNearBytes; ++i) {
     const auto table = register_module("bytes" + std::to_string(i), torch::nn::Embedding(kBytes, size.width));
     torch::NoGradGuard no_grad;
@@ -60,11 +61,11 @@ torch::Tensor EmbeddingImpl::forward(const torch::Tensor& text) {
   torch::Tensor sum = tables_[0](text);
   for (std::int64_t back = 1; back < std::min(kNearBytes, text.size(1)); ++back)
     sum = sum + torch::constant_pad_nd(tables_[back](text.narrow(1, 0, text.size(1) - back)), {0, 0, back, 0});
-  return sum;
+  return torch::dropout(sum, dropout_, is_training());
 }
 
 AttentionImpl::AttentionImpl(const ModelSize& size, at::Generator& random)
-    : torch::nn::Module("Attention"), heads_(size.heads), bias_(attention_bias(size)) {
+    : torch::nn::Module("Attention"), heads_(size.heads), dropout_(size.dropout), bias_(attention_bias(size)) {
   norm_ = register_module("norm", norm(size.width));
   query_key_value_ = register_module("query_key_value", linear(size.width, 3 * size.width, 0.8, random));
   out_ = register_module("out", linear(size.width, size.width, branch_gain(size), random));
@@ -76,7 +77,7 @@ torch::Tensor AttentionImpl::forward(const torch::Tensor& x) {
   bias_ = bias_.to(x.options());
   const auto bias = bias_.narrow(1, 0, length).narrow(2, 0, length);
   const auto mixed = at::scaled_dot_product_attention(parts[0], parts[1], parts[2], bias);
-  return out_(mixed.transpose(1, 2).reshape({batch, length, -1}));
+  return torch::dropout(out_(mixed.transpose(1, 2).reshape({batch, length, -1})), dropout_, is_training());
 }
 
 NormHeadImpl::NormHeadImpl(const ModelSize& size, at::Generator random) : torch::nn::Module("NormHead") {

@@ -28,6 +28,7 @@ class EmbeddingImpl : public torch::nn::Module {
   torch::Tensor forward(const torch::Tensor& text);  ///< int64 [batch, length] to [batch, length, width]
 
  private:
+  double dropout_;
   std::vector<torch::nn::Embedding> tables_;
 };
 TORCH_MODULE(Embedding);
@@ -40,6 +41,7 @@ class AttentionImpl : public torch::nn::Module {
 
  private:
   std::int64_t heads_;
+  double dropout_;
   torch::Tensor bias_;  // no buffer, as it never changes: neither saved nor sent, it follows what comes
   torch::nn::LayerNorm norm_{nullptr};
   torch::nn::Linear query_key_value_{nullptr}, out_{nullptr};

@@ -25,6 +25,7 @@
 #include "dualpipe/schedule/load.hpp"
 #include "dualpipe/train/learning_rate.hpp"
 #include "dualpipe/train/metrics.hpp"
+#include "dualpipe/train/sharded_optimizer.hpp"
 #include "report.hpp"
 
 namespace example {
@@ -68,6 +69,11 @@ dualpipe::StageFactory cut(const Model& model, int num_stages, const Options& op
       return stage;
     };
   return dualpipe::split(std::move(layers), num_stages, model.costs);
+}
+
+dualpipe::DualPipeOptions with_buffers(dualpipe::DualPipeOptions options, const Model& model) {
+  for (const auto& [name, reduction] : model.buffers) options.buffers.try_emplace(name, reduction);
+  return options;
 }
 
 /// In nats per byte.
@@ -130,18 +136,23 @@ Trainer::Trainer(const dualpipe::World& world, const Options& options, const Mak
           open_corpus(options.text.empty() ? std::vector{default_text()} : options.text, options.model.context + 1)),
       mesh_(connect(world, options), mesh_shape(options, world.size)),
       model_(make_model(mesh_)),
-      pipe_(mesh_, options.pipe, cut(model_, num_stages_, options), model_.is_expert),
+      pipe_(mesh_, with_buffers(options.pipe, model_), cut(model_, num_stages_, options), model_.is_expert),
       tracer_(std::make_shared<dualpipe::Tracer>(world.rank)) {
   pipe_->add_observer(tracer_);
 }
 
 void Trainer::run() {
   introduce();
-  say("held-out loss before training: %.2f nats per byte\n", held_out_loss());
   const Timeline last_step = train();
   say("held-out loss: %.3f nats per byte\n", held_out_loss());
+  if (model_.after_step) {
+    const torch::Tensor busiest = torch::full({1}, busiest_, torch::dtype(torch::kDouble).device(device()));
+    mesh_.world()->all_reduce({busiest}, dualpipe::Reduce::max).wait();
+    if (busiest.item<double>() > 0)
+      say("busiest expert of a block in the last step: %.2f times its share\n", busiest.item<double>());
+  }
   if (options_.sample > 0) sample();
-  report(last_step);
+  if (last_step.num_ranks > 0) report(last_step);
 }
 
 template <class... Arguments>
@@ -166,37 +177,34 @@ void Trainer::introduce() const {
       1e-6 * static_cast<double>(corpus_.training.size()), 1e-6 * static_cast<double>(corpus_.held_out.size()));
 }
 
-std::filesystem::path Trainer::checkpoints() const {
-  return mesh_.num_replicas() == 1 ? options_.checkpoint
-                                   : options_.checkpoint / ("pipeline-" + std::to_string(mesh_.replica()));
-}
-
 std::optional<dualpipe::CheckpointExtra> Trainer::resume(torch::optim::Optimizer& optimizer) {
   if (options_.checkpoint.empty()) return std::nullopt;
   std::error_code ignored;
-  const bool empty =
-      agree(std::filesystem::is_directory(checkpoints(), ignored) && !std::filesystem::is_empty(checkpoints(), ignored)
-                ? 0
-                : 1) > 0;
+  const bool empty = agree(std::filesystem::is_directory(options_.checkpoint, ignored) &&
+                                   !std::filesystem::is_empty(options_.checkpoint, ignored)
+                               ? 0
+                               : 1) > 0;
   DUALPIPE_CHECK(empty || options_.resume, options_.checkpoint.string(),
                  " is not empty; add --resume to go on from its last checkpoint, or choose another folder");
-  if (empty) return std::nullopt;
-  const dualpipe::CheckpointExtra extra = load_checkpoint(checkpoints(), pipe_, optimizer);
+  const bool begun = agree(dualpipe::latest_checkpoint(options_.checkpoint) ? 1 : 0) > 0;
+  if (!begun) return std::nullopt;
+  const dualpipe::CheckpointExtra extra = load_checkpoint(options_.checkpoint, pipe_, optimizer);
   DUALPIPE_CHECK(extra.step < options_.steps, "the run in ", options_.checkpoint.string(), " has done its ", extra.step,
                  " steps; raise --steps, which is ", options_.steps);
-  say("goes on after step %lld\n", static_cast<long long>(extra.step));
+  say("goes on after step %lld, from the checkpoint in %s\n", static_cast<long long>(extra.step),
+      options_.checkpoint.c_str());
   return extra;
 }
 
 Timeline Trainer::train() {
   using Clock = std::chrono::steady_clock;
-  double before = 0;  // seconds that an earlier part of the run took
-  const auto start = Clock::now();
-  const auto elapsed = [&] { return before + std::chrono::duration<double>(Clock::now() - start).count(); };
   const double budget = 60 * options_.minutes;
-  torch::optim::AdamW optimizer(
-      pipe_->parameters(),
-      torch::optim::AdamWOptions(options_.learning_rate).betas({0.9, 0.95}).weight_decay(options_.weight_decay));
+  dualpipe::ShardedOptimizer sharded(
+      pipe_,
+      std::make_unique<torch::optim::AdamW>(
+          pipe_->owned_parameters(),
+          torch::optim::AdamWOptions(options_.learning_rate).betas({0.9, 0.95}).weight_decay(options_.weight_decay)));
+  torch::optim::Optimizer& optimizer = sharded.optimizer();
 
   const dualpipe::LossFn loss = [&](const Tensors& outputs, const Tensors& targets) {
     torch::Tensor value = cross_entropy(outputs, targets);
@@ -209,13 +217,18 @@ Timeline Trainer::train() {
   };
 
   int first = 0;
+  double before = 0;  // seconds that an earlier part of the run took
   if (const auto resumed = resume(optimizer)) {
     first = static_cast<int>(resumed->step);
     before = std::get<double>(resumed->values.at("seconds"));
+  } else {
+    say("held-out loss before training: %.2f nats per byte\n", held_out_loss());
   }
+  const auto start = Clock::now();
+  const auto elapsed = [&] { return before + std::chrono::duration<double>(Clock::now() - start).count(); };
   std::optional<dualpipe::CheckpointWriter> writer;
   if (!options_.checkpoint.empty())
-    writer.emplace(checkpoints(), dualpipe::CheckpointOptions{.keep = 2, .asynchronous = true});
+    writer.emplace(options_.checkpoint, dualpipe::CheckpointOptions{.keep = 2, .asynchronous = true});
   std::optional<dualpipe::MetricsWriter> metrics;
   if (!options_.metrics.empty() && world_.rank == 0) metrics.emplace(options_.metrics, first > 0 ? first : -1);
 
@@ -239,7 +252,8 @@ Timeline Trainer::train() {
     const dualpipe::StepResult result = pipe_->step(batch, loss);
     measured = trace();
     const double norm = options_.clip > 0 ? pipe_->clip_grad_norm_(options_.clip).item<double>() : NAN;
-    optimizer.step();
+    sharded.step();
+    if (model_.after_step) busiest_ = model_.after_step(*pipe_);
     const auto [mean, penalty] = loss_and_penalty(result);
     const double now = elapsed();
     const double tokens = static_cast<double>(mesh_.num_replicas() * sequences() * options_.model.context);

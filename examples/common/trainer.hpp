@@ -2,6 +2,7 @@
 
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -29,6 +30,10 @@ struct Model {
   /// From the outputs to what is added to the loss in training; null: nothing.
   std::function<torch::Tensor(const dualpipe::Tensors& outputs)> penalty = {};
   std::string penalty_name = {};
+  std::map<std::string, dualpipe::BufferReduction> buffers = {};  ///< DualPipeOptions::buffers
+  /// Called after each step on each rank; null: nothing. Gives what the busiest expert of a block here got, as a
+  /// multiple of its share.
+  std::function<double(const torch::nn::Module& pipe)> after_step = {};
 };
 using MakeModel = std::function<Model(const dualpipe::Mesh& mesh)>;
 
@@ -48,8 +53,6 @@ class Trainer {
   void say(const char* pattern, const Arguments&... arguments) const;
   void introduce() const;
   dualpipe::Timeline train();
-  /// Where this pipeline's checkpoints are.
-  std::filesystem::path checkpoints() const;
   /// What the last checkpoint says, if the run goes on from one.
   std::optional<dualpipe::CheckpointExtra> resume(torch::optim::Optimizer& optimizer);
   /// Of all pipelines' last step: loss without penalty, and penalty.
@@ -74,6 +77,7 @@ class Trainer {
   Model model_;
   dualpipe::DualPipe pipe_;
   std::shared_ptr<dualpipe::Tracer> tracer_;
+  double busiest_ = 0;     // expert of this rank's in the last step, as Model::after_step says
   torch::Tensor penalty_;  // sum over the micro-batches that ended here in the step under way
 };
 

@@ -13,7 +13,7 @@ using example::ModelSize;
 /// x + attention(norm(x)), then x + mlp(norm(x)).
 class BlockImpl : public torch::nn::Module {
  public:
-  BlockImpl(const ModelSize& size, at::Generator random) : torch::nn::Module("Block") {
+  BlockImpl(const ModelSize& size, at::Generator random) : torch::nn::Module("Block"), dropout_(size.dropout) {
     const std::int64_t width = size.width;
     attention_ = register_module("attention", example::Attention(size, random));
     mlp_norm_ = register_module("mlp_norm", example::norm(width));
@@ -23,10 +23,11 @@ class BlockImpl : public torch::nn::Module {
 
   torch::Tensor forward(const torch::Tensor& x) {
     const torch::Tensor y = x + attention_(x);
-    return y + mlp_out_(torch::gelu(mlp_in_(mlp_norm_(y))));
+    return y + torch::dropout(mlp_out_(torch::gelu(mlp_in_(mlp_norm_(y)))), dropout_, is_training());
   }
 
  private:
+  double dropout_;
   example::Attention attention_{nullptr};
   torch::nn::LayerNorm mlp_norm_{nullptr};
   torch::nn::Linear mlp_in_{nullptr}, mlp_out_{nullptr};

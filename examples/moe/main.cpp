@@ -40,6 +40,8 @@ std::optional<example::Program> parse(int argc, const char* const* argv, std::st
   line.count("--expert-width", options.sizes.expert_width, "Hidden features of an expert")->capture_default_str();
   line.group("Training");
   line.number("--balance", options.balance, "Weight of the load-balance loss");
+  line.number("--balance-bias", options.sizes.bias_rate,
+              "By which the bias of an expert changes after each step, against its load");
   if (const auto text = line.parse(argc, argv)) {
     help = *text;
     return std::nullopt;
@@ -56,6 +58,8 @@ std::optional<example::Program> parse(int argc, const char* const* argv, std::st
         .is_expert = moe::is_expert,
         .penalty = [factor](const dualpipe::Tensors& outputs) { return factor * outputs[moe::balance].sum(); },
         .penalty_name = "balance loss",
+        .buffers = moe::buffers(),
+        .after_step = moe::adjust_biases,
     };
   };
   return example::Program{options, make_model};

@@ -3,6 +3,9 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/OpMathType.h>
 
+#include <algorithm>
+#include <string>
+#include <tuple>
 #include <utility>
 
 #include "combine.hpp"
@@ -17,6 +20,9 @@ using dualpipe::Communicator;
 using dualpipe::Stage;
 using dualpipe::StageContext;
 using dualpipe::Tensors;
+
+constexpr const char* kTokens = "router_tokens";
+constexpr const char* kBiasSteps = "router_bias_steps";
 
 /// Some experts of a block, each an MLP of its own.
 class ExpertsImpl : public torch::nn::Module {
@@ -56,11 +62,17 @@ TORCH_MODULE(Experts);
 class BlockImpl : public torch::nn::Module {
  public:
   BlockImpl(const ModelSize& size, const Communicator& sharing, at::Generator random, std::uint64_t expert_seed)
-      : torch::nn::Module("Block"), experts_(size.experts), top_k_(size.top_k), ranks_(sharing.size()) {
+      : torch::nn::Module("Block"),
+        experts_(size.experts),
+        top_k_(size.top_k),
+        ranks_(sharing.size()),
+        bias_rate_(size.bias_rate) {
     const std::int64_t width = size.transformer.width;
     attention_ = register_module("attention", example::Attention(size.transformer, random));
     norm_ = register_module("mlp_norm", example::norm(width));
     router_ = register_module("router", example::linear(width, experts_, 1, random));
+    tokens_ = register_buffer(kTokens, torch::zeros({experts_}, torch::kInt64));
+    bias_steps_ = register_buffer(kBiasSteps, torch::zeros({experts_}, torch::kInt64));
     const std::int64_t own = experts_ / ranks_;
     mlp_ = register_module("experts", Experts(size, sharing.rank() * own, own, expert_seed));
   }
@@ -75,7 +87,8 @@ class BlockImpl : public torch::nn::Module {
     const auto bytes = norm_(t[x]).flatten(0, 1);
 
     const auto probabilities = torch::softmax(router_(bytes), 1, precise);
-    const auto [likeliest, chosen] = probabilities.topk(top_k_, 1);
+    const auto chosen = std::get<1>((probabilities.detach() + bias_rate_ * bias_steps_).topk(top_k_, 1));
+    const auto likeliest = probabilities.gather(1, chosen);
     const auto shares = (likeliest / likeliest.sum(1, true)).flatten();
     const auto numbers = chosen.flatten();
     const auto order = torch::argsort(numbers, /*stable=*/true, /*dim=*/0, /*descending=*/false);
@@ -85,6 +98,7 @@ class BlockImpl : public torch::nn::Module {
     t[expert] = numbers.index_select(0, order);
     const auto load = torch::bincount(numbers, {}, experts_);
     t[splits] = load.view({ranks_, -1}).sum(1);
+    if (is_training()) tokens_.add_(load);
 
     const auto share = load.to(probabilities.scalar_type()) / numbers.numel();
     t[balance] = t[balance] + (experts_ * share.dot(probabilities.mean(0)) - 1);
@@ -100,6 +114,9 @@ class BlockImpl : public torch::nn::Module {
 
  private:
   std::int64_t experts_, top_k_, ranks_;
+  double bias_rate_;
+  torch::Tensor tokens_;      // that went to each expert since adjust_biases(), on all ranks after a step
+  torch::Tensor bias_steps_;  // by how many steps of bias_rate the bias of each expert was raised
   example::Attention attention_{nullptr};
   torch::nn::LayerNorm norm_{nullptr};
   torch::nn::Linear router_{nullptr};
@@ -167,6 +184,27 @@ std::vector<double> layer_costs(const ModelSize& size) {
 }
 
 bool is_expert(const std::string& parameter) { return parameter.find(".experts.") != std::string::npos; }
+
+std::map<std::string, dualpipe::BufferReduction> buffers() { return {{kTokens, dualpipe::BufferReduction::sum}}; }
+
+double adjust_biases(const torch::nn::Module& model) {
+  const torch::NoGradGuard no_grad;
+  const auto all = model.named_buffers();
+  double busiest = 0;
+  for (const auto& item : all) {
+    if (!item.key().ends_with(kTokens)) continue;
+    torch::Tensor tokens = item.value();
+    const torch::Tensor sum = tokens.sum();
+    const std::string block = item.key().substr(0, item.key().size() - std::string(kTokens).size());
+    torch::Tensor steps = all[block + kBiasSteps];
+    steps.add_(torch::sign(sum - tokens.numel() * tokens));
+    if (const auto count = sum.item<std::int64_t>(); count > 0)
+      busiest = std::max(busiest, static_cast<double>(tokens.max().item<std::int64_t>() * tokens.numel()) /
+                                      static_cast<double>(count));
+    tokens.zero_();
+  }
+  return busiest;
+}
 
 std::string description(const ModelSize& size) {
   const std::int64_t width = size.transformer.width;

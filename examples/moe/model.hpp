@@ -1,20 +1,25 @@
 #pragma once
 
+#include <torch/nn/module.h>
+
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/config.hpp"
 #include "layers.hpp"
 
 namespace moe {
 
 struct ModelSize {
   example::ModelSize transformer{.layers = 4};
-  int experts = 8;         ///< of each block
-  int top_k = 2;           ///< experts that each byte goes to
-  int expert_width = 128;  ///< hidden features of an expert
+  int experts = 8;           ///< of each block
+  int top_k = 2;             ///< experts that each byte goes to
+  int expert_width = 128;    ///< hidden features of an expert
+  double bias_rate = 0.001;  ///< by which the bias of an expert changes after a step; 0: no biases
 };
 
 /// @throws dualpipe::InvalidArgument  sizes below 1, more experts per byte than there are, or experts that the ranks
@@ -41,7 +46,8 @@ enum Slot : std::size_t {
 /// Each block is four nodes, attention, dispatch, MLP and combine. The router takes the `top_k` likeliest experts of a
 /// softmax over all and weighs their results by their shares of it. Its balance loss is E * sum over the experts of the
 /// share of rows they get times their mean probability, minus 1: zero where all are used alike (Fedus, Zoph and
-/// Shazeer, "Switch Transformers", 2022).
+/// Shazeer, "Switch Transformers", 2022). Experts are chosen by their probability plus a bias, which adjust_biases()
+/// changes after a step and which has no other effect (DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024, 2.1.2).
 ///
 /// The first weights follow from `seed`, the block and the expert alone: however the layers are cut into stages and the
 /// experts spread over ranks, the model is the same.
@@ -55,6 +61,14 @@ std::vector<double> layer_costs(const ModelSize& size);
 
 /// Whether a parameter of the pipeline belongs to an expert, by its name.
 bool is_expert(const std::string& parameter);
+
+/// DualPipeOptions::buffers of a pipeline of these layers: the bytes that go to each expert are counted over all ranks.
+std::map<std::string, dualpipe::BufferReduction> buffers();
+/// After a step: raises the biases of experts that got less than their share in it, and lowers the others'.
+///
+/// @param model  a pipeline, or a module that has such layers.
+/// @return       what the busiest expert of a block got, as a multiple of its share; 0: there is none here.
+double adjust_biases(const torch::nn::Module& model);
 
 /// "4 blocks, width 64, …"
 std::string description(const ModelSize& size);

@@ -28,6 +28,7 @@ void check_stage(const StageMemory& costs, const std::string& of) {
 /// What one rank holds as its steps go by.
 class Holder {
  public:
+  /// @param stages  of which a rank holds, each with the state that a rank has.
   explicit Holder(const std::vector<StageMemory>& stages) : stages_(stages), held_(stages.size(), false) {}
 
   void run(const Step& step) {
@@ -84,6 +85,9 @@ class Holder {
 
 void check(const MemoryCosts& costs, int num_stages) {
   check_stage({costs.activation, costs.weight, costs.state}, "");
+  DUALPIPE_CHECK(costs.sharded >= 0 && costs.sharded <= 1,
+                 "the share of the state that is sharded must be 0 to 1, got ", costs.sharded);
+  DUALPIPE_CHECK(costs.replicas >= 1, "there is at least one replica, got ", costs.replicas);
   DUALPIPE_CHECK(costs.stages.empty() || std::ssize(costs.stages) == num_stages, "memory of ", costs.stages.size(),
                  " stages, but the schedule has ", num_stages);
   for (std::size_t stage = 0; stage < costs.stages.size(); ++stage)
@@ -94,6 +98,10 @@ std::vector<RankMemory> memory(const Schedule& schedule, const MemoryCosts& cost
   check(costs, schedule.num_stages);
   std::vector<StageMemory> stages = costs.stages;
   stages.resize(std::max(0, schedule.num_stages), {costs.activation, costs.weight, costs.state});
+  for (int stage = 0; costs.sharded > 0 && stage < schedule.num_stages; ++stage) {
+    const double copies = static_cast<double>(holders(schedule, stage).size()) * costs.replicas;
+    stages[stage].state *= copies > 0 ? 1 - costs.sharded + costs.sharded / copies : 1;
+  }
   std::vector<RankMemory> result;
   result.reserve(schedule.ranks.size());
   for (const auto& steps : schedule.ranks) {

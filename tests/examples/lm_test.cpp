@@ -2,13 +2,17 @@
 // one clear error.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <signal.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <regex>
 #include <string>
 #include <vector>
 
+#include "dualpipe/detail/files.hpp"
 #include "examples/example_program.hpp"
 
 namespace dualpipe {
@@ -34,6 +38,23 @@ std::vector<std::string> losses(const std::string& output) {
   const std::regex line("step [0-9]+  loss ([0-9.]+)");
   for (std::sregex_iterator it(output.begin(), output.end(), line), end; it != end; ++it) found.push_back((*it)[1]);
   return found;
+}
+
+/// The part of a line of metrics that follows from the seed.
+std::vector<std::string> metrics(const std::filesystem::path& path) {
+  std::ifstream file(path);
+  std::vector<std::string> found;
+  for (std::string line; std::getline(file, line);) found.push_back(line.substr(0, line.find(",\"tokens_per_second")));
+  return found;
+}
+
+/// Paths below a checkpoint, and the bytes of weights and optimizer states there.
+std::map<std::string, std::string> files_of(const std::filesystem::path& folder) {
+  std::map<std::string, std::string> files;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(folder))
+    if (entry.path().filename().string().starts_with("stage-") || entry.path().parent_path().filename() == "optimizer")
+      files[std::filesystem::relative(entry.path(), folder)] = detail::read_file(entry.path());
+  return files;
 }
 
 TEST_F(LanguageModel, EveryScheduleTrainsTheSameModel) {
@@ -62,6 +83,15 @@ TEST_F(LanguageModel, TwoPipelinesTrainTheModelOfOne) {
     EXPECT_NEAR(std::stod(two[i]), std::stod(one[i]), 1.5e-3) << "step " << i;
 }
 
+TEST_F(LanguageModel, AShardedOptimizerTrainsTheSameModel) {
+  const Flags flags{"--data-parallel", "2", "--microbatches", "4"};
+  Flags sharded = flags;
+  sharded.push_back("--shard-optimizer");
+  const std::vector<std::string> expected = losses(output(4, flags));
+  ASSERT_EQ(expected.size(), 4u);
+  EXPECT_EQ(losses(output(4, sharded)), expected);
+}
+
 TEST_F(LanguageModel, LearnsInBfloat16) {
   std::vector<std::string> first;
   for (const std::string dtype : {"float32", "bfloat16"}) {
@@ -74,6 +104,12 @@ TEST_F(LanguageModel, LearnsInBfloat16) {
     EXPECT_NEAR(std::stod(lines.back()), std::stod(first.back()), 0.3) << dtype;
     EXPECT_EQ(lines == first, dtype == "float32") << "parameters are not";
   }
+}
+
+TEST_F(LanguageModel, ALossThatIsNoNumberEndsTheRun) {
+  const std::string text = failure(2, {"--learning-rate", "1e30", "--microbatches", "4"});
+  EXPECT_THAT(text, AllOf(HasSubstr(" is not finite: the loss of micro-batch 0 is "), Not(HasSubstr("loss -nan")),
+                          Not(HasSubstr("loss nan"))));
 }
 
 TEST_F(LanguageModel, GpuRanksWithoutAGpuAreOneClearError) {
@@ -98,8 +134,10 @@ TEST_F(LanguageModel, CpuRanksLoadNoCuda) {
 }
 
 TEST_F(LanguageModel, RunsFromAConfigurationFile) {
-  const auto config = write("run.json", R"({"num_ranks": 2, "num_micro_batches": 6, "schedule": "1f1b"})");
-  EXPECT_THAT(output(2, {"--config", config.string()}), HasSubstr("1f1b on 2 ranks, 2 stages, 6 micro-batches"));
+  const auto config = write("run.json", R"({"num_ranks": 2, "num_micro_batches": 6, "schedule": "1f1b", "seed": 5})");
+  const std::string text = output(2, {"--config", config.string()});
+  EXPECT_THAT(text, HasSubstr("1f1b on 2 ranks, 2 stages, 6 micro-batches"));
+  EXPECT_EQ(losses(output(2, {"--schedule", "1f1b", "--microbatches", "6", "--seed", "5"})), losses(text));
 }
 
 TEST_F(LanguageModel, GoesOnFromItsLastCheckpoint) {
@@ -111,13 +149,7 @@ TEST_F(LanguageModel, GoesOnFromItsLastCheckpoint) {
     all.insert(all.end(), more.begin(), more.end());
     return all;
   };
-  const auto lines = [&](const std::string& name) {
-    std::ifstream file(folder / (name + ".jsonl"));
-    std::vector<std::string> found;
-    for (std::string line; std::getline(file, line);)
-      found.push_back(line.substr(0, line.find(",\"tokens_per_second")));
-    return found;
-  };
+  const auto lines = [&](const std::string& name) { return metrics(folder / (name + ".jsonl")); };
   output(2, flags("whole", "6", {}));
   ASSERT_EQ(lines("whole").size(), 6u);
 
@@ -133,6 +165,107 @@ TEST_F(LanguageModel, GoesOnFromItsLastCheckpoint) {
   EXPECT_EQ(losses(output(2, flags("new", "2", {"--resume"}))).size(), 2u);
   EXPECT_THAT(failure(2, flags("whole", "6", {"--resume"})), AllOf(HasSubstr("6 steps"), HasSubstr("raise --steps")));
   EXPECT_THAT(failure(2, {"--resume"}), HasSubstr("--resume needs --checkpoint"));
+}
+
+TEST_F(LanguageModel, DropsTheSameUnderEverySchedule) {
+  const auto run = [&](const std::string& kind, const std::string& dropout) {
+    std::vector<double> found;
+    for (const std::string& loss : losses(output(2, {"--schedule", kind, "--microbatches", "4", "--dropout", dropout})))
+      found.push_back(std::stod(loss));
+    return found;
+  };
+  const std::vector<double> first = run("dualpipe", "0.3");
+  for (const std::string kind : {"zbv", "interleaved"})
+    EXPECT_THAT(run(kind, "0.3"), ::testing::Pointwise(::testing::DoubleNear(1.5e-3), first)) << kind;
+  EXPECT_NE(run("dualpipe", "0"), first);
+}
+
+/// torchrun starts all ranks again when one of them is killed.
+TEST_F(LanguageModel, GoesOnUnderTorchrunAsIfNothingHadHappened) {
+  if (!std::filesystem::exists(TORCHRUN)) GTEST_SKIP() << "there is no " << TORCHRUN;
+  const auto flags = [&](const std::string& name) {
+    return Flags{"--microbatches",
+                 "4",
+                 "--steps",
+                 "8",
+                 "--dropout",
+                 "0.1",
+                 "--seed",
+                 "9",
+                 "--checkpoint",
+                 (folder / name).string(),
+                 "--metrics",
+                 (folder / (name + ".jsonl")).string(),
+                 "--resume",
+                 "--checkpoint-every",
+                 "2"};
+  };
+  output(2, flags("whole"));
+
+  // The first time, rank 1 is killed as soon as there is a checkpoint. Links are slow, so that the run is not over then.
+  Flags program = command(2, flags("parts"));
+  program.erase(program.begin(), std::find(program.begin(), program.end(), "--") + 1);
+  program.insert(program.end(), {"--link-latency-ms", "20"});
+  const std::string script =
+      "if [ $RANK != 1 ] || [ $TORCHELASTIC_RESTART_COUNT != 0 ]; then exec \"$@\"; fi\n"
+      "\"$@\" & until [ -d '" +
+      (folder / "parts" / "step-00000002").string() + "' ]; do sleep 0.01; done; kill -9 $!; wait $!";
+  Flags all{TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--no-python", "sh", "-c", script,
+            "sh"};
+  all.insert(all.end(), program.begin(), program.end());
+  Process run(all, {{"OMP_NUM_THREADS", "1"}});
+  ASSERT_EQ(run.wait(std::chrono::seconds(100)), 0) << run.out() << run.err();
+  EXPECT_THAT(run.out(), ::testing::ContainsRegex("goes on after step [246]"));
+  EXPECT_EQ(metrics(folder / "parts.jsonl").size(), 8u);
+  EXPECT_EQ(metrics(folder / "parts.jsonl"), metrics(folder / "whole.jsonl"));
+  const auto whole = files_of(folder / "whole" / "step-00000008"), parts = files_of(folder / "parts" / "step-00000008");
+  EXPECT_GE(whole.size(), 5u);
+  EXPECT_TRUE(whole == parts) << "every byte of weights and optimizer states";
+}
+
+TEST_F(LanguageModel, TheDemoGoesOnAfterAnInterrupt) {
+  // The script among stand-ins for what is around it.
+  namespace fs = std::filesystem;
+  fs::create_directories(folder / "scripts");
+  fs::create_directories(folder / "build/release/bin");
+  fs::copy_file(DUALPIPE_DEMO, folder / "scripts/demo");
+  write("scripts/setup", "#!/bin/sh\n");
+  fs::permissions(folder / "scripts/setup", fs::perms::owner_all);
+  fs::create_symlink(DUALPIPE_RUN, folder / "build/release/bin/dualpipe-run");
+  fs::create_symlink(DUALPIPE_LM, folder / "build/release/bin/dualpipe-lm");
+  // In a group of processes of its own, as a shell starts it.
+  const auto demo = [&](const Flags& flags) {
+    Flags all = command(2, flags);
+    all.erase(all.begin(), std::find(all.begin(), all.end(), DUALPIPE_LM) + 1);
+    all.insert(all.begin(), {"bash", "-c", "set -m; \"$0\" \"$@\" & echo \"group $! of \"; wait $!",
+                             (folder / "scripts/demo").string(), "--microbatches", "4", "--checkpoint-every", "2"});
+    return all;
+  };
+  {
+    Process process(demo({"--steps", "1000000"}), {{"RANKS", "2"}});
+    ASSERT_TRUE(process.wait_for_output("step 8 ")) << process.out() << process.err();
+    const std::string text = process.out();
+    ::kill(-std::stoi(text.substr(text.find("group ") + 6)), SIGINT);
+    EXPECT_NE(process.wait(), 0);
+    EXPECT_THAT(process.err(), AllOf(HasSubstr("out/demo has the last checkpoint"), HasSubstr("--new begins anew")));
+  }
+  {
+    Process process(demo({"--steps", "100", "--layers", "4"}), {{"RANKS", "2"}});
+    EXPECT_NE(process.wait(), 0);
+    EXPECT_THAT(process.err(), AllOf(HasSubstr("another model"), HasSubstr("--new begins anew")));
+  }
+  const auto finish = [&](const Flags& flags) {
+    Process process(demo(flags), {{"RANKS", "2"}});
+    EXPECT_EQ(process.wait(), 0) << process.out() << process.err();
+    EXPECT_FALSE(fs::exists(folder / "out/demo"));
+    return process.out();
+  };
+  const fs::path saved = folder / "saved";
+  fs::copy(folder / "out/demo", saved, fs::copy_options::recursive);
+  EXPECT_THAT(finish({"--steps", "2", "--new"}), AllOf(HasSubstr("before training"), Not(HasSubstr("goes on"))));
+  fs::rename(saved, folder / "out/demo");
+  EXPECT_THAT(finish({"--steps", "1000000", "--minutes", "0.000001"}),  // they are used up: what comes after training
+              AllOf(HasSubstr("goes on after step"), Not(HasSubstr("before training")), HasSubstr("sample")));
 }
 
 TEST_F(LanguageModel, WrongInputIsOneClearError) {

@@ -35,6 +35,7 @@ moe::ModelSize small(int layers) {
   size.experts = 4;
   size.top_k = 2;
   size.expert_width = 9;
+  size.bias_rate = 0.02;
   return size;
 }
 
@@ -64,11 +65,26 @@ class Plain {
     for (const NamedLayer& layer : layers_of(size, local_communicators(1)[0]))
       for (const auto& item : layer.make().module()->named_parameters())
         parameters[layer.name + "." + item.key()] = item.value();
+    for (int i = 0; i < size_.transformer.layers; ++i)
+      for (auto* buffers : {&tokens, &bias_steps})
+        (*buffers)["block" + std::to_string(i) + "."] = torch::zeros({size_.experts}, torch::kInt64);
   }
 
   std::map<std::string, torch::Tensor> parameters;
+  std::map<std::string, torch::Tensor> tokens, bias_steps;  // of each block
 
-  torch::Tensor loss(const Batch& micro_batch) const {
+  /// As the report of DeepSeek-V3 has it.
+  void adjust_biases() {
+    for (auto& [block, counts] : tokens) {
+      for (std::int64_t e = 0; e < size_.experts; ++e) {
+        const auto mine = size_.experts * counts[e].item<std::int64_t>(), all = counts.sum().item<std::int64_t>();
+        bias_steps[block][e] += mine < all ? 1 : mine > all ? -1 : 0;
+      }
+      counts.zero_();
+    }
+  }
+
+  torch::Tensor loss(const Batch& micro_batch) {
     torch::Tensor h = embedding(micro_batch.inputs[0]);
     torch::Tensor balance = torch::zeros({}, torch::kDouble);
     for (int i = 0; i < size_.transformer.layers; ++i) {
@@ -76,8 +92,10 @@ class Plain {
       h = h + attention(block + "attention.", h);
       const auto y = norm(block + "mlp_norm", h);
       const auto p = torch::softmax(linear(block + "router", y), -1);
-      const auto least = std::get<0>(p.sort(-1, true)).narrow(-1, size_.top_k - 1, 1);
-      const auto chosen = (p >= least).to(torch::kDouble).detach();
+      const auto biased = p.detach() + size_.bias_rate * bias_steps.at(block);
+      const auto least = std::get<0>(biased.sort(-1, true)).narrow(-1, size_.top_k - 1, 1);
+      const auto chosen = (biased >= least).to(torch::kDouble);
+      tokens[block] += chosen.sum(torch::IntArrayRef{0, 1}).to(torch::kInt64);
       const auto shares = p * chosen / (p * chosen).sum(-1, true);
       for (int e = 0; e < size_.experts; ++e) {
         const std::string expert = block + "experts." + std::to_string(e);
@@ -171,7 +189,7 @@ TEST_P(MoeGradients, AreThoseOfAPlainModelInOneProcess) {
 
   // Gradients of each step, after clipping, and the losses.
   Plain plain(size);
-  std::vector<std::map<std::string, torch::Tensor>> expected;
+  std::vector<std::map<std::string, torch::Tensor>> expected, tokens, bias_steps;
   std::vector<double> losses;
   for (int step = 0; step < kSteps; ++step) {
     torch::Tensor loss = torch::zeros({}, torch::kDouble);
@@ -179,6 +197,13 @@ TEST_P(MoeGradients, AreThoseOfAPlainModelInOneProcess) {
       for (const Batch& part : split_batch(batch_of(pipeline, step), layout.num_micro_batches, 0))
         loss = loss + plain.loss(part) / (layout.num_pipelines * layout.num_micro_batches);
     loss.backward();
+    for (const auto& [block, counts] : plain.tokens) {
+      if (static_cast<int>(tokens.size()) == step) tokens.emplace_back();
+      tokens.back()[block] = counts.clone();
+    }
+    plain.adjust_biases();
+    bias_steps.emplace_back();
+    for (const auto& [block, steps] : plain.bias_steps) bias_steps.back()[block] = steps.clone();
     losses.push_back(loss.item<double>());
     double squares = 0;
     for (const auto& [name, parameter] : plain.parameters) squares += parameter.grad().square().sum().item<double>();
@@ -198,12 +223,26 @@ TEST_P(MoeGradients, AreThoseOfAPlainModelInOneProcess) {
     const Mesh mesh(world, {.pipeline = layout.num_ranks / layout.num_pipelines,
                             .data = layout.num_pipelines,
                             .expert = layout.num_sharing});
-    const DualPipeOptions options{.num_micro_batches = layout.num_micro_batches, .schedule = layout.schedule};
+    const DualPipeOptions options{.num_micro_batches = layout.num_micro_batches,
+                                  .schedule = layout.schedule,
+                                  .compare_replicas_every = 1,
+                                  .buffers = moe::buffers()};
     const int stages = make_schedule({layout.schedule, mesh.pipeline()->size(), layout.num_micro_batches}).num_stages;
     DualPipe pipe(mesh, options, split(layers_of(size, mesh.expert()), stages, moe::layer_costs(size)), moe::is_expert);
     for (int step = 0; step < kSteps; ++step) {
       const StepResult result = pipe->step(batch_of(mesh.replica(), step), loss_of);
       EXPECT_NEAR(result.loss.item<double>(), losses[step], 1e-12) << "step " << step;
+      const auto expect_buffers = [&](const std::string& suffix, const auto& truth) {
+        for (const auto& item : pipe->named_buffers()) {
+          const std::size_t begin = item.key().find('.') + 1, end = item.key().find("router_");
+          if (item.key().substr(end) != suffix) continue;
+          EXPECT_TRUE(torch::equal(item.value(), truth.at(item.key().substr(begin, end - begin))))
+              << "step " << step << ": " << item.key() << item.value();
+        }
+      };
+      expect_buffers("router_tokens", tokens[step]);
+      moe::adjust_biases(*pipe);
+      expect_buffers("router_bias_steps", bias_steps[step]);
       pipe->clip_grad_norm_(kLargestNorm);
       const torch::NoGradGuard no_grad;
       int num_experts = 0, num_blocks = 0;
@@ -271,7 +310,8 @@ TEST_F(MoeProgram, HoweverRanksFormPipelinesTheyTrainTheSameModel) {
     const std::string text = output(num_ranks, flags);
     const auto lines = lines_of(text);
     ASSERT_EQ(lines.size(), 3u) << text;
-    EXPECT_THAT(text, AllOf(HasSubstr("held-out loss:"), HasSubstr("sample"), HasSubstr("hidden under compute")));
+    EXPECT_THAT(text, AllOf(HasSubstr("held-out loss:"), HasSubstr("sample"), HasSubstr("hidden under compute"),
+                            HasSubstr("busiest expert of a block in the last step: ")));
     if (first.empty()) first = lines;
     EXPECT_NEAR(first[0].loss, std::log(256), 0.2) << "it knows nothing yet";
     for (std::size_t step = 0; step < lines.size(); ++step) {

@@ -39,6 +39,8 @@ PARTS = {
     "train/checkpoint": "checkpoint",
     "train/metrics": "checkpoint",
     "train/safetensors": "checkpoint",
+    "train/sharded_optimizer": "pipeline",
+    "detail/train/sharded_optimizer": "pipeline",
     "comm/pending": "pending",
     "tools/plan": "tools/plan",
     "tools/run": "tools/run",

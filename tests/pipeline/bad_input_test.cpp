@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdio>
 #include <fstream>
+#include <map>
 #include <string>
 
 #include "pipeline/pipeline.hpp"
@@ -123,7 +124,9 @@ TEST(BadInput, Json) {
   const auto options = DualPipeOptions::from_json(
       R"({"num_ranks": 8, "num_micro_batches": 20, "schedule": "1f1b", "publish": "atomic", "loss_reduction": "sum",
           "batch_dim": 1, "keep_outputs": true, "asynchronous": true, "chunks_per_rank": 3,
-          "compare_replicas_every": 7,
+          "compare_replicas_every": 7, "seed": 18446744073709551615,
+          "buffers": {"running_mean": "mean", "seen": "sum"}, "gradient_dtype": "float32", "on_non_finite": "keep",
+          "shard_optimizer": true,
           "split": {"inputs": [{"dim": 1}, {"how": "whole"}], "extras": [{"how": "list"}]},
           "merge_outputs": [{"how": "stack", "dim": 1}, {"how": "list"}, {"dim": 2}]})");
   EXPECT_EQ(options.num_ranks, 8);
@@ -136,6 +139,12 @@ TEST(BadInput, Json) {
   EXPECT_TRUE(options.asynchronous);
   EXPECT_EQ(options.chunks_per_rank, 3);
   EXPECT_EQ(options.compare_replicas_every, 7);
+  EXPECT_EQ(options.seed, 18446744073709551615u);
+  EXPECT_EQ(options.buffers, (std::map<std::string, BufferReduction>{{"running_mean", BufferReduction::mean},
+                                                                     {"seen", BufferReduction::sum}}));
+  EXPECT_EQ(options.gradient_dtype, GradientDtype::float32);
+  EXPECT_EQ(options.on_non_finite, OnNonFinite::keep);
+  EXPECT_TRUE(options.shard_optimizer);
   EXPECT_EQ(options.merge_outputs,
             (std::vector<Merge>{{Merge::How::stack, 1}, {Merge::How::list}, {Merge::How::concat, 2}}));
 
@@ -150,9 +159,12 @@ TEST(BadInput, Json) {
   EXPECT_THAT(fails(R"({"num_micro_batches": "20"})"), AllOf(HasSubstr("must be an integer"), HasSubstr("\"20\"")));
   EXPECT_THAT(fails(R"({"num_micro_batches": 2.5})"), HasSubstr("2.5"));
   EXPECT_THAT(fails(R"({"num_micro_batches": -1})"), HasSubstr("-1"));
+  EXPECT_THAT(fails(R"({"seed": -1})"), AllOf(HasSubstr("\"seed\" must be an integer >= 0"), HasSubstr("-1")));
   EXPECT_THAT(fails(R"({"num_micro_batches": 99999999999999999999})"), HasSubstr("must be an integer"));
   EXPECT_THAT(fails(R"({"num_micro_batches": 18446744073709551615})"), HasSubstr("must be an integer"));
   EXPECT_THAT(fails(R"({"publish": "never"})"), AllOf(HasSubstr("\"early\" or \"atomic\""), HasSubstr("never")));
+  EXPECT_THAT(fails(R"({"gradient_dtype": "bfloat16"})"), HasSubstr("\"parameter\" or \"float32\""));
+  EXPECT_THAT(fails(R"({"on_non_finite": true})"), HasSubstr("\"error\", \"skip\" or \"keep\""));
   EXPECT_THAT(fails(R"({"keep_outputs": 1})"), HasSubstr("true or false"));
   for (const char* merges :
        {R"("stack")", R"(["stack"])", R"([{"how": "sum"}])", R"([{"dim": -1}])", R"([{"dims": 1}])"})
@@ -160,6 +172,7 @@ TEST(BadInput, Json) {
                 HasSubstr("\"concat\", \"stack\" or \"list\""));
   for (const char* split : {R"([])", R"({"outputs": []})", R"({"inputs": {}})", R"({"inputs": [{"how": "stack"}]})"})
     EXPECT_THAT(fails(detail::str("{\"split\": ", split, "}")), HasSubstr("\"chunk\", \"whole\" or \"list\""));
+  EXPECT_THAT(fails(R"({"buffers": {"seen": "max"}})"), HasSubstr("\"broadcast\", \"sum\", \"mean\" or \"local\""));
   EXPECT_THAT(fails(R"({"num_ranks": 8, "num_ranks": 4})"), HasSubstr("the key \"num_ranks\" is named twice"));
   EXPECT_THAT(fails("[1]"), HasSubstr("object"));
   EXPECT_THAT(fails("{"), HasSubstr("not JSON: parse error at line 1, column 2"));

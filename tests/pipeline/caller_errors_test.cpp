@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <cmath>
 #include <functional>
 #include <map>
 #include <mutex>
@@ -328,7 +329,11 @@ TEST(CallerErrors, ClippingThatOneRankCannotDo) {
     pipe->step(batch, squared_error());
     Tensors before;
     for (const auto& parameter : pipe->parameters()) before.push_back(parameter.grad().clone());
-    findings.note("sparse", [&] { pipe->clip_grad_norm_(0.01); });
+    at::Tensor& gradient = pipe->parameters()[0].mutable_grad();
+    const at::Tensor own = gradient;
+    if (comm->rank() == 0) gradient = gradient.to_dense().to_sparse_csr();
+    findings.note("layout", [&] { pipe->clip_grad_norm_(0.01); });
+    gradient = own;
     findings.note("negative", [&] { pipe->clip_grad_norm_(comm->rank() == 1 ? -1.0 : 1.0); });
     std::size_t i = 0;
     for (const auto& parameter : pipe->parameters())
@@ -337,8 +342,20 @@ TEST(CallerErrors, ClippingThatOneRankCannotDo) {
     i = 0;
     for (const auto& parameter : pipe->parameters())
       EXPECT_LE(difference(parameter.grad().to_dense(), 2 * before[i++].to_dense()), 1e-12);
+    // Sparse gradients are clipped as they are.
+    const double norm = pipe->clip_grad_norm_(1e-3).item<double>();
+    EXPECT_EQ(pipe->parameters()[0].grad().is_sparse(), comm->rank() == 0);
+    double squares = 0, clipped = 0;
+    for (std::size_t each = 0; each < before.size(); ++each) {
+      squares += (2 * before[each].to_dense()).square().sum().item<double>();
+      clipped += pipe->parameters()[each].grad().to_dense().square().sum().item<double>();
+    }
+    const auto all = torch::tensor({squares, clipped}, torch::kDouble);
+    comm->all_reduce({all}).wait();
+    EXPECT_NEAR(norm, std::sqrt(all[0].item<double>()), 1e-9 * norm);
+    EXPECT_NEAR(std::sqrt(all[1].item<double>()), 1e-3, 1e-6);
   });
-  EXPECT_THAT(findings["sparse"], AllOf(HasSubstr("rank 0: "), HasSubstr("dense"), HasSubstr("[10, 6]")));
+  EXPECT_THAT(findings["layout"], AllOf(HasSubstr("rank 0: "), HasSubstr("dense"), HasSubstr("[10, 6]")));
   EXPECT_THAT(findings["negative"], AllOf(HasSubstr("rank 1: "), HasSubstr("-1")));
 }
 

@@ -8,13 +8,17 @@
 #include <csignal>
 #include <cstdlib>
 #include <iostream>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "dualpipe/comm/socket.hpp"
 #include "dualpipe/launch/failure.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "pipeline/batches.hpp"
+#include "pipeline/noisy.hpp"
 #include "pipeline/pipeline.hpp"
 #include "pipeline/resources.hpp"
 
@@ -112,6 +116,62 @@ TEST(Rank, DropoutSeededPerMicroBatch) {
   for (const int stage : pipe->local_stages())
     for (const auto& item : pipe->named_children()["stage" + std::to_string(stage)]->named_parameters())
       EXPECT_LE(difference(item.value().grad(), model[stage]->named_parameters()[item.key()].grad()), 1e-12);
+}
+
+/// LibTorch's generators are the rank's own: what draws from them follows from the seed as well.
+TEST(Rank, DropoutOfASeedEqualsOneProcess) {
+  const auto comm = connect("random");
+  const Mesh mesh(comm, {.pipeline = comm->size()});
+  const NoisyTruth truth = noisy_truth(kNoisySeed, 8, 1, 2);
+  for (const bool of_context : {true, false})
+    for (const std::string kind : {"dualpipe", "zbv", "interleaved", "1f1b"}) {
+      SCOPED_TRACE(kind);
+      expect_noisy_truth(mesh, {.num_micro_batches = 8, .schedule = kind, .seed = kNoisySeed}, of_context, truth);
+    }
+}
+
+/// The first weights of stages that are made by hand, and whether random numbers follow from a seed.
+std::pair<std::vector<double>, bool> made_by_hand(const std::shared_ptr<Communicator>& comm) {
+  bool seeded = false;
+  DualPipe pipe(comm, {.num_micro_batches = 2 * comm->size()}, [&](int) {
+    Noisy module;
+    return Stage(module).compute("draw", [&, module](const Tensors& x, const StageContext& context) mutable {
+      seeded = context.random.has_value();
+      return module->forward(x[0], {});
+    });
+  });
+  pipe->step(noisy_batch(2 * comm->size(), 0), squared_error());
+  std::vector<double> firsts;
+  for (const int stage : pipe->local_stages())
+    firsts.push_back(
+        pipe->named_children()["stage" + std::to_string(stage)]->parameters()[0].flatten()[0].item<double>());
+  return {firsts, seeded};
+}
+
+TEST(Rank, ASeedAtTheTopOfMainIsThatOfThePipeline) {
+  const auto comm = connect("seeded");
+  const Mesh mesh(comm, {.pipeline = comm->size()});
+  EXPECT_FALSE(made_by_hand(comm).second) << "nobody has set a seed, and each process begins with another one";
+  torch::manual_seed(kNoisySeed);
+  expect_noisy_truth(mesh, {.num_micro_batches = 8, .schedule = "zbv"}, false, noisy_truth(kNoisySeed, 8, 1, 2));
+
+  std::vector<double> mine;
+  for (int round = 0; round < 2; ++round) {
+    torch::manual_seed(3);
+    const auto [firsts, seeded] = made_by_hand(comm);
+    EXPECT_TRUE(seeded);
+    if (round > 0) {
+      EXPECT_EQ(firsts, mine) << "processes repeat";
+    }
+    mine = firsts;
+  }
+  std::set<double> firsts;
+  for (const at::Tensor& each : comm->all_gather(torch::tensor(mine, f64())).take())
+    for (int i = 0; i < each.numel(); ++i) firsts.insert(each[i].item<double>());
+  EXPECT_EQ(std::ssize(firsts), comm->size()) << "stages begin different";
+
+  torch::manual_seed(static_cast<std::uint64_t>(comm->rank()));
+  EXPECT_FALSE(made_by_hand(comm).second) << "each rank has chosen its own";
 }
 
 TEST(Rank, OutputsThatShareMemoryAreReadButNotWritten) {

@@ -3,10 +3,15 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <cstdint>
+#include <limits>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "pipeline/pipeline.hpp"
@@ -303,6 +308,196 @@ TEST(Replicas, BuffersThatAreLostAreNamedInOneWarning) {
                                   HasSubstr("'norm.running_var'"), Not(HasSubstr("constant")),
                                   Not(HasSubstr("num_batches_tracked")), HasSubstr("GroupNorm")));
   }
+}
+
+// --- buffers that become one
+
+/// A pipeline's kind and its mesh.
+struct Layout {
+  std::string kind;
+  MeshShape mesh;
+};
+
+/// What the holders of stage 0 run in each replica, as they begin and end.
+std::vector<std::pair<int, int>> micro_batches_of_holders(const std::string& kind) {
+  if (kind == "dualpipe") return {{0, kMicroBatches / 2}, {kMicroBatches / 2, kMicroBatches}};
+  return {{0, kMicroBatches}};
+}
+
+class Buffers : public ::testing::TestWithParam<Layout> {};
+
+INSTANTIATE_TEST_SUITE_P(
+    Layouts, Buffers,
+    ::testing::Values(Layout{"dualpipe", {.pipeline = 2}}, Layout{"dualpipe", {.pipeline = 4}},
+                      Layout{"dualpipe", {.pipeline = 2, .data = 2}}, Layout{"dualpipev", {.pipeline = 2}},
+                      Layout{"dualpipev", {.pipeline = 2, .data = 3}}, Layout{"1f1b", {.pipeline = 2, .data = 2}},
+                      Layout{"interleaved", {.pipeline = 2, .data = 2}}, Layout{"zb1p", {.pipeline = 2, .data = 2}},
+                      Layout{"zbv", {.pipeline = 2, .data = 2}}),
+    [](const auto& layout) {
+      return layout.param.kind + std::to_string(layout.param.mesh.pipeline) + "x" +
+             std::to_string(layout.param.mesh.data);
+    });
+
+/// Tokens of each of four experts, as a router counts them.
+struct RouterImpl : torch::nn::Module {
+  explicit RouterImpl(int number) : layer(register_module("layer", Layer(number))) {
+    tokens = register_buffer("tokens", torch::zeros({4}, torch::kInt64));
+    share = register_buffer("share", torch::zeros({}, torch::kDouble));
+    open = register_buffer("open", torch::full({3}, -std::numeric_limits<double>::infinity(), torch::kDouble));
+    open[0] = 1;
+    seen = register_buffer("seen", torch::zeros({}, torch::kInt64));
+  }
+  at::Tensor forward(const at::Tensor& x) {
+    tokens.add_(torch::bincount(x.detach().narrow(1, 0, 4).argmax(1), {}, 4));
+    share.add_(x.detach().mean());
+    seen.add_(x.size(0) * static_cast<std::int64_t>(1 + x.detach().sum().abs().item<double>() * 100));
+    return layer->forward(x);
+  }
+  Layer layer;
+  at::Tensor tokens, share, open, seen;
+};
+TORCH_MODULE(Router);
+
+TEST_P(Buffers, CountersAddUpExactly) {
+  const auto& [kind, shape] = GetParam();
+  constexpr int kSteps = 2;
+  const auto batch_of = [](int step, int replica) {
+    return random_batch(4 * kMicroBatches, 100 + 10 * static_cast<std::uint64_t>(step) + replica);
+  };
+  at::Tensor tokens = torch::zeros({4}, torch::kInt64), share = torch::zeros({}, torch::kDouble);
+  for (int step = 0; step < kSteps; ++step)
+    for (int replica = 0; replica < shape.data; ++replica)
+      for (const Batch& part : split_batch(batch_of(step, replica), kMicroBatches, 0)) {
+        tokens += torch::bincount(part.inputs[0].narrow(1, 0, 4).argmax(1), {}, 4);
+        share += part.inputs[0].mean();
+      }
+  run_ranks(shape.size(), [&, &k = kind, &s = shape](std::shared_ptr<Communicator> comm) {
+    const Mesh mesh(comm, s);
+    Warnings warnings;
+    const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+    DualPipe pipe(mesh,
+                  {.num_micro_batches = kMicroBatches,
+                   .schedule = k,
+                   .compare_replicas_every = 1,
+                   .buffers = {{"router.tokens", BufferReduction::sum},
+                               {"tokens", BufferReduction::mean},  // a shorter name, for other buffers
+                               {"share", BufferReduction::sum},
+                               {"open", BufferReduction::mean},
+                               {"seen", BufferReduction::local}}},
+                  [](int stage) -> Stage {
+                    if (stage > 0) {
+                      Layer layer(stage);
+                      layer->register_buffer("tokens", torch::zeros({2}, torch::kDouble));
+                      return as_stage(layer);
+                    }
+                    Router router(stage);
+                    auto holder = std::make_shared<torch::nn::Module>("Holder");
+                    holder->register_module("router", router.ptr());
+                    return Stage(holder).compute(
+                        "router", [router](const torch::Tensor& x) mutable { return router->forward(x); });
+                  });
+    for (int step = 0; step < kSteps; ++step) pipe->step(batch_of(step, mesh.replica()), squared_error());
+    EXPECT_TRUE(warnings.texts.empty()) << ::testing::PrintToString(warnings.texts);
+    if (!pipe->feeds_inputs()) return;
+    const auto buffers = pipe->named_buffers();
+    EXPECT_TRUE(torch::equal(buffers["stage0.router.tokens"], tokens)) << buffers["stage0.router.tokens"];
+    EXPECT_LE(difference(buffers["stage0.router.share"], share), 1e-12);
+    EXPECT_EQ(buffers["stage0.router.open"][1].item<double>(), -std::numeric_limits<double>::infinity());
+    EXPECT_EQ(buffers["stage0.router.open"][0].item<double>(), 1);
+  });
+}
+
+TEST_P(Buffers, RunningStatisticsAreThoseOfAllHolders) {
+  const int num_threads = at::get_num_threads();
+  at::set_num_threads(1);  // BatchNorm takes all cores, in each rank
+  const auto& [kind, shape] = GetParam();
+  constexpr int kSteps = 2;
+  const auto batch_of = [](int step, int replica) {
+    return random_batch(4 * kMicroBatches, 100 + 10 * static_cast<std::uint64_t>(step) + replica);
+  };
+  const auto norm_of = [](std::optional<double> momentum) {
+    torch::nn::BatchNorm1d norm(torch::nn::BatchNorm1dOptions(kWidth).momentum(momentum));
+    norm->to(torch::kDouble);
+    return norm;
+  };
+  for (const std::optional<double> momentum : {std::optional(0.1), std::optional<double>()}) {
+    // One process: each holder begins with the mean of all.
+    at::Tensor mean = torch::zeros({kWidth}, f64()), variance = torch::ones({kWidth}, f64());
+    std::int64_t count = 0;
+    auto whole = norm_of(momentum);  // over all micro-batches of the first step
+    for (int step = 0; step < kSteps; ++step) {
+      at::Tensor means = torch::zeros({kWidth}, f64()), variances = torch::zeros({kWidth}, f64());
+      std::int64_t counted = 0;
+      int holders = 0;
+      for (int replica = 0; replica < shape.data; ++replica) {
+        const auto parts = split_batch(batch_of(step, replica), kMicroBatches, 0);
+        for (const auto& [first, last] : micro_batches_of_holders(kind)) {
+          auto norm = norm_of(momentum);
+          norm->running_mean.copy_(mean);
+          norm->running_var.copy_(variance);
+          norm->num_batches_tracked.fill_(count);
+          for (int m = first; m < last; ++m) {
+            norm->forward(parts[m].inputs[0]);
+            if (step == 0) whole->forward(parts[m].inputs[0]);
+          }
+          means += norm->running_mean;
+          variances += norm->running_var;
+          counted += norm->num_batches_tracked.item<std::int64_t>() - count;
+          ++holders;
+        }
+      }
+      mean = means / holders;
+      variance = variances / holders;
+      count += counted;
+      if (step == 0 && !momentum) {  // averages are those of one process then
+        EXPECT_LE(difference(mean, whole->running_mean), 1e-12);
+        EXPECT_LE(difference(variance, whole->running_var), 1e-12);
+      }
+    }
+    EXPECT_EQ(count, std::int64_t{kSteps} * kMicroBatches * shape.data);
+    run_ranks(shape.size(), [&, &k = kind, &s = shape](std::shared_ptr<Communicator> comm) {
+      at::set_num_threads(1);
+      const Mesh mesh(comm, s);
+      DualPipe pipe(mesh,
+                    {.num_micro_batches = kMicroBatches,
+                     .schedule = k,
+                     .compare_replicas_every = 1,
+                     .buffers = {{"running_mean", BufferReduction::mean},
+                                 {"running_var", BufferReduction::mean},
+                                 {"num_batches_tracked", BufferReduction::sum}}},
+                    [&](int stage) -> Stage {
+                      if (stage > 0) return as_stage(Layer(stage));
+                      return as_stage(norm_of(momentum));
+                    });
+      for (int step = 0; step < kSteps; ++step) pipe->step(batch_of(step, mesh.replica()), squared_error());
+      if (!pipe->feeds_inputs()) return;
+      const auto buffers = pipe->named_buffers();
+      EXPECT_LE(difference(buffers["stage0.running_mean"], mean), 1e-12);
+      EXPECT_LE(difference(buffers["stage0.running_var"], variance), 1e-12);
+      EXPECT_EQ(buffers["stage0.num_batches_tracked"].item<std::int64_t>(), count);
+    });
+  }
+  at::set_num_threads(num_threads);
+}
+
+TEST(Replicas, RulesForBuffersThatCannotBeAreNamedOnAllRanks) {
+  const auto failure = [](const std::map<std::string, BufferReduction>& rules) {
+    return failure_on_all(2, [&](std::shared_ptr<Communicator> comm) {
+      const auto make = [&](const std::map<std::string, BufferReduction>& buffers) {
+        return DualPipe(comm, {.num_micro_batches = 4, .buffers = buffers}, [](int stage) -> Stage {
+          return stage == 0 ? as_stage(Router(stage)) : as_stage(Layer(stage));
+        });
+      };
+      const std::string text = message_of([&] { make(rules); });
+      make({{"tokens", BufferReduction::sum}})
+          ->step(random_batch(8, 1), squared_error());  // the communicator is usable
+      throw InvalidArgument(text);
+    });
+  };
+  EXPECT_THAT(failure({{"okens", BufferReduction::sum}}), HasSubstr("names 'okens', but no buffer"));
+  EXPECT_THAT(failure({{"", BufferReduction::sum}}), HasSubstr("names '', but no buffer"));
+  EXPECT_THAT(failure({{"tokens", BufferReduction::mean}}),
+              AllOf(HasSubstr("tokens is to be a mean"), HasSubstr("buffer 'tokens' of stage 0 is of type Long")));
 }
 
 // --- two pipelines in one world

@@ -7,6 +7,7 @@
 
 #include "dualpipe/comm/local.hpp"
 #include "dualpipe/detail/comm/agree.hpp"
+#include "dualpipe/detail/pipeline/finite.hpp"
 #include "dualpipe/detail/pipeline/vote.hpp"
 #include "error_of.hpp"
 
@@ -60,14 +61,19 @@ TEST(Vote, BringsLossesAndHashesOfAllRanks) {
       for (int m = comm->rank() / 2; m < 4; m += 2) outputs.losses[m] = torch::tensor({0.5 + m}, torch::kDouble);
     detail::MemberHashes mine;
     if (comm->rank() != 0) mine[1] = 7;
-    const detail::StepVote all = detail::vote(*comm, outputs, {4}, mine);
+    const std::string finding = comm->rank() == 1 ? "the gradient of 'weight'" : "";
+    const detail::StepVote all = detail::vote(*comm, outputs, {4}, mine, finding);
     EXPECT_TRUE(torch::equal(all.losses, torch::tensor({0.5, 1.5, 2.5, 3.5}, torch::kDouble)));
     EXPECT_EQ(all.hashes.at(2)[1], 7u);
     EXPECT_EQ(all.hashes.at(0), detail::MemberHashes());
+    EXPECT_THAT(all.findings, ::testing::ElementsAre("", "the gradient of 'weight'", ""));
+    EXPECT_EQ(detail::non_finite(all, {}, {4}), "the gradient of 'weight'");
     Pending end;
-    const detail::StepVote ahead = detail::vote_ahead(*comm, outputs, {4}, mine, end);
+    const auto num_infinite = torch::full({}, comm->rank(), torch::kDouble);
+    const detail::StepVote ahead = detail::vote_ahead(*comm, outputs, {4}, mine, num_infinite, end);
     end.synchronize();
-    EXPECT_TRUE(torch::equal(ahead.losses, all.losses));
+    EXPECT_TRUE(torch::equal(ahead.losses.narrow(0, 0, 4), all.losses));
+    EXPECT_EQ(ahead.losses[4].item<double>(), 3);
     EXPECT_EQ(ahead.hashes, all.hashes);
     detail::check_hashes(all.hashes, {.pipeline = 3}, 3, detail::world_ranks(*comm));
   });

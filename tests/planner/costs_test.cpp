@@ -106,6 +106,26 @@ TEST(Memory, AddsWhatStagesHold) {
   expect_refused([&] { memory(schedule, {.stages = {{}, {.weight = infinity}, {}}}); }, "of stage 1");
 }
 
+TEST(Memory, AShardedOptimizerIsSpreadOverHoldersAndReplicas) {
+  // 18 bytes a parameter, of which 12 are the optimizer's; S = 1 / P of the parameters.
+  for (const int replicas : {1, 2, 5}) {
+    const auto of_ranks = [&](const std::string& kind) {
+      const Schedule schedule = make_schedule({kind, 4, 8});
+      const double stage = 18.0 * static_cast<double>(schedule.ranks.size()) / schedule.num_stages;
+      return memory(schedule, {.activation = 0, .state = stage, .sharded = 12.0 / 18, .replicas = replicas});
+    };
+    for (const RankMemory& rank : of_ranks("dualpipe")) EXPECT_NEAR(rank.state, 12 + 12.0 / replicas, 1e-12);
+    for (const std::string kind : {"dualpipev", "1f1b", "interleaved"})
+      for (const RankMemory& rank : of_ranks(kind)) EXPECT_NEAR(rank.state, 6 + 12.0 / replicas, 1e-12) << kind;
+  }
+  const Schedule schedule = make_schedule({"dualpipe", 2, 4});
+  const std::vector<RankMemory> uneven =
+      memory(schedule, {.activation = 0, .stages = {{0, 0, 4}, {0, 0, 8}}, .sharded = 0.5, .replicas = 2});
+  EXPECT_DOUBLE_EQ(uneven[0].state, 12 * (0.5 + 0.5 / 4));
+  expect_refused([&] { memory(schedule, {.sharded = 1.5}); }, "must be 0 to 1, got 1.5");
+  expect_refused([&] { memory(schedule, {.sharded = 0.5, .replicas = 0}); }, "at least one replica, got 0");
+}
+
 TEST(CostFile, ReadsEveryKey) {
   const CostModel model = read_costs(R"({
     "forward": 2, "backward": 4, "weight": 1.5, "pair": 5, "send": 0.1, "seconds_per_unit": 0.001,

@@ -84,8 +84,26 @@ TEST_F(PlanCosts, MemoryOfEachRank) {
   EXPECT_THAT(output(arguments), HasSubstr("of which 12 parameters and optimizer"));
 }
 
+TEST_F(PlanCosts, ShardedOptimizers) {
+  const std::string sharded = "--ranks 8 --microbatches 20 --memory 0,0,18 --shard-optimizer ";
+  for (const auto& rank : json_of("simulate " + sharded)["memory"]) EXPECT_NEAR(rank["state"].get<double>(), 24, 1e-9);
+  EXPECT_THAT(
+      output("simulate " + sharded + "--replicas 3"),
+      HasSubstr("The optimizer, 66.7 % of the state, is sharded over the ranks that hold a stage in 3 replicas.\n"
+                "peak memory 16 on rank 0"));
+  for (const auto& row :
+       json_of("compare dualpipe,dualpipev " + sharded + "--replicas 2 --optimizer-share 0.5")["rows"])
+    EXPECT_NEAR(row["peak_memory"].get<double>(), row["schedule"] == "dualpipe" ? 36 * (0.5 + 0.5 / 4) : 18 * 0.75,
+                1e-9);
+  EXPECT_THAT(output("compare dualpipe " + sharded), HasSubstr("The optimizer, 66.7 % of the state, is sharded"));
+}
+
 TEST_F(PlanCosts, BadCostsAreRefusedWithTheValue) {
   const std::string simulate = "simulate --ranks 8 --microbatches 20 ";
+  expect_refused(simulate + "--shard-optimizer", 1, "--shard-optimizer needs to know what");
+  expect_refused(simulate + "--memory 1,0,1 --shard-optimizer --replicas 0", 1, "at least one replica, got 0");
+  expect_refused(simulate + "--memory 1,0,1 --shard-optimizer --optimizer-share 2", 1, "must be 0 to 1, got 2");
+  expect_refused(simulate + "--replicas 2", 2, "requires --shard-optimizer");
   expect_refused(simulate + "--costs 0,2,1,3", 1, "the cost of forward must be positive, got 0");
   expect_refused(simulate + "--costs 1,-0.0,0,3", 1, "the cost of backward must be positive, got -0");
   expect_refused(simulate + "--costs 1,2,1,0", 1, "the cost of pair must be positive, got 0");

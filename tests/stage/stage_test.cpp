@@ -1,6 +1,7 @@
 #include "dualpipe/stage/stage.hpp"
 #include "dualpipe/stage/stage_run.hpp"
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
@@ -249,6 +250,83 @@ struct Returns final : Collective {
 };
 Pending gives(Tensors tensors) {
   return join({}, [tensors](std::vector<Tensors>) { return tensors; });
+}
+
+// --- random numbers
+
+/// Two layers of one stage, the first of them with a collective in its middle.
+Stage drawing_stage() {
+  const auto draw = [](const Tensors& x, const StageContext& c) {
+    return Tensors{torch::cat({x[0], torch::rand({1}, c.generator, torch::kDouble)})};
+  };
+  Stage first, second, whole;
+  first.compute("a", draw).communicate("x", std::make_shared<Scaled>(1), {0}).compute("b", draw).compute("c", draw);
+  second.compute("d", draw);
+  return whole.append("first", first.layer("first")).append("second", second.layer("second"));
+}
+
+TEST(Random, ALayerGoesOnBehindItsCollectiveWhateverRunsBetween) {
+  const auto expected = [](std::int64_t micro_batch) {
+    const RandomKey key{.seed = 9, .micro_batch = micro_batch};
+    at::Generator first = at::detail::createCPUGenerator(layer_seed(key, "first"));
+    at::Generator second = at::detail::createCPUGenerator(layer_seed(key, "second"));
+    std::vector<Tensor> drawn;
+    for (int i = 0; i < 3; ++i) drawn.push_back(torch::rand({1}, first, torch::kDouble));
+    drawn.push_back(torch::rand({1}, second, torch::kDouble));
+    return torch::cat(drawn);
+  };
+  const Stage stage = drawing_stage();
+  const at::Generator of_libtorch = at::detail::getDefaultCPUGenerator();
+  for (const at::Generator& generator : {at::detail::createCPUGenerator(), of_libtorch, at::Generator()}) {
+    torch::manual_seed(4);
+    const Tensor undisturbed = torch::rand({2});
+    torch::manual_seed(4);
+    const auto run_of = [&](std::int64_t micro_batch) {
+      StageContext of_run = context(3);
+      of_run.generator = generator;
+      of_run.random = RandomKey{.seed = 9, .micro_batch = micro_batch};
+      return StageRun(stage, {torch::empty({0}, torch::kDouble)}, of_run);
+    };
+    StageRun one = run_of(1), two = run_of(2);
+    while (!one.advanced()) {
+      one.advance();
+      two.advance();
+    }
+    one.finish_forward();
+    two.finish_forward();
+    EXPECT_TRUE(torch::equal(one.outputs()[0], expected(1)));
+    EXPECT_TRUE(torch::equal(two.outputs()[0], expected(2)));
+    EXPECT_TRUE(torch::equal(torch::rand({2}), undisturbed)) << "the caller's state comes back";
+  }
+}
+
+TEST(Random, WhatANodeThrowsLeavesTheCallersState) {
+  Stage stage;
+  stage.compute("f", [](const Tensors&, const StageContext&) -> Tensors {
+    torch::rand({3});
+    throw std::runtime_error("boom");
+  });
+  StageContext of_run = context();
+  of_run.random = RandomKey{.seed = 9};
+  torch::manual_seed(4);
+  const Tensor undisturbed = torch::rand({2});
+  torch::manual_seed(4);
+  EXPECT_THROW(stage.forward({}, of_run), std::runtime_error);
+  EXPECT_TRUE(torch::equal(torch::rand({2}), undisturbed));
+}
+
+TEST(Random, ALossDrawsByAKeyOfItsOwn) {
+  Stage stage;
+  StageContext of_run = context();
+  of_run.random = RandomKey{.seed = 9};
+  const auto run = stage.forward({torch::ones({1}, torch::requires_grad())}, of_run,
+                                 [](const Tensors& x) { return x[0] * torch::rand({1}); });
+  const SeededDefaults scope(layer_seed({.seed = 9}, ""));
+  EXPECT_TRUE(torch::equal(run.loss(), torch::rand({1})[0]));
+}
+
+TEST(Random, LayersHaveNames) {
+  EXPECT_THAT(error_of([] { Stage().layer(""); }), HasSubstr("needs a name"));
 }
 
 // --- backwards that keep state

@@ -7,10 +7,13 @@
 #include <csignal>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <iterator>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "dualpipe/detail/files.hpp"
@@ -146,7 +149,11 @@ TEST(CheckpointErrors, ANewerFormatAndNoCheckpointAreNamed) {
   EXPECT_THAT(run.refusal(), AllOf(HasSubstr("version 2"), HasSubstr("reads 1")));
   overwrite(manifest, "{}");
   EXPECT_THAT(run.refusal(), HasSubstr("no manifest"));
+  EXPECT_EQ(latest_checkpoint(run.folder.path()), 1);
   fs::remove(manifest);
+  EXPECT_EQ(latest_checkpoint(run.folder.path()), std::nullopt);
+  EXPECT_EQ(latest_checkpoint(run.folder / "missing"), std::nullopt);
+  EXPECT_THAT(error_of([&] { latest_checkpoint(run.folder.write("file", "")); }), HasSubstr("cannot read"));
   EXPECT_THAT(run.refusal(), HasSubstr("no complete checkpoint in " + run.folder.path().string()));
   EXPECT_THAT(error_of([&] { load_checkpoint(run.folder / "missing", run.model, run.optimizer); }),
               AllOf(HasSubstr("missing"), HasSubstr("no folder")));
@@ -274,12 +281,13 @@ class FileLimit {
 };
 
 TEST(CheckpointErrors, AFullDiskLeavesOldCheckpointsAndTheNextSaveWorks) {
-  for (const bool asynchronous : {false, true}) {
+  for (const auto& [asynchronous, replicas] : {std::pair(false, 1), {true, 1}, {true, 2}}) {
     const test::TemporaryFolder folder;
-    run_ranks(2, [&](const std::shared_ptr<Communicator>& comm) {
-      DualPipe pipe = layered_pipe(comm, "dualpipe");
+    run_ranks(2 * replicas, [&, in_background = asynchronous, data = replicas](const auto& comm) {
+      const Mesh mesh(comm, {.pipeline = 2, .data = data});
+      DualPipe pipe = layered_pipe(mesh, "dualpipe");
       optim::AdamW optimizer(pipe->parameters());
-      CheckpointWriter writer(folder.path(), {.keep = 1, .asynchronous = asynchronous});
+      CheckpointWriter writer(folder.path(), {.keep = 1, .asynchronous = in_background});
       writer.save(pipe, optimizer, {.step = 1});
       writer.wait();
       const auto expected = test::weights_of(*pipe);
@@ -300,12 +308,98 @@ TEST(CheckpointErrors, AFullDiskLeavesOldCheckpointsAndTheNextSaveWorks) {
       EXPECT_EQ(load_checkpoint(folder.path(), pipe, optimizer).step, 1);
       test::expect_same_weights(*pipe, expected);
       EXPECT_EQ(std::distance(fs::directory_iterator(folder.path()), {}), 1);
+      train(pipe, optimizer, 1, 1);
       comm->barrier().wait();
       writer.save(pipe, optimizer, {.step = 2});
       writer.wait();
       EXPECT_EQ(load_checkpoint(folder.path(), pipe, optimizer).step, 2);
     });
   }
+}
+
+// --- several pipelines
+
+/// The one text with which all ranks of two pipelines are refused. Weights are what they were then, and a step works.
+std::string refusal_of_mesh(
+    const std::function<void(DualPipe& pipe, optim::Optimizer& optimizer, const Mesh& mesh)>& call) {
+  return failure_on_all(4, [&](const auto& comm) {
+    const Mesh mesh(comm, {.pipeline = 2, .data = 2});
+    DualPipe pipe = layered_pipe(mesh, "dualpipe");
+    optim::AdamW optimizer(pipe->parameters(), optim::AdamWOptions(1e-2));
+    const auto before = test::weights_of(*pipe);
+    const std::string text = error_of([&] { call(pipe, optimizer, mesh); });
+    test::expect_same_weights(*pipe, before);
+    EXPECT_TRUE(optimizer.state().empty());
+    train(pipe, optimizer, 1, 1);
+    throw InvalidArgument(text);
+  });
+}
+
+std::string load_on_mesh(const fs::path& folder) {
+  return refusal_of_mesh([&](auto& pipe, auto& optimizer, const auto&) { load_checkpoint(folder, pipe, optimizer); });
+}
+
+TEST(CheckpointErrorsOfAMesh, WhatDoesNotFitIsNamedOnAllRanks) {
+  const auto refusal = [](Other other) {
+    const test::TemporaryFolder folder;
+    optim::AdamW optimizer(other.parameters());
+    save_checkpoint(folder.path(), other, optimizer);
+    return load_on_mesh(folder.path());
+  };
+  EXPECT_THAT(refusal(Other(9)), HasSubstr("the model does not have layers.8.bias, layers.8.weight"));
+  EXPECT_THAT(refusal(Other(7)), HasSubstr("another model; missing are layers.7.bias, layers.7.weight"));
+  EXPECT_THAT(refusal(Other(8, 5)), HasSubstr("layers.0.bias (F64 [5] in the file, F64 [6] in the model)"));
+  SavedRun run;
+  EXPECT_THAT(refusal_of_mesh([&](auto& pipe, auto& optimizer, const auto&) {
+                optim::SGD sgd(pipe->parameters(), 0.1);
+                EXPECT_TRUE(optimizer.state().empty());
+                load_checkpoint(run.folder.path(), pipe, sgd);
+              }),
+              HasSubstr("of the optimizer AdamW, here it is SGD"));
+}
+
+TEST(CheckpointErrorsOfAMesh, DamageIsNamedOnAllRanks) {
+  SavedRun run;
+  for (const std::string file : {"stage-00000.safetensors", "optimizer/stage-00000.safetensors",
+                                 "model.safetensors.index.json", "manifest.json"}) {
+    SCOPED_TRACE(file);
+    const std::string name = run.checkpoint() / file, whole = detail::read_file(name);
+    overwrite(name, whole.substr(0, whole.size() / 2));
+    EXPECT_THAT(load_on_mesh(run.folder.path()), HasSubstr(name));
+    std::string changed = whole;
+    changed[changed.size() / 2] ^= 1;
+    overwrite(name, changed);
+    EXPECT_THAT(load_on_mesh(run.folder.path()), HasSubstr(name));
+    overwrite(name, whole);
+  }
+  std::string text = detail::read_file(run.checkpoint() / "manifest.json");
+  text.replace(text.find("\"version\": 1"), 12, "\"version\": 2");
+  overwrite(run.checkpoint() / "manifest.json", text);
+  EXPECT_THAT(load_on_mesh(run.folder.path()), AllOf(HasSubstr("version 2"), HasSubstr("reads 1")));
+}
+
+TEST(CheckpointErrorsOfAMesh, FoldersThatCannotBeUsedAreNamedOnAllRanks) {
+  const test::TemporaryFolder first, second;
+  const auto own = [&](const Mesh& mesh) { return mesh.replica() == 1 ? second.path() : first.path(); };
+  EXPECT_THAT(refusal_of_mesh(
+                  [&](auto& pipe, auto& optimizer, const Mesh& mesh) { save_checkpoint(own(mesh), pipe, optimizer); }),
+              AllOf(HasSubstr("rank 1: cannot see in " + second.path().string()), HasSubstr("rank 3: cannot see"),
+                    HasSubstr("one shared folder")));
+  EXPECT_TRUE(fs::is_empty(first.path()));
+  EXPECT_TRUE(fs::is_empty(second.path()));
+  for (const auto& folder : {first.path(), second.path()}) {
+    Whole model;
+    optim::AdamW optimizer(model->parameters());
+    save_checkpoint(folder, model, optimizer);
+  }
+  EXPECT_THAT(refusal_of_mesh(
+                  [&](auto& pipe, auto& optimizer, const Mesh& mesh) { load_checkpoint(own(mesh), pipe, optimizer); }),
+              HasSubstr("ranks 0 and 1 see different checkpoints"));
+  EXPECT_THAT(load_on_mesh(first / "missing"), AllOf(HasSubstr("missing"), HasSubstr("no folder")));
+  const std::string below = first.write("file", "") + "/below";
+  EXPECT_THAT(
+      refusal_of_mesh([&](auto& pipe, auto& optimizer, const auto&) { save_checkpoint(below, pipe, optimizer); }),
+      AllOf(HasSubstr(below), HasSubstr("Not a directory")));
 }
 
 TEST(CheckpointErrors, WeightsOfOtherSizesChangeNothing) {

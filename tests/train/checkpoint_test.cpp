@@ -21,8 +21,10 @@
 #include <utility>
 #include <vector>
 
+#include "dualpipe/train/learning_rate.hpp"
 #include "dualpipe/train/safetensors.hpp"
 #include "error_of.hpp"
+#include "pipeline/noisy.hpp"
 #include "temporary_folder.hpp"
 #include "train/layered.hpp"
 
@@ -104,6 +106,44 @@ TEST(Checkpoint, ResumedEqualsUndisturbedBitForBitOnRanks) {
       test::expect_same_weights(*resumed, test::weights_of(*pipe));
     });
   }
+}
+
+/// With dropout, a learning rate that changes, and clipping.
+TEST(Checkpoint, ResumedEqualsUndisturbedWithRandomNumbers) {
+  const test::TemporaryFolder folder;
+  run_ranks(4, [&](const std::shared_ptr<Communicator>& comm) {
+    const auto make = [&](const std::string& kind) {
+      return DualPipe(comm, {.num_micro_batches = 8, .schedule = kind, .seed = test::kNoisySeed},
+                      split(test::noisy_layers(true), kind == "zbv" ? 8 : 4));
+    };
+    const auto go = [](DualPipe& pipe, optim::Optimizer& optimizer, int first, int last) {
+      std::vector<double> losses;
+      for (int step = first; step < last; ++step) {
+        dualpipe::set_learning_rate(optimizer, cosine({.peak = 0.01, .warm_up_steps = 3, .steps = 8}, step));
+        optimizer.zero_grad();
+        losses.push_back(pipe->step(test::noisy_batch(8, step), test::squared_error()).loss.item<double>());
+        pipe->clip_grad_norm_(0.5);
+        optimizer.step();
+      }
+      return losses;
+    };
+    DualPipe pipe = make("dualpipe");
+    const auto optimizer = adamw(pipe->parameters());
+    go(pipe, *optimizer, 0, 3);
+    save_checkpoint(folder.path(), pipe, *optimizer, {.step = 3});
+    const std::vector<double> losses = go(pipe, *optimizer, 3, 6);
+
+    DualPipe resumed = make("dualpipe");
+    const auto other = adamw(resumed->parameters());
+    EXPECT_EQ(go(resumed, *other, static_cast<int>(load_checkpoint(folder.path(), resumed, *other).step), 6), losses);
+    test::expect_same_weights(*resumed, test::weights_of(*pipe));
+
+    DualPipe elsewhere = make("zbv");
+    const auto third = adamw(elsewhere->parameters());
+    load_checkpoint(folder.path(), elsewhere, *third);
+    const std::vector<double> found = go(elsewhere, *third, 3, 6);
+    for (std::size_t i = 0; i < losses.size(); ++i) EXPECT_NEAR(found[i], losses[i], 1e-10);
+  });
 }
 
 TEST(Checkpoint, AnotherLayoutGoesOnWithTheSameLosses) {

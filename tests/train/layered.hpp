@@ -48,6 +48,13 @@ inline DualPipe layered_pipe(const std::shared_ptr<Communicator>& comm, const st
   return DualPipe(comm, {.num_micro_batches = kMicroBatches, .schedule = kind}, split(layered_layers(), stages));
 }
 
+/// Every replica gets the same batches here, so all of them together do what one would.
+inline DualPipe layered_pipe(const Mesh& mesh, const std::string& kind) {
+  const int ranks = mesh.pipeline()->size();
+  const int stages = kind == "dualpipev" || kind == "zbv" ? 2 * ranks : ranks;
+  return DualPipe(mesh, {.num_micro_batches = kMicroBatches, .schedule = kind}, split(layered_layers(), stages));
+}
+
 inline Batch batch_of_step(int step) { return random_batch(2 * kMicroBatches, 100 * static_cast<std::uint64_t>(step)); }
 
 /// The loss of one step, whose gradients the optimizer has used.

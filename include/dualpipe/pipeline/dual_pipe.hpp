@@ -3,6 +3,7 @@
 #include <torch/nn/module.h>
 #include <torch/nn/pimpl.h>
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <utility>
@@ -18,6 +19,7 @@
 #include "dualpipe/train/mesh.hpp"
 
 namespace dualpipe {
+class ShardedOptimizer;
 namespace detail {
 class PipelineState;
 class UnfinishedStep;
@@ -33,6 +35,8 @@ struct StepResult {
   torch::Tensor
       losses;  ///< [replicas * micro-batches] float64 on the CPU, the same on every rank: of each micro-batch,
                ///< unscaled; those of replica d begin at d * micro-batches
+  bool skipped =
+      false;  ///< with OnNonFinite::skip: something was not finite, so gradients and buffers are what they were
   std::vector<Tensors> outputs;  ///< with keep_outputs: by micro-batch of this rank's replica, empty where another rank
                                  ///< ran its last stage
   torch::Tensor metrics;         ///< float64 on the CPU, the same on every rank: what the loss function returns behind
@@ -72,8 +76,8 @@ class DualPipeImpl : public torch::nn::Module {
   using StageFactory = dualpipe::StageFactory;
   using LossFn = dualpipe::LossFn;
 
-  /// Collective. Makes, proves and lowers the schedule, calls `factory` once for each stage that this rank holds, moves
-  /// the stages to the communicator's device and makes the copies of each stage equal.
+  /// Collective. Makes, proves and lowers the schedule, calls `factory` once for each stage that this rank holds (with a
+  /// seed, see DualPipeOptions::seed, as StageFactory::make; ranks that are threads one after the other), moves the stages to the communicator's device and makes the copies of each stage equal.
   ///
   /// @throws InvalidArgument  options that are wrong or differ between ranks, a factory that threw, or a parameter that
   ///                          stages of different ranks share, where that can be seen (docs/stages.md): the same text
@@ -98,11 +102,15 @@ class DualPipeImpl : public torch::nn::Module {
   /// objects, equal on all holders. After an exception gradients and buffers are what they were. So are parameters,
   /// unless a forward has written to them.
   ///
+  /// With DualPipeOptions::shard_optimizer that holds for owned_parameters(). `.grad` of all others is undefined
+  /// afterwards, whatever it was before.
+  ///
   /// With DualPipeOptions::asynchronous the host does not wait for its device, and step() commits when all hosts have
   /// reached the end of the step. A device that fails later is reported by StepResult::wait() or, before it does
   /// anything, by the next step(), evaluate() or predict(), on all ranks. Gradients and parameters updated meanwhile
   /// may then hold anything, so go back to a checkpoint. A batch in page-locked memory must not be written to before
-  /// wait(). With observers the host does wait, as they are told when the device did what.
+  /// wait(). With observers the host does wait, as they are told when the device did what. A loss or a gradient that is
+  /// not finite is an Error of StepResult::wait() and of the next step() then, as the gradients were handed out before.
   ///
   /// @param batch  of this rank's replica; whole, or what this rank needs: inputs where feeds_inputs(), targets where computes_loss(), extras
   ///               where its stages use them. None of its tensors requires grad.
@@ -113,7 +121,9 @@ class DualPipeImpl : public torch::nn::Module {
   ///               (sum); with Batch::weights the micro-batch's part of their sum, or its weight.
   /// @throws InvalidArgument  a batch that does not split, lacks something, or differs between ranks; copies of a stage
   ///                          that differ between its holders (compared every DualPipeOptions::compare_replicas_every
-  ///                          steps); what an observer threw at the end of the step before.
+  ///                          steps); what an observer threw at the end of the step before; a loss or a gradient that
+  ///                          is not finite, with DualPipeOptions::on_non_finite = error. The text names the
+  ///                          micro-batch, and the parameter with its stage and rank.
   /// @throws Error            user code threw here; values of the batch on a device differ between ranks, which is
   ///                          known at the end of the step, of an asynchronous one at the end of the next.
   /// @throws CommError        another rank failed.
@@ -140,13 +150,22 @@ class DualPipeImpl : public torch::nn::Module {
   DUALPIPE_DECL Batch broadcast_batch(const Batch& batch);
 
   /// Collective. Scales the gradients of the whole model to a 2-norm of at most `max_norm`, each parameter counted
-  /// once. Gradients are dense. On a device the host waits for the norm, so that nothing is scaled after an abort.
+  /// once. Gradients are dense or sparse. On a device the host waits for the norm, so that nothing is scaled after an
+  /// abort.
   ///
+  /// @param error_if_nonfinite  a norm that is infinite or NaN is an error; else it scales the gradients.
   /// @return  the norm before, zero-dimensional float64, the same on every rank.
-  DUALPIPE_DECL torch::Tensor clip_grad_norm_(double max_norm);
+  /// @throws InvalidArgument  on every rank, gradients are what they were: as clip_grad_norm() in train/clip.hpp.
+  DUALPIPE_DECL torch::Tensor clip_grad_norm_(double max_norm, bool error_if_nonfinite = false);
   /// Collective. Parameters and buffers of the lowest holder of each stage replace the others'. Done by the
   /// constructor; call it after loading weights by hand.
   DUALPIPE_DECL void broadcast_parameters();
+  /// The number of steps that lie behind the model, 0 for a new one: StageContext::step, and random numbers with
+  /// DualPipeOptions::seed, go on from there. load_checkpoint() calls it. The same on all ranks, which the next call
+  /// compares.
+  ///
+  /// @throws InvalidArgument  a negative number.
+  DUALPIPE_DECL void set_step(std::int64_t step);
   /// The observer sees what this rank does, from the next call on.
   DUALPIPE_DECL void add_observer(std::shared_ptr<Observer> observer);
 
@@ -158,6 +177,11 @@ class DualPipeImpl : public torch::nn::Module {
 
   /// Of the ranks of this pipeline; with a mesh, of this rank's replica.
   DUALPIPE_DECL const std::shared_ptr<Communicator>& communicator() const;
+  /// Of the ranks of all replicas; communicator() where there is one.
+  DUALPIPE_DECL const std::shared_ptr<Communicator>& world() const;
+  /// Which part of the experts this rank has of a parameter or buffer, by its name in the pipeline; -1 where all ranks
+  /// that hold its stage have the same.
+  DUALPIPE_DECL int expert_part(const std::string& name) const;
   DUALPIPE_DECL const Schedule& schedule() const;
   DUALPIPE_DECL std::vector<int> local_stages() const;
   /// This rank runs the first stage for some micro-batches and needs their inputs.
@@ -168,8 +192,13 @@ class DualPipeImpl : public torch::nn::Module {
   /// As torch::nn::Module's, but a parameter that several stages of this rank share comes once, under its first name.
   DUALPIPE_DECL std::vector<torch::Tensor> parameters(bool recurse = true) const;
   DUALPIPE_DECL torch::OrderedDict<std::string, torch::Tensor> named_parameters(bool recurse = true) const;
+  /// Those of parameters() that this rank updates, in their order. With DualPipeOptions::shard_optimizer each parameter of
+  /// the model, frozen or not, has one owner among the ranks that hold it; the bytes are spread evenly over these as far as
+  /// whole parameters allow, and a rank may own none. It stays the owner. Without, all of parameters().
+  DUALPIPE_DECL std::vector<torch::Tensor> owned_parameters() const;
 
  private:
+  friend class ShardedOptimizer;
   DUALPIPE_DECL explicit DualPipeImpl(std::unique_ptr<detail::PipelineState> state);
 
   std::unique_ptr<detail::PipelineState> state_;

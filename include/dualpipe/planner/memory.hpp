@@ -21,11 +21,15 @@ struct MemoryCosts {
   double weight = 0;
   double state = 0;
   std::vector<StageMemory> stages = {};  ///< empty, or one for each stage instead of the three above
+  /// The share of `state` that is optimizer state and that a sharded optimizer spreads evenly over the ranks that hold a
+  /// stage, in all replicas of the pipeline; 0: it does not.
+  double sharded = 0;
+  int replicas = 1;
   bool operator==(const MemoryCosts&) const = default;
 };
 
 struct RankMemory {
-  double state = 0;  ///< of all stages that the rank holds
+  double state = 0;  ///< of all stages that the rank holds, without what other ranks have of their optimizer
   double peak = 0;   ///< state, activations and waiting weight parts where they are most together
   int peak_activations = 0;
   int peak_weights = 0;  ///< weight parts that wait at once
@@ -34,7 +38,7 @@ struct RankMemory {
 /// What each rank holds at most. Depends on the order of its steps only, not on what they cost; in a pair the
 /// activations of both its halves count.
 ///
-/// @throws InvalidArgument  a value that is negative or not finite, a list that does not have one entry per stage, an
+/// @throws InvalidArgument  a value that is negative or not finite, a share above 1, no replica, a list that does not have one entry per stage, an
 /// op of a stage that the schedule does not have.
 std::vector<RankMemory> memory(const Schedule& schedule, const MemoryCosts& costs = {});
 

@@ -2,11 +2,15 @@
 
 #include <bit>
 #include <concepts>
+#include <cstdint>
+#include <functional>
 #include <memory>
+#include <optional>
 #include <type_traits>
 #include <utility>
 
 #include "dualpipe/detail/stage/forward.hpp"
+#include "dualpipe/stage/random.hpp"
 #include "dualpipe/stage/stage.hpp"
 
 namespace dualpipe {
@@ -66,12 +70,28 @@ Stage as_stage(const M& module) {
 /// Makes a stage by its number: a function from int to a Stage, or to what as_stage takes.
 class StageFactory : public std::function<Stage(int stage)> {
  public:
+  /// Makes a stage of layers, each of them with a seed of its own.
+  using Layered = std::function<Stage(int stage, const std::optional<std::uint64_t>& seed, at::Device device)>;
+
   StageFactory() = default;
   StageFactory(std::nullptr_t) {}  // NOLINT(google-explicit-constructor): as std::function
   template <class Factory>
     requires(!std::derived_from<std::remove_cvref_t<Factory>, StageFactory> && std::invocable<Factory&, int>)
   StageFactory(Factory factory)  // NOLINT(google-explicit-constructor): as std::function
       : std::function<Stage(int)>(returning_stage(std::move(factory))) {}
+  explicit StageFactory(Layered layered)
+      : std::function<Stage(int)>([layered](int stage) { return layered(stage, std::nullopt, at::kCPU); }),
+        layered_(std::move(layered)) {}
+
+  /// The stage as a pipeline with DualPipeOptions::seed makes it. What is drawn meanwhile from LibTorch's default
+  /// generators, of the CPU and of `device`, as the first weights are, follows from the seed and the name of each layer
+  /// (weights_seed); of a factory that split() did not make, "stage<k>". Then these generators have their state back. See
+  /// SeededDefaults on threads.
+  Stage make(int stage, std::uint64_t seed, at::Device device = at::kCPU) const {
+    if (layered_) return layered_(stage, seed, device);
+    const SeededDefaults scope(weights_seed(seed, detail::str("stage", stage)), device);
+    return (*this)(stage);
+  }
 
  private:
   template <class Factory>
@@ -86,6 +106,8 @@ class StageFactory : public std::function<Stage(int stage)> {
       return [factory = std::move(factory)](int stage) mutable { return as_stage(factory(stage)); };
     }
   }
+
+  Layered layered_;
 };
 
 }  // namespace dualpipe

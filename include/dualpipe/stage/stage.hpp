@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/core/Generator.h>
 #include <torch/nn/module.h>
 #include <torch/nn/pimpl.h>
 
@@ -18,6 +19,7 @@
 #include "dualpipe/detail/stage/forward.hpp"
 #include "dualpipe/error.hpp"
 #include "dualpipe/stage/collective.hpp"
+#include "dualpipe/stage/random.hpp"
 
 namespace dualpipe {
 
@@ -25,10 +27,16 @@ namespace dualpipe {
 struct StageContext {
   int stage = 0;
   int micro_batch = 0;
-  std::int64_t step = 0;            ///< number of training steps begun before
-  bool training = true;             ///< false in evaluate and predict
-  Tensors extras = {};              ///< side inputs of this micro-batch (Batch::extras), the same on every stage
-  Tensors* added_losses = nullptr;  ///< where add_loss puts them; set by StageRun
+  std::int64_t step = 0;  ///< number of training steps before; goes on where load_checkpoint() or set_step() say
+  bool training = true;   ///< false in evaluate and predict
+  Tensors extras = {};    ///< side inputs of this micro-batch (Batch::extras), the same on every stage
+  /// Of this rank's device, for all functions that draw: `torch::bernoulli(p, context.generator)`. Where the pipeline has
+  /// a seed (DualPipeOptions::seed), each layer finds it seeded by `random` and its name. It is then LibTorch's default
+  /// generator where the rank is a process of its own, and one of the rank's own where ranks are threads. Undefined
+  /// without a seed, for which LibTorch takes its default generator.
+  at::Generator generator = {};
+  std::optional<RandomKey> random = {};  ///< what layer_seed() takes; empty without a seed
+  Tensors* added_losses = nullptr;       ///< where add_loss puts them; set by StageRun
 
   /// Adds a loss of this micro-batch to what is trained, from any stage: it is weighted as the loss of the last stage is,
   /// and reported in StepResult::added_losses. Called by the stage's compute functions while they run.
@@ -99,6 +107,12 @@ class Stage {
   /// this stage and those behind it return then wait each time for what the sender's host says of it; of all others,
   /// what has come once is expected again, and something else is an error. On the CPU it makes no difference.
   DUALPIPE_DECL Stage& data_dependent_shapes(bool depend);
+  /// The nodes added so far, and those of stages appended so far, are of the layer `name` of the model, which the random
+  /// numbers that they draw are seeded by (DualPipeOptions::seed). split() calls it; a stage of other nodes has the name
+  /// "stage<k>". Layers of one name draw the same.
+  ///
+  /// @throws InvalidArgument  an empty name.
+  DUALPIPE_DECL Stage& layer(const std::string& name);
   /// Number of tensors the stage takes, where known; a micro-batch with another number is an error before user code
   /// runs.
   DUALPIPE_DECL Stage& takes(int num_inputs);
@@ -137,6 +151,9 @@ class Stage {
     std::string name;
     Compute compute;
     std::shared_ptr<const Communication> communication;
+    std::string layer = {};        // of the model; empty: that of the stage
+    bool goes_on = false;          // a node before is of this layer
+    bool to_be_continued = false;  // a node behind is
   };
   /// Nodes [begin, end): one collective, or any number of computing ones.
   struct Segment {

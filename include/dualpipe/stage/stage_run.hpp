@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "dualpipe/detail/config.hpp"
+#include "dualpipe/detail/stage/layer_random.hpp"
 #include "dualpipe/detail/stage/shared_memory.hpp"
 #include "dualpipe/detail/stage/split_backward.hpp"
 #include "dualpipe/stage/stage.hpp"
@@ -105,10 +106,16 @@ class StageRun {
   DUALPIPE_DECL void advance_forward(int index);
   DUALPIPE_DECL void advance_backward(int index);
   DUALPIPE_DECL void compute(std::size_t begin, std::size_t end);
+  /// What node `index` draws is that of its layer. @param begin  of the segment.
+  DUALPIPE_DECL void enter_layer(std::size_t index, std::size_t begin);
+  DUALPIPE_DECL void leave_layer(std::size_t index);
+  /// As the key of what it draws names it.
+  DUALPIPE_DECL std::string layer_of(std::size_t index) const;
   DUALPIPE_DECL void launch(const std::shared_ptr<const Communication>& communication);
 
   const Stage* stage_;
   StageContext context_;
+  detail::LayerRandom random_;
   StageLoss loss_;
   at::Tensor loss_value_, added_loss_;
   double added_gradient_ = 1;

@@ -8,6 +8,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <variant>
 
@@ -28,15 +29,16 @@ struct CheckpointOptions {
   int keep = 0;  ///< when a checkpoint is complete, the oldest are removed until so many are left; 0: none is removed
   bool asynchronous = false;  ///< CheckpointWriter::save returns after a copy to the host, and a thread writes
   /// Tensors are named as within their stage's module. `split` makes such names unique; hand-made stages may use one
-  /// name in several stages. With this, names begin with "stage<k>.", and the checkpoint fits the same cut only.
+  /// name in several stages, and experts one in several parts. With this, names begin with "stage<k>.", those of experts
+  /// with "stage<k>.part<p>.", and the checkpoint fits the same cut and the same expert groups only.
   bool stage_prefix = false;
 };
 
 /// Writes checkpoints of a run into a folder, each as a folder `step-00000123`.
 ///
 /// `model` is a DualPipe, or a module that one process trains alone. With a DualPipe every method but the destructor is
-/// collective over its communicator, which the communicator's thread calls, and every rank gets the same result or the
-/// same error. `folder` is then one that all ranks share.
+/// collective over DualPipeImpl::world(), the ranks of all its replicas: their threads call it, and every rank gets the
+/// same result or the same error. `folder` is then one that all ranks share.
 ///
 /// A checkpoint appears whole or not at all: it is written beside as `step-00000123.partial` and renamed when all of it
 /// is on the disk. One of the same step is replaced. What a killed run left behind is removed by the next save().
@@ -48,13 +50,15 @@ class CheckpointWriter {
   CheckpointWriter(const CheckpointWriter&) = delete;
   CheckpointWriter& operator=(const CheckpointWriter&) = delete;
 
-  /// Calls wait() first. Each stage is written by the lowest rank that holds it.
+  /// Calls wait() first. Each tensor is written by the lowest rank that holds it, each state of the optimizer by the
+  /// lowest whose optimizer has it.
   ///
-  /// @param optimizer  torch::optim::SGD, Adam, AdamW, Adagrad or RMSprop, of parameters of `model`. On all ranks the
-  ///                   same kind, with the same number of parameter groups and the same options of each.
+  /// @param optimizer  torch::optim::SGD, Adam, AdamW, Adagrad or RMSprop, of parameters of `model`: all of this rank's,
+  ///                   or a part of them. On all ranks the same kind, with the same number of parameter groups and the
+  ///                   same options of each; a group may have other parameters on each rank, or none.
   /// @throws InvalidArgument  a folder that cannot be written or that ranks do not share, a full disk, a later step in
-  ///                          the folder, names that several stages use, another optimizer. Earlier checkpoints are
-  ///                          what they were.
+  ///                          the folder, names of several tensors, another optimizer, a parameter in another group on
+  ///                          another rank. Earlier checkpoints are what they were.
   /// @throws CommError        another rank failed, here and below.
   void save(const torch::nn::Module& model, const torch::optim::Optimizer& optimizer, const CheckpointExtra& extra);
   template <class Contained>
@@ -77,9 +81,16 @@ void save_checkpoint(const std::string& folder, const torch::nn::Module& model,
                      const torch::optim::Optimizer& optimizer, const CheckpointExtra& extra = {},
                      const CheckpointOptions& options = {});
 
+/// The step of the latest complete checkpoint in the folder of a run; none where there is none yet, or no folder. Looks
+/// by itself: only after a barrier may another rank save there.
+///
+/// @throws InvalidArgument  the folder cannot be read.
+std::optional<std::int64_t> latest_checkpoint(const std::string& folder);
+
 /// Collective. Parameters, buffers, optimizer states, options of parameter groups become what they were when the
-/// checkpoint was saved, whatever the schedule and the number of ranks then and now. With as many ranks as then, so
-/// does the state of LibTorch's default CPU generator on each.
+/// checkpoint was saved, whatever the schedule, the number of ranks and replicas, and the parameters that each rank's
+/// optimizer has, then and now. With as many ranks as then, so does the state of LibTorch's default CPU generator on
+/// each. A DualPipe counts its steps from there (set_step).
 ///
 /// Everything is checked, and read into host memory, before anything is changed.
 ///

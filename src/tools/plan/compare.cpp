@@ -108,11 +108,13 @@ std::string best(const Comparison& comparison, double unit) {
   return out;
 }
 
-std::string text(const Comparison& comparison, const CompareOptions& options, const Costs& costs) {
+std::string text(const Comparison& comparison, const CompareOptions& options, const CostModel& model) {
+  const Costs& costs = model.time;
   const double unit = costs.seconds_per_unit;
   std::string out =
       detail::str("Costs of one stage of ", comparison.described_stages, ": ", describe(costs, options.spec.publish),
-                  ".\nAll rows train the same model with micro-batches of the same size.\n");
+                  ".\nAll rows train the same model with micro-batches of the same size.\n") +
+      sharding_text(model.memory);
   std::vector<std::vector<std::string>> rows{{"schedule", "ranks", "micro-batches", "time/micro-batch", "makespan",
                                               "efficiency", "bubble", "", "activations", "memory", "transfers", ""}};
   std::vector<const ComparedSchedule*> refused;
@@ -168,7 +170,7 @@ std::string compare_and_print(const CompareOptions& options) {
   const Comparison result = compare(spec, model);
   if (options.output.format == "csv") return csv(result);
   if (options.output.format == "json") return json(result, options);
-  return text(result, options, model.time);
+  return text(result, options, model);
 }
 
 }  // namespace
@@ -204,6 +206,7 @@ void add_compare(CLI::App& app) {
       ->option_text("K");
   add_costs(command, options->costs);
   add_memory(command, options->costs);
+  add_sharding(command, options->costs);
   command.add_option("--memory-limit", options->memory_limit, "mark what needs more memory on some rank")
       ->option_text("X");
   add_publish(command, options->spec.publish);

@@ -158,6 +158,13 @@ CostModel CostOptions::of(int num_ranks, int num_stages) const {
     const auto [activation, weight, state] = parse_numbers<3>("--memory", memory, "activation,weight part,state");
     model.memory = {activation, weight, state, {}};
   }
+  if (shard_optimizer) {
+    model.memory.sharded = optimizer_share;
+    model.memory.replicas = replicas;
+    DUALPIPE_CHECK(model.memory.state > 0 || !model.memory.stages.empty(),
+                   "--shard-optimizer needs to know what a stage's parameters, gradients and optimizer take: --memory "
+                   "ACTIVATION,WEIGHT,STATE, or a costs file that has memory");
+  }
   for (const std::string& entry : stage_scale) {
     const auto [place, factor] = parse_entry("--stage-scale", entry, "STAGE:FACTOR");
     scale_stage(model, parse_place("--stage-scale", place, num_stages, "stage"), factor, num_stages);
@@ -228,6 +235,28 @@ void add_memory(CLI::App& command, CostOptions& costs) {
                   "memory of a stage for each activation that it holds, for each weight part that waits, and for its "
                   "parameters and optimizer (default: 1,0,0, or the file's)")
       ->option_text("ACTIVATION,WEIGHT,STATE");
+}
+
+void add_sharding(CLI::App& command, CostOptions& costs) {
+  CLI::Option* shard = command.add_flag(
+      "--shard-optimizer", costs.shard_optimizer,
+      "each rank that holds a stage, in all replicas, keeps an even part of the optimizer's share of STATE");
+  command
+      .add_option("--optimizer-share", costs.optimizer_share,
+                  "what the optimizer has of STATE (default: 12 of the 18 bytes of a parameter with bfloat16 weights, "
+                  "float32 gradients, and AdamW with float32 weights)")
+      ->needs(shard)
+      ->option_text("0.667");
+  command.add_option("--replicas", costs.replicas, "pipelines that train one model")
+      ->needs(shard)
+      ->capture_default_str();
+}
+
+std::string sharding_text(const MemoryCosts& memory) {
+  if (memory.sharded == 0) return "";
+  return detail::str("The optimizer, ", percent(memory.sharded, 1),
+                     " of the state, is sharded over the ranks that hold a stage",
+                     memory.replicas > 1 ? detail::str(" in ", memory.replicas, " replicas") : "", ".\n");
 }
 
 void add_cost_file(CLI::App& app) {

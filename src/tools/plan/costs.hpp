@@ -14,8 +14,11 @@ namespace dualpipe::planner::tool {
 struct CostOptions {
   std::string costs = "1,2,1,3";  ///< durations, or the path of a costs file or of a trace
   std::optional<double> send;
-  std::string ready;                                                       ///< of a pair's results: activation,gradient
-  std::string memory;                                                      ///< activation,weight part,state
+  std::string ready;   ///< of a pair's results: activation,gradient
+  std::string memory;  ///< activation,weight part,state
+  bool shard_optimizer = false;
+  double optimizer_share = 12.0 / 18;  ///< of the state
+  int replicas = 1;
   std::vector<std::string> stage_scale, boundary_send, links, stragglers;  ///< each PLACE:NUMBER
 
   /// For a model cut into `num_stages` stages; the ranks named are below `num_ranks`. A file is read once; notes of
@@ -38,6 +41,11 @@ struct CostOptions {
 void add_costs(CLI::App& command, CostOptions& costs);
 /// --memory
 void add_memory(CLI::App& command, CostOptions& costs);
+
+/// --shard-optimizer, --optimizer-share, --replicas
+void add_sharding(CLI::App& command, CostOptions& costs);
+/// What they say, as a line; empty where the optimizer is not sharded.
+std::string sharding_text(const MemoryCosts& memory);
 
 /// A costs file, or the costs measured from a trace, with notes on standard error.
 CostModel read_cost_file(const std::string& path);

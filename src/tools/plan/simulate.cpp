@@ -126,7 +126,8 @@ std::string simulate_and_print(const SimulateOptions& options) {
     return dumped(object);
   }
   return describe(plan) + "; " + describe(model.time, options.publish) + "\n" + text(result, unit) +
-         (tells_residency ? residency_text(found) : "") + (tells_memory ? memory_text(memories) : "") +
+         (tells_residency ? residency_text(found) : "") +
+         (tells_memory ? sharding_text(model.memory) + memory_text(memories) : "") +
          (options.deviation ? jitter_text(jitter, makespans, unit) : "");
 }
 
@@ -140,6 +141,7 @@ void add_simulate(CLI::App& app) {
   add_output(command, options->output, {"text", "json", "svg", "trace"});
   add_costs(command, options->costs);
   add_memory(command, options->costs);
+  add_sharding(command, options->costs);
   add_publish(command, options->publish);
   CLI::Option* jitter = command
                             .add_option("--jitter", options->deviation,

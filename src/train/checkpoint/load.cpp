@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <mutex>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <set>
 #include <utility>
 
@@ -81,21 +82,14 @@ std::vector<TensorLine> lines_of(const ModelState& model, const torch::optim::Op
 }
 
 /// Collective: the tensors of the whole model, by name, the same on all ranks.
-std::map<std::string, TensorLine> whole_model(const CheckpointGroup& group, const ModelState& model,
-                                              const torch::optim::Optimizer* optimizer) {
+WholeModel gather_model(const CheckpointGroup& group, const ModelState& model,
+                        const torch::optim::Optimizer* optimizer) {
   std::string text;
   const std::string finding = finding_of([&] { text = Json(lines_of(model, optimizer)).dump(); });
   throw_findings(group.gather(finding), group.numbers());
-  std::map<std::string, TensorLine> lines;
-  std::vector<std::string> doubles;
-  for (const std::string& each : group.gather(text))
-    for (TensorLine& line : Json::parse(each).get<std::vector<TensorLine>>()) {
-      const auto [known, added] = lines.emplace(line.name, line);
-      if (!added && known->second.stage != line.stage) doubles.push_back(line.name);
-    }
-  DUALPIPE_CHECK(doubles.empty(), "several stages use one name: ", listed(doubles),
-                 "; make stages by split(), which names layers, or set stage_prefix when saving");
-  return lines;
+  std::vector<std::vector<TensorLine>> lines;
+  for (const std::string& each : group.gather(text)) lines.push_back(Json::parse(each).get<std::vector<TensorLine>>());
+  return whole_model(lines, group.numbers());
 }
 
 bool is_floating(const std::string& dtype) { return dtype.starts_with('F') || dtype == "BF16"; }
@@ -107,7 +101,7 @@ std::string dtype_text(const SafetensorsFile::Entry& entry) {
 /// What the files lack, have too much or have otherwise; empty: nothing.
 ///
 /// @param file_names  from the model's name of a tensor to that in the files.
-std::string difference(const std::map<std::string, TensorLine>& model, const TensorFiles& files,
+std::string difference(const WholeModel& model, const TensorFiles& files,
                        const std::map<std::string, std::string>& file_names, bool converts, bool allow_unused) {
   std::vector<std::string> missing, other, unused;
   std::set<std::string> used;
@@ -184,8 +178,8 @@ Opened open_checkpoint(const CheckpointGroup& group, const fs::path& folder) {
   });
   const std::vector<std::string> sums = group.gather(Checksum::of(text));
   for (std::size_t rank = 1; rank < sums.size(); ++rank)
-    DUALPIPE_CHECK(sums[rank] == sums[0], "ranks 0 and ", rank, " see different checkpoints",
-                   "; all ranks need one shared folder");
+    DUALPIPE_CHECK(sums[rank] == sums[0], "ranks ", group.numbers()[0], " and ", group.numbers()[rank],
+                   " see different checkpoints; all ranks need one shared folder");
   // Every file once, by one of the ranks.
   group.on_all([&] {
     int number = 0;
@@ -202,15 +196,15 @@ Opened open_checkpoint(const CheckpointGroup& group, const fs::path& folder) {
   return opened;
 }
 
-/// The states of an optimizer, read but not applied.
+/// The states of this rank's optimizer, read but not applied.
 struct StagedOptimizer {
   std::map<void*, std::unique_ptr<torch::optim::OptimizerParamState>> states;
   std::vector<std::unique_ptr<torch::optim::OptimizerOptions>> options;
 };
 
 /// The same on all ranks. @throws InvalidArgument  states of another optimizer.
-void check_optimizer(const std::map<std::string, TensorLine>& model, const TensorFiles& files, const Json& saved,
-                     const OptimizerKind& kind, std::size_t num_groups) {
+void check_optimizer(const WholeModel& model, const TensorFiles& files, const Json& saved, const OptimizerKind& kind,
+                     std::size_t num_groups) {
   DUALPIPE_CHECK(saved.at("kind") == kind.name(), "the checkpoint is of the optimizer ",
                  saved.at("kind").get<std::string>(), ", here it is ", kind.name());
   DUALPIPE_CHECK(saved.at("groups").size() == num_groups, "the checkpoint is of an optimizer with ",
@@ -219,7 +213,6 @@ void check_optimizer(const std::map<std::string, TensorLine>& model, const Tenso
   for (const auto& [name, group] : saved.at("group_of").items())
     if (const auto line = model.find(name); line != model.end() && line->second.group != group.get<int>())
       moved.push_back(name);
-  DUALPIPE_CHECK(moved.empty(), "the checkpoint has other parameter groups of ", listed(moved));
   for (const std::string& key : files.names()) {
     const std::string name = key.substr(0, key.rfind('.'));
     const auto line = model.find(name);
@@ -231,6 +224,7 @@ void check_optimizer(const std::map<std::string, TensorLine>& model, const Tenso
   }
   DUALPIPE_CHECK(unknown.empty(),
                  "the checkpoint has states of what the optimizer does not train here: ", listed(unknown));
+  DUALPIPE_CHECK(moved.empty(), "the checkpoint has other parameter groups of ", listed(moved));
   DUALPIPE_CHECK(other.empty(), "optimizer states have other sizes than their parameters: ", listed(other));
 }
 
@@ -242,11 +236,12 @@ StagedOptimizer staged_optimizer(const ModelState& model, const TensorFiles& fil
     const std::size_t dot = key.rfind('.');
     fields[key.substr(0, dot)].push_back(key.substr(dot + 1));
   }
+  const std::map<const void*, int> own = group_indices(optimizer, model);
   for (const StageState& stage : model.stages)
     for (const auto& [name, item] : stage.tensors) {
       const auto found = fields.find(name);
       void* key = item.tensor.unsafeGetTensorImpl();
-      if (found == fields.end() || staged.states.contains(key)) continue;
+      if (found == fields.end() || !own.contains(key) || staged.states.contains(key)) continue;
       StateFields values;
       for (const std::string& field : found->second) {
         at::Tensor value = files.read(name + "." + field);
@@ -300,6 +295,14 @@ TensorFiles weights_at(const fs::path& path) {
 }  // namespace
 }  // namespace detail
 
+std::optional<std::int64_t> latest_checkpoint(const std::string& folder) {
+  std::error_code error;
+  if (!std::filesystem::exists(folder, error)) return std::nullopt;
+  const auto complete = detail::complete_checkpoints(folder);
+  if (complete.empty()) return std::nullopt;
+  return complete.rbegin()->first;
+}
+
 CheckpointExtra load_checkpoint(const std::string& folder, torch::nn::Module& model,
                                 torch::optim::Optimizer& optimizer) {
   using namespace detail;  // NOLINT(google-build-using-namespace): its own internals
@@ -307,7 +310,7 @@ CheckpointExtra load_checkpoint(const std::string& folder, torch::nn::Module& mo
   const Opened checkpoint = open_checkpoint(group, folder);
   const Manifest& manifest = checkpoint.manifest;
   const ModelState state = model_state(model, manifest.stage_prefix);
-  const std::map<std::string, TensorLine> lines = whole_model(group, state, &optimizer);
+  const WholeModel lines = gather_model(group, state, &optimizer);
   std::map<std::string, std::string> names;
   for (const auto& [name, line] : lines) names[name] = name;
 
@@ -342,6 +345,7 @@ CheckpointExtra load_checkpoint(const std::string& folder, torch::nn::Module& mo
 
   apply_weights(weights, state);
   apply_optimizer(std::move(states), optimizer);
+  if (state.pipe != nullptr) state.pipe->set_step(extra.step);
   if (random.defined()) {
     at::Generator generator = at::detail::getDefaultCPUGenerator();
     const std::lock_guard lock(generator.mutex());
@@ -354,7 +358,7 @@ void load_weights(const std::string& path, torch::nn::Module& model, const LoadW
   using namespace detail;  // NOLINT(google-build-using-namespace): its own internals
   const ModelState state = model_state(model, options.stage_prefix);
   const CheckpointGroup group(state.communicator);
-  const std::map<std::string, TensorLine> lines = whole_model(group, state, nullptr);
+  const WholeModel lines = gather_model(group, state, nullptr);
   Staged weights;
   group.on_all([&] {
     std::map<std::string, std::string> names;

@@ -8,18 +8,31 @@
 
 #include "dualpipe/error.hpp"
 #include "dualpipe/pipeline/dual_pipe.hpp"
-#include "dualpipe/schedule/schedule.hpp"
 #include "train/safetensors/file.hpp"
 
 namespace dualpipe::detail {
 namespace {
 
-StageState state_of(const torch::nn::Module& module, const std::string& prefix) {
+StageState state_of(const torch::nn::Module& module) {
   StageState stage;
   for (const auto& item : module.named_parameters())
-    if (item.value().defined()) stage.tensors[prefix + item.key()] = {item.value(), true};
+    if (item.value().defined()) stage.tensors[item.key()] = {item.value(), true};
   for (const auto& item : module.named_buffers())
-    if (item.value().defined()) stage.tensors[prefix + item.key()] = {item.value(), false};
+    if (item.value().defined()) stage.tensors[item.key()] = {item.value(), false};
+  return stage;
+}
+
+/// The state of a stage of a pipeline. With stage_prefix names are those of this cut and these expert groups:
+/// "stage2.weight", "stage2.part1.experts.0.weight".
+StageState state_of(const DualPipeImpl& pipe, const torch::nn::Module& module, const std::string& stage_name,
+                    bool stage_prefix) {
+  StageState stage;
+  stage.number = std::stoi(stage_name.substr(std::string("stage").size()));
+  for (auto& [name, item] : state_of(module).tensors) {
+    item.part = pipe.expert_part(stage_name + "." + name);
+    const std::string part = item.part < 0 ? "" : str("part", item.part, ".");
+    stage.tensors[stage_prefix ? str(stage_name, ".", part, name) : name] = item;
+  }
   return stage;
 }
 
@@ -29,18 +42,13 @@ ModelState model_state(const torch::nn::Module& model, bool stage_prefix) {
   ModelState state;
   const auto* pipe = dynamic_cast<const DualPipeImpl*>(&model);
   if (pipe == nullptr) {
-    state.stages.push_back(state_of(model, ""));
+    state.stages.push_back(state_of(model));
   } else {
     // What is loaded goes through tensors, which share their values whether a module is const or not.
     state.pipe = const_cast<DualPipeImpl*>(pipe);  // NOLINT(cppcoreguidelines-pro-type-const-cast)
-    state.communicator = pipe->communicator();
-    for (const auto& child : pipe->named_children()) {
-      const int number = std::stoi(child.key().substr(std::string("stage").size()));
-      StageState stage = state_of(*child.value(), stage_prefix ? child.key() + "." : "");
-      stage.number = number;
-      stage.is_owned = holders(pipe->schedule(), number).front() == state.communicator->rank();
-      state.stages.push_back(std::move(stage));
-    }
+    state.communicator = pipe->world();
+    for (const auto& child : pipe->named_children())
+      state.stages.push_back(state_of(*pipe, *child.value(), child.key(), stage_prefix));
   }
   // A tensor that several stages of this rank have under one name is listed once.
   std::set<std::pair<std::string, const void*>> seen;
@@ -60,12 +68,55 @@ TensorLine line_of(const std::string& name, const NamedState& item, int stage) {
   line.dtype = safetensors_dtype(name, item.tensor);
   line.sizes = item.tensor.sizes().vec();
   line.stage = stage;
+  line.part = item.part;
   line.is_parameter = item.is_parameter;
   return line;
 }
 
+WholeModel whole_model(const std::vector<std::vector<TensorLine>>& lines, const std::vector<int>& numbers) {
+  WholeModel model;
+  std::map<std::string, int> group_ranks;                    // the first whose optimizer has it
+  std::map<std::string, std::string> stages, parts, groups;  // what is wrong, by name
+  for (int rank = 0; rank < std::ssize(lines); ++rank)
+    for (const TensorLine& line : lines[rank]) {
+      const auto [found, added] = model.try_emplace(line.name);
+      WholeTensor& tensor = found->second;
+      if (added) {
+        static_cast<TensorLine&>(tensor) = line;
+        tensor.rank = rank;
+      } else if (line.stage != tensor.stage) {
+        stages.try_emplace(line.name, str(line.name, " (stages ", tensor.stage, " and ", line.stage, ")"));
+      } else if (line.part != tensor.part) {
+        parts.try_emplace(line.name, str(line.name, " (ranks ", numbers[tensor.rank], " and ", numbers[rank], ")"));
+      }
+      if (line.group >= 0) {
+        const int first = group_ranks.try_emplace(line.name, rank).first->second;
+        if (first == rank)
+          tensor.group = line.group;
+        else if (line.group != tensor.group)
+          groups.try_emplace(line.name, str(line.name, " (", tensor.group, " on rank ", numbers[first], ", ",
+                                            line.group, " on rank ", numbers[rank], ")"));
+      }
+      if (tensor.state_rank < 0 && !line.fields.empty()) {
+        tensor.fields = line.fields;
+        tensor.state_rank = rank;
+      }
+    }
+  const auto texts = [](const auto& map) {
+    std::vector<std::string> all;
+    for (const auto& [name, text] : map) all.push_back(text);
+    return listed(all);
+  };
+  DUALPIPE_CHECK(stages.empty(), "several stages use one name: ", texts(stages),
+                 "; make stages by split(), which names layers, or set CheckpointOptions::stage_prefix");
+  DUALPIPE_CHECK(parts.empty(), "ranks have different experts under one name: ", texts(parts),
+                 "; name experts by their numbers in the model, or set CheckpointOptions::stage_prefix");
+  DUALPIPE_CHECK(groups.empty(), "the optimizers of ranks have one parameter in different groups: ", texts(groups));
+  return model;
+}
+
 void to_json(nlohmann::json& json, const TensorLine& line) {
-  json = {line.name, line.dtype, line.sizes, line.stage, line.is_parameter, line.group, line.fields};
+  json = {line.name, line.dtype, line.sizes, line.stage, line.part, line.is_parameter, line.group, line.fields};
 }
 
 void from_json(const nlohmann::json& json, TensorLine& line) {
@@ -73,9 +124,10 @@ void from_json(const nlohmann::json& json, TensorLine& line) {
   json.at(1).get_to(line.dtype);
   json.at(2).get_to(line.sizes);
   json.at(3).get_to(line.stage);
-  json.at(4).get_to(line.is_parameter);
-  json.at(5).get_to(line.group);
-  json.at(6).get_to(line.fields);
+  json.at(4).get_to(line.part);
+  json.at(5).get_to(line.is_parameter);
+  json.at(6).get_to(line.group);
+  json.at(7).get_to(line.fields);
 }
 
 std::string shape_text(const std::string& dtype, const std::vector<std::int64_t>& sizes) {

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <random>
+#include <set>
 #include <system_error>
 #include <utility>
 #include <vector>
@@ -26,18 +27,17 @@
 namespace dualpipe {
 namespace detail {
 
-/// What one rank writes.
-struct RankFiles {
-  Shards shards;
-  std::vector<TensorLine> lines;  // of the stages that it owns
+/// What one rank has to write.
+struct RankState {
+  std::vector<TensorLine> lines;
+  std::map<std::string, at::Tensor> tensors;
+  std::map<std::string, StateFields> states;  // of the optimizer, by parameter
 };
 
 namespace {
 
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
-
-std::string stage_file(int stage) { return numbered_name("stage-", stage, ".safetensors"); }
 
 at::Tensor random_state() {
   at::Generator generator = at::detail::getDefaultCPUGenerator();
@@ -50,41 +50,71 @@ std::string random_token() {
   return str(std::hex, random(), "-", random());
 }
 
-RankFiles files_of(const ModelState& model, const OptimizerKind& kind, const torch::optim::Optimizer& optimizer) {
-  RankFiles files;
+RankState state_of_rank(const ModelState& model, const OptimizerKind& kind, const torch::optim::Optimizer& optimizer) {
+  RankState rank;
   const std::map<const void*, int> groups = group_indices(optimizer, model);
-  for (const StageState& stage : model.stages) {
-    if (!stage.is_owned) continue;
-    const std::string file = stage_file(stage.number);
+  for (const StageState& stage : model.stages)
     for (const auto& [name, item] : stage.tensors) {
       TensorLine line = line_of(name, item, stage.number);
-      files.shards[file][name] = item.tensor.detach();
+      rank.tensors[name] = item.tensor.detach();
       if (const auto group = groups.find(item.tensor.unsafeGetTensorImpl()); group != groups.end())
         line.group = group->second;
       const auto state = optimizer.state().find(item.tensor.unsafeGetTensorImpl());
       if (state != optimizer.state().end()) {
-        for (const auto& [field, value] : kind.fields(*state->second)) {
+        rank.states[name] = kind.fields(*state->second);
+        for (const auto& [field, value] : rank.states[name]) {
           safetensors_dtype(str("optimizer state ", field, " of ", name), value);
-          files.shards["optimizer/" + file][name + "." + field] = value.detach();
           line.fields.push_back(field);
         }
       }
-      files.lines.push_back(std::move(line));
+      rank.lines.push_back(std::move(line));
     }
-  }
-  return files;
+  return rank;
 }
 
-/// @throws InvalidArgument  one name is used twice.
-void check_unique(const std::vector<TensorLine>& lines) {
-  std::map<std::string, int> stages;
-  std::vector<std::string> doubles;
-  for (const TensorLine& line : lines) {
-    const auto [first, added] = stages.emplace(line.name, line.stage);
-    if (!added) doubles.push_back(str(line.name, " (stages ", first->second, " and ", line.stage, ")"));
+/// Which file has the tensors of a stage that a rank writes: stage-00012.safetensors, and where several ranks write
+/// tensors of the stage, stage-00012.1.safetensors of the second.
+class StageFiles {
+ public:
+  void add(int stage, int rank) { ranks_[stage].insert(rank); }
+  std::string name(int stage, int rank) const {
+    const std::set<int>& ranks = ranks_.at(stage);
+    const auto place = std::distance(ranks.begin(), ranks.find(rank));
+    return numbered_name("stage-", stage, place == 0 ? ".safetensors" : str(".", place, ".safetensors").c_str());
   }
-  DUALPIPE_CHECK(doubles.empty(), "several stages use one name: ", listed(doubles),
-                 "; make stages by split(), which names layers, or set CheckpointOptions::stage_prefix");
+
+ private:
+  std::map<int, std::set<int>> ranks_;
+};
+
+/// Where the tensors of the model and the states of the optimizer go, by name: the same on all ranks.
+struct Places {
+  explicit Places(const WholeModel& model) {
+    StageFiles weight_files, state_files;
+    for (const auto& [name, tensor] : model) {
+      weight_files.add(tensor.stage, tensor.rank);
+      if (tensor.state_rank >= 0) state_files.add(tensor.stage, tensor.state_rank);
+    }
+    for (const auto& [name, tensor] : model) {
+      weights[name] = weight_files.name(tensor.stage, tensor.rank);
+      for (const std::string& field : tensor.fields)
+        states[name + "." + field] = state_files.name(tensor.stage, tensor.state_rank);
+    }
+  }
+  std::map<std::string, std::string> weights, states;
+};
+
+Shards shards_of(const RankState& state, const WholeModel& model, const Places& places, int rank) {
+  Shards shards;
+  for (const auto& [name, tensor] : state.tensors)
+    if (model.at(name).rank == rank) shards[places.weights.at(name)][name] = tensor;
+  for (const auto& [name, fields] : state.states)
+    if (model.at(name).state_rank == rank)
+      for (const auto& [field, value] : fields) {
+        const std::string key = name + "." + field;
+        shards["optimizer/" + places.states.at(key)][key] = value.detach();
+      }
+  return shards;
 }
 
 constexpr const char* token_name = "token";
@@ -104,8 +134,8 @@ class CheckpointWriter::Impl {
     wait();
     const ModelState state = model_state(model, options_.stage_prefix);
     const CheckpointGroup group(state.communicator);
-    RankFiles files;
-    std::optional<Completion> whole = prepare(state, group, optimizer, extra, files);
+    Shards shards;
+    std::optional<Completion> whole = prepare(state, group, optimizer, extra, shards);
 
     const fs::path partial = root_ / (step_name(extra.step) + ".partial");
     std::string token;
@@ -132,16 +162,16 @@ class CheckpointWriter::Impl {
     throw_findings(findings, group.numbers());
 
     if (group.rank() == 0) {
-      for (const auto& [name, tensor] : extra.tensors) files.shards["extra.safetensors"][name] = tensor.detach();
+      for (const auto& [name, tensor] : extra.tensors) shards["extra.safetensors"][name] = tensor.detach();
     }
-    files.shards["random/" + numbered_name("rank-", group.rank(), ".safetensors")]["cpu"] = random_state();
+    shards["random/" + numbered_name("rank-", group.rank(), ".safetensors")]["cpu"] = random_state();
     if (options_.asynchronous) {
       group.on_all([&] {
-        for (auto& [file, tensors] : files.shards)
+        for (auto& [file, tensors] : shards)
           for (auto& [name, tensor] : tensors) tensor = tensor.to(at::kCPU, /*non_blocking=*/false, /*copy=*/true);
       });
     }
-    unfinished_ = std::make_unique<UnfinishedCheckpoint>(group, partial, std::move(files.shards), std::move(whole));
+    unfinished_ = std::make_unique<UnfinishedCheckpoint>(group, partial, std::move(shards), std::move(whole));
     if (options_.asynchronous)
       unfinished_->write_in_background();
     else
@@ -158,18 +188,20 @@ class CheckpointWriter::Impl {
  private:
   /// Collective: what all ranks write, checked before anything is.
   ///
-  /// @return  on rank 0.
+  /// @param shards  that this rank writes.
+  /// @return        on rank 0.
   std::optional<detail::Completion> prepare(const detail::ModelState& state, const detail::CheckpointGroup& group,
                                             const torch::optim::Optimizer& optimizer, const CheckpointExtra& extra,
-                                            detail::RankFiles& files) const {
+                                            detail::Shards& shards) const {
     using namespace detail;  // NOLINT(google-build-using-namespace): its own internals
     Json statement;
     std::string text;
+    RankState mine;
     const std::string finding = finding_of([&] {
       DUALPIPE_CHECK(extra.step >= 0, "the step of a checkpoint must be >= 0, got ", extra.step);
       for (const auto& [name, tensor] : extra.tensors) safetensors_dtype("the extra tensor " + name, tensor);
       const auto kind = kind_of(optimizer);
-      files = files_of(state, *kind, optimizer);
+      mine = state_of_rank(state, *kind, optimizer);
       statement = {{"step", extra.step},
                    {"values", json_of(extra.values)},
                    {"optimizer", {{"kind", kind->name()}, {"groups", group_options(*kind, optimizer)}}},
@@ -177,25 +209,26 @@ class CheckpointWriter::Impl {
                    {"asynchronous", options_.asynchronous},
                    {"stage_prefix", options_.stage_prefix}};
       try {
-        text = Json{{"statement", statement.dump()}, {"lines", files.lines}}.dump();
+        text = Json{{"statement", statement.dump()}, {"lines", mine.lines}}.dump();
       } catch (const Json::exception& error) {
         throw InvalidArgument(str("a name or value is no UTF-8: ", error.what()));
       }
     });
     throw_findings(group.gather(finding), group.numbers());
-    std::vector<TensorLine> lines;
+    std::vector<std::vector<TensorLine>> lines;
     std::string first;
-    int rank = 0;
+    const std::vector<int> numbers = group.numbers();
     for (const std::string& each : group.gather(text)) {
       const Json json = Json::parse(each);
       const auto stated = json.at("statement").get<std::string>();
-      if (rank == 0) first = stated;
-      DUALPIPE_CHECK(stated == first, "ranks disagree about a checkpoint:\n  rank 0: ", first, "\n  rank ", rank, ": ",
-                     stated);
-      for (const auto& line : json.at("lines").get<std::vector<TensorLine>>()) lines.push_back(line);
-      ++rank;
+      if (lines.empty()) first = stated;
+      DUALPIPE_CHECK(stated == first, "ranks disagree about a checkpoint:\n  rank ", numbers[0], ": ", first,
+                     "\n  rank ", numbers[lines.size()], ": ", stated);
+      lines.push_back(json.at("lines").get<std::vector<TensorLine>>());
     }
-    check_unique(lines);
+    const WholeModel model = whole_model(lines, numbers);
+    Places places(model);
+    shards = shards_of(mine, model, places, group.rank());
     if (group.rank() != 0) return std::nullopt;
 
     Completion whole;
@@ -211,14 +244,14 @@ class CheckpointWriter::Impl {
       const Schedule& schedule = state.pipe->schedule();
       manifest.run = {{"schedule", schedule.name},
                       {"num_stages", schedule.num_stages},
-                      {"num_micro_batches", schedule.num_micro_batches}};
+                      {"num_micro_batches", schedule.num_micro_batches},
+                      {"num_replicas", group.size() / state.pipe->communicator()->size()}};
     }
     Json& group_of = manifest.optimizer["group_of"] = Json::object();
-    for (const TensorLine& line : lines) {
-      whole.weights[line.name] = stage_file(line.stage);
-      for (const std::string& field : line.fields) whole.states[line.name + "." + field] = stage_file(line.stage);
-      if (line.group >= 0 && optimizer.param_groups().size() > 1) group_of[line.name] = line.group;
-    }
+    for (const auto& [name, tensor] : model)
+      if (tensor.group >= 0 && optimizer.param_groups().size() > 1) group_of[name] = tensor.group;
+    whole.weights = std::move(places.weights);
+    whole.states = std::move(places.states);
     return whole;
   }
 

@@ -14,7 +14,15 @@ namespace dualpipe::detail {
 /// What a rank tells all others when a collective call begins, so that all of them throw what one of them finds wrong
 /// before anything else is sent.
 struct CallStatement {
-  enum class Call : std::int64_t { step, evaluate, predict, predict_everywhere, broadcast_batch, clip_grad_norm };
+  enum class Call : std::int64_t {
+    step,
+    evaluate,
+    predict,
+    predict_everywhere,
+    broadcast_batch,
+    clip_grad_norm,
+    optimizer_step
+  };
   /// A member of Batch on one rank.
   struct Part {
     bool needed = false;       ///< the rank needs it where the call has it at all
@@ -24,6 +32,7 @@ struct CallStatement {
 
   Call call = Call::step;
   std::string finding = {};            ///< why this rank cannot take part; empty: it can
+  std::int64_t step = 0;               ///< number of steps before
   std::int64_t num_micro_batches = 0;  ///< of this rank's batch, 0: it has none
   Part inputs, targets, extras;
   std::vector<double> weights = {};             ///< as in Batch

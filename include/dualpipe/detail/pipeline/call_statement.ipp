@@ -16,8 +16,13 @@
 namespace dualpipe::detail {
 
 inline const char* call_name(CallStatement::Call call) {
-  constexpr std::array names{
-      "step()", "evaluate()", "predict()", "predict() for all ranks", "broadcast_batch()", "clip_grad_norm_()"};
+  constexpr std::array names{"step()",
+                             "evaluate()",
+                             "predict()",
+                             "predict() for all ranks",
+                             "broadcast_batch()",
+                             "clip_grad_norm_()",
+                             "ShardedOptimizer::step()"};
   return names.at(static_cast<std::size_t>(call));
 }
 
@@ -26,7 +31,7 @@ constexpr std::int64_t min_statement = 14;  // numbers, of a rank without parame
 /// A statement as numbers, without the text of its finding.
 inline at::Tensor packed_statement(const CallStatement& statement) {
   std::vector<std::int64_t> numbers{static_cast<std::int64_t>(statement.call), statement.finding.empty() ? 0 : 1,
-                                    statement.num_micro_batches};
+                                    statement.step, statement.num_micro_batches};
   for (const CallStatement::Part* part : {&statement.inputs, &statement.targets, &statement.extras})
     numbers.insert(numbers.end(),
                    {part->needed ? 1 : 0, part->passed ? 1 : 0, static_cast<std::int64_t>(part->digest)});
@@ -49,6 +54,7 @@ inline bool unpack_statement(const at::Tensor& packed, CallStatement& statement)
   const auto* const end = next + packed.numel();
   statement.call = static_cast<CallStatement::Call>(*next++);
   const bool finding = *next++ != 0;
+  statement.step = *next++;
   statement.num_micro_batches = *next++;
   for (CallStatement::Part* part : {&statement.inputs, &statement.targets, &statement.extras}) {
     part->needed = *next++ != 0;
@@ -173,6 +179,9 @@ CallAgreement agreement(const std::vector<CallStatement>& statements, const Mesh
     DUALPIPE_CHECK(statement.call == statements[0].call, "ranks call different methods: rank ", numbers[0], " calls ",
                    call_name(statements[0].call), ", rank ", numbers[rank], " calls ", call_name(statement.call),
                    "; all ranks call them in the same order");
+    DUALPIPE_CHECK(statement.step == statements[0].step, "rank ", numbers[0], " has ", statements[0].step,
+                   " steps behind it, rank ", numbers[rank], " has ", statement.step,
+                   "; all ranks call set_step() with the same number");
     if (statement.num_micro_batches > 0) {
       if (counted < 0) counted = rank;
       DUALPIPE_CHECK(statement.num_micro_batches == statements[counted].num_micro_batches,

@@ -50,9 +50,16 @@ Tensors DualPipeImpl::predict(const Batch& batch, bool everywhere) { return stat
 
 Batch DualPipeImpl::broadcast_batch(const Batch& batch) { return state_->broadcast_batch(batch); }
 
-torch::Tensor DualPipeImpl::clip_grad_norm_(double max_norm) { return state_->clip_grad_norm(max_norm); }
+torch::Tensor DualPipeImpl::clip_grad_norm_(double max_norm, bool error_if_nonfinite) {
+  return state_->clip_grad_norm(max_norm, error_if_nonfinite);
+}
 
 void DualPipeImpl::broadcast_parameters() { state_->broadcast_parameters(); }
+
+void DualPipeImpl::set_step(std::int64_t step) {
+  DUALPIPE_CHECK(step >= 0, "the number of steps must not be negative, got ", step);
+  state_->set_step(step);
+}
 
 void DualPipeImpl::add_observer(std::shared_ptr<Observer> observer) {
   DUALPIPE_CHECK(observer != nullptr, "add_observer got no observer");
@@ -61,6 +68,10 @@ void DualPipeImpl::add_observer(std::shared_ptr<Observer> observer) {
 
 void DualPipeImpl::write_record(const std::string& path) const { state_->write_record(path); }
 const std::shared_ptr<Communicator>& DualPipeImpl::communicator() const { return state_->communicator(); }
+
+const std::shared_ptr<Communicator>& DualPipeImpl::world() const { return state_->ranks().world; }
+
+int DualPipeImpl::expert_part(const std::string& name) const { return state_->expert_part(name); }
 
 const Schedule& DualPipeImpl::schedule() const { return state_->schedule(); }
 
@@ -82,6 +93,13 @@ torch::OrderedDict<std::string, torch::Tensor> DualPipeImpl::named_parameters(bo
   for (const auto& item : torch::nn::Module::named_parameters(recurse))
     if (seen.insert(item.value().unsafeGetTensorImpl()).second) unique.insert(item.key(), item.value());
   return unique;
+}
+
+std::vector<torch::Tensor> DualPipeImpl::owned_parameters() const {
+  Tensors owned;
+  for (const at::Tensor& parameter : parameters())
+    if (state_->owns(parameter)) owned.push_back(parameter);
+  return owned;
 }
 
 void StepResult::wait() const {

@@ -4,6 +4,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -76,9 +77,12 @@ struct RunInputs {
   std::vector<double> weights = {};  ///< by micro-batch; empty: all are 1
   bool communicates = false;         ///< some stage of some rank has a collective
   std::int64_t step = 0;
-  bool training = true;          ///< false: no graphs are built
-  bool keep_outputs = false;     ///< of the last stage
-  Replicas* replicas = nullptr;  ///< begins the sums of gradients; null: the plan has none
+  bool first_step = true;                ///< of this pipeline, whatever its number
+  std::optional<RandomKey> random = {};  ///< of micro-batch 0 of the replica; none: no seed
+  at::Generator generator = {};          ///< StageContext::generator
+  bool training = true;                  ///< false: no graphs are built
+  bool keep_outputs = false;             ///< of the last stage
+  Replicas* replicas = nullptr;          ///< begins the sums of gradients; null: the plan has none
   /// Called at the first receive, if at all: what transfers of this plan brought before under the same conditions; what
   /// is not known yet is filled in. Null: every transfer is taken as it comes.
   std::function<Arrivals&()> arrivals = nullptr;

@@ -2,27 +2,69 @@
 
 #include <ATen/ATen.h>
 #include <ATen/MemoryOverlap.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <cstddef>
+#include <functional>
+#include <memory>
 #include <utility>
 #include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/config.hpp"
 
 namespace dualpipe::detail {
+
+/// Of the gradients that a step accumulates, sums over ranks and hands out.
+inline at::ScalarType gradient_type(const at::Tensor& parameter, GradientDtype dtype) {
+  const at::ScalarType own = parameter.scalar_type();
+  return dtype == GradientDtype::float32 && (own == at::kBFloat16 || own == at::kHalf) ? at::kFloat : own;
+}
+
+/// Makes a parameter's gradient float32 when the first micro-batch has left it. A backward adds all others to it in
+/// place, and so in float32: autograd looks at the dtype of what it adds, not at that of what is there.
+class WidenedGradient final : public torch::autograd::PostAccumulateGradHook {
+ public:
+  /// Until removed. What hook the parameter has runs behind this one.
+  static void put(const at::Tensor& parameter) {
+    auto hook = std::make_unique<WidenedGradient>();
+    hook->next_ = std::move(torch::autograd::impl::post_acc_grad_hooks(parameter));
+    torch::autograd::impl::set_post_acc_grad_hooks(parameter, std::move(hook));
+  }
+  static void remove(const at::Tensor& parameter) {
+    auto& slot = torch::autograd::impl::post_acc_grad_hooks(parameter);
+    if (auto* const own = dynamic_cast<WidenedGradient*>(slot.get())) slot = std::exchange(own->next_, nullptr);
+  }
+
+  void operator()(const at::Tensor& parameter) override {
+    at::Tensor& gradient = parameter.mutable_grad();
+    if (gradient.defined() && gradient.scalar_type() != at::kFloat) gradient = gradient.to(at::kFloat);
+    if (next_) (*next_)(parameter);
+  }
+
+ private:
+  std::unique_ptr<torch::autograd::PostAccumulateGradHook> next_;
+};
 
 /// Moves the gradients of `parameters` aside while a step accumulates into fresh ones. Unless committed, the destructor
 /// restores them: the same tensor objects with the same values.
 class GradientTransaction {
  public:
-  explicit GradientTransaction(Tensors parameters) : parameters_(std::move(parameters)) {
+  /// @param is_kept  whether a parameter has a gradient after the step; null: all have.
+  GradientTransaction(Tensors parameters, GradientDtype dtype,
+                      std::function<bool(const at::Tensor& parameter)> is_kept = nullptr)
+      : parameters_(std::move(parameters)), dtype_(dtype), is_kept_(std::move(is_kept)) {
     aside_.reserve(parameters_.size());
     for (at::Tensor& parameter : parameters_) {
       aside_.push_back(std::move(parameter.mutable_grad()));
       parameter.mutable_grad() = at::Tensor();
+      if (parameter.requires_grad() && widens(parameter)) WidenedGradient::put(parameter);
     }
   }
   ~GradientTransaction() {
+    for (const at::Tensor& parameter : parameters_)
+      if (parameter.requires_grad() && widens(parameter)) WidenedGradient::remove(parameter);
     for (std::size_t i = 0; i < aside_.size(); ++i) parameters_[i].mutable_grad() = std::move(aside_[i]);
   }
   GradientTransaction(const GradientTransaction&) = delete;
@@ -35,7 +77,12 @@ class GradientTransaction {
     for (std::size_t i = 0; i < aside_.size(); ++i) {
       at::Tensor& fresh = parameters_[i].mutable_grad();
       const at::Tensor& before = aside_[i];
-      if (before.defined() && fresh.defined()) fresh = sum_of(before, fresh);
+      if (is_kept_ && !is_kept_(parameters_[i])) {
+        fresh.reset();
+        ways_.push_back(Way::replace);
+        continue;
+      }
+      if (before.defined() && fresh.defined()) fresh = sum_of(before, fresh, widens(parameters_[i]));
       ways_.push_back(way_of(before, fresh));
     }
   }
@@ -62,11 +109,15 @@ class GradientTransaction {
     copy,      ///< others see the tensor's memory too, as where gradients are slices of one buffer
   };
 
-  static at::Tensor sum_of(const at::Tensor& before, at::Tensor& fresh) {
+  bool widens(const at::Tensor& parameter) const { return gradient_type(parameter, dtype_) != parameter.scalar_type(); }
+
+  /// @param wide  the dtype is that of `fresh`, else that of `before`.
+  static at::Tensor sum_of(const at::Tensor& before, at::Tensor& fresh, bool wide) {
     DUALPIPE_CHECK(before.sizes() == fresh.sizes() && before.device() == fresh.device(),
                    "the gradient of a parameter has sizes ", before.sizes(), " on ", before.device(),
                    ", but a step adds one of sizes ", fresh.sizes(), " on ", fresh.device());
-    if (fresh.layout() == at::kStrided && fresh.scalar_type() == before.scalar_type()) return fresh.add_(before);
+    if (fresh.layout() == at::kStrided && (wide || fresh.scalar_type() == before.scalar_type()))
+      return fresh.add_(before);
     return before.layout() == at::kStrided ? at::add(before, fresh).to(before.scalar_type()) : at::add(fresh, before);
   }
 
@@ -83,6 +134,8 @@ class GradientTransaction {
   }
 
   Tensors parameters_;
+  GradientDtype dtype_;
+  std::function<bool(const at::Tensor&)> is_kept_;
   Tensors aside_;
   std::vector<Way> ways_;
 };

@@ -3,8 +3,10 @@
 #include <torch/nn/module.h>
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -17,6 +19,7 @@
 #include "dualpipe/detail/pipeline/call_statement.hpp"
 #include "dualpipe/detail/pipeline/device_hash.hpp"
 #include "dualpipe/detail/pipeline/executor.hpp"
+#include "dualpipe/detail/pipeline/finite.hpp"
 #include "dualpipe/detail/pipeline/flight_recorder.hpp"
 #include "dualpipe/detail/pipeline/health.hpp"
 #include "dualpipe/detail/pipeline/observers.hpp"
@@ -49,14 +52,35 @@ class PipelineState {
   DUALPIPE_DECL StepResult evaluate(const Batch& batch, const LossFn& loss, const torch::nn::Module& module);
   DUALPIPE_DECL Tensors predict(const Batch& batch, bool everywhere, const torch::nn::Module& module);
   DUALPIPE_DECL Batch broadcast_batch(const Batch& batch);
-  DUALPIPE_DECL at::Tensor clip_grad_norm(double max_norm);
+  DUALPIPE_DECL at::Tensor clip_grad_norm(double max_norm, bool error_if_nonfinite);
+  /// @throws Error  no call is possible, and CommError, as Health::require().
+  void require() { health_.require(); }
+  bool shards_optimizer() const noexcept { return options_.shard_optimizer; }
+  /// Whether this rank updates the parameter.
+  bool owns(const at::Tensor& parameter) const { return replicas_->owns(parameter); }
+  /// Collective: throws on every rank what one of them has found, as the other calls do.
+  void check_on_all(const std::string& finding) {
+    require();
+    health_.watched([&] { agree_that_fine(world(), finding); });
+  }
+  /// Collective: `update` changes parameters that this rank owns, and all ranks get the values and vote.
+  ///
+  /// @param finding           why this rank cannot; empty: it can.
+  /// @throws InvalidArgument  on every rank, what one of them found; nothing was changed.
+  DUALPIPE_DECL void update_parameters(const std::string& finding, const std::function<void()>& update);
   void broadcast_parameters() {
     health_.watched([&] { flight_.together("broadcast of parameters", [&] { replicas_->broadcast(); }); });
   }
+  void set_step(std::int64_t step) { step_ = step, calls_ = 0; }
   void write_record(const std::string& path) const { write_file(path, flight_.to_json()); }
   void add_observer(std::shared_ptr<Observer> observer) { observers_.add(std::move(observer)); }
 
   const std::shared_ptr<Communicator>& communicator() const noexcept { return communicator_; }
+  const Ranks& ranks() const noexcept { return ranks_; }
+  int expert_part(const std::string& name) const {
+    const int parts = ranks_.shape.expert;
+    return parts > 1 && is_expert_(name) ? ranks_.replica() % parts : -1;
+  }
   const Schedule& schedule() const noexcept { return training_->schedule; }
   const std::map<int, Stage>& stages() const noexcept { return executor_->stages(); }
   bool feeds_inputs() const { return runs_stage(0); }
@@ -80,15 +104,24 @@ class PipelineState {
   /// @throws InvalidArgument  on every rank, what one of them found; nothing else was sent.
   DUALPIPE_DECL CallAgreement enter(Call call, const Batch& batch, const LossFn* loss, RunInputs& inputs);
   /// Runs the body of a call, and tells the observers when it begins and ends.
+  ///
+  /// @param dropped  set by a body that commits nothing; may be null.
   template <class Body>
-  auto observed(const Body& body);
+  auto observed(const Body& body, const bool* dropped = nullptr);
   /// The plan of a training step with so many micro-batches. @throws InvalidArgument  there is none, on all ranks.
   DUALPIPE_DECL std::shared_ptr<const Plan> plan_of(int num_micro_batches);
   /// Runs the plan of a call that does not train.
   DUALPIPE_DECL RunOutputs run_forward(const std::shared_ptr<const Plan>& plan, RunInputs& inputs,
                                        const torch::nn::Module& module);
-  /// @param end  over when the device has finished the step; empty where the host has waited for it.
-  DUALPIPE_DECL StepResult result(StepVote vote, RunOutputs outputs, const CallAgreement& agreed, Pending end);
+  /// Which gradients of this rank are not finite; empty: all are. Waits for the device.
+  DUALPIPE_DECL std::string finding_of_gradients(const FiniteCheck& check) const;
+  DUALPIPE_DECL StepResult result(const StepVote& vote, RunOutputs outputs, const CallAgreement& agreed);
+  /// Of a step that was committed ahead of its device.
+  ///
+  /// @param vote  as vote_ahead gives it.
+  /// @param end   over when the device has finished the step.
+  DUALPIPE_DECL StepResult result_ahead(StepVote vote, RunOutputs outputs, const CallAgreement& agreed, Pending end,
+                                        std::int64_t step);
 
   Ranks ranks_;
   std::shared_ptr<Communicator> communicator_;  // the pipeline's
@@ -107,8 +140,14 @@ class PipelineState {
   std::unique_ptr<ArrivalMemory> arrivals_;
   Tensors parameters_;
   std::vector<int> loss_ranks_;
+  std::optional<std::uint64_t> seed_;
+  at::Generator generator_;  // what stages draw from, with a seed
   std::int64_t step_ = 0;
-  DeviceHashes last_hashes_;  // of the step before, if asynchronous
+  std::int64_t steps_run_ = 0;  // here; step_ may begin elsewhere
+  std::int64_t calls_ = 0;      // evaluations and predictions since the step before
+  // Of the step before, if asynchronous.
+  DeviceHashes last_hashes_;
+  std::shared_ptr<UnfinishedStep> last_step_;
 };
 
 }  // namespace dualpipe::detail

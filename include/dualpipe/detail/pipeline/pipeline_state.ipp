@@ -3,11 +3,15 @@
 #include "dualpipe/detail/pipeline/pipeline_state.hpp"
 
 #include <ATen/ATen.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <filesystem>
+#include <functional>
 #include <limits>
+#include <memory>
+#include <mutex>
 #include <numeric>
 #include <optional>
 #include <set>
@@ -15,23 +19,55 @@
 #include <utility>
 
 #include "dualpipe/detail/comm/agree.hpp"
+#include "dualpipe/detail/host.hpp"
 #include "dualpipe/detail/pipeline/buffers.hpp"
 #include "dualpipe/detail/pipeline/call_batch.hpp"
+#include "dualpipe/detail/pipeline/finite.hpp"
 #include "dualpipe/detail/pipeline/gradients.hpp"
 #include "dualpipe/detail/pipeline/merge_outputs.hpp"
 #include "dualpipe/detail/pipeline/training_plan.hpp"
 #include "dualpipe/detail/pipeline/unfinished_step.hpp"
+#include "dualpipe/detail/stage/layer_random.hpp"
 #include "dualpipe/train/clip.hpp"
 
 namespace dualpipe::detail {
 
+/// LibTorch's generators, as all ranks have them.
+struct GeneratorsOfAll {
+  bool shared = false;                     ///< some ranks are threads of one process
+  std::optional<std::uint64_t> seed = {};  ///< if all ranks have the same one; where nobody sets it, processes differ
+};
+
+/// Collective.
+inline GeneratorsOfAll generators_of_all(Communicator& world) {
+  const at::Generator generator = default_generators(at::kCPU)[0];
+  const std::string seed = std::to_string(generator.current_seed());
+  const std::string identity =
+      str(boot_id(), '-', ::getpid(), '-', static_cast<const void*>(generator.unsafeGetGeneratorImpl()));
+  std::set<std::string> identities, seeds;
+  for (const std::string& text : all_gather_text(world, seed + ' ' + identity)) {
+    seeds.insert(text.substr(0, text.find(' ')));
+    identities.insert(text.substr(text.find(' ')));
+  }
+  GeneratorsOfAll all{.shared = std::ssize(identities) < world.size()};
+  if (!all.shared && seeds.size() == 1) all.seed = generator.current_seed();
+  return all;
+}
+
 /// The stages of this rank, on the communicator's device.
-inline std::map<int, Stage> made_stages(const Schedule& schedule, const Communicator& communicator,
-                                        const StageFactory& factory) {
+inline std::map<int, Stage> made_stages(const Schedule& schedule, Communicator& world, const Communicator& communicator,
+                                        const StageFactory& factory, const std::optional<std::uint64_t>& seed) {
+  // Ranks that are threads make seeded stages one after the other, as they draw from one generator.
+  SharedValues* const shared = world.control().shared_values();
+  const auto mutex = seed && shared ? shared->get<std::shared_ptr<std::mutex>>(
+                                          "seeded factories", [] { return std::make_shared<std::mutex>(); })
+                                    : nullptr;
+  std::unique_lock<std::mutex> lock;
+  if (mutex) lock = std::unique_lock(**mutex);
   std::map<int, Stage> stages;
   for (const int number : stages_of(schedule, communicator.rank())) {
     const std::string error = finding_of([&] {
-      Stage stage = factory(number);
+      Stage stage = seed ? factory.make(number, *seed, communicator.device()) : factory(number);
       if (stage.module()) stage.module()->to(communicator.device());
       stages.emplace(number, std::move(stage));
     });
@@ -64,6 +100,11 @@ inline void make_folder(const std::string& path) {
   DUALPIPE_CHECK(!error, "record_to: cannot make the folder ", path, ": ", error.message());
 }
 
+/// Undefined where there are none.
+inline at::Tensor tensor_of(const std::vector<double>& numbers) {
+  return numbers.empty() ? at::Tensor() : at::tensor(numbers, at::kDouble);
+}
+
 inline std::vector<int> sum_order_of(const Plan& plan) {
   std::vector<int> stages;
   for (const Reduction& reduction : plan.program.reductions) stages.push_back(reduction.stage);
@@ -81,14 +122,24 @@ PipelineState::PipelineState(Ranks ranks, DualPipeOptions options, const StageFa
     DUALPIPE_CHECK(ranks_.shape.expert == 1 || is_expert_, "the mesh has expert groups of ", ranks_.shape.expert,
                    " ranks, but nothing says which parameters are theirs, so all ranks that hold a stage would get the "
                    "same experts; pass is_expert, or a mesh with expert = 1");
+    DUALPIPE_CHECK(!options_.asynchronous || options_.on_non_finite != OnNonFinite::skip,
+                   "an asynchronous step hands out its gradients before anybody knows whether they are finite, so it "
+                   "cannot be skipped; set on_non_finite to error or keep, or asynchronous to false");
     make_folder(options_.record_to);
     training_ = training_plan(options_, *communicator_, ranks_.shape.data);
   });
   agree_that_fine(world(), finding);
   agree_on(world(), "options", describe(options_, *training_));
+  const GeneratorsOfAll generators = generators_of_all(world());
+  seed_ = options_.seed ? options_.seed : generators.seed;
 
   std::map<int, Stage> stages;
-  agree_that_fine(world(), finding_of([&] { stages = made_stages(schedule(), *communicator_, factory); }));
+  agree_that_fine(world(),
+                  finding_of([&] { stages = made_stages(schedule(), world(), *communicator_, factory, seed_); }));
+  if (seed_) {
+    generator_ = default_generators(communicator_->device()).back();
+    if (generators.shared) generator_ = generator_.clone();
+  }
   traits_ = traits_of_all(world(), stages);
   // A pair of stages with collectives has its results in another order, and all ranks must send in the same one.
   if (traits_.communicate) training_ = communicating_plan(*training_, *communicator_, ranks_.shape.data);
@@ -104,8 +155,8 @@ PipelineState::PipelineState(Ranks ranks, DualPipeOptions options, const StageFa
 void PipelineState::start() {
   flight_.together("connect", [&] { communicator_->connect(edges()); });
   flight_.together("broadcast of parameters", [&] {
-    replicas_ =
-        std::make_unique<Replicas>(world(), ranks_.shape, schedule(), stages(), is_expert_, sum_order_of(*training_));
+    replicas_ = std::make_unique<Replicas>(world(), ranks_.shape, schedule(), stages(), is_expert_,
+                                           sum_order_of(*training_), options_);
     replicas_->broadcast();
   });
   for (const auto& [number, stage] : stages()) stage.freeze(communicator_->world_rank(rank()), number);
@@ -126,6 +177,7 @@ CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* 
   const bool predicts = call == Call::predict || call == Call::predict_everywhere;
   CallStatement mine;
   mine.call = call;
+  mine.step = step_;
   mine.finding = finding_of([&] {
     const std::string before = observers_.take_error();
     DUALPIPE_CHECK(before.empty(), before);
@@ -147,13 +199,21 @@ CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* 
     return flight_.together(names[static_cast<std::size_t>(call)], [&] { return exchange_statements(world(), mine); });
   });
   const CallAgreement agreed = agreement(statements, ranks_.shape, ranks_.replica(), trains ? step_ : -1, numbers());
-  if (trains && options_.compare_replicas_every > 0 && step_ % options_.compare_replicas_every == 0) {
+  if (trains && options_.compare_replicas_every > 0 && steps_run_ % options_.compare_replicas_every == 0) {
     const std::string difference = health_.guarded(
         [&] { return flight_.together("comparison of copies", [&] { return replicas_->difference(); }); });
     DUALPIPE_CHECK(difference.empty(), difference);
   }
   inputs.training = trains;
   inputs.step = step_;
+  inputs.first_step = steps_run_ == 0;
+  if (seed_) {
+    inputs.random = RandomKey{.seed = *seed_,
+                              .step = step_,
+                              .micro_batch = ranks_.replica() * agreed.num_micro_batches,
+                              .call = trains ? 0 : ++calls_};
+    inputs.generator = generator_;
+  }
   inputs.keep_outputs = options_.keep_outputs || predicts;
   inputs.communicates = traits_.communicate;
   const auto begin = agreed.weights.begin() + ranks_.replica() * agreed.num_micro_batches;
@@ -178,14 +238,14 @@ std::shared_ptr<const Plan> PipelineState::plan_of(int num_micro_batches) {
 }
 
 template <class Body>
-auto PipelineState::observed(const Body& body) {
+auto PipelineState::observed(const Body& body, const bool* dropped) {
   const std::int64_t number = step_;
   try {
     auto result = health_.guarded([&] {
       observers_.begin(number);
       return body();
     });
-    observers_.end(number, true);
+    observers_.end(number, dropped == nullptr || !*dropped);
     return result;
   } catch (...) {
     observers_.end(number, false);
@@ -204,34 +264,70 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
   // They outlive what is guarded: nothing is restored before the communicator was aborted and writes no more.
   std::optional<GradientTransaction> gradients;
   std::optional<BufferTransaction> buffers;
-  return observed([&] {
+  std::string infinite;  // what is not finite, the same on all ranks
+  bool dropped = false;
+  const auto body = [&] {
     const std::int64_t number = step_++;
+    ++steps_run_;
+    calls_ = 0;
     inputs.arrivals = arrivals_->known_arrivals(plan, inputs, module);
     DeviceHashes hashes(*communicator_, batch);
-    gradients.emplace(parameters_);
+    gradients.emplace(parameters_, options_.gradient_dtype,
+                      [this](const at::Tensor& parameter) { return replicas_->owns(parameter); });
     buffers.emplace(module);
     RunOutputs outputs = executor_->run(*plan, inputs, observers_.all());
     flight_.together("sum of gradients", [&] {
       replicas_->finish_sums(*outputs.recorder);
-      replicas_->broadcast_buffers();
+      replicas_->combine_buffers(*buffers);
     });
     gradients->add_up();
+    const FiniteCheck finite(options_.on_non_finite == OnNonFinite::keep ? Tensors() : parameters_);
     observers_.finish(*communicator_, outputs);
-    StepVote all;
-    Pending end;
     if (options_.asynchronous) {
       const MemberHashes before = std::exchange(last_hashes_, std::move(hashes)).values();
-      all = flight_.together("vote", [&] { return vote_ahead(world(), outputs, count, before, end); });
-    } else {
-      communicator_->fence().synchronize();  // the only wait of the host for a device
-      all = flight_.together("vote", [&] { return vote(world(), outputs, count, hashes.values()); });
+      if (const auto step = std::exchange(last_step_, nullptr)) step->finish();
+      Pending end;
+      StepVote all =
+          flight_.together("vote", [&] { return vote_ahead(world(), outputs, count, before, finite.count(), end); });
+      check_hashes(all.hashes, ranks_.shape, number - 1, numbers());
+      gradients->commit();
+      buffers->commit();
+      return result_ahead(std::move(all), std::move(outputs), agreed, std::move(end), number);
     }
-    check_hashes(all.hashes, ranks_.shape, options_.asynchronous ? number - 1 : number, numbers());
-    gradients->commit();
-    buffers->commit();
-    if (end && end.done()) end = {};
-    return result(std::move(all), std::move(outputs), agreed, std::move(end));
-  });
+    communicator_->fence().synchronize();  // the only wait of the host for a device
+    StepVote all = flight_.together(
+        "vote", [&] { return vote(world(), outputs, count, hashes.values(), finding_of_gradients(finite)); });
+    check_hashes(all.hashes, ranks_.shape, number, numbers());
+    if (options_.on_non_finite != OnNonFinite::keep) infinite = non_finite(all, agreed.weights, count);
+    dropped = !infinite.empty();
+    if (!dropped) {
+      gradients->commit();
+      buffers->commit();
+    }
+    return result(all, std::move(outputs), agreed);
+  };
+  StepResult found = observed(body, &dropped);
+  DUALPIPE_CHECK(!dropped || options_.on_non_finite == OnNonFinite::skip, "step ", step_, " is not finite: ", infinite,
+                 ". Gradients and buffers are what they were before it. With DualPipeOptions::on_non_finite = skip "
+                 "step() leaves such steps out and says so, with keep it hands out their gradients");
+  found.skipped = dropped;
+  return found;
+}
+
+std::string PipelineState::finding_of_gradients(const FiniteCheck& check) const {
+  const std::vector<std::size_t> found = check.found();
+  if (found.empty()) return {};
+  const at::Tensor& first = parameters_[found.front()];
+  std::string text;
+  for (const auto& [number, stage] : stages()) {
+    if (!text.empty() || !stage.module()) continue;
+    for (const auto& item : stage.module()->named_parameters())
+      if (text.empty() && item.value().is_same(first))
+        text = str("the gradient of parameter '", item.key(), "' of stage ", number, " on rank ",
+                   communicator_->world_rank(rank()));
+  }
+  if (found.size() > 1) text += str(" and of ", found.size() - 1, " more there");
+  return text;
 }
 
 RunOutputs PipelineState::run_forward(const std::shared_ptr<const Plan>& plan, RunInputs& inputs,
@@ -253,7 +349,7 @@ StepResult PipelineState::evaluate(const Batch& batch, const LossFn& loss, const
     communicator_->fence().synchronize();
     StepVote all = flight_.together("vote", [&] { return vote(world(), outputs, count, hashes.values()); });
     check_hashes(all.hashes, ranks_.shape, -1, numbers());
-    return result(std::move(all), std::move(outputs), agreed, {});
+    return result(all, std::move(outputs), agreed);
   });
 }
 
@@ -301,37 +397,71 @@ Batch PipelineState::broadcast_batch(const Batch& batch) {
   });
 }
 
-at::Tensor PipelineState::clip_grad_norm(double max_norm) {
+at::Tensor PipelineState::clip_grad_norm(double max_norm, bool error_if_nonfinite) {
   CallStatement mine;
   mine.call = Call::clip_grad_norm;
   return health_.watched([&] {
     return flight_.together("clip_grad_norm_", [&] {
       agreement(exchange_statements(world(), mine), ranks_.shape, ranks_.replica(), -1, numbers());
-      return dualpipe::clip_grad_norm(world(), replicas_->counted_parameters(), parameters_, max_norm);
+      return dualpipe::clip_grad_norm(world(), replicas_->counted_parameters(), parameters_, max_norm,
+                                      error_if_nonfinite);
     });
   });
 }
 
-StepResult PipelineState::result(StepVote vote, RunOutputs outputs, const CallAgreement& agreed, Pending end) {
+void PipelineState::update_parameters(const std::string& finding, const std::function<void()>& update) {
+  CallStatement mine;
+  mine.call = Call::optimizer_step;
+  mine.finding = finding;
+  mine.trainable = replicas_->trainable();
+  health_.watched([&] {
+    flight_.together("ShardedOptimizer::step()", [&] {
+      agreement(exchange_statements(world(), mine), ranks_.shape, ranks_.replica(), -1, numbers());
+    });
+  });
+  health_.guarded([&] {
+    update();
+    flight_.together("broadcast of updated parameters", [&] { replicas_->broadcast_owned(); });
+    flight_.together("vote", [&] { world().commit(""); });
+  });
+}
+
+StepResult PipelineState::result(const StepVote& vote, RunOutputs outputs, const CallAgreement& agreed) {
   StepResult result;
-  at::Tensor losses = std::move(vote.losses), weights;
-  if (!agreed.weights.empty()) weights = at::tensor(agreed.weights, at::kDouble);
+  result.losses = vote.losses;
+  result.loss = reduced(result.losses, options_.loss_reduction, tensor_of(agreed.weights));
   // Views: after an asynchronous step they hold when the copy to the host is over.
   result.metrics = vote.sums.narrow(0, 0, std::max<std::int64_t>(0, vote.num_metrics));
   result.added_losses = vote.sums.narrow(0, LossFn::max_metrics, schedule().num_stages);
-  if (end) {
-    result.loss = at::full({}, std::numeric_limits<double>::quiet_NaN(), at::kDouble);
-    result.unfinished_ =
-        std::make_shared<UnfinishedStep>(std::move(end), options_.loss_reduction, result.loss, losses, weights);
-    health_.watch(result.unfinished_);
-  } else {
-    result.loss = reduced(losses, options_.loss_reduction, weights);
-  }
-  result.losses = std::move(losses);
   if (options_.keep_outputs) {
     result.outputs.resize(agreed.num_micro_batches);
     for (auto& [micro_batch, tensors] : outputs.outputs) result.outputs[micro_batch] = std::move(tensors);
   }
+  return result;
+}
+
+StepResult PipelineState::result_ahead(StepVote vote, RunOutputs outputs, const CallAgreement& agreed, Pending end,
+                                       std::int64_t step) {
+  const bool over = !end || end.done();
+  const MicroBatchCount count = count_of(static_cast<int>(agreed.num_micro_batches));
+  const at::Tensor numbers = vote.losses;
+  vote.losses = numbers.narrow(0, 0, count.all());
+  StepResult result = this->result(vote, std::move(outputs), agreed);
+  if (!over) result.loss.fill_(std::numeric_limits<double>::quiet_NaN());
+  std::function<std::string()> finding;
+  if (options_.on_non_finite != OnNonFinite::keep) {
+    finding = [numbers, weights = agreed.weights, count, step] {
+      std::string text;
+      add_non_finite_losses(numbers, weights, count, text);
+      const double gradients = numbers.const_data_ptr<double>()[count.all()];
+      if (gradients != 0) text += str(text.empty() ? "" : ", ", gradients, " gradients, those of each rank counted");
+      return text.empty() ? text : str("step ", step + 1, " is not finite: ", text);
+    };
+  }
+  last_step_ = std::make_shared<UnfinishedStep>(over ? Pending() : std::move(end), options_.loss_reduction, result.loss,
+                                                result.losses, tensor_of(agreed.weights), std::move(finding));
+  result.unfinished_ = last_step_;
+  if (!over) health_.watch(last_step_);
   return result;
 }
 

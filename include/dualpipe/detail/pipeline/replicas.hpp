@@ -5,11 +5,16 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
+#include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
+#include "dualpipe/config.hpp"
 #include "dualpipe/detail/config.hpp"
+#include "dualpipe/detail/pipeline/buffers.hpp"
 #include "dualpipe/detail/pipeline/recorder.hpp"
 #include "dualpipe/schedule/schedule.hpp"
 #include "dualpipe/stage/stage.hpp"
@@ -31,11 +36,15 @@ class Replicas {
   /// @param stages     those of this rank.
   /// @param sum_order  the stages that several ranks hold, in the order in which all ranks begin their sums. A parameter
   ///                   that several stages share is summed with the last of them.
+  /// @param options    how buffers are combined and gradients added up, and whether each parameter has one owner among the
+  ///                   ranks of its set, else every rank is; the same on all ranks.
   /// @throws InvalidArgument  on every rank: a parameter shared by stages that different sets of ranks hold, or by ranks
-  ///                          that are threads of one process.
+  ///                          that are threads of one process; a name that no buffer has, or a buffer that does not
+  ///                          add up; where parameters have owners, ranks of a set that have other parameters or have
+  ///                          frozen others.
   DUALPIPE_DECL Replicas(Communicator& world, const MeshShape& shape, const Schedule& schedule,
                          const std::map<int, Stage>& stages, const IsExpert& is_expert,
-                         const std::vector<int>& sum_order);
+                         const std::vector<int>& sum_order, const DualPipeOptions& options);
 
   /// The steps that come have this order, of the same stages.
   ///
@@ -48,6 +57,7 @@ class Replicas {
   /// Collective over the ranks that hold the stage: `.grad` of each of its parameters that requires grad becomes the sum
   /// over them, by the time finish_sums() returns. It is bitwise the same on all of them. One absent on some ranks counts
   /// as zeros there; one absent on all stays undefined. Sparse gradients become dense. Frozen parameters take no part.
+  /// Where parameters have owners, only these get the sum, with the same bits; on all others `.grad` is undefined at once.
   DUALPIPE_DECL void begin_sum(int stage);
   /// Whether a parameter of this rank is summed before the gradients of `stage` are complete.
   DUALPIPE_DECL bool summed_before(const at::Tensor& parameter, int stage) const;
@@ -55,16 +65,23 @@ class Replicas {
   DUALPIPE_DECL void finish_sums(Recorder& recorder);
   /// Collective: parameters and buffers of the lowest holder replace the others'.
   DUALPIPE_DECL void broadcast();
-  /// Collective: floating-point buffers only (running statistics), as DistributedDataParallel does. The first time that
-  /// holders have others, rank 0 warns.
-  DUALPIPE_DECL void broadcast_buffers();
-  /// Collective: compares parameters and buffers of the holders bit by bit.
+  /// Collective: buffers become one as DualPipeOptions::buffers says. The first time that holders have others of those
+  /// about which it says nothing, rank 0 warns.
+  ///
+  /// @param start  of the step.
+  DUALPIPE_DECL void combine_buffers(const BufferTransaction& start);
+  /// Collective: compares parameters and buffers of the holders bit by bit, but for those that are to be local.
   ///
   /// @return the same on every rank: the first one that differs, and the way out; empty if all are equal.
   DUALPIPE_DECL std::string difference() const;
 
-  /// Parameters for which this rank is the lowest holder; over all ranks of all replicas every parameter of the model is
-  /// counted once.
+  /// Collective: the values that owners have replace the others'. Frozen parameters take no part.
+  DUALPIPE_DECL void broadcast_owned();
+  /// Whether this rank updates the parameter.
+  bool owns(const at::Tensor& parameter) const { return !shards_ || owned_.contains(parameter.unsafeGetTensorImpl()); }
+
+  /// Parameters which this rank owns, or, where all ranks do, for which it is the lowest holder; over all ranks of all
+  /// replicas every parameter of the model is counted once.
   const Tensors& counted_parameters() const noexcept { return counted_; }
 
  private:
@@ -72,17 +89,27 @@ class Replicas {
   struct Group {
     int number;  ///< the same on all of them
     std::shared_ptr<Communicator> communicator;
-    Tensors parameters;
-    Tensors buffers;
-    std::vector<std::string> names;   ///< "parameter 'weight' of stage 2", of the parameters, then of the buffers
-    std::map<int, Tensors> of_stage;  ///< the parameters that are summed with each stage
+    Tensors parameters = {};
+    Tensors buffers = {};
+    std::vector<std::optional<BufferReduction>> reductions = {};  ///< of the buffers, where the options say one
+    std::unordered_map<at::TensorImpl*, int> owners =
+        {};                                ///< of the parameters, as ranks of the communicator; empty: all own them
+    std::vector<std::string> names = {};   ///< "parameter 'weight' of stage 2", of the parameters, then of the buffers
+    std::map<int, Tensors> of_stage = {};  ///< the parameters that are summed with each stage
+  };
+  /// What the ranks of a group have sent of gradients that this rank owns, all of one dtype.
+  struct Shard {
+    std::vector<std::size_t> owned;  ///< of the parameters of the sum
+    int rank;                        ///< this rank in the group
+    Pending parts;
   };
   /// A sum under way.
   struct Sum {
     int stage;
     Tensors parameters;
     at::Tensor present;  ///< int32 [parameters]: on how many ranks each of them has a gradient
-    Pending gradients;
+    Pending gradients;   ///< empty where parameters have owners
+    std::vector<Shard> shards;
     Pending counts;  ///< empty where they travel with the gradients
   };
   /// A tensor that two ranks have with different bits.
@@ -92,6 +119,12 @@ class Replicas {
     int rank, other;
   };
 
+  /// Collective. @throws InvalidArgument  on every rank: sets whose ranks would choose different owners.
+  DUALPIPE_DECL void check_alike() const;
+  /// Collective over the group: sends each gradient to its owner, and drops those that others own.
+  DUALPIPE_DECL static void send_to_owners(const Group& group, Sum& sum);
+  /// Adds up in rank order.
+  DUALPIPE_DECL static void add_shard(const Sum& sum, Shard& shard);
   /// Collective. @param digests  of the tensors of each group that this rank belongs to.
   DUALPIPE_DECL std::vector<Difference> differences(const std::map<int, std::vector<std::uint64_t>>& digests) const;
   /// Collective: the same on every rank.
@@ -101,7 +134,10 @@ class Replicas {
   Communicator& world_;
   std::vector<Group> groups_;
   std::vector<int> sum_order_;
+  GradientDtype gradients_;
+  bool shards_;
   std::vector<Sum> sums_;
+  std::unordered_set<at::TensorImpl*> owned_;  // where parameters have owners
   Tensors counted_;
   bool any_copies_ = false;              // some stage has several holders
   bool watches_buffers_ = false;         // some rank has buffers, and none has been lost so far

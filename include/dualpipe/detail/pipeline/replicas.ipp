@@ -11,6 +11,8 @@
 #include <map>
 #include <optional>
 #include <sstream>
+#include <string>
+#include <unordered_map>
 #include <unordered_set>
 #include <utility>
 
@@ -18,6 +20,7 @@
 #include "dualpipe/detail/host.hpp"
 #include "dualpipe/detail/pipeline/device_hash.hpp"
 #include "dualpipe/detail/pipeline/digest.hpp"
+#include "dualpipe/detail/pipeline/gradients.hpp"
 
 namespace dualpipe::detail {
 
@@ -187,7 +190,8 @@ inline void warn_of_equal(const std::vector<ParameterPlace>& places, const Sched
     if (holders(schedule, place.stage) == holders(schedule, first)) continue;
     TORCH_WARN("stages ", first, " and ", place.stage, " begin with equal values of a parameter of the same name, '",
                place.name,
-               "', and different ranks hold them. If they were seeded alike: seed each stage by its number. If "
+               "', and different ranks hold them. If they were seeded alike: leave that to DualPipeOptions::seed, or "
+               "seed each stage by its number. If "
                "it is one weight that both use: each will train its own copy. ",
                ways_to_tie, ". This is said once");
     return;
@@ -211,13 +215,76 @@ inline std::map<int, std::unordered_set<at::TensorImpl*>> summed_with(const std:
   return result;
 }
 
+using BufferReductions = std::unordered_map<const at::TensorImpl*, BufferReduction>;
+
+/// Collective: of the buffers that `rules` name.
+inline BufferReductions buffer_reductions(Communicator& world, const std::map<int, Stage>& stages,
+                                          const std::map<std::string, BufferReduction>& rules) {
+  BufferReductions reductions;
+  if (rules.empty()) return reductions;
+  std::unordered_set<std::string> used;
+  agree_that_fine(world, finding_of([&] {
+                    for (const auto& [number, stage] : stages) {
+                      if (!stage.module()) continue;
+                      for (const auto& item : stage.module()->named_buffers()) {
+                        const std::string name = "." + item.key();
+                        const std::pair<const std::string, BufferReduction>* best = nullptr;
+                        for (const auto& rule : rules)
+                          if (name.ends_with("." + rule.first) && (!best || rule.first.size() > best->first.size()))
+                            best = &rule;
+                        if (best == nullptr || !item.value().defined()) continue;
+                        const at::ScalarType type = item.value().scalar_type();
+                        DUALPIPE_CHECK(best->second == BufferReduction::mean
+                                           ? item.value().is_floating_point()
+                                           : best->second != BufferReduction::sum || type != at::kBool,
+                                       "DualPipeOptions::buffers: ", best->first, " is to be a ", name_of(best->second),
+                                       ", but buffer '", item.key(), "' of stage ", number, " is of type ", type);
+                        used.insert(best->first);
+                        reductions.emplace(item.value().unsafeGetTensorImpl(), best->second);
+                      }
+                    }
+                  }));
+  std::string mine;
+  for (const std::string& name : used) mine += name + '\n';
+  for (const std::string& text : all_gather_text(world, mine)) {
+    std::istringstream lines(text);
+    for (std::string name; std::getline(lines, name);) used.insert(name);
+  }
+  for (const auto& [name, reduction] : rules)
+    DUALPIPE_CHECK(used.contains(name), "DualPipeOptions::buffers names '", name,
+                   "', but no buffer of the model has that name or ends with it behind a dot");
+  return reductions;
+}
+
+/// For each parameter the rank that owns it, of `num_ranks`. The largest come first, each to the rank that has least by
+/// then. Those that are trained and those that are frozen are spread each for themselves.
+inline std::vector<int> owners_of(const Tensors& parameters, int num_ranks) {
+  std::vector<int> owners(parameters.size());
+  for (const bool trained : {true, false}) {
+    std::vector<std::size_t> order;
+    for (std::size_t i = 0; i < parameters.size(); ++i)
+      if (parameters[i].requires_grad() == trained) order.push_back(i);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](std::size_t a, std::size_t b) { return parameters[a].nbytes() > parameters[b].nbytes(); });
+    std::vector<std::size_t> bytes(num_ranks, 0);
+    for (const std::size_t i : order) {
+      const auto least = std::min_element(bytes.begin(), bytes.end());
+      *least += parameters[i].nbytes();
+      owners[i] = static_cast<int>(least - bytes.begin());
+    }
+  }
+  return owners;
+}
+
 Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& schedule,
-                   const std::map<int, Stage>& stages, const IsExpert& is_expert, const std::vector<int>& sum_order)
-    : world_(world), sum_order_(sum_order) {
+                   const std::map<int, Stage>& stages, const IsExpert& is_expert, const std::vector<int>& sum_order,
+                   const DualPipeOptions& options)
+    : world_(world), sum_order_(sum_order), gradients_(options.gradient_dtype), shards_(options.shard_optimizer) {
   const auto places = parameter_places(all_gather_text(world, parameters_text(stages)));
   check_not_shared(places, schedule);
   if (world.rank() == 0) warn_of_equal(places, schedule);
 
+  const BufferReductions reductions = buffer_reductions(world, stages, options.buffers);
   const bool tells_experts = is_expert && shape.expert > 1;
   const std::vector<HolderSet> sets = holder_sets(schedule, shape, tells_experts);
   std::vector<std::shared_ptr<Communicator>> groups = make_holder_groups(world, sets);
@@ -226,7 +293,7 @@ Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& 
   for (std::size_t i = 0; i < sets.size(); ++i) {
     const HolderSet& set = sets[i];
     if (std::find(set.ranks.begin(), set.ranks.end(), world.rank()) == set.ranks.end()) continue;
-    Group mine{static_cast<int>(i), std::move(groups[i]), {}, {}, {}, {}};
+    Group mine{.number = static_cast<int>(i), .communicator = std::move(groups[i])};
     const auto collect = [&](bool buffers) {
       for (const int number : set.stages) {
         const auto& module = stages.at(number).module();
@@ -243,12 +310,24 @@ Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& 
     };
     collect(false);
     collect(true);
+    for (const at::Tensor& buffer : mine.buffers) {
+      const auto found = reductions.find(buffer.unsafeGetTensorImpl());
+      mine.reductions.push_back(found == reductions.end() ? std::nullopt : std::optional(found->second));
+    }
     for (const auto& [stage, of_stage] : summed)
       for (const at::Tensor& parameter : mine.parameters)
         if (of_stage.contains(parameter.unsafeGetTensorImpl())) mine.of_stage[stage].push_back(parameter);
-    if (world.rank() == set.ranks.front())
-      counted_.insert(counted_.end(), mine.parameters.begin(), mine.parameters.end());
+    const auto me = std::find(set.ranks.begin(), set.ranks.end(), world.rank()) - set.ranks.begin();
+    const std::vector<int> owners = owners_of(mine.parameters, shards_ ? static_cast<int>(set.ranks.size()) : 1);
+    for (std::size_t p = 0; p < mine.parameters.size(); ++p) {
+      if (owners[p] == me) counted_.push_back(mine.parameters[p]);
+      if (shards_) mine.owners[mine.parameters[p].unsafeGetTensorImpl()] = owners[p];
+    }
     if (set.ranks.size() > 1) groups_.push_back(std::move(mine));
+  }
+  if (shards_) {
+    for (const at::Tensor& parameter : counted_) owned_.insert(parameter.unsafeGetTensorImpl());
+    check_alike();
   }
   any_copies_ = std::any_of(sets.begin(), sets.end(), [](const HolderSet& set) { return set.ranks.size() > 1; });
   if (!any_copies_) return;
@@ -280,11 +359,28 @@ std::map<int, std::uint64_t> Replicas::trainable() const {
   return digests;
 }
 
+void Replicas::check_alike() const {
+  std::map<int, std::vector<std::uint64_t>> digests;
+  for (const Group& group : groups_) {
+    Digest digest;
+    for (const at::Tensor& parameter : group.parameters) {
+      digest.add(std::uint64_t{parameter.requires_grad()});
+      digest.add(std::uint64_t{parameter.nbytes()});
+    }
+    digests[group.number] = {digest.value()};
+  }
+  for (const Difference& each : differences(digests))
+    throw InvalidArgument(str("ranks ", world_.world_rank(each.rank), " and ", world_.world_rank(each.other),
+                              " hold the same stages, but these have other parameters there, or others that require "
+                              "grad, so the ranks would not agree on their owners (shard_optimizer); make and freeze a "
+                              "stage alike on all ranks that hold it"));
+}
+
 void Replicas::begin_sum(int stage) {
   for (const Group& group : groups_) {
     const auto found = group.of_stage.find(stage);
     if (found == group.of_stage.end()) continue;
-    Sum sum{stage, {}, {}, {}, {}};
+    Sum sum{stage, {}, {}, {}, {}, {}};
     for (const at::Tensor& parameter : found->second)
       if (parameter.requires_grad()) sum.parameters.push_back(parameter);
     if (sum.parameters.empty()) continue;
@@ -294,7 +390,8 @@ void Replicas::begin_sum(int stage) {
       at::Tensor& gradient = sum.parameters[i].mutable_grad();
       sum.present.mutable_data_ptr<int>()[i] = gradient.defined() ? 1 : 0;
       if (!gradient.defined())
-        gradient = at::zeros_like(sum.parameters[i], at::MemoryFormat::Contiguous);
+        gradient = at::zeros_like(sum.parameters[i], gradient_type(sum.parameters[i], gradients_), {}, {}, {},
+                                  at::MemoryFormat::Contiguous);
       else if (gradient.is_sparse())
         gradient = gradient.to_dense();
       else
@@ -302,12 +399,63 @@ void Replicas::begin_sum(int stage) {
       gradients.push_back(gradient);
     }
     Communicator& hosts = group.communicator->control();
+    if (shards_) {
+      gradients.clear();
+      sum.counts = hosts.all_reduce({sum.present});
+      send_to_owners(group, sum);
+      sums_.push_back(std::move(sum));
+      continue;
+    }
     if (&hosts == group.communicator.get())
       gradients.push_back(sum.present);  // no message of its own
     else
       sum.counts = hosts.all_reduce({sum.present});
     sum.gradients = group.communicator->all_reduce(std::move(gradients));
     sums_.push_back(std::move(sum));
+  }
+}
+
+void Replicas::send_to_owners(const Group& group, Sum& sum) {
+  const at::NoGradGuard no_grad;
+  const int me = group.communicator->rank(), num_ranks = group.communicator->size();
+  std::map<at::ScalarType, std::vector<std::vector<std::size_t>>> by_dtype;  // and owner: of the parameters of the sum
+  for (std::size_t i = 0; i < sum.parameters.size(); ++i) {
+    auto& by_owner = by_dtype[sum.parameters[i].grad().scalar_type()];
+    by_owner.resize(num_ranks);
+    by_owner[group.owners.at(sum.parameters[i].unsafeGetTensorImpl())].push_back(i);
+  }
+  for (auto& [dtype, by_owner] : by_dtype) {
+    const at::TensorOptions options = at::TensorOptions().dtype(dtype).device(group.communicator->device());
+    Tensors outgoing;
+    for (int owner = 0; owner < num_ranks; ++owner) {
+      Tensors flat;
+      for (const std::size_t i : by_owner[owner])
+        if (owner != me) flat.push_back(std::exchange(sum.parameters[i].mutable_grad(), {}).flatten());
+      outgoing.push_back(flat.empty() ? at::empty({0}, options) : at::cat(flat));
+    }
+    std::int64_t size = 0;
+    for (const std::size_t i : by_owner[me]) size += sum.parameters[i].numel();
+    Signature expected(num_ranks, {.dtype = dtype, .sizes = {size}});
+    expected[me].sizes = {0};
+    Pending parts = group.communicator->all_to_all(std::move(outgoing), expected);
+    sum.shards.push_back({std::move(by_owner[me]), me, std::move(parts)});
+  }
+}
+
+void Replicas::add_shard(const Sum& sum, Shard& shard) {
+  const at::NoGradGuard no_grad;
+  const Tensors parts = shard.parts.take();
+  std::int64_t begin = 0;
+  for (const std::size_t i : shard.owned) {
+    const at::Tensor own = sum.parameters[i].grad().view({-1});
+    at::Tensor total;
+    for (int rank = 0; rank < std::ssize(parts); ++rank) {
+      const at::Tensor part = rank == shard.rank ? own : parts[rank].narrow(0, begin, own.numel());
+      // What was received is not written to: it may be the sender's memory.
+      total = rank == 0 ? part : rank == 1 && shard.rank != 0 ? total + part : total.add_(part);
+    }
+    if (shard.rank != 0) own.copy_(total);
+    begin += own.numel();
   }
 }
 
@@ -322,11 +470,14 @@ bool Replicas::summed_before(const at::Tensor& parameter, int stage) const {
 
 void Replicas::finish_sums(Recorder& recorder) {
   for (Sum& sum : sums_) {
-    sum.gradients.wait();
+    if (sum.gradients) sum.gradients.wait();
+    for (Shard& shard : sum.shards) add_shard(sum, shard);
     if (sum.counts) sum.counts.wait();
     for (std::size_t i = 0; i < sum.parameters.size(); ++i)
       if (sum.present.const_data_ptr<int>()[i] == 0) sum.parameters[i].mutable_grad().reset();
-    recorder.record(Lane::reduction, {{Pass::BackwardWeight, sum.stage, 0}, {}}, sum.gradients, "gradients");
+    const Step step{{Pass::BackwardWeight, sum.stage, 0}, {}};
+    if (sum.gradients) recorder.record(Lane::reduction, step, sum.gradients, "gradients");
+    for (const Shard& shard : sum.shards) recorder.record(Lane::reduction, step, shard.parts, "gradients");
   }
   sums_.clear();
 }
@@ -343,17 +494,52 @@ void Replicas::broadcast() {
   for (Pending& each : pending) each.synchronize();  // parameters are right when this returns, or it throws
 }
 
-void Replicas::broadcast_buffers() {
-  if (watches_buffers_) warn_of_lost_buffers();
+void Replicas::broadcast_owned() {
+  if (!shards_) return;
   at::NoGradGuard no_grad;
   std::vector<Pending> pending;
-  for (Group& group : groups_) {
-    Tensors tensors;
-    for (const at::Tensor& buffer : group.buffers)
-      if (buffer.is_floating_point()) tensors.push_back(buffer.detach());
-    if (!tensors.empty()) pending.push_back(group.communicator->broadcast(std::move(tensors), 0));
+  for (const Group& group : groups_)
+    for (int owner = 0; owner < group.communicator->size(); ++owner) {
+      Tensors tensors;
+      for (const at::Tensor& parameter : group.parameters)
+        if (group.owners.at(parameter.unsafeGetTensorImpl()) == owner && parameter.requires_grad())
+          tensors.push_back(parameter.detach());
+      if (!tensors.empty()) pending.push_back(group.communicator->broadcast(std::move(tensors), owner));
+    }
+  for (Pending& each : pending) each.synchronize();
+}
+
+void Replicas::combine_buffers(const BufferTransaction& start) {
+  if (watches_buffers_) warn_of_lost_buffers();
+  at::NoGradGuard no_grad;
+  struct Growth {
+    at::Tensor buffer, sum;
+    std::int64_t count;  // it grows by sum / count
+  };
+  std::vector<Growth> growths;
+  std::vector<Pending> pending;
+  for (const Group& group : groups_) {
+    Tensors first, sums;
+    for (std::size_t i = 0; i < group.buffers.size(); ++i) {
+      const at::Tensor buffer = group.buffers[i].detach();
+      const BufferReduction reduction = group.reductions[i].value_or(
+          buffer.is_floating_point() ? BufferReduction::broadcast : BufferReduction::local);
+      if (reduction == BufferReduction::broadcast) first.push_back(buffer);
+      if (reduction != BufferReduction::sum && reduction != BufferReduction::mean) continue;
+      const at::Tensor& before = start.before(group.buffers[i]);
+      DUALPIPE_CHECK(buffer.sizes() == before.sizes(), group.names[group.parameters.size() + i],
+                     " has got other sizes in the step, ", buffer.sizes(), " instead of ", before.sizes(),
+                     ", so it does not add up");
+      // What has not changed grows by 0, infinite or not.
+      sums.push_back((buffer - before).masked_fill_(buffer.eq(before), 0).contiguous());
+      growths.push_back({buffer, sums.back(), reduction == BufferReduction::mean ? group.communicator->size() : 1});
+      buffer.copy_(before);
+    }
+    if (!first.empty()) pending.push_back(group.communicator->broadcast(std::move(first), 0));
+    if (!sums.empty()) pending.push_back(group.communicator->all_reduce(std::move(sums)));
   }
   for (Pending& each : pending) each.wait();
+  for (const auto& [buffer, sum, count] : growths) buffer.add_(count == 1 ? sum : sum / count);
   if (!watches_buffers_) return;
   versions_.clear();
   for (const Group& group : groups_)
@@ -405,17 +591,21 @@ std::string Replicas::text_of(const std::vector<Difference>& differences) const 
 std::string Replicas::difference() const {
   if (!any_copies_) return {};
   std::map<int, std::vector<std::uint64_t>> digests;
-  for (const Group& group : groups_)
-    for (const Tensors* tensors : {&group.parameters, &group.buffers})
-      for (const at::Tensor& tensor : *tensors) digests[group.number].push_back(digest_of(tensor));
+  for (const Group& group : groups_) {
+    std::vector<std::uint64_t>& values = digests[group.number];
+    for (const at::Tensor& parameter : group.parameters) values.push_back(digest_of(parameter));
+    for (std::size_t i = 0; i < group.buffers.size(); ++i)
+      values.push_back(group.reductions[i] == BufferReduction::local ? 0 : digest_of(group.buffers[i]));
+  }
   const std::vector<Difference> found = differences(digests);
   if (found.empty()) return {};
   return str(
       text_of({found.front()}),
       ", which hold the same stage, is not the same bit by bit: something changes it on each rank by itself, as "
-      "max_norm of an embedding, noise, or a counter in a buffer does, or weights were loaded on some ranks only. "
-      "broadcast_parameters() makes all copies equal; DualPipeOptions::compare_replicas_every says how often they "
-      "are compared (0: never)");
+      "max_norm of an embedding, noise, or a counter in a buffer does, or weights were loaded on some ranks only",
+      shards_ ? ", or the optimizer is no ShardedOptimizer, which shard_optimizer needs. " : ". ",
+      "broadcast_parameters() makes all copies equal; DualPipeOptions::buffers lets counters add up over the ranks; "
+      "DualPipeOptions::compare_replicas_every says how often they are compared (0: never)");
 }
 
 void Replicas::warn_of_lost_buffers() {
@@ -424,9 +614,9 @@ void Replicas::warn_of_lost_buffers() {
   for (const Group& group : groups_) {
     std::vector<std::uint64_t>& values = digests[group.number];
     values.assign(group.parameters.size(), 0);
-    for (const at::Tensor& buffer : group.buffers) {
-      const bool unchanged = next < versions_.size() && versions_[next] == version_of(buffer);
-      values.push_back(unchanged ? 0 : digest_of(buffer));
+    for (std::size_t i = 0; i < group.buffers.size(); ++i) {
+      const bool unchanged = next < versions_.size() && versions_[next] == version_of(group.buffers[i]);
+      values.push_back(unchanged || group.reductions[i] ? 0 : digest_of(group.buffers[i]));
       ++next;
     }
   }
@@ -439,9 +629,10 @@ void Replicas::warn_of_lost_buffers() {
         "ranks that hold the same stage have changed its buffers in different ways, each by its own micro-batches: ",
         text,
         ". After each step floating-point buffers of the first rank replace the others, so running "
-        "statistics, as those of BatchNorm, come from a part of the batch. Layers without them (GroupNorm, "
-        "LayerNorm) do not have this problem, nor have kinds that keep each stage on one rank (dualpipev, zbv, "
-        "1f1b) without replicas. This is said once");
+        "statistics, as those of BatchNorm, come from a part of the batch. DualPipeOptions::buffers says what is to "
+        "be done instead, as {{\"running_mean\", BufferReduction::mean}}. "
+        "Layers without them (GroupNorm, LayerNorm) do not have this problem, nor have kinds that keep each stage on "
+        "one rank (dualpipev, zbv, 1f1b) without replicas. This is said once");
   }
 }
 

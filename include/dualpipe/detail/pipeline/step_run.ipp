@@ -193,7 +193,14 @@ void StepRun::start_forward() {
     loss = [&context = context_, micro_batch = op.micro_batch, batch](const Tensors& outputs) {
       return loss_with_metrics(context, micro_batch, outputs, batch ? batch->targets : Tensors());
     };
-  StageContext context{op.stage, op.micro_batch, run.step, run.training, batch ? viewed(batch->extras) : Tensors()};
+  StageContext context{.stage = op.stage,
+                       .micro_batch = op.micro_batch,
+                       .step = run.step,
+                       .training = run.training,
+                       .extras = batch ? viewed(batch->extras) : Tensors(),
+                       .generator = run.generator,
+                       .random = run.random};
+  if (context.random) context.random->micro_batch += op.micro_batch;
   forward_ = std::make_unique<MicroBatch>(context_.stage_of(op), inputs, context, std::move(loss), received.has_value(),
                                           std::move(shared));
 }
@@ -219,7 +226,7 @@ void StepRun::start_backward() {
 }
 
 void StepRun::check_registered() const {
-  if (!context_.inputs.training || context_.inputs.step != 0) return;
+  if (!context_.inputs.training || !context_.inputs.first_step) return;
   const Tensors registered = unique_parameters(context_.stages);
   for (const at::Tensor& leaf : forward_->run().leaves()) {
     if (std::any_of(registered.begin(), registered.end(), [&](const at::Tensor& each) { return each.is_same(leaf); })) {

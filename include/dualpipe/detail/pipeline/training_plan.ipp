@@ -10,6 +10,7 @@
 
 #include "dualpipe/detail/comm/agree.hpp"
 #include "dualpipe/detail/files.hpp"
+#include "dualpipe/detail/pipeline/buffers.hpp"
 #include "dualpipe/detail/pipeline/digest.hpp"
 #include "dualpipe/detail/pipeline/flight_recorder.hpp"
 #include "dualpipe/detail/pipeline/merge_outputs.hpp"
@@ -94,12 +95,20 @@ inline std::string split_text(const std::vector<Split>& splits) {
 std::string describe(const DualPipeOptions& options, const Plan& plan) {
   std::string merges;
   for (const Merge& merge : options.merge_outputs) merges += (merges.empty() ? "" : ", ") + merge_text(merge);
+  std::string buffers;
+  for (const auto& [name, reduction] : options.buffers)
+    buffers += str(buffers.empty() ? "" : ", ", name, " ", name_of(reduction));
   return str("num_micro_batches ", options.num_micro_batches, ", schedule ", options.schedule, " (checksum ",
              plan.checksum, "), publish ", options.publish == Publish::early ? "early" : "atomic", ", loss_reduction ",
-             options.loss_reduction == LossReduction::mean ? "mean" : "sum", ", batch_dim ", options.batch_dim,
-             ", split inputs ", split_text(options.split.inputs), ", targets ", split_text(options.split.targets),
-             ", extras ", split_text(options.split.extras), ", merge_outputs [", merges, "], compare_replicas_every ",
-             options.compare_replicas_every);
+             options.loss_reduction == LossReduction::mean ? "mean" : "sum", ", gradient_dtype ",
+             options.gradient_dtype == GradientDtype::float32 ? "float32" : "parameter", ", on_non_finite ",
+             options.on_non_finite == OnNonFinite::error  ? "error"
+             : options.on_non_finite == OnNonFinite::skip ? "skip"
+                                                          : "keep",
+             ", batch_dim ", options.batch_dim, ", split inputs ", split_text(options.split.inputs), ", targets ",
+             split_text(options.split.targets), ", extras ", split_text(options.split.extras), ", merge_outputs [",
+             merges, "], compare_replicas_every ", options.compare_replicas_every, ", buffers [", buffers, "], seed ",
+             options.seed ? std::to_string(*options.seed) : "none", options.shard_optimizer ? ", shard_optimizer" : "");
 }
 
 StageTraits traits_of_all(Communicator& communicator, const std::map<int, Stage>& stages) {

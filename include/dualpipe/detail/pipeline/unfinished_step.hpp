@@ -2,6 +2,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
+#include <string>
+
 #include "dualpipe/comm/pending.hpp"
 #include "dualpipe/config.hpp"
 #include "dualpipe/detail/config.hpp"
@@ -20,10 +23,14 @@ class UnfinishedStep {
   /// @param loss    set by finish().
   /// @param losses  in memory of the host; valid at the end.
   /// @param weights  as in reduced().
+  /// @param finding  called at the end: what of the step is not finite; may be null.
   DUALPIPE_DECL UnfinishedStep(Pending end, LossReduction reduction, at::Tensor loss, at::Tensor losses,
-                               at::Tensor weights);
+                               at::Tensor weights, std::function<std::string()> finding);
 
-  /// Waits for the end, then sets the loss. @throws CommError
+  /// Waits for the end, then sets the loss.
+  ///
+  /// @throws CommError  the device has failed.
+  /// @throws Error      what was found, each time.
   DUALPIPE_DECL void finish();
   /// Does not wait. @throws CommError  it has failed.
   DUALPIPE_DECL void check();
@@ -32,6 +39,7 @@ class UnfinishedStep {
   Pending end_;  // empty after finish()
   LossReduction reduction_;
   at::Tensor loss_, losses_, weights_;
+  std::function<std::string()> finding_;
 };
 
 }  // namespace dualpipe::detail

@@ -10,16 +10,17 @@
 
 namespace dualpipe::detail {
 
+inline constexpr const char* after_commit_note =
+    "\n  The step was committed before (DualPipeOptions::asynchronous), so its gradients, and parameters updated by "
+    "them, may hold anything: go back to a checkpoint.";
+
 /// Runs `body`; a CommError that it throws says in addition what the state of the training is.
 template <class Body>
 void after_commit(const Body& body) {
   try {
     body();
   } catch (const CommError& error) {
-    throw CommError(error.origin_rank(), error.operation(),
-                    str(error.what(),
-                        "\n  The step was committed before (DualPipeOptions::asynchronous), so its gradients, and "
-                        "parameters updated by them, may hold anything: go back to a checkpoint."));
+    throw CommError(error.origin_rank(), error.operation(), str(error.what(), after_commit_note));
   }
 }
 
@@ -32,18 +33,22 @@ at::Tensor reduced(const at::Tensor& losses, LossReduction reduction, const at::
 }
 
 UnfinishedStep::UnfinishedStep(Pending end, LossReduction reduction, at::Tensor loss, at::Tensor losses,
-                               at::Tensor weights)
+                               at::Tensor weights, std::function<std::string()> finding)
     : end_(std::move(end)),
       reduction_(reduction),
       loss_(std::move(loss)),
       losses_(std::move(losses)),
-      weights_(std::move(weights)) {}
+      weights_(std::move(weights)),
+      finding_(std::move(finding)) {}
 
 void UnfinishedStep::finish() {
-  if (!end_) return;
-  after_commit([&] { end_.synchronize(); });
-  loss_.copy_(reduced(losses_, reduction_, weights_));
-  end_ = {};
+  if (end_) {
+    after_commit([&] { end_.synchronize(); });
+    loss_.copy_(reduced(losses_, reduction_, weights_));
+    end_ = {};
+  }
+  const std::string found = finding_ ? finding_() : "";
+  if (!found.empty()) throw Error(found + after_commit_note);
 }
 
 void UnfinishedStep::check() {

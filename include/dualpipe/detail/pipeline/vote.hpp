@@ -19,19 +19,21 @@ namespace dualpipe::detail {
 
 /// How a step has ended.
 struct StepVote {
-  at::Tensor losses;                 ///< [replicas * num_micro_batches] float64 in memory of the host
-  at::Tensor sums;                   ///< as sums_of() gives it, over all ranks, in memory of the host
-  std::int64_t num_metrics = -1;     ///< that the loss function returns; -1: there was none
-  std::vector<MemberHashes> hashes;  ///< by rank
+  at::Tensor losses;                  ///< [replicas * num_micro_batches] float64 in memory of the host
+  at::Tensor sums;                    ///< as sums_of() gives it, over all ranks, in memory of the host
+  std::int64_t num_metrics = -1;      ///< that the loss function returns; -1: there was none
+  std::vector<MemberHashes> hashes;   ///< by rank
+  std::vector<std::string> findings;  ///< by rank: which gradients are not finite; empty: none
 };
 
-/// What a rank says at the end of a step. Its bytes travel: this head, a loss for each of its micro-batches, and its sums
-/// where it has any.
+/// What a rank says at the end of a step. Its bytes travel: this head, a loss for each of its micro-batches, its sums
+/// where it has any, and its finding.
 struct BallotHead {
   std::int64_t num_losses = 0;
   std::int64_t num_metrics = -1;  ///< as in StepVote
   std::array<std::uint64_t, 3> hashes{};
   std::array<std::uint8_t, 3> has_hash{};
+  std::uint32_t finding_size = 0;
 };
 struct BallotLoss {
   std::int64_t micro_batch = 0;  ///< counted over all replicas
@@ -61,8 +63,10 @@ inline at::Tensor sums_of(const RunOutputs& outputs, const MicroBatchCount& coun
 
 /// @param sums  on the host; undefined: none.
 inline std::string packed_ballot(const MemberHashes& hashes, const RunOutputs& outputs,
-                                 const std::vector<BallotLoss>& losses, const at::Tensor& sums) {
+                                 const std::vector<BallotLoss>& losses, const at::Tensor& sums,
+                                 const std::string& finding = {}) {
   BallotHead head;
+  head.finding_size = static_cast<std::uint32_t>(finding.size());
   head.num_losses = std::ssize(losses);
   if (!outputs.losses.empty()) head.num_metrics = std::ssize(outputs.metrics);
   for (std::size_t i = 0; i < hashes.size(); ++i) {
@@ -72,6 +76,7 @@ inline std::string packed_ballot(const MemberHashes& hashes, const RunOutputs& o
   std::string ballot(reinterpret_cast<const char*>(&head), sizeof head);
   for (const BallotLoss& loss : losses) ballot.append(reinterpret_cast<const char*>(&loss), sizeof loss);
   if (sums.defined()) ballot.append(static_cast<const char*>(sums.const_data_ptr()), sums.nbytes());
+  ballot += finding;
   return ballot;
 }
 
@@ -79,7 +84,7 @@ inline std::string packed_ballot(const MemberHashes& hashes, const RunOutputs& o
 /// @throws InvalidArgument  the same on all ranks: one has committed something else than a step of the pipeline, or loss
 ///                          functions return different numbers of metrics.
 inline StepVote unpacked(const std::vector<std::string>& ballots, at::Tensor losses, at::Tensor sums) {
-  StepVote result{.losses = std::move(losses), .sums = std::move(sums), .hashes = {}};
+  StepVote result{.losses = std::move(losses), .sums = std::move(sums), .hashes = {}, .findings = {}};
   const auto check = [](bool right) {
     DUALPIPE_CHECK(right,
                    "a rank has called Communicator::commit() of the pipeline's communicator, beside step(), with a "
@@ -91,7 +96,10 @@ inline StepVote unpacked(const std::vector<std::string>& ballots, at::Tensor los
     std::memcpy(&head, ballot.data(), sizeof head);
     check(head.num_losses >= 0 && head.num_losses <= result.losses.numel());
     const std::size_t losses_end = sizeof head + head.num_losses * sizeof(BallotLoss);
-    check(ballot.size() == losses_end || ballot.size() == losses_end + result.sums.nbytes());
+    check(ballot.size() >= losses_end + head.finding_size);
+    const std::size_t sums_end = ballot.size() - head.finding_size;
+    check(sums_end == losses_end || sums_end == losses_end + result.sums.nbytes());
+    result.findings.push_back(ballot.substr(sums_end));
     MemberHashes hashes;
     for (std::size_t i = 0; i < hashes.size(); ++i)
       if (head.has_hash[i] != 0) hashes[i] = head.hashes[i];
@@ -108,7 +116,7 @@ inline StepVote unpacked(const std::vector<std::string>& ballots, at::Tensor los
       check(loss.micro_batch >= 0 && loss.micro_batch < result.losses.numel());
       result.losses.mutable_data_ptr<double>()[loss.micro_batch] = loss.loss;
     }
-    for (std::size_t at = losses_end; at < ballot.size(); at += sizeof(double)) {
+    for (std::size_t at = losses_end; at < sums_end; at += sizeof(double)) {
       double value = 0;
       std::memcpy(&value, ballot.data() + at, sizeof value);
       result.sums.mutable_data_ptr<double>()[(at - losses_end) / sizeof(double)] += value;
@@ -138,8 +146,9 @@ inline void check_hashes(const std::vector<MemberHashes>& hashes, const MeshShap
 /// failed on this rank's device must have been found before.
 ///
 /// @param communicator  over the ranks of all replicas.
+/// @param finding       which gradients of this rank are not finite.
 inline StepVote vote(Communicator& communicator, const RunOutputs& outputs, const MicroBatchCount& count,
-                     const MemberHashes& hashes) {
+                     const MemberHashes& hashes, const std::string& finding = {}) {
   Tensors values;
   std::vector<BallotLoss> losses;
   for (const auto& [micro_batch, loss] : outputs.losses) {
@@ -154,20 +163,23 @@ inline StepVote vote(Communicator& communicator, const RunOutputs& outputs, cons
   if (!outputs.metrics.empty() || !outputs.added_losses.empty())
     sums = sums_of(outputs, count, communicator.device()).cpu();
   at::Tensor all = at::zeros({count.all()}, at::kDouble), all_sums = at::zeros({count.num_sums()}, at::kDouble);
-  return unpacked(communicator.commit(packed_ballot(hashes, outputs, losses, sums)), std::move(all),
+  return unpacked(communicator.commit(packed_ballot(hashes, outputs, losses, sums, finding)), std::move(all),
                   std::move(all_sums));
 }
 
 /// As vote(), but the hosts do not wait for their devices.
 ///
-/// @param end  gets what is over when the device has finished the step; the losses hold then.
+/// @param num_infinite  how many gradients of this rank are not finite, float64 on its device; undefined: none is.
+/// @param end           gets what is over when the device has finished the step. Then the losses hold, and behind them
+///                      is one element more: num_infinite of all ranks.
 inline StepVote vote_ahead(Communicator& communicator, const RunOutputs& outputs, const MicroBatchCount& count,
-                           const MemberHashes& hashes, Pending& end) {
-  at::Tensor losses = at::zeros({count.all()}, at::device(communicator.device()).dtype(at::kDouble));
-  for (const auto& [micro_batch, loss] : outputs.losses) losses[count.number(micro_batch)].copy_(loss.reshape({}));
+                           const MemberHashes& hashes, const at::Tensor& num_infinite, Pending& end) {
+  at::Tensor numbers = at::zeros({count.all() + 1}, at::device(communicator.device()).dtype(at::kDouble));
+  for (const auto& [micro_batch, loss] : outputs.losses) numbers[count.number(micro_batch)].copy_(loss.reshape({}));
+  if (num_infinite.defined()) numbers[count.all()].copy_(num_infinite);
   const at::Tensor sums = sums_of(outputs, count, communicator.device());
-  communicator.all_reduce({losses, sums}).wait();
-  at::Tensor on_host = losses.to(at::kCPU, /*non_blocking=*/true);
+  communicator.all_reduce({numbers, sums}).wait();
+  at::Tensor on_host = numbers.to(at::kCPU, /*non_blocking=*/true);
   at::Tensor sums_on_host = sums.to(at::kCPU, /*non_blocking=*/true);
   end = communicator.fence();
   StepVote result = unpacked(communicator.commit(packed_ballot(hashes, outputs, {}, {})), at::empty({0}, at::kDouble),

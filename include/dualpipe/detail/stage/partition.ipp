@@ -7,10 +7,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <limits>
 #include <map>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <set>
 #include <string_view>
 #include <utility>
@@ -124,6 +126,12 @@ class ModuleLevel : public torch::nn::Module {
   std::map<std::string, std::shared_ptr<ModuleLevel>> levels_;
 };
 
+inline Stage made_with_seed(std::uint64_t seed, const std::string& layer, at::Device device,
+                            const std::function<Stage()>& make) {
+  const SeededDefaults scope(weights_seed(seed, layer), device);
+  return make();
+}
+
 }  // namespace detail
 
 std::vector<int> balance(const std::vector<double>& costs, int num_stages) {
@@ -154,19 +162,20 @@ StageFactory split(std::vector<NamedLayer> layers, int num_stages, std::vector<d
   if (costs.empty()) costs.assign(layers.size(), 1.0);
   DUALPIPE_CHECK(costs.size() == layers.size(), "one cost per layer: got ", costs.size(), " costs for ", layers.size(),
                  " layers");
-  return [layers = std::move(layers), cuts = balance(costs, num_stages)](int stage) {
+  return StageFactory([layers = std::move(layers), cuts = balance(costs, num_stages)](
+                          int stage, const std::optional<std::uint64_t>& seed, at::Device device) {
     const int num_parts = static_cast<int>(cuts.size()) - 1;
     DUALPIPE_CHECK(stage >= 0 && stage < num_parts, "the model is split into stages 0 to ", num_parts - 1,
                    ", got stage ", stage);
     auto module = std::make_shared<detail::ModuleLevel>();
     Stage result(module);
     for (int i = cuts[stage]; i < cuts[stage + 1]; ++i) {
-      const Stage layer = layers[i].make();
+      Stage layer = seed ? detail::made_with_seed(*seed, layers[i].name, device, layers[i].make) : layers[i].make();
       if (layer.module()) module->insert(layers[i].name, layer.module());
-      result.append(layers[i].name, layer);
+      result.append(layers[i].name, layer.layer(layers[i].name));
     }
     return result;
-  };
+  });
 }
 
 }  // namespace dualpipe

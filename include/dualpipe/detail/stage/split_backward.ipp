@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/core/AutogradState.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/flat_hash_map.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function_hook.h>
@@ -82,6 +83,8 @@ class CallingThreadOnly {
 inline void run_engine(const edge_list& roots, const variable_list& gradients, bool keep_graph) {
   if (roots.empty()) return;
   const CallingThreadOnly guard;
+  // A backward computes in the dtypes that its forward has chosen, also where autocast is on around the whole step.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   autograd::Engine::get_default_engine().execute(roots, gradients, keep_graph, /*create_graph=*/false,
                                                  /*accumulate_grad=*/true);
 }

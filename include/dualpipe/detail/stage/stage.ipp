@@ -59,6 +59,9 @@ Stage::Description& Stage::change(const std::string& what) {
 void Stage::add(Node node) {
   Description& own = change(detail::str("node '", node.name, "' is added"));
   const std::size_t index = own.nodes.size();
+  node.goes_on = node.to_be_continued = false;
+  for (auto before = own.nodes.rbegin(); before != own.nodes.rend() && !node.goes_on; ++before)
+    if (before->layer == node.layer) before->to_be_continued = node.goes_on = true;
   const bool joins = !node.communication && !own.nodes.empty() && !own.nodes.back().communication;
   own.nodes.push_back(std::move(node));
   if (joins)
@@ -87,6 +90,16 @@ Stage& Stage::split_backward(bool split) {
 
 Stage& Stage::data_dependent_shapes(bool depend) {
   change("data_dependent_shapes is set").data_dependent_shapes = depend;
+  return *this;
+}
+
+Stage& Stage::layer(const std::string& name) {
+  DUALPIPE_CHECK(!name.empty(), "the layer of a stage's nodes needs a name");
+  for (Node& node : change("layer is set").nodes) {
+    node.layer = name;
+    node.goes_on = &node != &description_->nodes.front();
+    node.to_be_continued = &node != &description_->nodes.back();
+  }
   return *this;
 }
 

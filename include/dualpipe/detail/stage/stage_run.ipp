@@ -3,6 +3,7 @@
 #include "dualpipe/stage/stage_run.hpp"
 
 #include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
@@ -43,6 +44,21 @@ inline std::vector<std::uint32_t> versions_of(const Tensors& tensors) {
   return versions;
 }
 
+/// Autocast keeps the casts of weights for later uses. Each has a place in the graph of the micro-batch that made it, or
+/// none if that was an evaluation, so micro-batches must not see each other's.
+class NoCachedCasts {
+ public:
+  NoCachedCasts() : before_(at::autocast::is_autocast_cache_enabled()) {
+    at::autocast::set_autocast_cache_enabled(false);
+  }
+  ~NoCachedCasts() { at::autocast::set_autocast_cache_enabled(before_); }
+  NoCachedCasts(const NoCachedCasts&) = delete;
+  NoCachedCasts& operator=(const NoCachedCasts&) = delete;
+
+ private:
+  bool before_;
+};
+
 /// Takes out what a collective moves.
 inline Tensors take_moved(Tensors& values, const std::vector<int>& moves) {
   Tensors moved;
@@ -59,6 +75,7 @@ inline Tensors take_moved(Tensors& values, const std::vector<int>& moves) {
 StageRun::StageRun(const Stage& stage, Tensors inputs, StageContext context, StageLoss loss, detail::SharedPairs shared)
     : stage_(&stage),
       context_(std::move(context)),
+      random_(context_.random, context_.generator),
       loss_(std::move(loss)),
       num_nodes_(stage.num_nodes(loss_ != nullptr)),
       split_(stage.splits_backward()),
@@ -89,24 +106,51 @@ void StageRun::advance_forward(int index) {
   }
   const Stage::Node& node = stage_->nodes()[segment.begin];
   node_name_ = node.name;
+  const detail::LayerRandom::Scope scope(random_);
+  enter_layer(segment.begin, segment.begin);
   launch(node.communication);
+  leave_layer(segment.begin);
+}
+
+std::string StageRun::layer_of(std::size_t index) const {
+  const std::string& layer = stage_->nodes()[index].layer;
+  return layer.empty() ? detail::str("stage", context_.stage) : layer;
+}
+
+void StageRun::enter_layer(std::size_t index, std::size_t begin) {
+  if (!random_.on()) return;
+  const Stage::Node& node = stage_->nodes()[index];
+  if (index > begin) {
+    if (stage_->nodes()[index - 1].layer == node.layer) return;
+    leave_layer(index - 1);
+  }
+  node.goes_on ? random_.go_on(layer_of(index)) : random_.begin(layer_of(index));
+}
+
+void StageRun::leave_layer(std::size_t index) {
+  if (random_.on() && stage_->nodes()[index].to_be_continued) random_.pause(layer_of(index));
 }
 
 void StageRun::compute(std::size_t begin, std::size_t end) {
+  const detail::NoCachedCasts no_cached_casts;
   const detail::GraphInputs entered = detail::enter_graph(values_);
   const detail::SharedWrites writes(entered.tensors, shared_);
   const std::vector<std::uint32_t> extras = detail::versions_of(context_.extras);
   values_ = entered.tensors;
+  const detail::LayerRandom::Scope scope(random_);
   Tensors added;
   context_.added_losses = &added;
   for (std::size_t i = begin; i < end; ++i) {
     node_name_ = stage_->nodes()[i].name;
+    enter_layer(i, begin);
     values_ = stage_->nodes()[i].compute(values_, context_);
   }
   context_.added_losses = nullptr;
+  if (begin < end) leave_layer(end - 1);
   Node& node = nodes_.emplace_back();
   Tensors roots;
   if (loss_ && advanced()) {
+    random_.begin("");
     roots = {detail::compute_loss(loss_, values_, context_.stage)};
     loss_value_ = roots[0].detach();
   } else if (context_.training) {
