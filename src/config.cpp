@@ -68,17 +68,36 @@ Setter choice(Enum DualPipeOptions::* member, std::map<std::string, Enum> names)
   };
 }
 
-/// [{"how": "concat", "dim": 1}, …], each member optional.
-bool set_merges(DualPipeOptions& options, const Json& value) {
-  const std::map<std::string, Merge::How> names{
-      {"concat", Merge::How::concat}, {"stack", Merge::How::stack}, {"list", Merge::How::list}};
+/// [{"how": "concat", "dim": 1}, …], each member optional; of Merge or Split.
+template <class Way>
+bool take_ways(const Json& value, const std::map<std::string, decltype(Way::how)>& names, std::vector<Way>& ways) {
   if (!value.is_array()) return false;
   for (const Json& entry : value) {
     if (!entry.is_object()) return false;
-    Merge& merge = options.merge_outputs.emplace_back();
+    Way& way = ways.emplace_back();
     for (const auto& [name, member] : entry.items())
-      if (!(name == "how" && take(member, names, merge.how)) && !(name == "dim" && take(member, merge.dim)))
-        return false;
+      if (!(name == "how" && take(member, names, way.how)) && !(name == "dim" && take(member, way.dim))) return false;
+  }
+  return true;
+}
+
+bool set_merges(DualPipeOptions& options, const Json& value) {
+  return take_ways<Merge>(value,
+                          {{"concat", Merge::How::concat}, {"stack", Merge::How::stack}, {"list", Merge::How::list}},
+                          options.merge_outputs);
+}
+
+bool set_splits(DualPipeOptions& options, const Json& value) {
+  const std::map<std::string, std::vector<Split> BatchSplit::*> members{
+      {"inputs", &BatchSplit::inputs}, {"targets", &BatchSplit::targets}, {"extras", &BatchSplit::extras}};
+  if (!value.is_object()) return false;
+  for (const auto& [name, splits] : value.items()) {
+    const auto member = members.find(name);
+    if (member == members.end() ||
+        !take_ways<Split>(splits,
+                          {{"chunk", Split::How::chunk}, {"whole", Split::How::whole}, {"list", Split::How::list}},
+                          options.split.*member->second))
+      return false;
   }
   return true;
 }
@@ -109,6 +128,10 @@ std::map<std::string, Key> keys() {
       {"merge_outputs",
        {"a list of objects with \"how\", which is \"concat\", \"stack\" or \"list\", and \"dim\", an integer >= 0",
         set_merges}},
+      {"split",
+       {"an object with \"inputs\", \"targets\" and \"extras\", lists of objects with \"how\", which is \"chunk\", "
+        "\"whole\" or \"list\", and \"dim\", an integer >= 0",
+        set_splits}},
       {"buffers", {"an object from names to \"broadcast\", \"sum\", \"mean\" or \"local\"", set_buffers}},
       {"compare_replicas_every", {"an integer >= 0", plain(&DualPipeOptions::compare_replicas_every)}},
       {"seed", {"an integer >= 0", plain(&DualPipeOptions::seed)}},

@@ -35,6 +35,23 @@ struct Merge {
   bool operator==(const Merge&) const = default;
 };
 
+/// How a tensor of a whole batch is shared out to the micro-batches, as Merge puts outputs together.
+struct Split {
+  enum class How {
+    chunk,  ///< slices along `dim`, in their order
+    whole,  ///< every micro-batch gets all of it
+    list    ///< takes one place for each micro-batch: the next tensor of the list is that of the next micro-batch
+  };
+  How how = How::chunk;
+  int dim = 0;
+  bool operator==(const Split&) const = default;
+};
+/// One entry for each tensor of a member of Batch, a list counted once. Empty: slices along batch_dim.
+struct BatchSplit {
+  std::vector<Split> inputs = {}, targets = {}, extras = {};
+  bool operator==(const BatchSplit&) const = default;
+};
+
 /// How the copies of a buffer become one after a step in which each holder of its stage has run other micro-batches.
 enum class BufferReduction {
   broadcast,  ///< the value of the lowest holder replaces the others'
@@ -45,15 +62,17 @@ enum class BufferReduction {
 
 /// Members in the order in which a reader sets them.
 struct DualPipeOptions {
-  int num_micro_batches = 0;          ///< per step and replica, both directions together
+  int num_micro_batches = 0;          ///< per step and replica, both directions together, where the batch is whole
   std::string schedule = "dualpipe";  ///< a kind (see schedule_kinds), or the path of a CSV file
   int chunks_per_rank = 2;            ///< interleaved only
   Publish publish = Publish::early;
   LossReduction loss_reduction =
-      LossReduction::mean;  ///< each micro-batch loss is scaled by 1/N (mean; N over all replicas) or 1 (sum)
+      LossReduction::mean;  ///< each micro-batch loss is scaled by 1/N (mean; N over all replicas) or 1 (sum); with
+                            ///< Batch::weights by its part of their sum, or by its weight
   GradientDtype gradient_dtype = GradientDtype::parameter;
   OnNonFinite on_non_finite = OnNonFinite::error;
-  int batch_dim = 0;  ///< dimension that is split into micro-batches
+  int batch_dim = 0;      ///< dimension that is split into micro-batches
+  BatchSplit split = {};  ///< of tensors that split otherwise
   /// What predict() returns, for each output of the last stage. Empty: all by concat along batch_dim, where an output
   /// has one entry for each sample of its micro-batch.
   std::vector<Merge> merge_outputs = {};
@@ -79,7 +98,8 @@ struct DualPipeOptions {
   int num_ranks = 0;  ///< when not 0, must equal the number of ranks of the pipeline
 
   /// Reads a JSON object whose keys are the members above; merge_outputs is a list as in
-  /// [{"how": "stack", "dim": 1}, {"how": "list"}], buffers an object as in {"running_mean": "mean"}.
+  /// [{"how": "stack", "dim": 1}, {"how": "list"}], split is as {"inputs": [{"dim": 1}, {"how": "whole"}]}, and buffers an
+  /// object as in {"running_mean": "mean"}.
   ///
   /// @throws InvalidArgument  unreadable file, malformed JSON, an unknown or mistyped key; the text names the file, the
   /// key and what is allowed.

@@ -24,6 +24,8 @@ void run(const Schedule& schedule) {
     dry_run(lower(schedule, publish, {}, /*num_replicas=*/2));
   }
   dry_run(lower(forward_only(schedule, schedule.num_micro_batches + 1)));
+  for (const int fewer : {1, (schedule.num_micro_batches + 1) / 2})
+    dry_run(lower(with_fewer(schedule, fewer), Publish::early, {}, /*num_replicas=*/2, &schedule));
 }
 
 }  // namespace

@@ -110,6 +110,28 @@ TEST(Asynchronous, AStepIsOverBeforeItsDeviceIs) {
   });
 }
 
+TEST(Asynchronous, WeightsAndMetricsHoldAfterTheWait) {
+  run_asynchronous([](const AsynchronousRank& rank) {
+    const std::vector<double> weights{1, 0, 2, 5};
+    const Reference truth = truth_of(2);
+    double loss = 0, positive = 0;
+    for (std::size_t m = 0; m < weights.size(); ++m) {
+      loss += truth.losses[m] * weights[m] / 8;
+      positive += truth.outputs[m][0].gt(0).sum().item<double>();
+    }
+    Batch batch = batch_of(2);
+    batch.weights = weights;
+    const StepResult result = rank.pipe->step(batch, [](const at::Tensor& x, const at::Tensor& y) {
+      return std::pair(torch::mse_loss(x, y), x.gt(0).sum());
+    });
+    result.wait();
+    EXPECT_NEAR(result.loss.item<double>(), loss, 1e-12);
+    EXPECT_EQ(result.metrics.numel(), 1);
+    EXPECT_EQ(result.metrics[0].item<double>(), positive);
+    EXPECT_EQ(result.added_losses.numel(), num_ranks);
+  });
+}
+
 TEST(Asynchronous, StepsFollowOneAnotherWithoutAWait) {
   run_asynchronous([](const AsynchronousRank& rank) {
     std::vector<StepResult> results;

@@ -86,8 +86,8 @@ TEST(CallerErrors, InAnyStepLeaveEverythingAsItWas) {
         bad("undefined micro-batch", Batch::from_micro_batches(parts));
         bad("no loss", good, last ? no_loss() : squared_error());
         bad("no targets on one rank", last ? without_targets : good);
-        findings.note(when + " step: two micro-batches",
-                      [&] { pipe->step(Batch::from_micro_batches({good, good}), squared_error()); });
+        findings.note(when + " step: two micro-batches on one rank",
+                      [&] { pipe->step(last ? Batch::from_micro_batches({good, good}) : good, squared_error()); });
         check();
       }
     });
@@ -110,7 +110,8 @@ TEST(CallerErrors, InAnyStepLeaveEverythingAsItWas) {
       const bool needed = !predicts || kind == "dualpipe";
       EXPECT_THAT(found(method + "empty on one rank"), HasSubstr(needed ? "rank 3 got an empty batch" : "no error"));
     }
-    EXPECT_THAT(found("step: two micro-batches"), HasSubstr("made of 2 micro-batches, the step has 8"));
+    EXPECT_THAT(found("step: two micro-batches on one rank"),
+                HasSubstr("that of rank 0 has 8 micro-batches, that of rank 3 has 2"));
   }
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <fstream>
 #include <map>
 #include <mutex>
@@ -112,6 +113,29 @@ TEST(Chain, StagesCutAtAnyNode) {
     }
     SCOPED_TRACE(kind + " with stages of" + text + " nodes");
     expect_equals_one_process(stages, kind, 6, round % 3 == 0 ? Network::delayed : Network::direct, Publish::early);
+  }
+}
+
+/// What one pipeline does not train may be what the other one does, and both hold experts.
+TEST(Chain, MicroBatchesOfWeight0StillCarryTheOthersOfTheGroup) {
+  constexpr int num_micro_batches = 4;
+  for (const std::string kind : {"dualpipe", "1f1b"}) {
+    SCOPED_TRACE(kind);
+    auto batches = batches_of(4 * num_micro_batches);
+    batches[0].weights = {3, 0, 1, 0};
+    batches[1].weights = {1, 2, 0, 5};
+    for (Batch& batch : batches)
+      for (int m = 0; m < num_micro_batches; ++m)
+        if (batch.weights[m] == 0) batch.targets[0].narrow(0, 4 * m, 4).fill_(std::nan(""));
+    const Stages stages{moe(0), row_of({moe(1), dense(2)})};
+    const auto expected = reference(stages, batches, num_micro_batches);
+    run_ranks(kExperts * kPipeline, [&](std::shared_ptr<Communicator> world) {
+      const Place place(world);
+      DualPipe pipe(place.pipeline, {.num_micro_batches = num_micro_batches, .schedule = kind},
+                    factory_of(stages, place.member, place.group));
+      EXPECT_TRUE(std::isfinite(pipe->step(batches[place.member], moe_loss()).loss.item<double>()));
+      expect_gradients(pipe, expected[place.member], kGradientTolerance);
+    });
   }
 }
 

@@ -9,6 +9,7 @@
 #include <iterator>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -150,7 +151,7 @@ inline LossFn moe_loss() {
   };
 }
 
-/// What one process finds in one step with all experts, for the batch of each member.
+/// What one process finds in one step with all experts, for the batch of each member, weighted where it has weights.
 inline std::array<Reference, kExperts> reference(const Stages& stages, const std::array<Batch, kExperts>& batches,
                                                  int num_micro_batches) {
   std::vector<std::array<std::shared_ptr<Weights>, kExperts>> weights;
@@ -188,7 +189,10 @@ inline std::array<Reference, kExperts> reference(const Stages& stages, const std
       }
       const auto loss = torch::mse_loss(h[0], micro_batch.targets[0]);
       result[member].losses.push_back(loss.item<double>());
-      (loss / num_micro_batches).backward();
+      const std::vector<double>& given = batches[member].weights;
+      const double weight = given.empty() ? 1 : given[result[member].losses.size() - 1];
+      const double all = given.empty() ? num_micro_batches : std::accumulate(given.begin(), given.end(), 0.0);
+      if (weight > 0) (loss * (weight / all)).backward();
     }
   }
   for (std::size_t s = 0; s < stages.size(); ++s)

@@ -17,6 +17,7 @@
 #include "dualpipe/comm/socket.hpp"
 #include "dualpipe/launch/failure.hpp"
 #include "dualpipe/schedule/generate.hpp"
+#include "pipeline/batches.hpp"
 #include "pipeline/noisy.hpp"
 #include "pipeline/pipeline.hpp"
 #include "pipeline/resources.hpp"
@@ -52,6 +53,11 @@ TEST(Rank, GradientsEqualOneProcess) {
       EXPECT_EQ(pipe->predict(batch).empty(), !pipe->computes_loss());
     }
   }
+}
+
+TEST(Rank, GradientsOfBatchesThatCountDifferently) {
+  const Mesh mesh(connect("batches"), {.pipeline = 2, .data = World::from_env().size / 2});
+  for (const std::string kind : {"dualpipe", "1f1b"}) expect_batches_as_in_one_process(mesh, kind);
 }
 
 TEST(Rank, ReplicasTrainAsOneProcess) {

@@ -67,7 +67,7 @@ TEST(Vote, BringsLossesAndHashesOfAllRanks) {
     EXPECT_EQ(all.hashes.at(2)[1], 7u);
     EXPECT_EQ(all.hashes.at(0), detail::MemberHashes());
     EXPECT_THAT(all.findings, ::testing::ElementsAre("", "the gradient of 'weight'", ""));
-    EXPECT_EQ(detail::non_finite(all, {4}), "the gradient of 'weight'");
+    EXPECT_EQ(detail::non_finite(all, {}, {4}), "the gradient of 'weight'");
     Pending end;
     const auto num_infinite = torch::full({}, comm->rank(), torch::kDouble);
     const detail::StepVote ahead = detail::vote_ahead(*comm, outputs, {4}, mine, num_infinite, end);

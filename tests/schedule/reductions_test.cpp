@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "dualpipe/error.hpp"
+#include "dualpipe/schedule/check.hpp"
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/schedule/lower.hpp"
 #include "dualpipe/schedule/simulate.hpp"
@@ -52,6 +53,27 @@ TEST(Reductions, TheSmallestProgramWordForWord) {
     if (instruction.what == Do::reduce) text += " sum" + std::to_string(instruction.transfer);
   }
   EXPECT_EQ(text, " 0F0 1F1 1B1 sum0 0I0 0W0 sum1");
+}
+
+/// Even where a rank runs a stage for none of those that are left.
+TEST(Reductions, OfFewerMicroBatchesAreThoseOfAllHolders) {
+  for (const std::string& kind : schedule_kinds()) {
+    const Schedule all = make_schedule({kind, 4, 10});
+    for (int count = 1; count <= all.num_micro_batches; ++count) {
+      SCOPED_TRACE(kind + ", " + std::to_string(count));
+      const Schedule fewer = with_fewer(all, count);
+      EXPECT_TRUE(violations(fewer).empty());
+      const Program program = lower(fewer, Publish::early, {}, 2, &all);
+      EXPECT_NO_THROW(dry_run(program));
+      EXPECT_EQ(static_cast<int>(program.reductions.size()), all.num_stages);
+      for (const Reduction& reduction : program.reductions) EXPECT_EQ(reduction.ranks, holders(all, reduction.stage));
+    }
+    EXPECT_EQ(with_fewer(all, 10), all);
+    EXPECT_THROW(with_fewer(all, 11), InvalidArgument);
+  }
+  for (const std::string& kind : schedule_kinds())
+    for (int count = 1; count <= 12; ++count)
+      EXPECT_NO_THROW(make_schedule({kind, 4, supported_micro_batches({kind, 4, count})})) << kind << count;
 }
 
 TEST(Reductions, AreThoseOfTheStagesThatSeveralRanksHold) {

@@ -30,7 +30,8 @@ class UnfinishedStep;
 /// After an asynchronous step (DualPipeOptions::asynchronous) loss and losses hold once wait() has returned. Outputs
 /// are ready in the order of the stream that was current, as all tensors of a device are.
 struct StepResult {
-  torch::Tensor loss;  ///< zero-dimensional float64 on the CPU, the same on every rank: mean (or sum) of the losses
+  torch::Tensor loss;  ///< zero-dimensional float64 on the CPU, the same on every rank: mean (or sum) of the losses,
+                       ///< weighted by Batch::weights
   torch::Tensor
       losses;  ///< [replicas * micro-batches] float64 on the CPU, the same on every rank: of each micro-batch,
                ///< unscaled; those of replica d begin at d * micro-batches
@@ -38,6 +39,10 @@ struct StepResult {
       false;  ///< with OnNonFinite::skip: something was not finite, so gradients and buffers are what they were
   std::vector<Tensors> outputs;  ///< with keep_outputs: by micro-batch of this rank's replica, empty where another rank
                                  ///< ran its last stage
+  torch::Tensor metrics;         ///< float64 on the CPU, the same on every rank: what the loss function returns behind
+                                 ///< the loss, summed over the micro-batches of all replicas
+  torch::Tensor added_losses;    ///< [stages] float64 on the CPU, the same on every rank: what stages have added by
+                                 ///< StageContext::add_loss, reduced as `loss` is, which does not contain it
 
   /// losses, once they hold.
   DUALPIPE_DECL std::vector<double> micro_batch_losses() const;
@@ -109,9 +114,11 @@ class DualPipeImpl : public torch::nn::Module {
   ///
   /// @param batch  of this rank's replica; whole, or what this rank needs: inputs where feeds_inputs(), targets where computes_loss(), extras
   ///               where its stages use them. None of its tensors requires grad.
+  ///               Micro-batches made by hand may be of any number, the same in each replica; a kind that has no order
+  ///               for so few, or for an odd number, leaves some out of the order for more, which rank 0 says once.
   /// @param loss   from the last stage's outputs and a micro-batch's targets to one element, which requires grad. The
   ///               gradient that enters it is 1/N (mean), where N counts the micro-batches of all replicas, or 1
-  ///               (sum).
+  ///               (sum); with Batch::weights the micro-batch's part of their sum, or its weight.
   /// @throws InvalidArgument  a batch that does not split, lacks something, or differs between ranks; copies of a stage
   ///                          that differ between its holders (compared every DualPipeOptions::compare_replicas_every
   ///                          steps); what an observer threw at the end of the step before; a loss or a gradient that
@@ -128,11 +135,19 @@ class DualPipeImpl : public torch::nn::Module {
   /// micro-batches are merged as DualPipeOptions::merge_outputs says: by default concatenated along batch_dim. A list
   /// takes one place for each micro-batch: with two lists, first all of output 0, then all of output 1.
   ///
-  /// @param batch  needed where feeds_inputs().
+  /// @param batch       needed where feeds_inputs().
+  /// @param everywhere  all ranks of the pipeline get them; the same on all ranks.
   /// @throws InvalidArgument  as evaluate(); outputs that do not merge so, such as, by default, one that does not have
   ///                          an entry along batch_dim for each sample of its micro-batch; another number of outputs
   ///                          than merge_outputs has entries.
-  DUALPIPE_DECL Tensors predict(const Batch& batch);
+  DUALPIPE_DECL Tensors predict(const Batch& batch, bool everywhere = false);
+
+  /// Collective: what this rank needs of the batch that rank 0 of its pipeline passes, for a loader on one rank of each
+  /// replica. Inputs where feeds_inputs(), targets where computes_loss(), and extras; on rank 0 `batch` itself. Tensors
+  /// arrive on the CPU. What other ranks pass is not looked at.
+  ///
+  /// @throws InvalidArgument  an undefined tensor.
+  DUALPIPE_DECL Batch broadcast_batch(const Batch& batch);
 
   /// Collective. Scales the gradients of the whole model to a 2-norm of at most `max_norm`, each parameter counted
   /// once. Gradients are dense or sparse. On a device the host waits for the norm, so that nothing is scaled after an

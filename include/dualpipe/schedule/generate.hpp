@@ -17,6 +17,9 @@ DUALPIPE_DECL bool is_schedule_kind(const std::string& name);
 /// would work.
 DUALPIPE_DECL Schedule make_schedule(const ScheduleSpec& spec);
 
+/// The least number of micro-batches, not below that of `spec`, for which the kind has an order on so many ranks.
+DUALPIPE_DECL int supported_micro_batches(const ScheduleSpec& spec);
+
 namespace detail {
 
 /// "dualpipe, dualpipev, …"

@@ -73,9 +73,10 @@ inline constexpr int max_unreleased_sends = 8;
 /// @param ready         where pairs have their results; the results of one pair are sent in that order.
 /// @param num_replicas  pipelines that train one model together: the gradients of each stage that several ranks hold, in
 ///                      all replicas, are summed. 0: the program leaves the sums out.
+/// @param held_as       says which ranks hold a stage, where some of them may run it for no micro-batch; null: `schedule`.
 /// @throws InvalidArgument  as simulate does.
 DUALPIPE_DECL Program lower(const Schedule& schedule, Publish publish = Publish::early, const PairReady& ready = {},
-                            int num_replicas = 0);
+                            int num_replicas = 0, const Schedule* held_as = nullptr);
 
 /// Executes the programs of all ranks with one blocking transfer at a time per rank: a rank that reaches a send or
 /// receive waits until the other end reaches it too, one that reaches a reduce until all its ranks do. Linear in the

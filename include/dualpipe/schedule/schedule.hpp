@@ -63,6 +63,13 @@ DUALPIPE_DECL std::string cells_around(const Schedule& schedule, int rank, int c
 /// become ready.
 DUALPIPE_DECL Schedule forward_only(const Schedule& training, int num_micro_batches);
 
+/// The same order for fewer micro-batches: of N only M are left, where micro-batch m is what m*N/M was, so that all
+/// directions stay in use. It can be run where `schedule` can, as micro-batches do not wait for each other, and holds no
+/// more activations.
+///
+/// @param num_micro_batches  1 to N.
+DUALPIPE_DECL Schedule with_fewer(const Schedule& schedule, int num_micro_batches);
+
 }  // namespace dualpipe
 
 #if defined(DUALPIPE_HEADER_ONLY)

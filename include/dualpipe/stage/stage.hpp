@@ -36,6 +36,13 @@ struct StageContext {
   /// without a seed, for which LibTorch takes its default generator.
   at::Generator generator = {};
   std::optional<RandomKey> random = {};  ///< what layer_seed() takes; empty without a seed
+  Tensors* added_losses = nullptr;       ///< where add_loss puts them; set by StageRun
+
+  /// Adds a loss of this micro-batch to what is trained, from any stage: it is weighted as the loss of the last stage is,
+  /// and reported in StepResult::added_losses. Called by the stage's compute functions while they run.
+  ///
+  /// @throws InvalidArgument  not one floating-point element; not within a compute function.
+  DUALPIPE_DECL void add_loss(const at::Tensor& loss) const;
 };
 
 /// Ordinary autograd code from tensors to tensors.

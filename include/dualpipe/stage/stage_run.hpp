@@ -58,13 +58,16 @@ class StageRun {
   const detail::SharedPairs& shared() const { return shared_; }
   /// Detached, without dimensions; undefined without loss function.
   const at::Tensor& loss() const { return loss_value_; }
+  /// Sum of what StageContext::add_loss has added; detached, without dimensions; undefined where there was nothing.
+  const at::Tensor& added_loss() const { return added_loss_; }
 
   /// Begins the way back: the input parts of the nodes, last to first, and the backward of the collectives.
   ///
   /// @param output_gradients  one per output, or the single gradient of the loss (without dimensions) where there was
   ///                          one; undefined where nothing flows in.
   /// @param whole_first       node 0 may compute its weight gradients at once, as nobody waits for the input gradients.
-  DUALPIPE_DECL void start_backward(Tensors output_gradients, bool whole_first = false);
+  /// @param added_gradient    of each loss that StageContext::add_loss has added; 0: none flows in.
+  DUALPIPE_DECL void start_backward(Tensors output_gradients, bool whole_first = false, double added_gradient = 1);
   /// Ends it: settles and gives one gradient per input.
   DUALPIPE_DECL Tensors finish_backward();
 
@@ -108,6 +111,7 @@ class StageRun {
     detail::BackwardGraph graph = {};                         // computing nodes; empty outside of training
     std::shared_ptr<const Communication> communication = {};  // null: the node computes
     std::shared_ptr<void> handle = {};                        // of the collective
+    at::Tensor added = {};                                    // sum of its added losses, an output of the graph
     bool whole = false;                                       // the weight part ran with the input part
     std::unique_ptr<Beginning> beginning = {};                // null: the graph is there
   };
@@ -131,7 +135,8 @@ class StageRun {
   StageContext context_;
   detail::LayerRandom random_;
   StageLoss loss_;
-  at::Tensor loss_value_;
+  at::Tensor loss_value_, added_loss_;
+  double added_gradient_ = 1;
   int num_nodes_;
   bool split_;
   detail::BackwardOwner owner_;

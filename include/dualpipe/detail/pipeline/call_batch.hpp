@@ -15,6 +15,7 @@ struct BatchUse {
   bool computes_loss = false;  ///< in this call: false in predictions
   int num_micro_batches = 0;   ///< of a whole batch
   int batch_dim = 0;
+  BatchSplit split = {};
   bool trains = false;
   bool sizes = false;  ///< say how large each micro-batch is
 };
@@ -24,6 +25,12 @@ struct BatchUse {
 /// @throws InvalidArgument  the batch does not split, lacks what this rank needs, or has a tensor that requires grad in
 ///                          training.
 DUALPIPE_DECL std::vector<Batch> prepare(const Batch& batch, const BatchUse& use, CallStatement& statement);
+
+/// Collective over a pipeline: what this rank needs of the batch of its rank 0.
+///
+/// @param feeding, losing  ranks that need inputs, and targets. All need the extras.
+DUALPIPE_DECL Batch sent_batch(Communicator& pipeline, const Batch& batch, const std::vector<int>& feeding,
+                               const std::vector<int>& losing);
 
 }  // namespace dualpipe::detail
 

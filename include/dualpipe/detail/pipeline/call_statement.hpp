@@ -14,7 +14,15 @@ namespace dualpipe::detail {
 /// What a rank tells all others when a collective call begins, so that all of them throw what one of them finds wrong
 /// before anything else is sent.
 struct CallStatement {
-  enum class Call : std::int64_t { step, evaluate, predict, clip_grad_norm, optimizer_step };
+  enum class Call : std::int64_t {
+    step,
+    evaluate,
+    predict,
+    predict_everywhere,
+    broadcast_batch,
+    clip_grad_norm,
+    optimizer_step
+  };
   /// A member of Batch on one rank.
   struct Part {
     bool needed = false;       ///< the rank needs it where the call has it at all
@@ -27,6 +35,7 @@ struct CallStatement {
   std::int64_t step = 0;               ///< number of steps before
   std::int64_t num_micro_batches = 0;  ///< of this rank's batch, 0: it has none
   Part inputs, targets, extras;
+  std::vector<double> weights = {};             ///< as in Batch
   std::map<int, std::uint64_t> trainable = {};  ///< by group of holders: which parameters require grad
   std::vector<std::int64_t> sizes = {};         ///< of each micro-batch along batch_dim, -1: unknown; may be empty
 };
@@ -45,6 +54,8 @@ DUALPIPE_DECL std::string other_batch(const char* name, int rank, int first, std
 struct CallAgreement {
   std::int64_t num_micro_batches = 0;    ///< 0: no rank has a batch
   std::vector<std::int64_t> sizes = {};  ///< as in CallStatement, of the replica; empty: no rank knows
+  /// Of the micro-batches of all replicas, those of replica d from d * num_micro_batches on; empty: no rank has any.
+  std::vector<double> weights = {};
 };
 /// Ranks of one replica pass the same batch, those of different replicas batches of their own with equally many
 /// micro-batches.

@@ -6,6 +6,9 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
+#include <cmath>
+#include <numeric>
 #include <utility>
 
 #include "dualpipe/detail/comm/agree.hpp"
@@ -13,7 +16,13 @@
 namespace dualpipe::detail {
 
 inline const char* call_name(CallStatement::Call call) {
-  constexpr std::array names{"step()", "evaluate()", "predict()", "clip_grad_norm_()", "ShardedOptimizer::step()"};
+  constexpr std::array names{"step()",
+                             "evaluate()",
+                             "predict()",
+                             "predict() for all ranks",
+                             "broadcast_batch()",
+                             "clip_grad_norm_()",
+                             "ShardedOptimizer::step()"};
   return names.at(static_cast<std::size_t>(call));
 }
 
@@ -29,6 +38,8 @@ inline at::Tensor packed_statement(const CallStatement& statement) {
   numbers.push_back(static_cast<std::int64_t>(statement.trainable.size()));
   for (const auto& [group, digest] : statement.trainable)
     numbers.insert(numbers.end(), {group, static_cast<std::int64_t>(digest)});
+  numbers.push_back(static_cast<std::int64_t>(statement.weights.size()));
+  for (const double weight : statement.weights) numbers.push_back(std::bit_cast<std::int64_t>(weight));
   numbers.insert(numbers.end(), statement.sizes.begin(), statement.sizes.end());
 
   const auto count = static_cast<std::int64_t>(numbers.size());
@@ -54,6 +65,7 @@ inline bool unpack_statement(const at::Tensor& packed, CallStatement& statement)
     const int group = static_cast<int>(*next++);
     statement.trainable[group] = static_cast<std::uint64_t>(*next++);
   }
+  for (std::int64_t count = *next++; count > 0; --count) statement.weights.push_back(std::bit_cast<double>(*next++));
   statement.sizes.assign(next, end);
   return finding;
 }
@@ -120,6 +132,39 @@ inline void check_part(const std::vector<CallStatement>& statements, const MeshS
   }
 }
 
+/// The weights of all replicas, in each of which the ranks that pass any pass the same.
+inline std::vector<double> agreed_weights(const std::vector<CallStatement>& statements, const MeshShape& shape,
+                                          std::int64_t num_micro_batches, const std::vector<int>& numbers) {
+  std::vector<int> firsts(shape.data, -1);  // by replica: the first rank with weights
+  for (int rank = 0; rank < static_cast<int>(statements.size()); ++rank) {
+    const std::vector<double>& mine = statements[rank].weights;
+    if (mine.empty()) continue;
+    DUALPIPE_CHECK(static_cast<std::int64_t>(mine.size()) == num_micro_batches, "Batch::weights of rank ",
+                   numbers[rank], " has ", mine.size(), " entries, but there are ", num_micro_batches,
+                   " micro-batches; give one for each, or none");
+    int& first = firsts[shape.replica_of(rank)];
+    if (first < 0) first = rank;
+    const std::vector<double>& expected = statements[first].weights;
+    for (std::size_t m = 0; m < mine.size(); ++m)
+      DUALPIPE_CHECK(mine[m] == expected[m], "ranks disagree about the batch: Batch::weights[", m, "] of rank ",
+                     numbers[rank], " is ", mine[m], ", that of rank ", numbers[first], " is ", expected[m]);
+  }
+  std::vector<double> all;
+  const auto some = std::find_if(firsts.begin(), firsts.end(), [](int first) { return first >= 0; });
+  if (some == firsts.end()) return all;
+  for (int replica = 0; replica < shape.data; ++replica) {
+    DUALPIPE_CHECK(firsts[replica] >= 0, "rank ", numbers[*some],
+                   " passes Batch::weights, but in another replica of the pipeline no rank does; pass them in each "
+                   "replica, or in none");
+    const std::vector<double>& weights = statements[firsts[replica]].weights;
+    all.insert(all.end(), weights.begin(), weights.end());
+  }
+  const double sum = std::accumulate(all.begin(), all.end(), 0.0);
+  DUALPIPE_CHECK(sum > 0 && std::isfinite(sum), "the sum of Batch::weights over all replicas is ", sum,
+                 ", but must be positive and finite: without any weight there is nothing to average");
+  return all;
+}
+
 CallAgreement agreement(const std::vector<CallStatement>& statements, const MeshShape& shape, int replica,
                         std::int64_t step, const std::vector<int>& numbers) {
   std::vector<std::string> findings;
@@ -153,6 +198,7 @@ CallAgreement agreement(const std::vector<CallStatement>& statements, const Mesh
                      "that hold it");
     }
   }
+  agreed.weights = agreed_weights(statements, shape, agreed.num_micro_batches, numbers);
   for (int each = 0; each < shape.data; ++each) {
     check_part(statements, shape, each, &CallStatement::inputs, "inputs", "feeds the first stage", step, numbers);
     check_part(statements, shape, each, &CallStatement::targets, "targets", "computes the loss", step, numbers);

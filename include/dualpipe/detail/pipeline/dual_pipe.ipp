@@ -46,7 +46,9 @@ StepResult DualPipeImpl::evaluate(const Batch& batch, const LossFn& loss) {
   return state_->evaluate(batch, loss, *this);
 }
 
-Tensors DualPipeImpl::predict(const Batch& batch) { return state_->predict(batch, *this); }
+Tensors DualPipeImpl::predict(const Batch& batch, bool everywhere) { return state_->predict(batch, everywhere, *this); }
+
+Batch DualPipeImpl::broadcast_batch(const Batch& batch) { return state_->broadcast_batch(batch); }
 
 torch::Tensor DualPipeImpl::clip_grad_norm_(double max_norm, bool error_if_nonfinite) {
   return state_->clip_grad_norm(max_norm, error_if_nonfinite);

@@ -44,9 +44,10 @@ struct Plan {
 /// Lowers and dry-runs.
 ///
 /// @param ready         as in `lower`; the same on all ranks, as it decides the order of transfers.
-/// @param num_replicas  as in `lower`.
+/// @param num_replicas, held_as  as in `lower`.
 /// @throws InvalidArgument  as `lower` and `dry_run` do.
-DUALPIPE_DECL Plan make_plan(Schedule schedule, Publish publish, const PairReady& ready = {}, int num_replicas = 0);
+DUALPIPE_DECL Plan make_plan(Schedule schedule, Publish publish, const PairReady& ready = {}, int num_replicas = 0,
+                             const Schedule* held_as = nullptr);
 /// Made by one of the ranks that are threads of this process, for all of them; elsewhere without what other ranks do.
 ///
 /// @param make  gives the plan; `key` says all that it depends on.
@@ -72,7 +73,9 @@ struct RunInputs {
   std::vector<Batch>
       micro_batches;      ///< by micro-batch; empty on ranks that feed no inputs, compute no loss and use no extras
   LossFn loss;            ///< null: outputs only
-  double loss_scale = 1;  ///< gradient that enters each loss
+  double loss_scale = 1;  ///< gradient that enters each loss, times its weight
+  std::vector<double> weights = {};  ///< by micro-batch; empty: all are 1
+  bool communicates = false;         ///< some stage of some rank has a collective
   std::int64_t step = 0;
   bool first_step = true;                ///< of this pipeline, whatever its number
   std::optional<RandomKey> random = {};  ///< of micro-batch 0 of the replica; none: no seed
@@ -83,12 +86,16 @@ struct RunInputs {
   /// Called at the first receive, if at all: what transfers of this plan brought before under the same conditions; what
   /// is not known yet is filled in. Null: every transfer is taken as it comes.
   std::function<Arrivals&()> arrivals = nullptr;
+
+  double scale_of(int micro_batch) const { return weights.empty() ? loss_scale : loss_scale * weights[micro_batch]; }
 };
 
-/// What leaves it, on ranks that run the last stage.
+/// What leaves it, but for added losses on ranks that run the last stage.
 struct RunOutputs {
-  std::map<int, at::Tensor> losses;  ///< by micro-batch, unscaled, detached
-  std::map<int, Tensors> outputs;    ///< by micro-batch, detached; with keep_outputs
+  std::map<int, at::Tensor> losses;        ///< by micro-batch, unscaled, detached
+  std::map<int, Tensors> outputs;          ///< by micro-batch, detached; with keep_outputs
+  Tensors metrics;                         ///< each summed over the rank's micro-batches, float64
+  std::map<int, at::Tensor> added_losses;  ///< by stage: summed over the rank's micro-batches, scaled, float64
 
   /// Has to tell the observers what was still under way, once somebody has waited for it.
   std::shared_ptr<Recorder> recorder;

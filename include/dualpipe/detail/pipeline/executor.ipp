@@ -122,9 +122,9 @@ class ProgramRun {
   std::size_t next_ = 0;  // instruction to come
 };
 
-Plan make_plan(Schedule schedule, Publish publish, const PairReady& ready, int num_replicas) {
+Plan make_plan(Schedule schedule, Publish publish, const PairReady& ready, int num_replicas, const Schedule* held_as) {
   Plan plan;
-  plan.program = lower(schedule, publish, ready, num_replicas);
+  plan.program = lower(schedule, publish, ready, num_replicas, held_as);
   dry_run(plan.program);
   plan.publish = publish;
   plan.placement = placement(schedule);

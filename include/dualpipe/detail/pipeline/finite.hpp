@@ -52,11 +52,14 @@ class FiniteCheck {
 
 /// Appends what is wrong with the losses.
 ///
-/// @param losses  of all replicas, on the host.
-inline void add_non_finite_losses(const at::Tensor& losses, const MicroBatchCount& count, std::string& text) {
+/// @param losses   of all replicas, on the host.
+/// @param weights  of them; those of weight 0 may be anything. Empty: all are 1.
+inline void add_non_finite_losses(const at::Tensor& losses, const std::vector<double>& weights,
+                                  const MicroBatchCount& count, std::string& text) {
   constexpr int shown = 4;
   int found = 0;
   for (int i = 0; i < count.all(); ++i) {
+    if (!weights.empty() && weights[i] == 0) continue;
     const double loss = losses.const_data_ptr<double>()[i];
     if (std::isfinite(loss) || ++found > shown) continue;
     text += str(text.empty() ? "" : ", ", "the loss of micro-batch ", i % count.of_replica);
@@ -67,9 +70,9 @@ inline void add_non_finite_losses(const at::Tensor& losses, const MicroBatchCoun
 }
 
 /// What of a step is not finite, the same on every rank; empty: nothing.
-inline std::string non_finite(const StepVote& vote, const MicroBatchCount& count) {
+inline std::string non_finite(const StepVote& vote, const std::vector<double>& weights, const MicroBatchCount& count) {
   std::string text;
-  add_non_finite_losses(vote.losses, count, text);
+  add_non_finite_losses(vote.losses, weights, count, text);
   for (const std::string& finding : vote.findings)
     if (!finding.empty()) return str(text, text.empty() ? "" : ", ", finding);
   return text;

@@ -26,8 +26,9 @@ class MicroBatch {
 
   /// @return what goes to the next stage.
   DUALPIPE_DECL Tensors finish_forward();
-  /// @param gradients   from the next stage; none on the last one.
-  /// @param loss_scale  the gradient that enters the loss, where there is one.
+  /// @param gradients   from the next stage; none on the last one, and where nothing flows in.
+  /// @param loss_scale  the gradient that enters the loss, where there is one, and added losses; 0: nothing enters,
+  ///                    whatever the loss is.
   /// @param whole       see StageRun::start_backward.
   DUALPIPE_DECL void start_backward(std::optional<Tensors> gradients, double loss_scale, bool whole);
   /// @return what goes to the stage before; zeros where nothing flowed.

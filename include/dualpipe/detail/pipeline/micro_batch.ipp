@@ -25,7 +25,7 @@ Tensors MicroBatch::finish_forward() {
 
 void MicroBatch::start_backward(std::optional<Tensors> gradients, double loss_scale, bool whole) {
   if (run_.loss().defined()) {
-    run_.start_backward({at::full_like(run_.loss(), loss_scale)}, whole);
+    run_.start_backward({loss_scale == 0 ? at::Tensor() : at::full_like(run_.loss(), loss_scale)}, whole, loss_scale);
     return;
   }
   Tensors by_output(differentiable_.size());
@@ -36,7 +36,7 @@ void MicroBatch::start_backward(std::optional<Tensors> gradients, double loss_sc
                    " gradients for the outputs of this one, which has more");
     by_output[i] = std::move((*gradients)[next++]);
   }
-  run_.start_backward(std::move(by_output), whole);
+  run_.start_backward(std::move(by_output), whole, loss_scale);
 }
 
 Tensors MicroBatch::finish_backward() {

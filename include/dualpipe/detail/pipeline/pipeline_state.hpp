@@ -21,9 +21,9 @@
 #include "dualpipe/detail/pipeline/executor.hpp"
 #include "dualpipe/detail/pipeline/finite.hpp"
 #include "dualpipe/detail/pipeline/flight_recorder.hpp"
-#include "dualpipe/detail/pipeline/forward_plans.hpp"
 #include "dualpipe/detail/pipeline/health.hpp"
 #include "dualpipe/detail/pipeline/observers.hpp"
+#include "dualpipe/detail/pipeline/plans.hpp"
 #include "dualpipe/detail/pipeline/replicas.hpp"
 #include "dualpipe/detail/pipeline/vote.hpp"
 #include "dualpipe/pipeline/dual_pipe.hpp"
@@ -50,7 +50,8 @@ class PipelineState {
   // The methods of DualPipeImpl. `module` is the DualPipeImpl, which holds the stages' modules.
   DUALPIPE_DECL StepResult step(const Batch& batch, const LossFn& loss, const torch::nn::Module& module);
   DUALPIPE_DECL StepResult evaluate(const Batch& batch, const LossFn& loss, const torch::nn::Module& module);
-  DUALPIPE_DECL Tensors predict(const Batch& batch, const torch::nn::Module& module);
+  DUALPIPE_DECL Tensors predict(const Batch& batch, bool everywhere, const torch::nn::Module& module);
+  DUALPIPE_DECL Batch broadcast_batch(const Batch& batch);
   DUALPIPE_DECL at::Tensor clip_grad_norm(double max_norm, bool error_if_nonfinite);
   /// @throws Error  no call is possible, and CommError, as Health::require().
   void require() { health_.require(); }
@@ -91,7 +92,7 @@ class PipelineState {
   Communicator& world() const { return *ranks_.world; }
   int rank() const { return communicator_->rank(); }
   MicroBatchCount count_of(int num_micro_batches) const {
-    return {num_micro_batches, ranks_.shape.data, ranks_.replica()};
+    return {num_micro_batches, ranks_.shape.data, ranks_.replica(), schedule().num_stages};
   }
   bool runs_stage(int stage) const { return stages().count(stage) != 0; }
   DUALPIPE_DECL std::vector<Communicator::Edge> edges() const;
@@ -107,18 +108,20 @@ class PipelineState {
   /// @param dropped  set by a body that commits nothing; may be null.
   template <class Body>
   auto observed(const Body& body, const bool* dropped = nullptr);
+  /// The plan of a training step with so many micro-batches. @throws InvalidArgument  there is none, on all ranks.
+  DUALPIPE_DECL std::shared_ptr<const Plan> plan_of(int num_micro_batches);
   /// Runs the plan of a call that does not train.
   DUALPIPE_DECL RunOutputs run_forward(const std::shared_ptr<const Plan>& plan, RunInputs& inputs,
                                        const torch::nn::Module& module);
   /// Which gradients of this rank are not finite; empty: all are. Waits for the device.
   DUALPIPE_DECL std::string finding_of_gradients(const FiniteCheck& check) const;
-  DUALPIPE_DECL StepResult result(at::Tensor losses, RunOutputs outputs, int num_micro_batches);
+  DUALPIPE_DECL StepResult result(const StepVote& vote, RunOutputs outputs, const CallAgreement& agreed);
   /// Of a step that was committed ahead of its device.
   ///
-  /// @param numbers  as vote_ahead gives them.
-  /// @param end      over when the device has finished the step.
-  DUALPIPE_DECL StepResult result_ahead(const at::Tensor& numbers, RunOutputs outputs, const MicroBatchCount& count,
-                                        Pending end, std::int64_t step);
+  /// @param vote  as vote_ahead gives it.
+  /// @param end   over when the device has finished the step.
+  DUALPIPE_DECL StepResult result_ahead(StepVote vote, RunOutputs outputs, const CallAgreement& agreed, Pending end,
+                                        std::int64_t step);
 
   Ranks ranks_;
   std::shared_ptr<Communicator> communicator_;  // the pipeline's
@@ -128,7 +131,10 @@ class PipelineState {
   Health health_;
   Observers observers_;
   std::shared_ptr<const Plan> training_;
-  std::unique_ptr<ForwardPlans> forward_;
+  std::unique_ptr<Plans> plans_;
+  StageTraits traits_;
+  int described_ = 0;    // micro-batches that the record names
+  bool warned_ = false;  // of micro-batches that are left out of an order
   std::unique_ptr<Executor> executor_;
   std::unique_ptr<Replicas> replicas_;
   std::unique_ptr<ArrivalMemory> arrivals_;

@@ -12,6 +12,7 @@
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <set>
 #include <system_error>
@@ -80,17 +81,10 @@ inline std::map<int, Stage> made_stages(const Schedule& schedule, Communicator& 
   return stages;
 }
 
-/// The loss of a training step, which must have a graph: without one the step would train nothing.
-inline LossFn trainable_loss(const LossFn& loss) {
+/// Calls the caller's own function, whose state may change.
+inline LossFn referred(const LossFn& loss) {
   if (!loss) return nullptr;
-  return [&loss](const Tensors& outputs, const Tensors& targets) {
-    at::Tensor value = loss(outputs, targets);
-    DUALPIPE_CHECK(
-        !value.defined() || value.requires_grad(),
-        "the loss has no graph, so nothing would be trained: it does not depend on a parameter that requires "
-        "grad, or it was computed from detach(), item() or integers; to compute a loss alone call evaluate()");
-    return value;
-  };
+  return [&loss](const Tensors& outputs, const Tensors& targets) { return loss.values(outputs, targets); };
 }
 
 /// Where the rank leaves its record; empty where the options name no folder.
@@ -104,6 +98,17 @@ inline void make_folder(const std::string& path) {
   std::error_code error;
   if (!path.empty()) std::filesystem::create_directories(path, error);
   DUALPIPE_CHECK(!error, "record_to: cannot make the folder ", path, ": ", error.message());
+}
+
+/// Undefined where there are none.
+inline at::Tensor tensor_of(const std::vector<double>& numbers) {
+  return numbers.empty() ? at::Tensor() : at::tensor(numbers, at::kDouble);
+}
+
+inline std::vector<int> sum_order_of(const Plan& plan) {
+  std::vector<int> stages;
+  for (const Reduction& reduction : plan.program.reductions) stages.push_back(reduction.stage);
+  return stages;
 }
 
 PipelineState::PipelineState(Ranks ranks, DualPipeOptions options, const StageFactory& factory, IsExpert is_expert)
@@ -135,14 +140,13 @@ PipelineState::PipelineState(Ranks ranks, DualPipeOptions options, const StageFa
     generator_ = default_generators(communicator_->device()).back();
     if (generators.shared) generator_ = generator_.clone();
   }
-  const StageTraits traits = traits_of_all(world(), stages);
+  traits_ = traits_of_all(world(), stages);
   // A pair of stages with collectives has its results in another order, and all ranks must send in the same one.
-  if (traits.communicate) training_ = communicating_plan(*training_, *communicator_, ranks_.shape.data);
-  flight_.describe(schedule().name, schedule().num_stages, schedule().num_micro_batches, traits.run);
-
-  forward_ = std::make_unique<ForwardPlans>(*communicator_, training_);
-  forward_->of(options_.num_micro_batches);
-  arrivals_ = std::make_unique<ArrivalMemory>(communicator_, traits.data_dependent_from);
+  if (traits_.communicate) training_ = communicating_plan(*training_, *communicator_, ranks_.shape.data);
+  plans_ = std::make_unique<Plans>(*communicator_, options_, training_, ranks_.shape.data, traits_.communicate);
+  plan_of(options_.num_micro_batches);
+  plans_->forward(options_.num_micro_batches);
+  arrivals_ = std::make_unique<ArrivalMemory>(communicator_, traits_.data_dependent_from);
   parameters_ = unique_parameters(stages);
   loss_ranks_ = holders(schedule(), schedule().num_stages - 1);
   executor_ = std::make_unique<Executor>(communicator_, std::move(stages), flight_);
@@ -151,10 +155,8 @@ PipelineState::PipelineState(Ranks ranks, DualPipeOptions options, const StageFa
 void PipelineState::start() {
   flight_.together("connect", [&] { communicator_->connect(edges()); });
   flight_.together("broadcast of parameters", [&] {
-    std::vector<int> sum_order;
-    for (const Reduction& reduction : training_->program.reductions) sum_order.push_back(reduction.stage);
-    replicas_ =
-        std::make_unique<Replicas>(world(), ranks_.shape, schedule(), stages(), is_expert_, sum_order, options_);
+    replicas_ = std::make_unique<Replicas>(world(), ranks_.shape, schedule(), stages(), is_expert_,
+                                           sum_order_of(*training_), options_);
     replicas_->broadcast();
   });
   for (const auto& [number, stage] : stages()) stage.freeze(communicator_->world_rank(rank()), number);
@@ -172,6 +174,7 @@ CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* 
   health_.require();
   flight_.set_step(step_);
   const bool trains = call == Call::step;
+  const bool predicts = call == Call::predict || call == Call::predict_everywhere;
   CallStatement mine;
   mine.call = call;
   mine.step = step_;
@@ -185,12 +188,13 @@ CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* 
                        .computes_loss = loss != nullptr && computes_loss(),
                        .num_micro_batches = options_.num_micro_batches,
                        .batch_dim = options_.batch_dim,
+                       .split = options_.split,
                        .trains = trains,
-                       .sizes = call == Call::predict};
+                       .sizes = predicts};
     inputs.micro_batches = prepare(batch, use, mine);
     if (trains) mine.trainable = replicas_->trainable();
   });
-  constexpr std::array names{"begin of step()", "begin of evaluate()", "begin of predict()"};
+  constexpr std::array names{"begin of step()", "begin of evaluate()", "begin of predict()", "begin of predict()"};
   const auto statements = health_.guarded([&] {
     return flight_.together(names[static_cast<std::size_t>(call)], [&] { return exchange_statements(world(), mine); });
   });
@@ -204,13 +208,33 @@ CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* 
   inputs.step = step_;
   inputs.first_step = steps_run_ == 0;
   if (seed_) {
-    const std::int64_t micro_batches = trains ? options_.num_micro_batches : agreed.num_micro_batches;
-    inputs.random = RandomKey{
-        .seed = *seed_, .step = step_, .micro_batch = ranks_.replica() * micro_batches, .call = trains ? 0 : ++calls_};
+    inputs.random = RandomKey{.seed = *seed_,
+                              .step = step_,
+                              .micro_batch = ranks_.replica() * agreed.num_micro_batches,
+                              .call = trains ? 0 : ++calls_};
     inputs.generator = generator_;
   }
-  inputs.keep_outputs = options_.keep_outputs || call == Call::predict;
+  inputs.keep_outputs = options_.keep_outputs || predicts;
+  inputs.communicates = traits_.communicate;
+  const auto begin = agreed.weights.begin() + ranks_.replica() * agreed.num_micro_batches;
+  if (!agreed.weights.empty()) inputs.weights.assign(begin, begin + agreed.num_micro_batches);
+  const double sum = agreed.weights.empty() ? static_cast<double>(ranks_.shape.data * agreed.num_micro_batches)
+                                            : std::accumulate(agreed.weights.begin(), agreed.weights.end(), 0.0);
+  inputs.loss_scale = options_.loss_reduction == LossReduction::mean ? 1.0 / sum : 1.0;
   return agreed;
+}
+
+std::shared_ptr<const Plan> PipelineState::plan_of(int num_micro_batches) {
+  auto plan = plans_->training(num_micro_batches);
+  const int ordered = ordered_micro_batches(*training_, options_, num_micro_batches);
+  if (ordered != num_micro_batches && !std::exchange(warned_, true) && world().rank() == 0)
+    TORCH_WARN("a step of ", num_micro_batches, " micro-batches runs the order that ", options_.schedule, " has on ",
+               communicator_->size(), " ranks for ", ordered,
+               ", without those that are not there, since it has none "
+               "for that number. Gradients are the same; ranks idle longer. This is said once");
+  if (std::exchange(described_, num_micro_batches) != num_micro_batches)
+    flight_.describe(schedule().name, schedule().num_stages, num_micro_batches, traits_.run);
+  return plan;
 }
 
 template <class Body>
@@ -231,11 +255,12 @@ auto PipelineState::observed(const Body& body, const bool* dropped) {
 
 StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const torch::nn::Module& module) {
   RunInputs inputs;
-  const MicroBatchCount count = count_of(options_.num_micro_batches);
-  enter(Call::step, batch, &loss, inputs);
-  inputs.loss = trainable_loss(loss);
+  const CallAgreement agreed = enter(Call::step, batch, &loss, inputs);
+  const MicroBatchCount count = count_of(static_cast<int>(agreed.num_micro_batches));
+  const std::shared_ptr<const Plan> plan = plan_of(count.of_replica);
+  inputs.loss = referred(loss);
   inputs.replicas = replicas_.get();
-  inputs.loss_scale = options_.loss_reduction == LossReduction::mean ? 1.0 / count.all() : 1.0;
+  replicas_->set_sum_order(stages(), sum_order_of(*plan));
   // They outlive what is guarded: nothing is restored before the communicator was aborted and writes no more.
   std::optional<GradientTransaction> gradients;
   std::optional<BufferTransaction> buffers;
@@ -245,12 +270,12 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
     const std::int64_t number = step_++;
     ++steps_run_;
     calls_ = 0;
-    inputs.arrivals = arrivals_->known_arrivals(training_, inputs, module);
+    inputs.arrivals = arrivals_->known_arrivals(plan, inputs, module);
     DeviceHashes hashes(*communicator_, batch);
     gradients.emplace(parameters_, options_.gradient_dtype,
                       [this](const at::Tensor& parameter) { return replicas_->owns(parameter); });
     buffers.emplace(module);
-    RunOutputs outputs = executor_->run(*training_, inputs, observers_.all());
+    RunOutputs outputs = executor_->run(*plan, inputs, observers_.all());
     flight_.together("sum of gradients", [&] {
       replicas_->finish_sums(*outputs.recorder);
       replicas_->combine_buffers(*buffers);
@@ -262,24 +287,24 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
       const MemberHashes before = std::exchange(last_hashes_, std::move(hashes)).values();
       if (const auto step = std::exchange(last_step_, nullptr)) step->finish();
       Pending end;
-      const StepVote all =
+      StepVote all =
           flight_.together("vote", [&] { return vote_ahead(world(), outputs, count, before, finite.count(), end); });
       check_hashes(all.hashes, ranks_.shape, number - 1, numbers());
       gradients->commit();
       buffers->commit();
-      return result_ahead(all.losses, std::move(outputs), count, std::move(end), number);
+      return result_ahead(std::move(all), std::move(outputs), agreed, std::move(end), number);
     }
     communicator_->fence().synchronize();  // the only wait of the host for a device
     StepVote all = flight_.together(
         "vote", [&] { return vote(world(), outputs, count, hashes.values(), finding_of_gradients(finite)); });
     check_hashes(all.hashes, ranks_.shape, number, numbers());
-    if (options_.on_non_finite != OnNonFinite::keep) infinite = non_finite(all, count);
+    if (options_.on_non_finite != OnNonFinite::keep) infinite = non_finite(all, agreed.weights, count);
     dropped = !infinite.empty();
     if (!dropped) {
       gradients->commit();
       buffers->commit();
     }
-    return result(std::move(all.losses), std::move(outputs), count.of_replica);
+    return result(all, std::move(outputs), agreed);
   };
   StepResult found = observed(body, &dropped);
   DUALPIPE_CHECK(!dropped || options_.on_non_finite == OnNonFinite::skip, "step ", step_, " is not finite: ", infinite,
@@ -315,31 +340,36 @@ RunOutputs PipelineState::run_forward(const std::shared_ptr<const Plan>& plan, R
 
 StepResult PipelineState::evaluate(const Batch& batch, const LossFn& loss, const torch::nn::Module& module) {
   RunInputs inputs;
-  const MicroBatchCount count =
-      count_of(static_cast<int>(enter(Call::evaluate, batch, &loss, inputs).num_micro_batches));
+  const CallAgreement agreed = enter(Call::evaluate, batch, &loss, inputs);
+  const MicroBatchCount count = count_of(static_cast<int>(agreed.num_micro_batches));
   inputs.loss = loss;
   return observed([&] {
     DeviceHashes hashes(*communicator_, batch);
-    RunOutputs outputs = run_forward(forward_->of(count.of_replica), inputs, module);
+    RunOutputs outputs = run_forward(plans_->forward(count.of_replica), inputs, module);
     communicator_->fence().synchronize();
     StepVote all = flight_.together("vote", [&] { return vote(world(), outputs, count, hashes.values()); });
     check_hashes(all.hashes, ranks_.shape, -1, numbers());
-    return result(std::move(all.losses), std::move(outputs), count.of_replica);
+    return result(all, std::move(outputs), agreed);
   });
 }
 
-Tensors PipelineState::predict(const Batch& batch, const torch::nn::Module& module) {
+Tensors PipelineState::predict(const Batch& batch, bool everywhere, const torch::nn::Module& module) {
   RunInputs inputs;
-  const CallAgreement agreed = enter(Call::predict, batch, nullptr, inputs);
+  const CallAgreement agreed = enter(everywhere ? Call::predict_everywhere : Call::predict, batch, nullptr, inputs);
+  std::vector<int> receivers = loss_ranks_;
+  if (everywhere) {
+    receivers.resize(communicator_->size());
+    std::iota(receivers.begin(), receivers.end(), 0);
+  }
   Tensors merged;
   const std::vector<std::string> findings = observed([&] {
-    const auto plan = forward_->of(static_cast<int>(agreed.num_micro_batches));
+    const auto plan = plans_->forward(static_cast<int>(agreed.num_micro_batches));
     DeviceHashes hashes(*communicator_, batch);
     RunOutputs outputs = run_forward(plan, inputs, module);
     std::vector<std::string> found = flight_.together("merge of predictions", [&] {
       std::string finding;
-      if (computes_loss()) {
-        const auto all = gather_outputs(*communicator_, *plan, loss_ranks_, std::move(outputs.outputs));
+      if (everywhere || computes_loss()) {
+        const auto all = gather_outputs(*communicator_, *plan, receivers, std::move(outputs.outputs));
         finding = finding_of([&] { merged = merge_outputs(all, agreed.sizes, options_); });
       }
       return all_gather_text(world(), finding);
@@ -351,6 +381,20 @@ Tensors PipelineState::predict(const Batch& batch, const torch::nn::Module& modu
   });
   throw_findings(findings, numbers());
   return merged;
+}
+
+Batch PipelineState::broadcast_batch(const Batch& batch) {
+  health_.require();
+  CallStatement mine;
+  mine.call = Call::broadcast_batch;
+  if (rank() == 0)
+    mine.finding = finding_of([&] { DUALPIPE_CHECK(!batch.empty(), "broadcast_batch got an empty batch"); });
+  return health_.watched([&] {
+    return flight_.together("broadcast_batch", [&] {
+      agreement(exchange_statements(world(), mine), ranks_.shape, ranks_.replica(), -1, numbers());
+      return sent_batch(*communicator_, batch, holders(schedule(), 0), loss_ranks_);
+    });
+  });
 }
 
 at::Tensor PipelineState::clip_grad_norm(double max_norm, bool error_if_nonfinite) {
@@ -382,34 +426,40 @@ void PipelineState::update_parameters(const std::string& finding, const std::fun
   });
 }
 
-StepResult PipelineState::result(at::Tensor losses, RunOutputs outputs, int num_micro_batches) {
+StepResult PipelineState::result(const StepVote& vote, RunOutputs outputs, const CallAgreement& agreed) {
   StepResult result;
-  result.loss = reduced(losses, options_.loss_reduction);
-  result.losses = std::move(losses);
+  result.losses = vote.losses;
+  result.loss = reduced(result.losses, options_.loss_reduction, tensor_of(agreed.weights));
+  // Views: after an asynchronous step they hold when the copy to the host is over.
+  result.metrics = vote.sums.narrow(0, 0, std::max<std::int64_t>(0, vote.num_metrics));
+  result.added_losses = vote.sums.narrow(0, LossFn::max_metrics, schedule().num_stages);
   if (options_.keep_outputs) {
-    result.outputs.resize(num_micro_batches);
+    result.outputs.resize(agreed.num_micro_batches);
     for (auto& [micro_batch, tensors] : outputs.outputs) result.outputs[micro_batch] = std::move(tensors);
   }
   return result;
 }
 
-StepResult PipelineState::result_ahead(const at::Tensor& numbers, RunOutputs outputs, const MicroBatchCount& count,
-                                       Pending end, std::int64_t step) {
+StepResult PipelineState::result_ahead(StepVote vote, RunOutputs outputs, const CallAgreement& agreed, Pending end,
+                                       std::int64_t step) {
   const bool over = !end || end.done();
-  StepResult result = this->result(numbers.narrow(0, 0, count.all()), std::move(outputs), count.of_replica);
+  const MicroBatchCount count = count_of(static_cast<int>(agreed.num_micro_batches));
+  const at::Tensor numbers = vote.losses;
+  vote.losses = numbers.narrow(0, 0, count.all());
+  StepResult result = this->result(vote, std::move(outputs), agreed);
   if (!over) result.loss.fill_(std::numeric_limits<double>::quiet_NaN());
   std::function<std::string()> finding;
   if (options_.on_non_finite != OnNonFinite::keep) {
-    finding = [numbers, count, step] {
+    finding = [numbers, weights = agreed.weights, count, step] {
       std::string text;
-      add_non_finite_losses(numbers, count, text);
+      add_non_finite_losses(numbers, weights, count, text);
       const double gradients = numbers.const_data_ptr<double>()[count.all()];
       if (gradients != 0) text += str(text.empty() ? "" : ", ", gradients, " gradients, those of each rank counted");
       return text.empty() ? text : str("step ", step + 1, " is not finite: ", text);
     };
   }
   last_step_ = std::make_shared<UnfinishedStep>(over ? Pending() : std::move(end), options_.loss_reduction, result.loss,
-                                                result.losses, std::move(finding));
+                                                result.losses, tensor_of(agreed.weights), std::move(finding));
   result.unfinished_ = last_step_;
   if (!over) health_.watch(last_step_);
   return result;

@@ -46,6 +46,11 @@ class Replicas {
                          const std::map<int, Stage>& stages, const IsExpert& is_expert,
                          const std::vector<int>& sum_order, const DualPipeOptions& options);
 
+  /// The steps that come have this order, of the same stages.
+  ///
+  /// @param stages  as in the constructor.
+  DUALPIPE_DECL void set_sum_order(const std::map<int, Stage>& stages, std::vector<int> sum_order);
+
   /// Which parameters require grad, as a hash for each set of ranks that this rank belongs to. All ranks of a set must
   /// have the same when begin_sum() is called.
   DUALPIPE_DECL std::map<int, std::uint64_t> trainable() const;

@@ -337,6 +337,18 @@ Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& 
     watches_buffers_ = watches_buffers_ || !text.empty();
 }
 
+void Replicas::set_sum_order(const std::map<int, Stage>& stages, std::vector<int> sum_order) {
+  if (sum_order == sum_order_) return;
+  sum_order_ = std::move(sum_order);
+  const auto summed = summed_with(stages, sum_order_);
+  for (Group& group : groups_) {
+    group.of_stage.clear();
+    for (const auto& [stage, of_stage] : summed)
+      for (const at::Tensor& parameter : group.parameters)
+        if (of_stage.contains(parameter.unsafeGetTensorImpl())) group.of_stage[stage].push_back(parameter);
+  }
+}
+
 std::map<int, std::uint64_t> Replicas::trainable() const {
   std::map<int, std::uint64_t> digests;
   for (const Group& group : groups_) {

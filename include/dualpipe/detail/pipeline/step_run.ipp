@@ -23,6 +23,34 @@ inline Tensors viewed(const Tensors& tensors) {
   return views;
 }
 
+/// Runs the loss function, and adds its metrics to those of the run. A loss that is trained must have a graph: without one
+/// the step would train nothing.
+inline at::Tensor loss_with_metrics(RunContext& context, int micro_batch, const Tensors& outputs,
+                                    const Tensors& targets) {
+  const Tensors values = context.inputs.loss.values(outputs, targets);
+  DUALPIPE_CHECK(!values.empty() && values.size() <= LossFn::max_metrics + 1, "the loss function returned ",
+                 values.size(), " tensors; it returns the loss and at most ", LossFn::max_metrics, " metrics");
+  DUALPIPE_CHECK(
+      !context.inputs.training || context.inputs.scale_of(micro_batch) == 0 || !values[0].defined() ||
+          values[0].requires_grad(),
+      "the loss has no graph, so nothing would be trained: it does not depend on a parameter that requires grad, or it "
+      "was computed from detach(), item() or integers; to compute a loss alone call evaluate()");
+  Tensors& sums = context.outputs.metrics;
+  const bool first = sums.empty() && context.outputs.losses.empty();
+  if (first) sums.resize(values.size() - 1);
+  DUALPIPE_CHECK(values.size() == sums.size() + 1, "the loss function returned ", values.size() - 1,
+                 " metrics, but for the micro-batch before ", sums.size());
+  for (std::size_t i = 0; i < sums.size(); ++i) {
+    const at::Tensor& metric = values[i + 1];
+    DUALPIPE_CHECK(metric.defined() && metric.numel() == 1 && !metric.is_complex(), "metric ", i,
+                   " of the loss function must be one real element, is ", to_string(signature_of({metric})),
+                   "; sum it over the samples");
+    const at::Tensor value = metric.detach().reshape({}).to(context.communicator.device(), at::kDouble);
+    sums[i] = first ? value : sums[i] + value;
+  }
+  return values[0];
+}
+
 StepRun::StepRun(RunContext& context, const Step& step, int cell) : context_(context), cell_(cell) {
   if (step.op.pass == Pass::Forward) forward_op_ = step.op;
   if (step.overlapped) backward_op_ = step.overlapped;
@@ -162,7 +190,9 @@ void StepRun::start_forward() {
   }
   StageLoss loss;
   if (context_.last(op) && run.loss)
-    loss = [&run, batch](const Tensors& outputs) { return run.loss(outputs, batch ? batch->targets : Tensors()); };
+    loss = [&context = context_, micro_batch = op.micro_batch, batch](const Tensors& outputs) {
+      return loss_with_metrics(context, micro_batch, outputs, batch ? batch->targets : Tensors());
+    };
   StageContext context{.stage = op.stage,
                        .micro_batch = op.micro_batch,
                        .step = run.step,
@@ -189,7 +219,10 @@ void StepRun::start_backward() {
   if (const auto received = input_of(op, context_.num_stages())) gradients = context_.mailbox.take(*received);
   // Splitting pays only where somebody waits for the input gradient, or a collective for a pause of the host.
   const bool whole = op.pass == Pass::Backward && !communicates_ && (!context_.publishes_early() || op.stage == 0);
-  backward_->start_backward(std::move(gradients), context_.inputs.loss_scale, whole);
+  const double scale = context_.inputs.scale_of(op.micro_batch);
+  // Zeros would become NaN where a derivative is infinite. Collectives may still bring what other replicas train.
+  if (scale == 0 && !context_.inputs.communicates) gradients.reset();
+  backward_->start_backward(std::move(gradients), scale, whole);
 }
 
 void StepRun::check_registered() const {
@@ -223,6 +256,12 @@ void StepRun::end_forward() {
   const Op op = *forward_op_;
   Tensors outputs = forward_->finish_forward();
   check_registered();
+  const double scale = context_.inputs.scale_of(op.micro_batch);
+  if (const at::Tensor& added = forward_->run().added_loss(); added.defined() && context_.inputs.loss && scale != 0) {
+    at::Tensor& sum = context_.outputs.added_losses[op.stage];
+    const at::Tensor value = added.to(context_.communicator.device(), at::kDouble) * scale;
+    sum = sum.defined() ? sum + value : value;
+  }
   if (const auto result = output_of(op, context_.num_stages())) {
     add_shared(outputs, forward_->run().shared());
     context_.mailbox.put(*result, std::move(outputs));

@@ -23,6 +23,16 @@ DUALPIPE_DECL std::shared_ptr<const Plan> training_plan(const DualPipeOptions& o
 DUALPIPE_DECL std::shared_ptr<const Plan> communicating_plan(const Plan& plan, Communicator& pipeline,
                                                              int num_replicas);
 
+/// The plan of a training step with another number of micro-batches, on the same ranks and stages: the kind's order for
+/// so many, or else for the next larger number that it takes, without those that are not there.
+///
+/// @throws InvalidArgument  there is none: more micro-batches than the schedule of a file has, or too many.
+DUALPIPE_DECL std::shared_ptr<const Plan> resized_plan(const Plan& plan, const DualPipeOptions& options,
+                                                       int num_micro_batches, Communicator& pipeline, int num_replicas,
+                                                       bool communicates);
+/// The number of micro-batches whose order is run for these; another one where some are left out of it.
+DUALPIPE_DECL int ordered_micro_batches(const Plan& plan, const DualPipeOptions& options, int num_micro_batches);
+
 /// The options and the schedule made of them, as far as all ranks must have the same.
 DUALPIPE_DECL std::string describe(const DualPipeOptions& options, const Plan& plan);
 

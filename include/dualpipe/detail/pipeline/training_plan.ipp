@@ -30,6 +30,9 @@ std::shared_ptr<const Plan> training_plan(const DualPipeOptions& options, Commun
   DUALPIPE_CHECK(options.batch_dim >= 0, "batch_dim must not be negative, got ", options.batch_dim);
   DUALPIPE_CHECK(options.compare_replicas_every >= 0, "compare_replicas_every must not be negative, got ",
                  options.compare_replicas_every);
+  for (const auto* splits : {&options.split.inputs, &options.split.targets, &options.split.extras})
+    for (const Split& split : *splits)
+      DUALPIPE_CHECK(split.dim >= 0, "split: dim must not be negative, got ", split.dim);
   for (const Merge& merge : options.merge_outputs)
     DUALPIPE_CHECK(merge.dim >= 0, "merge_outputs: dim must not be negative, got ", merge.dim);
   const ScheduleSpec spec{options.schedule, num_ranks, options.num_micro_batches, options.chunks_per_rank};
@@ -55,6 +58,40 @@ std::shared_ptr<const Plan> communicating_plan(const Plan& plan, Communicator& p
                       [&] { return make_plan(plan.schedule, plan.publish, communicating_pair, num_replicas); });
 }
 
+int ordered_micro_batches(const Plan& plan, const DualPipeOptions& options, int num_micro_batches) {
+  const Schedule& schedule = plan.schedule;
+  if (!is_schedule_kind(options.schedule)) return schedule.num_micro_batches;
+  return supported_micro_batches({options.schedule, static_cast<int>(schedule.ranks.size()), num_micro_batches});
+}
+
+std::shared_ptr<const Plan> resized_plan(const Plan& plan, const DualPipeOptions& options, int num_micro_batches,
+                                         Communicator& pipeline, int num_replicas, bool communicates) {
+  return plan_of_rank(pipeline, str("training ", num_micro_batches, " of ", plan.key), [&] {
+    const int ordered = ordered_micro_batches(plan, options, num_micro_batches);
+    const bool is_kind = is_schedule_kind(options.schedule);
+    DUALPIPE_CHECK(is_kind || num_micro_batches <= ordered, "the schedule in ", options.schedule, " is for ", ordered,
+                   " micro-batches and takes fewer, but not ", num_micro_batches,
+                   "; a kind makes its order for any number");
+    const Schedule larger =
+        is_kind ? make_schedule({options.schedule, pipeline.size(), ordered, options.chunks_per_rank}) : plan.schedule;
+    Schedule schedule = with_fewer(larger, num_micro_batches);
+    check(schedule);
+    return make_plan(std::move(schedule), plan.publish, communicates ? communicating_pair : PairReady{}, num_replicas,
+                     &plan.schedule);
+  });
+}
+
+inline std::string split_text(const std::vector<Split>& splits) {
+  std::string text;
+  for (const Split& split : splits) {
+    if (!text.empty()) text += ", ";
+    if (split.how == Split::How::chunk) text += str("chunk along dimension ", split.dim);
+    if (split.how == Split::How::whole) text += "whole";
+    if (split.how == Split::How::list) text += "list";
+  }
+  return "[" + text + "]";
+}
+
 std::string describe(const DualPipeOptions& options, const Plan& plan) {
   std::string merges;
   for (const Merge& merge : options.merge_outputs) merges += (merges.empty() ? "" : ", ") + merge_text(merge);
@@ -68,8 +105,9 @@ std::string describe(const DualPipeOptions& options, const Plan& plan) {
              options.on_non_finite == OnNonFinite::error  ? "error"
              : options.on_non_finite == OnNonFinite::skip ? "skip"
                                                           : "keep",
-             ", batch_dim ", options.batch_dim, ", merge_outputs [", merges, "], compare_replicas_every ",
-             options.compare_replicas_every, ", buffers [", buffers, "], seed ",
+             ", batch_dim ", options.batch_dim, ", split inputs ", split_text(options.split.inputs), ", targets ",
+             split_text(options.split.targets), ", extras ", split_text(options.split.extras), ", merge_outputs [",
+             merges, "], compare_replicas_every ", options.compare_replicas_every, ", buffers [", buffers, "], seed ",
              options.seed ? std::to_string(*options.seed) : "none", options.shard_optimizer ? ", shard_optimizer" : "");
 }
 

@@ -12,7 +12,9 @@
 namespace dualpipe::detail {
 
 /// The loss of a step, of the losses of its micro-batches.
-DUALPIPE_DECL at::Tensor reduced(const at::Tensor& losses, LossReduction reduction);
+///
+/// @param weights  of the losses, float64; those of weight 0 do not count, whatever they are. Undefined: all are 1.
+DUALPIPE_DECL at::Tensor reduced(const at::Tensor& losses, LossReduction reduction, const at::Tensor& weights);
 
 /// A step that was committed before its device had finished it.
 class UnfinishedStep {
@@ -20,9 +22,10 @@ class UnfinishedStep {
   /// @param end     over when the device has finished the step.
   /// @param loss    set by finish().
   /// @param losses  in memory of the host; valid at the end.
+  /// @param weights  as in reduced().
   /// @param finding  called at the end: what of the step is not finite; may be null.
   DUALPIPE_DECL UnfinishedStep(Pending end, LossReduction reduction, at::Tensor loss, at::Tensor losses,
-                               std::function<std::string()> finding);
+                               at::Tensor weights, std::function<std::string()> finding);
 
   /// Waits for the end, then sets the loss.
   ///
@@ -35,7 +38,7 @@ class UnfinishedStep {
  private:
   Pending end_;  // empty after finish()
   LossReduction reduction_;
-  at::Tensor loss_, losses_;
+  at::Tensor loss_, losses_, weights_;
   std::function<std::string()> finding_;
 };
 

@@ -24,22 +24,27 @@ void after_commit(const Body& body) {
   }
 }
 
-at::Tensor reduced(const at::Tensor& losses, LossReduction reduction) {
+at::Tensor reduced(const at::Tensor& losses, LossReduction reduction, const at::Tensor& weights) {
+  if (weights.defined()) {
+    const at::Tensor sum = at::where(weights > 0, losses * weights, at::zeros_like(losses)).sum();
+    return reduction == LossReduction::mean ? sum / weights.sum() : sum;
+  }
   return reduction == LossReduction::mean ? losses.mean() : losses.sum();
 }
 
 UnfinishedStep::UnfinishedStep(Pending end, LossReduction reduction, at::Tensor loss, at::Tensor losses,
-                               std::function<std::string()> finding)
+                               at::Tensor weights, std::function<std::string()> finding)
     : end_(std::move(end)),
       reduction_(reduction),
       loss_(std::move(loss)),
       losses_(std::move(losses)),
+      weights_(std::move(weights)),
       finding_(std::move(finding)) {}
 
 void UnfinishedStep::finish() {
   if (end_) {
     after_commit([&] { end_.synchronize(); });
-    loss_.copy_(reduced(losses_, reduction_));
+    loss_.copy_(reduced(losses_, reduction_, weights_));
     end_ = {};
   }
   const std::string found = finding_ ? finding_() : "";

@@ -228,4 +228,11 @@ Schedule make_schedule(const ScheduleSpec& spec) {
   return found->second(spec);
 }
 
+int supported_micro_batches(const ScheduleSpec& spec) {
+  const int N = spec.num_micro_batches;
+  if (spec.kind == "dualpipe") return std::max(N + N % 2, 2 * spec.num_ranks - 2);
+  if (spec.kind == "dualpipev") return std::max(N, 2 * spec.num_ranks - 1);
+  return N;
+}
+
 }  // namespace dualpipe

@@ -36,7 +36,8 @@ struct TimedReduction {
 
 /// In global order. Of sums and transfers that are ready at one time the transfers come first: the step that ends then
 /// may have made them.
-inline std::vector<TimedReduction> timed_reductions(const Schedule& schedule, const Flow& flow, int num_replicas) {
+inline std::vector<TimedReduction> timed_reductions(const Schedule& schedule, const Flow& flow, int num_replicas,
+                                                    const Schedule* held_as) {
   std::vector<TimedReduction> all(schedule.num_stages);
   for (int rank = 0; rank < static_cast<int>(schedule.ranks.size()); ++rank)
     for (std::size_t at = 0; at < schedule.ranks[rank].size(); ++at)
@@ -46,7 +47,10 @@ inline std::vector<TimedReduction> timed_reductions(const Schedule& schedule, co
         if (reduction.ranks.empty() || reduction.ranks.back() != rank) reduction.ranks.push_back(rank);
         ready = std::max(ready, flow.begin[rank][at] + flow.duration[rank][at]);
       });
-  for (int stage = 0; stage < schedule.num_stages; ++stage) all[stage].reduction.stage = stage;
+  for (int stage = 0; stage < schedule.num_stages; ++stage) {
+    all[stage].reduction.stage = stage;
+    if (held_as != nullptr) all[stage].reduction.ranks = holders(*held_as, stage);
+  }
   std::erase_if(all, [&](const TimedReduction& each) {
     return static_cast<std::int64_t>(each.reduction.ranks.size()) * num_replicas < 2;
   });
@@ -225,14 +229,16 @@ class ProgramWriter {
 
 namespace dualpipe {
 
-Program lower(const Schedule& schedule, Publish publish, const PairReady& ready, int num_replicas) {
+Program lower(const Schedule& schedule, Publish publish, const PairReady& ready, int num_replicas,
+              const Schedule* held_as) {
   Costs costs = detail::ordering_costs;
   costs.ready = ready;
   const detail::Flow flow = detail::flow(schedule, costs, publish);
   Program program;
   program.order.reserve(flow.edges.size());
   for (const detail::TimedEdge& edge : flow.edges) program.order.push_back(edge.transfer);
-  const std::vector<detail::TimedReduction> reductions = detail::timed_reductions(schedule, flow, num_replicas);
+  const std::vector<detail::TimedReduction> reductions =
+      detail::timed_reductions(schedule, flow, num_replicas, held_as);
   for (const auto& [reduction, time] : reductions) program.reductions.push_back(reduction);
   program.ranks = detail::ProgramWriter{schedule, flow, reductions}();
   return program;

@@ -138,4 +138,29 @@ Schedule forward_only(const Schedule& training, int num_micro_batches) {
   return schedule;
 }
 
+Schedule with_fewer(const Schedule& schedule, int num_micro_batches) {
+  const int N = schedule.num_micro_batches;
+  DUALPIPE_CHECK(num_micro_batches >= 1 && num_micro_batches <= N, "the number of micro-batches must be 1 to ", N,
+                 ", got ", num_micro_batches);
+  std::vector<int> number(N, -1);  // -1: left out
+  for (int m = 0; m < num_micro_batches; ++m) number[std::int64_t{m} * N / num_micro_batches] = m;
+  Schedule fewer = schedule;
+  fewer.num_micro_batches = num_micro_batches;
+  for (auto& steps : fewer.ranks) {
+    std::vector<Step> left;
+    for (Step step : steps) {
+      if (step.overlapped && number.at(step.overlapped->micro_batch) < 0) step.overlapped.reset();
+      if (number.at(step.op.micro_batch) < 0) {
+        if (!step.overlapped) continue;
+        step = {*step.overlapped, std::nullopt};
+      }
+      step.op.micro_batch = number[step.op.micro_batch];
+      if (step.overlapped) step.overlapped->micro_batch = number[step.overlapped->micro_batch];
+      left.push_back(step);
+    }
+    steps = std::move(left);
+  }
+  return fewer;
+}
+
 }  // namespace dualpipe

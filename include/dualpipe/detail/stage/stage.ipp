@@ -9,6 +9,17 @@
 
 namespace dualpipe {
 
+void StageContext::add_loss(const at::Tensor& loss) const {
+  DUALPIPE_CHECK(added_losses != nullptr, "add_loss of stage ", stage,
+                 " was called outside of a compute function, or of a collective; the context of one call is for that "
+                 "call");
+  DUALPIPE_CHECK(loss.defined(), "stage ", stage, " adds an undefined loss");
+  DUALPIPE_CHECK(loss.numel() == 1 && loss.is_floating_point(), "stage ", stage,
+                 " adds a loss that is not one floating-point element, but of type ", loss.scalar_type(), " and sizes ",
+                 loss.sizes());
+  added_losses->push_back(loss.reshape({}));
+}
+
 Stage::Stage(std::shared_ptr<torch::nn::Module> module)
     : description_(std::make_shared<Description>(Description{.module = std::move(module)})) {}
 

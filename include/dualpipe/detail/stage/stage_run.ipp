@@ -228,21 +228,32 @@ void StageRun::compute(std::size_t begin, std::size_t end) {
   const std::vector<std::uint32_t> extras = detail::versions_of(context_.extras);
   values_ = entered.tensors;
   const detail::LayerRandom::Scope scope(random_);
+  Tensors added;
+  context_.added_losses = &added;
   for (std::size_t i = begin; i < end; ++i) {
     node_name_ = stage_->nodes()[i].name;
     enter_layer(i, begin);
     values_ = stage_->nodes()[i].compute(values_, context_);
   }
+  context_.added_losses = nullptr;
   if (begin < end) leave_layer(end - 1);
   Node& node = nodes_.emplace_back();
+  Tensors roots;
   if (loss_ && advanced()) {
     random_.begin("");
-    const at::Tensor value = detail::compute_loss(loss_, values_, context_.stage);
-    loss_value_ = value.detach();
-    if (context_.training) node.graph = detail::BackwardGraph(entered, {value});
+    roots = {detail::compute_loss(loss_, values_, context_.stage)};
+    loss_value_ = roots[0].detach();
   } else if (context_.training) {
-    node.graph = detail::BackwardGraph(entered, values_);
+    roots = values_;
   }
+  if (!added.empty()) {
+    at::Tensor sum = added[0];
+    for (std::size_t i = 1; i < added.size(); ++i) sum = sum + added[i];
+    node.added = sum.detach();
+    added_loss_ = added_loss_.defined() ? added_loss_ + node.added : node.added;
+    roots.push_back(std::move(sum));
+  }
+  if (context_.training) node.graph = detail::BackwardGraph(entered, roots);
   writes.check(detail::str("stage ", context_.stage));
   DUALPIPE_CHECK(
       detail::versions_of(context_.extras) == extras, "stage ", context_.stage,
@@ -261,7 +272,8 @@ void StageRun::launch(const std::shared_ptr<const Communication>& communication)
     return std::any_of(moving_->moves.begin(), moving_->moves.end(),
                        [&](int moved) { return moved == pair.first || moved == pair.second; });
   });
-  nodes_.push_back({{}, communication, context_.training ? std::move(launched.handle) : nullptr, false});
+  nodes_.push_back(
+      {.communication = communication, .handle = context_.training ? std::move(launched.handle) : nullptr});
 }
 
 void StageRun::settle() {
@@ -287,8 +299,9 @@ Tensors StageRun::leaves() const {
   return all;
 }
 
-void StageRun::start_backward(Tensors output_gradients, bool whole_first) {
+void StageRun::start_backward(Tensors output_gradients, bool whole_first, double added_gradient) {
   backward_ = true;
+  added_gradient_ = added_gradient;
   whole_first_ = whole_first;
   next_ = num_nodes_ - 1;
   values_ = std::move(output_gradients);
@@ -299,6 +312,8 @@ void StageRun::advance_backward(int index) {
   if (!node.communication) {
     if (node.beginning) recompute(index);
     node.whole = !split_ || (index == 0 && whole_first_);
+    if (node.added.defined())
+      values_.push_back(added_gradient_ == 0 ? at::Tensor() : at::full_like(node.added, added_gradient_));
     values_ = node.whole ? node.graph.backward(values_) : node.graph.backward_input(values_, &owner_);
     return;
   }
