@@ -9,6 +9,7 @@
 
 #include "dualpipe/pipeline/group_collectives.hpp"
 #include "dualpipe/pipeline/tracer.hpp"
+#include "dualpipe/train/sharded_optimizer.hpp"
 #include "forwarding.hpp"
 #include "lagging_communicator.hpp"
 #include "pipeline/chains.hpp"
@@ -158,6 +159,35 @@ TEST(EmulatedPipeline, ReplicasTrainAsOneProcess) {
     expect_replicas_equal_one_process(kind, /*communicates=*/false, /*one_at_a_time=*/true);
     expect_replicas_equal_one_process(kind, /*communicates=*/true, /*one_at_a_time=*/false);
   }
+}
+
+TEST(EmulatedPipeline, AShardedOptimizerTrainsAsOneProcess) {
+  constexpr int kRanks = 2, kReplicas = 2, kMicroBatches = 4;
+  constexpr double kRate = 0.1;
+  const auto batch_of = [](int replica) { return random_batch(2 * kMicroBatches, 10 + replica); };
+  std::vector<Reference> truths;
+  for (int replica = 0; replica < kReplicas; ++replica)
+    truths.push_back(
+        reference(layer, kRanks, batch_of(replica), kMicroBatches, squared_error(), 1.0 / (kReplicas * kMicroBatches)));
+  const testing::NcclEmulation emulation(kRanks * kReplicas);
+  run_emulated(emulation, kRanks * kReplicas, {.timeout = 30s}, [&](const EmulatedRank& rank) {
+    const auto lagging = std::make_shared<LaggingCommunicator>(rank.communicator, std::make_shared<AsyncRank>(rank));
+    const Mesh mesh(lagging, {.pipeline = kRanks, .data = kReplicas});
+    DualPipe pipe(mesh, {.num_micro_batches = kMicroBatches, .shard_optimizer = true}, as_factory(layer));
+    ShardedOptimizer optimizer(pipe, std::make_unique<torch::optim::SGD>(pipe->owned_parameters(), kRate));
+    pipe->step(batch_of(mesh.replica()), squared_error());
+    optimizer.step();
+    for (const auto& child : pipe->named_children()) {
+      const int stage = std::stoi(child.key().substr(5));
+      const auto before = layer(stage).module->named_parameters();
+      for (const auto& item : child.value()->named_parameters()) {
+        at::Tensor expected = before[item.key()].detach();
+        for (const Reference& truth : truths) expected = expected - kRate * truth.gradients.at(stage).at(item.key());
+        EXPECT_LE(difference(item.value(), expected), 1e-12) << child.key() << item.key();
+      }
+    }
+  });
+  expect_clean(emulation);
 }
 
 TEST(EmulatedPipeline, AStepReadsNothingFromTheDeviceButItsData) {
