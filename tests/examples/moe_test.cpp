@@ -218,6 +218,7 @@ TEST_P(MoeGradients, AreThoseOfAPlainModelInOneProcess) {
   }
 
   run_ranks(layout.num_ranks, [&](std::shared_ptr<Communicator> world) {
+    at::set_num_threads(1);  // of this rank; else each takes all cores
     if (layout.slow) world = testing::delayed_links(world, {std::chrono::microseconds(300), 1e8});
     if (layout.serial) world = testing::serial(world);
     const Mesh mesh(world, {.pipeline = layout.num_ranks / layout.num_pipelines,
