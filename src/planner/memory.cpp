@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstddef>
 #include <iterator>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,7 +30,8 @@ void check_stage(const StageMemory& costs, const std::string& of) {
 class Holder {
  public:
   /// @param stages  of which a rank holds, each with the state that a rank has.
-  explicit Holder(const std::vector<StageMemory>& stages) : stages_(stages), held_(stages.size(), false) {}
+  Holder(const std::vector<StageMemory>& stages, const std::optional<double>& kept)
+      : stages_(stages), kept_(kept), held_(stages.size(), false) {}
 
   void run(const Step& step) {
     detail::visit_ops(step, [&](const Op& op) { begin(op); });
@@ -48,6 +50,7 @@ class Holder {
                    stages_.size(), " stages");
     if (!held_[op.stage]) result_.state += stages_[op.stage].state;
     held_[op.stage] = true;
+    if (detail::is_backward(op.pass)) add(freed_between(op));
     if (op.pass != Pass::Forward) return;
     add(stages_[op.stage].activation);
     result_.peak_activations = std::max(result_.peak_activations, ++activations_);
@@ -55,6 +58,7 @@ class Holder {
 
   void end(const Op& op) {
     const StageMemory& costs = stages_[op.stage];
+    if (op.pass == Pass::Forward) now_ -= freed_between(op);
     if (detail::is_backward(op.pass)) {
       now_ -= costs.activation;
       --activations_;
@@ -69,12 +73,16 @@ class Holder {
     }
   }
 
+  /// Of an activation, from its forward to its backward.
+  double freed_between(const Op& op) const { return kept_ ? stages_[op.stage].activation - *kept_ : 0; }
+
   void add(double amount) {
     now_ += amount;
     peak_ = std::max(peak_, now_);
   }
 
   const std::vector<StageMemory>& stages_;
+  const std::optional<double>& kept_;
   std::vector<bool> held_;
   RankMemory result_;
   double now_ = 0, peak_ = 0;
@@ -92,6 +100,15 @@ void check(const MemoryCosts& costs, int num_stages) {
                  " stages, but the schedule has ", num_stages);
   for (std::size_t stage = 0; stage < costs.stages.size(); ++stage)
     check_stage(costs.stages[stage], detail::str(" of stage ", stage));
+  if (!costs.kept) return;
+  check_memory(*costs.kept, "what stays of an activation", "");
+  const auto check_kept = [&](double activation, const std::string& of) {
+    DUALPIPE_CHECK(*costs.kept <= activation, *costs.kept, " cannot stay of an activation", of, ", which takes ",
+                   activation);
+  };
+  if (costs.stages.empty()) check_kept(costs.activation, "");
+  for (std::size_t stage = 0; stage < costs.stages.size(); ++stage)
+    check_kept(costs.stages[stage].activation, detail::str(" of stage ", stage));
 }
 
 std::vector<RankMemory> memory(const Schedule& schedule, const MemoryCosts& costs) {
@@ -105,7 +122,7 @@ std::vector<RankMemory> memory(const Schedule& schedule, const MemoryCosts& cost
   std::vector<RankMemory> result;
   result.reserve(schedule.ranks.size());
   for (const auto& steps : schedule.ranks) {
-    Holder holder(stages);
+    Holder holder(stages, costs.kept);
     for (const Step& step : steps) holder.run(step);
     result.push_back(holder.result());
   }

@@ -76,6 +76,19 @@ std::vector<SendCost> moved(const std::vector<SendCost>& sends, int described, i
 
 }  // namespace
 
+CostModel recomputed(CostModel model, double kept) {
+  Costs& time = model.time;
+  const auto forward_of = [&](int stage) {
+    return stage < std::ssize(time.stages) ? time.stages[stage].forward : time.forward;
+  };
+  for (PairCost& pair : time.pairs) pair.duration += forward_of(pair.backward);
+  for (StageCosts& stage : time.stages) stage.backward += stage.forward;
+  time.backward += time.forward;
+  time.pair += time.forward;
+  model.memory.kept = kept;
+  return model;
+}
+
 CostModel spread(const CostModel& model, int described, int num_stages) {
   DUALPIPE_CHECK(described >= 1 && num_stages >= 1, "costs of ", described, " stages cannot be spread over ",
                  num_stages);

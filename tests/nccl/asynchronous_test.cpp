@@ -19,7 +19,8 @@ using namespace std::chrono_literals;
 constexpr int num_ranks = 2;
 constexpr int num_micro_batches = 4;
 
-/// Holds back the sum of the losses, a step's last operation, until the gate opens.
+/// Holds back the sum of the losses and the number of gradients that are not finite, a step's last operation, until the
+/// gate opens.
 class GatedNccl final : public ForwardingNccl {
  public:
   GatedNccl(std::shared_ptr<detail::NcclApi> inner, const testing::NcclEmulation& emulation)
@@ -27,7 +28,7 @@ class GatedNccl final : public ForwardingNccl {
   void all_reduce(void* data, std::size_t count, at::ScalarType dtype, Reduce reduce, detail::NcclComm comm,
                   detail::DeviceStream stream) override {
     const std::lock_guard lock(mutex_);
-    if (gate_ && dtype == at::kDouble && count == num_micro_batches)
+    if (gate_ && dtype == at::kDouble && count == num_micro_batches + 1)
       emulation_.run(stream, [gate = gate_] { gate->wait(); });
     inner_->all_reduce(data, count, dtype, reduce, comm, stream);
   }

@@ -332,7 +332,9 @@ TEST(EmulatedFailure, AForgottenEventIsCaughtInAStep) {
   std::string messages;
   for (setting.seed = 1; setting.seed <= 40; ++setting.seed) {
     const std::string message = message_of([&] { run_pipeline(setting, step, forgets); });
-    if (wrong > 0 || message.find("disagree") != std::string::npos) return;
+    if (wrong > 0 || message.find("disagree") != std::string::npos ||
+        message.find("is not finite") != std::string::npos)
+      return;
     messages += message + '\n';
   }
   ADD_FAILURE() << messages;

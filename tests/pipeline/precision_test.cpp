@@ -166,9 +166,9 @@ TEST(GradientDtype, TrainsWithMasterWeightsAsOneProcess) {
             comm, {.num_micro_batches = kMicroBatches, .schedule = kind.name, .gradient_dtype = GradientDtype::float32},
             as_factory(layers_in(dtype)));
         MasterWeights weights(pipe->parameters());
-        torch::optim::AdamW mine(weights.masters(), torch::optim::AdamWOptions(0.01));
+        torch::optim::AdamW mine(pipe->parameters(), torch::optim::AdamWOptions(0.01));
         for (std::uint64_t step = 0; step < 3; ++step) {
-          pipe->zero_grad();
+          mine.zero_grad();
           pipe->step(batch_in(dtype, step), error_in_float());
           if (step == 0 || kind.one_order) expect_sums(pipe, sums[step], kind.one_order);
           weights.step(mine);
@@ -231,19 +231,23 @@ TEST(MasterWeights, BadInput) {
   const auto wide = torch::ones({2}).requires_grad_();
   MasterWeights weights({weight, wide});
   EXPECT_TRUE(weights.masters()[1].is_same(wide));
-  torch::optim::SGD optimizer(weights.masters(), 1e-3);
+  torch::optim::SGD optimizer({weight, wide}, torch::optim::SGDOptions(1e-3).momentum(0.5));
   for (int step = 0; step < 8; ++step) {
     weight.mutable_grad() = torch::ones({2});
     weights.step(optimizer);
   }
   EXPECT_FALSE(wide.grad().defined());
-  EXPECT_NEAR(weight[0].item<double>(), 0.992, 0.002);  // a single step of a thousandth would be lost
+  EXPECT_TRUE(optimizer.param_groups()[0].params()[0].is_same(weight));
+  EXPECT_EQ(optimizer.state().count(weight.unsafeGetTensorImpl()), 1u);  // as a checkpoint looks for it
+  EXPECT_NEAR(weight[0].item<double>(), 0.986, 0.002);                   // a step of a thousandth alone would be lost
+  // What was set by others counts.
   {
     const at::NoGradGuard no_grad;
-    weight.fill_(3);
+    weight[1] = 3;
   }
-  weights.take_values();
+  weights.take_gradients();
   EXPECT_EQ(weights.masters()[0][1].item<double>(), 3);
+  EXPECT_NE(weights.masters()[0][0].item<double>(), weight[0].item<double>());
 }
 
 // --- not finite

@@ -106,6 +106,40 @@ TEST(Memory, AddsWhatStagesHold) {
   expect_refused([&] { memory(schedule, {.stages = {{}, {.weight = infinity}, {}}}); }, "of stage 1");
 }
 
+TEST(Memory, OfStagesThatAreComputedAgain) {
+  // GPipe on two ranks: all forwards first, and each holds its activation while it runs.
+  const Schedule gpipe = make_schedule({"gpipe", 2, 6});
+  EXPECT_EQ(memory(gpipe, {.activation = 10, .state = 3})[0].peak, 63);
+  EXPECT_EQ(memory(gpipe, {.activation = 10, .state = 3, .kept = 1})[0].peak, 3 + 5 * 1 + 10);
+  EXPECT_EQ(memory(gpipe, {.activation = 10, .kept = 10})[0].peak, memory(gpipe, {.activation = 10})[0].peak);
+  // In a pair the activation of its forward and the one that is computed again count.
+  const Schedule dualpipe = make_schedule({"dualpipe", 4, 8});
+  for (const RankMemory& rank : memory(dualpipe, {.activation = 10, .kept = 0})) EXPECT_EQ(rank.peak, 20);
+  expect_refused([&] { memory(gpipe, {.kept = -1}); },
+                 "what stays of an activation must be finite and not negative, got -1");
+  expect_refused([&] { memory(gpipe, {.kept = 2}); }, "2 cannot stay of an activation, which takes 1");
+  expect_refused([&] { memory(gpipe, {.stages = {{3}, {1}}, .kept = 2}); },
+                 "of an activation of stage 1, which takes 1");
+}
+
+TEST(Spread, ModelsThatAreComputedAgain) {
+  const CostModel model{.time = {.forward = 1, .backward = 2, .weight = 1, .pair = 2.5, .pairs = {{0, 1, 4}}},
+                        .memory = {.activation = 4}};
+  const CostModel again = recomputed(model, 0.5);
+  EXPECT_EQ(again.time.backward, 3);
+  EXPECT_EQ(again.time.weight, 1);
+  EXPECT_EQ(again.time.pair, 3.5);
+  EXPECT_EQ(again.time.pairs[0].duration, 5);
+  const CostModel finer = spread(again, 2, 4);
+  EXPECT_EQ(finer.memory.activation, 2);
+  EXPECT_EQ(finer.memory.kept, 0.5);  // a boundary is as large as before
+  CostModel uneven = model;
+  uneven.time.stages = {{1, 2, 1}, {2, 4, 2}};
+  uneven = recomputed(uneven, 0);
+  EXPECT_EQ(uneven.time.stages[1].backward, 6);
+  EXPECT_EQ(uneven.time.pairs[0].duration, 6);
+}
+
 TEST(Memory, AShardedOptimizerIsSpreadOverHoldersAndReplicas) {
   // 18 bytes a parameter, of which 12 are the optimizer's; S = 1 / P of the parameters.
   for (const int replicas : {1, 2, 5}) {

@@ -170,6 +170,12 @@ TEST_F(PlanCosts, CompareTakesFilesAndLimits) {
   write("four.json", R"({"stages": [{"forward": 1.3}, {}, {}, {"forward": 1.5}]})");
   EXPECT_EQ(json_of("compare --ranks 2,8 --microbatches 16 --costs four.json")["stages_described"], 4);
 
+  const json rows =
+      json_of("compare 1f1b --ranks 4 --microbatches 8 --memory 1,0,0 --recompute 0.1 --publish atomic")["rows"];
+  EXPECT_DOUBLE_EQ(rows[0]["peak_memory"], 1 + 3 * 0.1);
+  EXPECT_EQ(rows[0]["makespan"], 11 * 4);  // forwards of 1, backwards of 3
+  expect_refused("compare --ranks 4 --microbatches 8 --recompute 2", 1, "2 cannot stay of an activation");
+
   expect_refused("compare", 2, "needs --ranks and --microbatches");
   expect_refused("compare --ranks 4", 2, "needs --ranks and --microbatches");
   expect_refused("compare --ranks 4,0 --microbatches 8", 2, "--ranks");

@@ -30,9 +30,15 @@ struct MeasuredCosts {
 /// @throws InvalidArgument  no training step, or one where some stage does nothing.
 MeasuredCosts measure_costs(const Timeline& trace);
 
+/// The same model whose stages are computed again before their backward (Stage::recompute): each backward, and each pair,
+/// takes another forward.
+///
+/// @param kept  see MemoryCosts.
+CostModel recomputed(CostModel model, double kept);
+
 /// The same model cut into another number of equally long stages. Half a stage takes half the time and memory. Old
 /// boundaries that remain keep their transfer times, links keep theirs, new boundaries take `send`. Pairs keep the
-/// share that overlapping saves on average.
+/// share that overlapping saves on average. What stays of an activation that is computed again stays as large.
 ///
 /// @param described  how many stages the costs describe, if they do not list them.
 /// @throws InvalidArgument  lists of another length than `described`.

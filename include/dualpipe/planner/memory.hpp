@@ -1,5 +1,6 @@
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "dualpipe/schedule/schedule.hpp"
@@ -25,6 +26,9 @@ struct MemoryCosts {
   /// stage, in all replicas of the pipeline; 0: it does not.
   double sharded = 0;
   int replicas = 1;
+  /// Stages are computed again before their backward (Stage::recompute): what stays of an activation from the end of F to
+  /// the start of B or I, the inputs of a stage. At most the activation. Empty: all of it stays.
+  std::optional<double> kept = {};
   bool operator==(const MemoryCosts&) const = default;
 };
 

@@ -100,6 +100,13 @@ class Stage {
   /// this stage and those behind it return then wait each time for what the sender's host says of it; of all others,
   /// what has come once is expected again, and something else is an error. On the CPU it makes no difference.
   DUALPIPE_DECL Stage& data_dependent_shapes(bool depend);
+  /// true: of the computing nodes added so far, and of those of stages appended so far, a training step keeps what goes
+  /// in only, and computes them again before their backward. That takes the time of another forward, for the memory of
+  /// all that the backward needs, from the forward to the backward. Gradients are the same bit for bit: the second run
+  /// draws the same random numbers, and buffers are put back behind it. A node must give the same twice, and not read
+  /// what it changes; writing into what it is given is an error. Side by side, nodes with and without it are nodes of the
+  /// chain of their own, as if a collective were between them. A loss is not computed again.
+  DUALPIPE_DECL Stage& recompute(bool recompute);
   /// The nodes added so far, and those of stages appended so far, are of the layer `name` of the model, which the random
   /// numbers that they draw are seeded by (DualPipeOptions::seed). split() calls it; a stage of other nodes has the name
   /// "stage<k>". Layers of one name draw the same.
@@ -122,15 +129,19 @@ class Stage {
   std::optional<int> num_inputs() const noexcept { return description_->num_inputs; }
   DUALPIPE_DECL std::vector<std::string> node_names() const;
 
-  /// What runs as one piece: compute nodes that follow one another are one node of the chain, with one autograd graph.
+  /// What runs as one piece: compute nodes that follow one another are one node of the chain, with one autograd graph,
+  /// but for recompute().
   /// One letter per node, as pair_order takes them: 'C' computes, 'X' communicates. A stage without nodes is "C".
   ///
-  /// @param with_loss  the loss needs a graph: a stage that ends in a collective gets a node for it.
+  /// @param with_loss  the loss needs a graph: a stage that ends in a collective, or in a node that is computed again,
+  ///                   gets a node for it.
   DUALPIPE_DECL std::string structure(bool with_loss = false) const;
   /// Length of structure().
   DUALPIPE_DECL int num_nodes(bool with_loss = false) const;
   /// Whether it has a collective.
   DUALPIPE_DECL bool communicates() const;
+  /// Whether a node of the chain is computed again before its backward.
+  DUALPIPE_DECL bool recomputes(int node) const;
   /// Of a node of the chain, for messages and pictures: "attention", "norm to MLP", "loss".
   DUALPIPE_DECL std::string chain_name(int node) const;
 
@@ -144,6 +155,7 @@ class Stage {
     std::string name;
     Compute compute;
     std::shared_ptr<const Communication> communication;
+    bool recompute = false;
     std::string layer = {};        // of the model; empty: that of the stage
     bool goes_on = false;          // a node before is of this layer
     bool to_be_continued = false;  // a node behind is
@@ -170,6 +182,8 @@ class Stage {
   /// Of this stage alone, to be changed.
   DUALPIPE_DECL Description& change(const std::string& what);
   DUALPIPE_DECL void add(Node node);
+  /// Puts node `index` behind the last of the chain.
+  static DUALPIPE_DECL void link(Description& own, std::size_t index);
   const std::vector<Node>& nodes() const { return description_->nodes; }
   /// Of a node of the chain; empty for one that the chain has only for the loss, or for an empty stage.
   DUALPIPE_DECL Segment segment(int node) const;

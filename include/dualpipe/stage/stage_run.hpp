@@ -1,7 +1,9 @@
 #pragma once
 
+#include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -91,17 +93,33 @@ class StageRun {
   bool keeps_handle(int node) const { return nodes_[node].handle != nullptr; }
 
  private:
+  /// What a node that is computed again begins with.
+  struct Beginning {
+    Tensors inputs = {};
+    std::vector<std::uint32_t> versions = {};  // of the inputs
+    detail::SharedPairs shared = {};
+    detail::LayerRandom random;
+    std::vector<at::Generator> generators = {};  // LibTorch's, where the pipeline has no seed
+    std::vector<at::Tensor> states = {};         // of the generators
+    Tensors leaves = {};                         // what its backward will accumulate into; of the first step only
+  };
   /// What one node of the chain left.
   struct Node {
     detail::BackwardGraph graph = {};                         // computing nodes; empty outside of training
     std::shared_ptr<const Communication> communication = {};  // null: the node computes
     std::shared_ptr<void> handle = {};                        // of the collective
     bool whole = false;                                       // the weight part ran with the input part
+    std::unique_ptr<Beginning> beginning = {};                // null: the graph is there
   };
 
   DUALPIPE_DECL void advance_forward(int index);
   DUALPIPE_DECL void advance_backward(int index);
   DUALPIPE_DECL void compute(std::size_t begin, std::size_t end);
+  DUALPIPE_DECL std::unique_ptr<Beginning> beginning() const;
+  /// Runs node `index` of the chain again, for its graph.
+  DUALPIPE_DECL void recompute(int index);
+  /// For that: a run of its own, in which nothing has been computed.
+  DUALPIPE_DECL StageRun(const StageRun& of, const Beginning& beginning);
   /// What node `index` draws is that of its layer. @param begin  of the segment.
   DUALPIPE_DECL void enter_layer(std::size_t index, std::size_t begin);
   DUALPIPE_DECL void leave_layer(std::size_t index);

@@ -206,6 +206,7 @@ void add_compare(CLI::App& app) {
       ->option_text("K");
   add_costs(command, options->costs);
   add_memory(command, options->costs);
+  add_recompute(command, options->costs);
   add_sharding(command, options->costs);
   command.add_option("--memory-limit", options->memory_limit, "mark what needs more memory on some rank")
       ->option_text("X");

@@ -158,6 +158,7 @@ CostModel CostOptions::of(int num_ranks, int num_stages) const {
     const auto [activation, weight, state] = parse_numbers<3>("--memory", memory, "activation,weight part,state");
     model.memory = {activation, weight, state, {}};
   }
+  if (recompute) model = recomputed(std::move(model), *recompute);
   if (shard_optimizer) {
     model.memory.sharded = optimizer_share;
     model.memory.replicas = replicas;
@@ -235,6 +236,14 @@ void add_memory(CLI::App& command, CostOptions& costs) {
                   "memory of a stage for each activation that it holds, for each weight part that waits, and for its "
                   "parameters and optimizer (default: 1,0,0, or the file's)")
       ->option_text("ACTIVATION,WEIGHT,STATE");
+}
+
+void add_recompute(CLI::App& command, CostOptions& costs) {
+  command
+      .add_option("--recompute", costs.recompute,
+                  "stages are computed again before their backward, which takes another forward; so much stays of an "
+                  "activation in between")
+      ->option_text("KEPT");
 }
 
 void add_sharding(CLI::App& command, CostOptions& costs) {

@@ -14,8 +14,9 @@ namespace dualpipe::planner::tool {
 struct CostOptions {
   std::string costs = "1,2,1,3";  ///< durations, or the path of a costs file or of a trace
   std::optional<double> send;
-  std::string ready;   ///< of a pair's results: activation,gradient
-  std::string memory;  ///< activation,weight part,state
+  std::string ready;                ///< of a pair's results: activation,gradient
+  std::string memory;               ///< activation,weight part,state
+  std::optional<double> recompute;  ///< what stays of an activation
   bool shard_optimizer = false;
   double optimizer_share = 12.0 / 18;  ///< of the state
   int replicas = 1;
@@ -41,6 +42,8 @@ struct CostOptions {
 void add_costs(CLI::App& command, CostOptions& costs);
 /// --memory
 void add_memory(CLI::App& command, CostOptions& costs);
+/// --recompute
+void add_recompute(CLI::App& command, CostOptions& costs);
 
 /// --shard-optimizer, --optimizer-share, --replicas
 void add_sharding(CLI::App& command, CostOptions& costs);

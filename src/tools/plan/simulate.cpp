@@ -141,6 +141,7 @@ void add_simulate(CLI::App& app) {
   add_output(command, options->output, {"text", "json", "svg", "trace"});
   add_costs(command, options->costs);
   add_memory(command, options->costs);
+  add_recompute(command, options->costs);
   add_sharding(command, options->costs);
   add_publish(command, options->publish);
   CLI::Option* jitter = command

@@ -47,16 +47,30 @@ Stage::Description& Stage::change(const std::string& what) {
 
 void Stage::add(Node node) {
   Description& own = change(detail::str("node '", node.name, "' is added"));
-  const std::size_t index = own.nodes.size();
   node.goes_on = node.to_be_continued = false;
   for (auto before = own.nodes.rbegin(); before != own.nodes.rend() && !node.goes_on; ++before)
     if (before->layer == node.layer) before->to_be_continued = node.goes_on = true;
-  const bool joins = !node.communication && !own.nodes.empty() && !own.nodes.back().communication;
   own.nodes.push_back(std::move(node));
-  if (joins)
+  link(own, own.nodes.size() - 1);
+}
+
+void Stage::link(Description& own, std::size_t index) {
+  const Node& node = own.nodes[index];
+  const Node* const before = index > 0 ? &own.nodes[index - 1] : nullptr;
+  if (before != nullptr && !node.communication && !before->communication && node.recompute == before->recompute)
     own.chain.back().end = index + 1;
   else
     own.chain.push_back({index, index + 1});
+}
+
+Stage& Stage::recompute(bool recompute) {
+  Description& own = change("recompute is set");
+  own.chain.clear();
+  for (std::size_t i = 0; i < own.nodes.size(); ++i) {
+    own.nodes[i].recompute = recompute && !own.nodes[i].communication;
+    link(own, i);
+  }
+  return *this;
 }
 
 Stage& Stage::append(const std::string& name, const Stage& next) {
@@ -107,8 +121,14 @@ std::vector<std::string> Stage::node_names() const {
 std::string Stage::structure(bool with_loss) const {
   std::string letters;
   for (const Segment& segment : description_->chain) letters += nodes()[segment.begin].communication ? 'X' : 'C';
-  if (letters.empty() || (with_loss && letters.back() == 'X')) letters += 'C';
+  const bool ends_without_graph = letters.empty() || letters.back() == 'X' || nodes().back().recompute;
+  if (letters.empty() || (with_loss && ends_without_graph)) letters += 'C';
   return letters;
+}
+
+bool Stage::recomputes(int node) const {
+  const auto [begin, end] = segment(node);
+  return begin != end && nodes()[begin].recompute;
 }
 
 int Stage::num_nodes(bool with_loss) const { return static_cast<int>(structure(with_loss).size()); }

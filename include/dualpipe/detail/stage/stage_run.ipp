@@ -7,7 +7,9 @@
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -70,7 +72,85 @@ inline Tensors take_moved(Tensors& values, const std::vector<int>& moves) {
   return moved;
 }
 
+/// Gives the buffers of a module their values back, unseen by graphs that have saved them.
+class KeptBuffers {
+ public:
+  explicit KeptBuffers(const torch::nn::Module* module) {
+    if (module == nullptr) return;
+    for (const at::Tensor& buffer : module->buffers())
+      if (buffer.defined() && !buffer.is_inference()) kept_.emplace_back(buffer, buffer.detach().clone());
+  }
+  ~KeptBuffers() {
+    const at::NoGradGuard no_grad;
+    for (const auto& [buffer, value] : kept_)
+      if (buffer.sizes() == value.sizes()) buffer.variable_data().copy_(value);
+  }
+  KeptBuffers(const KeptBuffers&) = delete;
+  KeptBuffers& operator=(const KeptBuffers&) = delete;
+
+ private:
+  std::vector<std::pair<at::Tensor, at::Tensor>> kept_;
+};
+
+/// Exchanges the states of generators until the end.
+class ExchangedStates {
+ public:
+  ExchangedStates(std::vector<at::Generator> generators, const std::vector<at::Tensor>& states)
+      : generators_(std::move(generators)), before_(states_of(generators_)) {
+    set_states(generators_, states);
+  }
+  ~ExchangedStates() { set_states(generators_, before_); }
+  ExchangedStates(const ExchangedStates&) = delete;
+  ExchangedStates& operator=(const ExchangedStates&) = delete;
+
+ private:
+  std::vector<at::Generator> generators_;
+  std::vector<at::Tensor> before_;
+};
+
+/// LibTorch's default ones, of the CPU and of the device where the tensors are.
+inline std::vector<at::Generator> generators_of(const Tensors& tensors) {
+  for (const at::Tensor& tensor : tensors)
+    if (tensor.defined() && !tensor.is_cpu()) return default_generators(tensor.device());
+  return default_generators(at::kCPU);
+}
+
 }  // namespace detail
+
+StageRun::StageRun(const StageRun& of, const Beginning& beginning)
+    : stage_(of.stage_),
+      context_(of.context_),
+      random_(beginning.random),
+      num_nodes_(1),
+      split_(of.split_),
+      owner_(of.owner_),
+      values_(beginning.inputs),
+      shared_(beginning.shared) {}
+
+std::unique_ptr<StageRun::Beginning> StageRun::beginning() const {
+  auto result = std::make_unique<Beginning>(
+      Beginning{.inputs = values_, .versions = detail::versions_of(values_), .shared = shared_, .random = random_});
+  if (!random_.on()) result->generators = detail::generators_of(values_);
+  result->states = detail::states_of(result->generators);
+  return result;
+}
+
+void StageRun::recompute(int index) {
+  Node& node = nodes_[index];
+  const std::unique_ptr<Beginning> kept = std::move(node.beginning);
+  const Stage::Segment segment = stage_->segment(index);
+  DUALPIPE_CHECK(
+      detail::versions_of(kept->inputs) == kept->versions, "what node '", stage_->chain_name(index), "' of stage ",
+      context_.stage,
+      " is to be computed again from was written to in place since; return a clone() from where it comes from, "
+      "or say recompute(false)");
+  const c10::AutoGradMode grad_mode(true);
+  const detail::KeptBuffers buffers(owner_.module.get());
+  const detail::ExchangedStates random(kept->generators, kept->states);
+  StageRun again(*this, *kept);
+  again.compute(segment.begin, segment.end);
+  node.graph = std::move(again.nodes_.back().graph);
+}
 
 StageRun::StageRun(const Stage& stage, Tensors inputs, StageContext context, StageLoss loss, detail::SharedPairs shared)
     : stage_(&stage),
@@ -101,7 +181,17 @@ void StageRun::advance_forward(int index) {
   const c10::AutoGradMode grad_mode(context_.training);
   const Stage::Segment segment = stage_->segment(index);
   if (segment.begin == segment.end || !stage_->nodes()[segment.begin].communication) {
+    std::unique_ptr<Beginning> kept = context_.training && stage_->recomputes(index) ? beginning() : nullptr;
     compute(segment.begin, segment.end);
+    if (!kept) return;
+    Node& node = nodes_.back();
+    if (context_.step == 0) kept->leaves = node.graph.leaves();
+    node.graph = {};
+    DUALPIPE_CHECK(detail::versions_of(kept->inputs) == kept->versions, "stage ", context_.stage,
+                   " writes in place into what node '", node_name_,
+                   "' is given, from which it is to be computed again; write into a clone() of it, or say "
+                   "recompute(false)");
+    node.beginning = std::move(kept);
     return;
   }
   const Stage::Node& node = stage_->nodes()[segment.begin];
@@ -192,7 +282,8 @@ void StageRun::finish_forward() {
 Tensors StageRun::leaves() const {
   Tensors all;
   for (const Node& node : nodes_)
-    for (at::Tensor& leaf : node.graph.leaves()) all.push_back(std::move(leaf));
+    for (at::Tensor& leaf : node.beginning ? node.beginning->leaves : node.graph.leaves())
+      all.push_back(std::move(leaf));
   return all;
 }
 
@@ -206,6 +297,7 @@ void StageRun::start_backward(Tensors output_gradients, bool whole_first) {
 void StageRun::advance_backward(int index) {
   Node& node = nodes_[index];
   if (!node.communication) {
+    if (node.beginning) recompute(index);
     node.whole = !split_ || (index == 0 && whole_first_);
     values_ = node.whole ? node.graph.backward(values_) : node.graph.backward_input(values_, &owner_);
     return;
