@@ -33,6 +33,27 @@ std::shared_ptr<Communicator> connect(const std::string& name, int epoch = 0) {
   return connect_sockets(World::from_env(), options);
 }
 
+/// The first weights of stages that are made by hand, and whether random numbers follow from a seed.
+std::pair<std::vector<double>, bool> made_by_hand(const std::shared_ptr<Communicator>& comm) {
+  bool seeded = false;
+  DualPipe pipe(comm, {.num_micro_batches = 2 * comm->size()}, [&](int) {
+    Noisy module;
+    return Stage(module).compute("draw", [&, module](const Tensors& x, const StageContext& context) mutable {
+      seeded = context.random.has_value();
+      return module->forward(x[0], {});
+    });
+  });
+  pipe->step(noisy_batch(2 * comm->size(), 0), squared_error());
+  std::vector<double> firsts;
+  for (const int stage : pipe->local_stages())
+    firsts.push_back(
+        pipe->named_children()["stage" + std::to_string(stage)]->parameters()[0].flatten()[0].item<double>());
+  return {firsts, seeded};
+}
+
+/// The first test of the program: later ones seed.
+TEST(Rank, AProcessBeginsWithASeedOfItsOwn) { EXPECT_FALSE(made_by_hand(connect("unseeded")).second); }
+
 TEST(Rank, GradientsEqualOneProcess) {
   const auto comm = connect("gradients");
   for (const std::string& kind : schedule_kinds()) {
@@ -130,28 +151,9 @@ TEST(Rank, DropoutOfASeedEqualsOneProcess) {
     }
 }
 
-/// The first weights of stages that are made by hand, and whether random numbers follow from a seed.
-std::pair<std::vector<double>, bool> made_by_hand(const std::shared_ptr<Communicator>& comm) {
-  bool seeded = false;
-  DualPipe pipe(comm, {.num_micro_batches = 2 * comm->size()}, [&](int) {
-    Noisy module;
-    return Stage(module).compute("draw", [&, module](const Tensors& x, const StageContext& context) mutable {
-      seeded = context.random.has_value();
-      return module->forward(x[0], {});
-    });
-  });
-  pipe->step(noisy_batch(2 * comm->size(), 0), squared_error());
-  std::vector<double> firsts;
-  for (const int stage : pipe->local_stages())
-    firsts.push_back(
-        pipe->named_children()["stage" + std::to_string(stage)]->parameters()[0].flatten()[0].item<double>());
-  return {firsts, seeded};
-}
-
 TEST(Rank, ASeedAtTheTopOfMainIsThatOfThePipeline) {
   const auto comm = connect("seeded");
   const Mesh mesh(comm, {.pipeline = comm->size()});
-  EXPECT_FALSE(made_by_hand(comm).second) << "nobody has set a seed, and each process begins with another one";
   torch::manual_seed(kNoisySeed);
   expect_noisy_truth(mesh, {.num_micro_batches = 8, .schedule = "zbv"}, false, noisy_truth(kNoisySeed, 8, 1, 2));
 
