@@ -15,6 +15,7 @@
 #include "dualpipe/train/checkpoint.hpp"
 #include "dualpipe/train/learning_rate.hpp"
 #include "dualpipe/train/safetensors.hpp"
+#include "dualpipe/train/sharded_optimizer.hpp"
 #include "error_of.hpp"
 #include "temporary_folder.hpp"
 #include "train/layered.hpp"
@@ -361,6 +362,65 @@ TEST(CheckpointMesh, EachRankBringsTheOptimizerStatesThatItHas) {
   EXPECT_EQ(optimizer->param_groups()[1].options().get_lr(), 0.5);
   test::seeded_step(*loaded, *optimizer, 3);
   test::expect_same_weights(*loaded, test::weights_of(*truth));
+}
+
+TEST(CheckpointMesh, AShardedRunGoesOnShardedOtherwiseAndUnsharded) {
+  const test::TemporaryFolder folder;
+  constexpr int kSaved = 2, kSteps = 6;
+  const auto options = [](int micro_batches, const std::string& kind) {
+    return DualPipeOptions{.num_micro_batches = micro_batches, .schedule = kind, .shard_optimizer = true};
+  };
+  std::vector<double> losses;
+  const auto sharded_run = [&](const Mesh& mesh, const std::string& kind, int stages, bool load) {
+    DualPipe pipe(mesh, options(kRows / mesh.num_replicas(), kind), split(test::layered_layers(), stages));
+    ShardedOptimizer optimizer(pipe, std::make_unique<optim::AdamW>(pipe->owned_parameters()));
+    std::vector<double> found;
+    int step = 0;
+    if (load) {
+      test::scramble(*pipe);
+      step = static_cast<int>(load_checkpoint(folder.path(), pipe, optimizer.optimizer()).step);
+    }
+    for (; step < kSteps; ++step) {
+      if (step == kSaved && !load) save_checkpoint(folder.path(), pipe, optimizer.optimizer(), {.step = step});
+      optimizer.zero_grad();
+      set_learning_rate(optimizer.optimizer(), 1e-2 / (1 + step));
+      const Batch batch = rows_of(step, mesh.replica(), mesh.num_replicas());
+      const double loss = pipe->step(batch, test::squared_error()).loss.item<double>();
+      pipe->clip_grad_norm_(0.05);
+      optimizer.step();
+      if (step >= kSaved) found.push_back(loss);
+    }
+    return found;
+  };
+  run_ranks(4, [&](const std::shared_ptr<Communicator>& comm) {
+    const Mesh mesh(comm, {.pipeline = 2, .data = 2});
+    const auto found = sharded_run(mesh, "dualpipe", 2, false);
+    if (comm->rank() == 0) losses = found;
+  });
+  EXPECT_EQ(tensors_in(folder / "step-00000002/optimizer").size(), 6u * test::kLayers);
+  const auto expect_losses = [&](const std::vector<double>& found) {
+    ASSERT_EQ(found.size(), losses.size());
+    for (std::size_t i = 0; i < losses.size(); ++i) EXPECT_NEAR(found[i], losses[i], 1e-10) << i;
+  };
+  run_ranks(4, [&](const std::shared_ptr<Communicator>& comm) {
+    expect_losses(sharded_run(Mesh(comm, {.pipeline = 4}), "dualpipev", 8, true));
+  });
+  Whole model;
+  test::scramble(*model);
+  optim::AdamW optimizer(model->parameters());
+  load_checkpoint(folder.path(), model, optimizer);
+  std::vector<double> found;
+  for (int step = kSaved; step < kSteps; ++step) {
+    optimizer.zero_grad();
+    set_learning_rate(optimizer, 1e-2 / (1 + step));
+    const Batch batch = rows_of(step, 0, 1);
+    const at::Tensor loss = torch::mse_loss(model->forward(batch.inputs[0]), batch.targets[0]);
+    loss.backward();
+    torch::nn::utils::clip_grad_norm_(model->parameters(), 0.05);
+    optimizer.step();
+    found.push_back(loss.item<double>());
+  }
+  expect_losses(found);
 }
 
 TEST(CheckpointMesh, OptimizersThatDoNotFitTogetherAreOneError) {

@@ -60,8 +60,8 @@ inline void check_exchange(const Communicator& communicator, const char* operati
                  " ranks, got ", expected->size());
   const auto me = static_cast<std::size_t>(communicator.rank());
   const Signature own = signature_of({outgoing[me]});
-  DUALPIPE_CHECK(own.front() == (*expected)[me], operation, ": rank ", me, " expects ", to_string({(*expected)[me]}),
-                 " of itself, but gives ", to_string(own));
+  DUALPIPE_CHECK(own.front() == (*expected)[me], operation, ": rank ", me, " expects ",
+                 dualpipe::to_string({(*expected)[me]}), " of itself, but gives ", to_string(own));
 }
 
 }  // namespace dualpipe::detail
