@@ -99,7 +99,8 @@ TEST(Recompute, GivesTheSameBitsWithEveryKind) {
 }
 
 TEST(Recompute, DrawsWhatTheSeedSays) {
-  // Three nodes of one layer that draw; none of them is computed again, all are, one is, or two are.
+  // Three nodes of one layer that draw; none of them is computed again, all are, one is, or two are. They share a weight,
+  // so the sum of its gradients over several pieces has another order.
   const auto noisy = [](std::array<bool, 3> recompute) {
     return [recompute](int number) {
       Layer layer(number);
@@ -124,7 +125,7 @@ TEST(Recompute, DrawsWhatTheSeedSays) {
       const std::vector<Tensors> again = results(recompute);
       for (int rank = 0; rank < 2; ++rank)
         for (std::size_t i = 0; i < plain[rank].size(); ++i)
-          EXPECT_TRUE(torch::equal(again[rank][i], plain[rank][i])) << kind << ", rank " << rank << ", " << i;
+          EXPECT_LE(difference(again[rank][i], plain[rank][i]), 1e-12) << kind << ", rank " << rank << ", " << i;
     }
   }
 }

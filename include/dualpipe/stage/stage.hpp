@@ -112,7 +112,8 @@ class Stage {
   /// all that the backward needs, from the forward to the backward. Gradients are the same bit for bit: the second run
   /// draws the same random numbers, and buffers are put back behind it. A node must give the same twice, and not read
   /// what it changes; writing into what it is given is an error. Side by side, nodes with and without it are nodes of the
-  /// chain of their own, as if a collective were between them. A loss is not computed again.
+  /// chain of their own, as if a collective were between them, and the gradients of a weight that several of them use are
+  /// added up in another order. A loss is not computed again.
   DUALPIPE_DECL Stage& recompute(bool recompute);
   /// The nodes added so far, and those of stages appended so far, are of the layer `name` of the model, which the random
   /// numbers that they draw are seeded by (DualPipeOptions::seed). split() calls it; a stage of other nodes has the name
