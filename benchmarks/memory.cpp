@@ -149,8 +149,10 @@ Measured measure(const Case& each, const Flags& flags, at::ScalarType dtype) {
       const at::Tensor x = torch::ones({micro_batches, flags.width}, dtype);
       const Batch batch{.inputs = {x}, .targets = {x}};
       const std::int64_t before = mine.now;
-      const DualPipeOptions options{
-          .num_micro_batches = micro_batches, .schedule = each.kind, .shard_optimizer = each.sharded};
+      const DualPipeOptions options{.num_micro_batches = micro_batches,
+                                    .schedule = each.kind,
+                                    .gradient_dtype = GradientDtype::float32,
+                                    .shard_optimizer = each.sharded};
       const int per_rank = make_schedule({each.kind, flags.ranks, micro_batches}).num_stages / flags.ranks;
       DualPipe pipe(mesh, options, [&](int) { return stage_of(flags.layers / per_rank, flags.width, dtype); });
       ShardedOptimizer optimizer(pipe, std::make_unique<torch::optim::AdamW>(pipe->owned_parameters()),
@@ -198,7 +200,7 @@ double predicted(const Case& each, const Flags& flags, const Sizes& sizes, doubl
 
 bool compare(const Flags& flags) {
   const at::ScalarType dtype = flags.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
-  const Sizes sizes = dtype == at::kFloat ? Sizes{4, 4, 8} : Sizes{2, 2, 12};
+  const Sizes sizes = dtype == at::kFloat ? Sizes{4, 4, 8} : Sizes{2, 4, 12};
   const double parameters = static_cast<double>(flags.layers) * flags.width * flags.width;  // S
   std::printf(
       "%g bytes a parameter: weight %g, gradient %g, AdamW%s %g; %.2f million parameters for each rank of a pipeline\n",

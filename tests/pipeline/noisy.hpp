@@ -3,12 +3,14 @@
 #include <torch/torch.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/stage/partition.hpp"
 #include "dualpipe/stage/random.hpp"
+#include "dualpipe/train/sharded_optimizer.hpp"
 #include "pipeline/pipeline.hpp"
 
 // A model that draws random numbers, in layers that each schedule cuts in another way, and one process that trains it.
@@ -16,6 +18,7 @@ namespace dualpipe::test {
 
 constexpr int kNoisyLayers = 10;
 constexpr std::uint64_t kNoisySeed = 20261128;
+constexpr double kNoisyNorm = 0.05;  // gradients are clipped to it
 
 inline std::string noisy_name(int layer) { return "layers." + std::to_string(layer); }
 
@@ -80,6 +83,7 @@ inline NoisyTruth noisy_truth(std::uint64_t seed, int num_micro_batches, int num
         losses.push_back(loss.item<double>());
         (loss / (num_micro_batches * num_replicas)).backward();
       }
+    torch::nn::utils::clip_grad_norm_(model.parameters(), kNoisyNorm);
     optimizer.step();
   }
   for (const auto& item : model.named_parameters()) truth.weights.insert(item.key(), item.value().detach());
@@ -94,17 +98,21 @@ inline torch::OrderedDict<std::string, at::Tensor> noisy_weights(DualPipe& pipe)
   return weights;
 }
 
-/// Expects that a pipeline of the options' seed, or of that of the process, is what one process is.
+/// Expects that a pipeline of the options' seed, or of that of the process, is what one process is, and that all copies
+/// have the same bits before each step.
 inline void expect_noisy_truth(const Mesh& mesh, DualPipeOptions options, bool of_context, const NoisyTruth& truth) {
+  options.compare_replicas_every = 1;
   const int num_stages =
       make_schedule({options.schedule, mesh.pipeline()->size(), options.num_micro_batches}).num_stages;
   DualPipe pipe(mesh, options, split(noisy_layers(of_context), num_stages));
   for (const auto& item : noisy_weights(pipe)) EXPECT_TRUE(torch::equal(item.value(), truth.start[item.key()]));
-  torch::optim::SGD optimizer(pipe->parameters(), torch::optim::SGDOptions(0.1).momentum(0.9));
+  ShardedOptimizer optimizer(
+      pipe, std::make_unique<torch::optim::SGD>(pipe->owned_parameters(), torch::optim::SGDOptions(0.1).momentum(0.9)));
   for (std::size_t step = 0; step < truth.losses.size(); ++step) {
     optimizer.zero_grad();
     const Batch batch = noisy_batch(options.num_micro_batches, static_cast<int>(step), mesh.replica());
     const std::vector<double> losses = pipe->step(batch, squared_error()).micro_batch_losses();
+    pipe->clip_grad_norm_(kNoisyNorm);
     optimizer.step();
     ASSERT_EQ(losses.size(), truth.losses[step].size());
     for (std::size_t m = 0; m < losses.size(); ++m)

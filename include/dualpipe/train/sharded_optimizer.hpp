@@ -4,18 +4,17 @@
 
 #include <cstdint>
 #include <memory>
-#include <vector>
+#include <optional>
 
 #include "dualpipe/detail/config.hpp"
 #include "dualpipe/pipeline/dual_pipe.hpp"
+#include "dualpipe/train/master_weights.hpp"
 
 namespace dualpipe {
 
 /// The same on all ranks.
 struct ShardedOptimizerOptions {
-  /// Parameters of bfloat16 and float16 have copies in float32 on their owners. The optimizer updates these by gradients in
-  /// float32 and keeps states in float32; the results are rounded into the parameters. Where a parameter is no longer its
-  /// rounded copy, as after loading a checkpoint, the copy begins anew from it.
+  /// Owners keep MasterWeights of the parameters that they own.
   bool master_weights = false;
 };
 
@@ -69,19 +68,12 @@ class ShardedOptimizer {
   const torch::optim::Optimizer& optimizer() const noexcept { return *optimizer_; }
 
  private:
-  struct Master {
-    at::Tensor parameter;
-    at::Tensor weight;
-  };
-
   DUALPIPE_DECL void check_parameters() const;
-  DUALPIPE_DECL void make_masters();
   DUALPIPE_DECL void update();
 
   std::shared_ptr<DualPipeImpl> pipe_;
   std::unique_ptr<torch::optim::Optimizer> optimizer_;
-  ShardedOptimizerOptions options_;
-  std::vector<Master> masters_;
+  std::optional<MasterWeights> masters_;
   std::int64_t steps_ = 0;
 };
 
