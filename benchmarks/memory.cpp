@@ -3,7 +3,7 @@
 // more than 5 % apart.
 //
 //   dualpipe-bench-memory
-//   dualpipe-bench-memory --ranks 8 --replicas 1 2 4 --schedule dualpipe zbv --dtype bfloat16
+//   dualpipe-bench-memory --ranks 8 --replicas 1 2 4 --schedule dualpipe zbv --dtype float32
 #include <c10/core/CPUAllocator.h>
 #include <torch/torch.h>
 
@@ -38,7 +38,7 @@ struct Flags {
   int ranks = 4;
   int width = 192;
   int layers = 24;  // on each rank, of one copy of the model
-  std::string dtype = "float32";
+  std::string dtype = "bfloat16";
 };
 
 /// Bytes of tensors that one thread has allocated and nobody has released.

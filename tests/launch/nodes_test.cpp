@@ -237,7 +237,7 @@ TEST_F(Nodes, TcpCrossesThemUnixSocketsStayWithin) {
 }
 
 TEST_F(Nodes, GradientsEqualOneProcess) {
-  start(dualpipe_run, {RANK_TEST, "--gtest_filter=Rank.Gradients*"});
+  start(dualpipe_run, {RANK_TEST, "--gtest_filter=Rank.GradientsEqual*"});
   expect_success(100s);
   EXPECT_THAT(text(0), HasSubstr("[0] [  PASSED  ] 1 test."));
   EXPECT_THAT(text(1), HasSubstr("[3] [  PASSED  ] 1 test."));
