@@ -50,7 +50,7 @@ auto Handshake::then(Next next) {
   return [self = shared_from_this(), next](const asio::error_code& error, std::size_t = 0) {
     if (self->over_) return;
     if (error)
-      self->give_up(error == asio::error::eof ? "it closes the connection" : error.message());
+      self->give_up(closed_by_peer(error) ? "it closes the connection" : error.message());
     else
       next(*self);
   };

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <asio/error.hpp>
 #include <asio/generic/stream_protocol.hpp>
 #include <asio/io_context.hpp>
 #include <asio/steady_timer.hpp>
@@ -13,6 +14,11 @@
 #include "socket/wire.hpp"
 
 namespace dualpipe::detail {
+
+/// The other end has closed the connection, or died. If it had not read all by then, that is a reset.
+inline bool closed_by_peer(const asio::error_code& error) {
+  return error == asio::error::eof || error == asio::error::connection_reset;
+}
 
 using StreamSocket = asio::generic::stream_protocol::socket;
 

@@ -51,7 +51,7 @@ void Line::write() {
 void Line::read_length() {
   asio::async_read(socket_, asio::buffer(&length_, sizeof length_),
                    [self = shared_from_this()](const asio::error_code& error, std::size_t) {
-                     if (error) return self->end(error == asio::error::eof ? "" : error.message());
+                     if (error) return self->end(closed_by_peer(error) ? "" : error.message());
                      if (self->length_ > longest_text) return self->end(str("sends ", self->length_, " bytes at once"));
                      self->read_text();
                    });
@@ -61,7 +61,7 @@ void Line::read_text() {
   text_.resize(length_);
   asio::async_read(socket_, asio::buffer(text_),
                    [self = shared_from_this()](const asio::error_code& error, std::size_t) {
-                     if (error) return self->end(error == asio::error::eof ? "" : error.message());
+                     if (error) return self->end(closed_by_peer(error) ? "" : error.message());
                      self->listen_anew();
                      const auto arrived = self->arrived_;  // may close this line
                      if (!arrived) return;

@@ -1,4 +1,5 @@
 #include "socket/peer.hpp"
+#include "socket/handshake.hpp"
 
 #include <linux/sockios.h>
 #include <sys/ioctl.h>
@@ -315,7 +316,7 @@ void Peer::ended(const asio::error_code& error) {
   if (over_ || error == asio::error::operation_aborted) return;
   over_ = true;
   const bool broken = broken_on_the_way_ != nullptr && *broken_on_the_way_;
-  const bool closed = !broken && (error == asio::error::eof || error == asio::error::connection_reset);
+  const bool closed = !broken && closed_by_peer(error);
   guarded([&] {
     owner_.lost(*this,
                 closed

@@ -370,6 +370,22 @@ std::string handshake_problem(const std::string& key, const std::string& callers
   return problem.value_or("nothing");
 }
 
+TEST(Meeting, AnEndThatDiesWithUnreadBytesHasClosedItsConnection) {
+  asio::io_context io;
+  asio::local::stream_protocol::socket here(io), there(io);
+  asio::local::connect_pair(here, there);
+  std::optional<std::string> why;
+  const auto line = std::make_shared<detail::Line>(
+      std::move(here), [](const nlohmann::json&) {}, [&](const std::string& reason) { why = reason; });
+  line->start();
+  line->send(nlohmann::json("never read"));
+  io.poll();
+  there.close();  // the kernel tells of a reset, and not of an end
+  while (!why && io.run_one_for(10s) > 0) {
+  }
+  EXPECT_EQ(why, "");
+}
+
 TEST(Meeting, HandshakesProveTheKeyAndTheVersion) {
   const std::uint32_t version = detail::wire::protocol_version;
   EXPECT_EQ(handshake_problem("key", "key", version), "");
