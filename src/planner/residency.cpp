@@ -140,16 +140,10 @@ class Replay {
 
 }  // namespace
 
-double Residency::most_resident() const {
-  double most = 0;
-  for (const RankResidency& rank : ranks) most = std::max(most, rank.resident / makespan);
-  return most;
-}
-
-double Residency::most_moving() const {
-  double most = 0;
-  for (const RankResidency& rank : ranks) most = std::max(most, rank.moving / makespan);
-  return most;
+double Residency::largest_share(double RankResidency::* time) const {
+  double largest = 0;
+  for (const RankResidency& rank : ranks) largest = std::max(largest, rank.*time / makespan);
+  return largest;
 }
 
 Residency residency(const Schedule& schedule, const Program& program, const Costs& costs, TransferStart start,

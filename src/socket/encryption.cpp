@@ -143,9 +143,7 @@ class Encryption::Pump : public std::enable_shared_from_this<Pump> {
 
   /// This process's end stays open for what it still writes: a close would overtake what has come.
   void far_ended(const asio::error_code& error) {
-    const bool ended =
-        error == asio::error::eof || error == ssl::error::stream_truncated || error == asio::error::connection_reset;
-    if (!ended) *broken_ = true;
+    if (!closed_by_peer(error) && error != ssl::error::stream_truncated) *broken_ = true;
     far_has_ended_ = true;
     asio::error_code ignored;
     near_.shutdown(Local::shutdown_send, ignored);

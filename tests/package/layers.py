@@ -35,6 +35,7 @@ PARTS = {
     "detail/files": "base",
     "detail/host": "base",
     "detail/error_text": "pending",
+    "detail/widened": "pending",
     "config": "config",
     "train/checkpoint": "checkpoint",
     "train/metrics": "checkpoint",

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <unistd.h>
+
 #include <fstream>
 #include <string>
 
@@ -11,5 +13,8 @@ inline std::string boot_id() {
   std::ifstream("/proc/sys/kernel/random/boot_id") >> id;
   return id;
 }
+
+/// Ranks with equal ones are threads of one process.
+inline std::string process_identity() { return boot_id() + '-' + std::to_string(::getpid()); }
 
 }  // namespace dualpipe::detail

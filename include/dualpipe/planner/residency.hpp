@@ -24,9 +24,12 @@ struct RankResidency {
 struct Residency {
   double makespan = 0;
   std::vector<RankResidency> ranks;
-  /// The largest share of the makespan among the ranks.
-  double most_resident() const;
-  double most_moving() const;
+  /// Of the makespan, among the ranks.
+  double most_resident() const { return largest_share(&RankResidency::resident); }
+  double most_moving() const { return largest_share(&RankResidency::moving); }
+
+ private:
+  double largest_share(double RankResidency::* time) const;
 };
 
 /// Replays the programs of all ranks as devices run them: a step begins when what it waits for has arrived, and a kernel

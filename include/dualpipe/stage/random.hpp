@@ -1,14 +1,12 @@
 #pragma once
 
-#include <ATen/core/Generator.h>
-#include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
 
 #include <cstdint>
 #include <string_view>
-#include <vector>
 
 #include "dualpipe/detail/config.hpp"
+#include "dualpipe/detail/stage/generators.hpp"
 
 namespace dualpipe {
 
@@ -40,13 +38,9 @@ DUALPIPE_DECL std::uint64_t weights_seed(std::uint64_t seed, std::string_view la
 class SeededDefaults {
  public:
   DUALPIPE_DECL explicit SeededDefaults(std::uint64_t seed, at::Device device = at::kCPU);
-  DUALPIPE_DECL ~SeededDefaults();
-  SeededDefaults(const SeededDefaults&) = delete;
-  SeededDefaults& operator=(const SeededDefaults&) = delete;
 
  private:
-  std::vector<at::Generator> generators_;
-  std::vector<at::Tensor> before_;
+  detail::KeptStates kept_;
 };
 
 }  // namespace dualpipe

@@ -13,13 +13,14 @@
 
 #include "dualpipe/comm/communicator.hpp"
 #include "dualpipe/config.hpp"
+#include "dualpipe/detail/widened.hpp"
 
 namespace dualpipe::detail {
 
 /// Of the gradients that a step accumulates, sums over ranks and hands out.
 inline at::ScalarType gradient_type(const at::Tensor& parameter, GradientDtype dtype) {
   const at::ScalarType own = parameter.scalar_type();
-  return dtype == GradientDtype::float32 && (own == at::kBFloat16 || own == at::kHalf) ? at::kFloat : own;
+  return dtype == GradientDtype::float32 ? widened(own) : own;
 }
 
 /// Makes a parameter's gradient float32 when the first micro-batch has left it. A backward adds all others to it in

@@ -91,8 +91,8 @@ class PipelineState {
 
   Communicator& world() const { return *ranks_.world; }
   int rank() const { return communicator_->rank(); }
-  MicroBatchCount count_of(int num_micro_batches) const {
-    return {num_micro_batches, ranks_.shape.data, ranks_.replica(), schedule().num_stages};
+  MicroBatchCount count_of(const CallAgreement& agreed) const {
+    return {static_cast<int>(agreed.num_micro_batches), ranks_.shape.data, ranks_.replica(), schedule().num_stages};
   }
   bool runs_stage(int stage) const { return stages().count(stage) != 0; }
   DUALPIPE_DECL std::vector<Communicator::Edge> edges() const;
@@ -103,6 +103,10 @@ class PipelineState {
   /// @param loss  null: the call has none.
   /// @throws InvalidArgument  on every rank, what one of them found; nothing else was sent.
   DUALPIPE_DECL CallAgreement enter(Call call, const Batch& batch, const LossFn* loss, RunInputs& inputs);
+  /// Collective: how a call without a batch begins. @throws InvalidArgument  as enter().
+  void agree_on_call(const CallStatement& mine) const {
+    agreement(exchange_statements(world(), mine), ranks_.shape, ranks_.replica(), -1, numbers());
+  }
   /// Runs the body of a call, and tells the observers when it begins and ends.
   ///
   /// @param dropped  set by a body that commits nothing; may be null.

@@ -3,7 +3,6 @@
 #include "dualpipe/detail/pipeline/pipeline_state.hpp"
 
 #include <ATen/ATen.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -43,7 +42,7 @@ inline GeneratorsOfAll generators_of_all(Communicator& world) {
   const at::Generator generator = default_generators(at::kCPU)[0];
   const std::string seed = std::to_string(generator.current_seed());
   const std::string identity =
-      str(boot_id(), '-', ::getpid(), '-', static_cast<const void*>(generator.unsafeGetGeneratorImpl()));
+      str(process_identity(), '-', static_cast<const void*>(generator.unsafeGetGeneratorImpl()));
   std::set<std::string> identities, seeds;
   for (const std::string& text : all_gather_text(world, seed + ' ' + identity)) {
     seeds.insert(text.substr(0, text.find(' ')));
@@ -216,8 +215,10 @@ CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* 
   }
   inputs.keep_outputs = options_.keep_outputs || predicts;
   inputs.communicates = traits_.communicate;
-  const auto begin = agreed.weights.begin() + ranks_.replica() * agreed.num_micro_batches;
-  if (!agreed.weights.empty()) inputs.weights.assign(begin, begin + agreed.num_micro_batches);
+  if (!agreed.weights.empty()) {
+    const auto begin = agreed.weights.begin() + ranks_.replica() * agreed.num_micro_batches;
+    inputs.weights.assign(begin, begin + agreed.num_micro_batches);
+  }
   const double sum = agreed.weights.empty() ? static_cast<double>(ranks_.shape.data * agreed.num_micro_batches)
                                             : std::accumulate(agreed.weights.begin(), agreed.weights.end(), 0.0);
   inputs.loss_scale = options_.loss_reduction == LossReduction::mean ? 1.0 / sum : 1.0;
@@ -256,7 +257,7 @@ auto PipelineState::observed(const Body& body, const bool* dropped) {
 StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const torch::nn::Module& module) {
   RunInputs inputs;
   const CallAgreement agreed = enter(Call::step, batch, &loss, inputs);
-  const MicroBatchCount count = count_of(static_cast<int>(agreed.num_micro_batches));
+  const MicroBatchCount count = count_of(agreed);
   const std::shared_ptr<const Plan> plan = plan_of(count.of_replica);
   inputs.loss = referred(loss);
   inputs.replicas = replicas_.get();
@@ -318,16 +319,15 @@ std::string PipelineState::finding_of_gradients(const FiniteCheck& check) const 
   const std::vector<std::size_t> found = check.found();
   if (found.empty()) return {};
   const at::Tensor& first = parameters_[found.front()];
-  std::string text;
   for (const auto& [number, stage] : stages()) {
-    if (!text.empty() || !stage.module()) continue;
+    if (!stage.module()) continue;
     for (const auto& item : stage.module()->named_parameters())
-      if (text.empty() && item.value().is_same(first))
-        text = str("the gradient of parameter '", item.key(), "' of stage ", number, " on rank ",
-                   communicator_->world_rank(rank()));
+      if (item.value().is_same(first))
+        return str("the gradient of parameter '", item.key(), "' of stage ", number, " on rank ",
+                   communicator_->world_rank(rank()),
+                   found.size() > 1 ? str(" and of ", found.size() - 1, " more there") : "");
   }
-  if (found.size() > 1) text += str(" and of ", found.size() - 1, " more there");
-  return text;
+  return {};
 }
 
 RunOutputs PipelineState::run_forward(const std::shared_ptr<const Plan>& plan, RunInputs& inputs,
@@ -341,7 +341,7 @@ RunOutputs PipelineState::run_forward(const std::shared_ptr<const Plan>& plan, R
 StepResult PipelineState::evaluate(const Batch& batch, const LossFn& loss, const torch::nn::Module& module) {
   RunInputs inputs;
   const CallAgreement agreed = enter(Call::evaluate, batch, &loss, inputs);
-  const MicroBatchCount count = count_of(static_cast<int>(agreed.num_micro_batches));
+  const MicroBatchCount count = count_of(agreed);
   inputs.loss = loss;
   return observed([&] {
     DeviceHashes hashes(*communicator_, batch);
@@ -375,7 +375,7 @@ Tensors PipelineState::predict(const Batch& batch, bool everywhere, const torch:
       return all_gather_text(world(), finding);
     });
     communicator_->fence().synchronize();
-    const StepVote all = flight_.together("vote", [&] { return vote(world(), {}, count_of(0), hashes.values()); });
+    const StepVote all = flight_.together("vote", [&] { return vote(world(), {}, count_of({}), hashes.values()); });
     check_hashes(all.hashes, ranks_.shape, -1, numbers());
     return found;
   });
@@ -391,7 +391,7 @@ Batch PipelineState::broadcast_batch(const Batch& batch) {
     mine.finding = finding_of([&] { DUALPIPE_CHECK(!batch.empty(), "broadcast_batch got an empty batch"); });
   return health_.watched([&] {
     return flight_.together("broadcast_batch", [&] {
-      agreement(exchange_statements(world(), mine), ranks_.shape, ranks_.replica(), -1, numbers());
+      agree_on_call(mine);
       return sent_batch(*communicator_, batch, holders(schedule(), 0), loss_ranks_);
     });
   });
@@ -402,7 +402,7 @@ at::Tensor PipelineState::clip_grad_norm(double max_norm, bool error_if_nonfinit
   mine.call = Call::clip_grad_norm;
   return health_.watched([&] {
     return flight_.together("clip_grad_norm_", [&] {
-      agreement(exchange_statements(world(), mine), ranks_.shape, ranks_.replica(), -1, numbers());
+      agree_on_call(mine);
       return dualpipe::clip_grad_norm(world(), replicas_->counted_parameters(), parameters_, max_norm,
                                       error_if_nonfinite);
     });
@@ -414,11 +414,7 @@ void PipelineState::update_parameters(const std::string& finding, const std::fun
   mine.call = Call::optimizer_step;
   mine.finding = finding;
   mine.trainable = replicas_->trainable();
-  health_.watched([&] {
-    flight_.together("ShardedOptimizer::step()", [&] {
-      agreement(exchange_statements(world(), mine), ranks_.shape, ranks_.replica(), -1, numbers());
-    });
-  });
+  health_.watched([&] { flight_.together("ShardedOptimizer::step()", [&] { agree_on_call(mine); }); });
   health_.guarded([&] {
     update();
     flight_.together("broadcast of updated parameters", [&] { replicas_->broadcast_owned(); });
@@ -443,7 +439,7 @@ StepResult PipelineState::result(const StepVote& vote, RunOutputs outputs, const
 StepResult PipelineState::result_ahead(StepVote vote, RunOutputs outputs, const CallAgreement& agreed, Pending end,
                                        std::int64_t step) {
   const bool over = !end || end.done();
-  const MicroBatchCount count = count_of(static_cast<int>(agreed.num_micro_batches));
+  const MicroBatchCount count = count_of(agreed);
   const at::Tensor numbers = vote.losses;
   vote.losses = numbers.narrow(0, 0, count.all());
   StepResult result = this->result(vote, std::move(outputs), agreed);

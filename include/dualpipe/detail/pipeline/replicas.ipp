@@ -4,7 +4,6 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <iterator>
@@ -136,7 +135,7 @@ struct ParameterPlace {
 /// The process, and a line for each parameter.
 inline std::string parameters_text(const std::map<int, Stage>& stages) {
   const at::NoGradGuard no_grad;
-  std::string text = str(boot_id(), '-', ::getpid(), '\n');
+  std::string text = process_identity() + '\n';
   for (const auto& [number, stage] : stages) {
     if (!stage.module()) continue;
     for (const auto& item : stage.module()->named_parameters())
@@ -279,7 +278,7 @@ inline std::vector<int> owners_of(const Tensors& parameters, int num_ranks) {
 Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& schedule,
                    const std::map<int, Stage>& stages, const IsExpert& is_expert, const std::vector<int>& sum_order,
                    const DualPipeOptions& options)
-    : world_(world), sum_order_(sum_order), gradients_(options.gradient_dtype), shards_(options.shard_optimizer) {
+    : world_(world), gradients_(options.gradient_dtype), shards_(options.shard_optimizer) {
   const auto places = parameter_places(all_gather_text(world, parameters_text(stages)));
   check_not_shared(places, schedule);
   if (world.rank() == 0) warn_of_equal(places, schedule);
@@ -288,7 +287,6 @@ Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& 
   const bool tells_experts = is_expert && shape.expert > 1;
   const std::vector<HolderSet> sets = holder_sets(schedule, shape, tells_experts);
   std::vector<std::shared_ptr<Communicator>> groups = make_holder_groups(world, sets);
-  const auto summed = summed_with(stages, sum_order);
   std::unordered_set<at::TensorImpl*> seen_parameters, seen_buffers;
   for (std::size_t i = 0; i < sets.size(); ++i) {
     const HolderSet& set = sets[i];
@@ -314,9 +312,6 @@ Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& 
       const auto found = reductions.find(buffer.unsafeGetTensorImpl());
       mine.reductions.push_back(found == reductions.end() ? std::nullopt : std::optional(found->second));
     }
-    for (const auto& [stage, of_stage] : summed)
-      for (const at::Tensor& parameter : mine.parameters)
-        if (of_stage.contains(parameter.unsafeGetTensorImpl())) mine.of_stage[stage].push_back(parameter);
     const auto me = std::find(set.ranks.begin(), set.ranks.end(), world.rank()) - set.ranks.begin();
     const std::vector<int> owners = owners_of(mine.parameters, shards_ ? static_cast<int>(set.ranks.size()) : 1);
     for (std::size_t p = 0; p < mine.parameters.size(); ++p) {
@@ -325,6 +320,7 @@ Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& 
     }
     if (set.ranks.size() > 1) groups_.push_back(std::move(mine));
   }
+  set_sum_order(stages, sum_order);
   if (shards_) {
     for (const at::Tensor& parameter : counted_) owned_.insert(parameter.unsafeGetTensorImpl());
     check_alike();

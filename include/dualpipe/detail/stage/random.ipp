@@ -71,14 +71,6 @@ LayerRandom::LayerRandom(const std::optional<RandomKey>& key, const at::Generato
   if (!restores_) generators_ = {generator};
 }
 
-LayerRandom::Scope::Scope(const LayerRandom& random) : random_(random) {
-  if (random.restores_) before_ = states_of(random.generators_);
-}
-
-LayerRandom::Scope::~Scope() {
-  if (random_.restores_) set_states(random_.generators_, before_);
-}
-
 void LayerRandom::begin(const std::string& layer) { set_seed(generators_, layer_seed(key_, layer)); }
 
 void LayerRandom::pause(const std::string& layer) { paused_[layer] = states_of(generators_); }
@@ -98,11 +90,8 @@ std::uint64_t weights_seed(std::uint64_t seed, std::string_view layer) {
   return detail::base_seed(seed, layer, detail::Draws::first_weights);
 }
 
-SeededDefaults::SeededDefaults(std::uint64_t seed, at::Device device)
-    : generators_(detail::default_generators(device)), before_(detail::states_of(generators_)) {
-  detail::set_seed(generators_, seed);
+SeededDefaults::SeededDefaults(std::uint64_t seed, at::Device device) : kept_(detail::default_generators(device)) {
+  detail::set_seed(kept_.generators(), seed);
 }
-
-SeededDefaults::~SeededDefaults() { detail::set_states(generators_, before_); }
 
 }  // namespace dualpipe

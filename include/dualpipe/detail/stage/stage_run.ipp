@@ -92,22 +92,6 @@ class KeptBuffers {
   std::vector<std::pair<at::Tensor, at::Tensor>> kept_;
 };
 
-/// Exchanges the states of generators until the end.
-class ExchangedStates {
- public:
-  ExchangedStates(std::vector<at::Generator> generators, const std::vector<at::Tensor>& states)
-      : generators_(std::move(generators)), before_(states_of(generators_)) {
-    set_states(generators_, states);
-  }
-  ~ExchangedStates() { set_states(generators_, before_); }
-  ExchangedStates(const ExchangedStates&) = delete;
-  ExchangedStates& operator=(const ExchangedStates&) = delete;
-
- private:
-  std::vector<at::Generator> generators_;
-  std::vector<at::Tensor> before_;
-};
-
 /// LibTorch's default ones, of the CPU and of the device where the tensors are.
 inline std::vector<at::Generator> generators_of(const Tensors& tensors) {
   for (const at::Tensor& tensor : tensors)
@@ -146,7 +130,8 @@ void StageRun::recompute(int index) {
       "or say recompute(false)");
   const c10::AutoGradMode grad_mode(true);
   const detail::KeptBuffers buffers(owner_.module.get());
-  const detail::ExchangedStates random(kept->generators, kept->states);
+  const detail::KeptStates generators(kept->generators);
+  detail::set_states(kept->generators, kept->states);
   StageRun again(*this, *kept);
   again.compute(segment.begin, segment.end);
   node.graph = std::move(again.nodes_.back().graph);
@@ -196,7 +181,7 @@ void StageRun::advance_forward(int index) {
   }
   const Stage::Node& node = stage_->nodes()[segment.begin];
   node_name_ = node.name;
-  const detail::LayerRandom::Scope scope(random_);
+  const detail::KeptStates generators = random_.kept_states();
   enter_layer(segment.begin, segment.begin);
   launch(node.communication);
   leave_layer(segment.begin);
@@ -227,7 +212,7 @@ void StageRun::compute(std::size_t begin, std::size_t end) {
   const detail::SharedWrites writes(entered.tensors, shared_);
   const std::vector<std::uint32_t> extras = detail::versions_of(context_.extras);
   values_ = entered.tensors;
-  const detail::LayerRandom::Scope scope(random_);
+  const detail::KeptStates generators = random_.kept_states();
   Tensors added;
   context_.added_losses = &added;
   for (std::size_t i = begin; i < end; ++i) {

@@ -9,16 +9,23 @@
 #include <utility>
 
 #include "dualpipe/detail/comm/agree.hpp"
+#include "dualpipe/detail/widened.hpp"
 
 namespace dualpipe {
 namespace detail {
 
+inline bool finite_in_float32(double value) { return std::isfinite(static_cast<float>(value)); }
+
+/// @throws InvalidArgument
+inline void check_scale(double scale) {
+  DUALPIPE_CHECK(scale > 0 && finite_in_float32(scale),
+                 "GradScaler needs a scale that is positive and finite in float32, got ", scale);
+}
+
 /// @throws InvalidArgument
 inline void check_options(const GradScalerOptions& options) {
-  const auto finite = [](double value) { return std::isfinite(static_cast<float>(value)); };
-  DUALPIPE_CHECK(options.scale > 0 && finite(options.scale),
-                 "GradScaler needs a scale that is positive and finite in float32, got ", options.scale);
-  DUALPIPE_CHECK(options.growth > 1 && finite(options.growth), "GradScaler needs a growth above 1, got ",
+  check_scale(options.scale);
+  DUALPIPE_CHECK(options.growth > 1 && finite_in_float32(options.growth), "GradScaler needs a growth above 1, got ",
                  options.growth);
   DUALPIPE_CHECK(options.backoff > 0 && options.backoff < 1, "GradScaler needs a backoff between 0 and 1, got ",
                  options.backoff);
@@ -60,8 +67,9 @@ GradScaler::GradScaler(std::shared_ptr<Communicator> world, const GradScalerOpti
 
 at::Tensor GradScaler::scale(const at::Tensor& loss) const {
   if (!loss.defined() || !loss.requires_grad()) return loss;
-  const bool low = loss.scalar_type() == at::kHalf || loss.scalar_type() == at::kBFloat16;
-  const at::Tensor result = low ? loss.to(at::kFloat) : at::alias(loss);  // with a place in the graph of its own
+  const at::ScalarType wide = detail::widened(loss.scalar_type());
+  // With a place in the graph of its own.
+  const at::Tensor result = wide == loss.scalar_type() ? at::alias(loss) : loss.to(wide);
   result.register_hook([factor = current_scale()](const at::Tensor& gradient) { return gradient * factor; });
   return result;
 }
@@ -114,8 +122,7 @@ double GradScaler::current_scale() const { return scale_.item<float>(); }
 std::int64_t GradScaler::growth_tracker() const { return growth_tracker_.item<int>(); }
 
 void GradScaler::restore(double scale, std::int64_t growth_tracker) {
-  DUALPIPE_CHECK(scale > 0 && std::isfinite(static_cast<float>(scale)),
-                 "GradScaler needs a scale that is positive and finite in float32, got ", scale);
+  detail::check_scale(scale);
   DUALPIPE_CHECK(growth_tracker >= 0, "GradScaler needs a growth_tracker >= 0, got ", growth_tracker);
   scale_.fill_(scale);
   growth_tracker_.fill_(growth_tracker);

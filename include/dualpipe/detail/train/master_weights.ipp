@@ -10,6 +10,7 @@
 #include <unordered_set>
 #include <utility>
 
+#include "dualpipe/detail/widened.hpp"
 #include "dualpipe/error.hpp"
 
 namespace dualpipe {
@@ -64,8 +65,10 @@ MasterWeights::MasterWeights(Tensors parameters) : parameters_(std::move(paramet
                    !parameter.defined()   ? "is undefined"
                    : !parameter.is_leaf() ? "was computed"
                                           : "comes twice");
-    const bool low = parameter.scalar_type() == at::kBFloat16 || parameter.scalar_type() == at::kHalf;
-    masters_.push_back(low ? parameter.detach().to(at::kFloat).requires_grad_(parameter.requires_grad()) : parameter);
+    const at::ScalarType wide = detail::widened(parameter.scalar_type());
+    masters_.push_back(wide == parameter.scalar_type()
+                           ? parameter
+                           : parameter.detach().to(wide).requires_grad_(parameter.requires_grad()));
   }
 }
 

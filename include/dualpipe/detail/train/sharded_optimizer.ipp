@@ -6,12 +6,14 @@
 
 #include <exception>
 #include <string>
+#include <unordered_map>
 #include <utility>
 
 #include "dualpipe/detail/comm/agree.hpp"
 #include "dualpipe/detail/pipeline/pipeline_state.hpp"
 
 namespace dualpipe {
+
 ShardedOptimizer::ShardedOptimizer(const DualPipe& pipe, std::unique_ptr<torch::optim::Optimizer> optimizer,
                                    const ShardedOptimizerOptions& options)
     : pipe_(pipe.ptr()), optimizer_(std::move(optimizer)) {
@@ -29,15 +31,14 @@ ShardedOptimizer::ShardedOptimizer(const DualPipe& pipe, std::unique_ptr<torch::
 ShardedOptimizer::~ShardedOptimizer() = default;
 
 void ShardedOptimizer::check_parameters() const {
-  const auto named = pipe_->named_parameters();
+  std::unordered_map<at::TensorImpl*, std::string> names;
+  for (const auto& item : pipe_->named_parameters()) names[item.value().unsafeGetTensorImpl()] = item.key();
   for (const auto& group : optimizer_->param_groups())
     for (const at::Tensor& parameter : group.params()) {
-      std::string name;
-      for (const auto& item : named)
-        if (item.value().is_same(parameter)) name = item.key();
-      DUALPIPE_CHECK(!name.empty(), "the optimizer has a parameter of sizes ", parameter.sizes(),
+      const auto name = names.find(parameter.unsafeGetTensorImpl());
+      DUALPIPE_CHECK(name != names.end(), "the optimizer has a parameter of sizes ", parameter.sizes(),
                      " that is none of the pipeline's; make it from owned_parameters()");
-      DUALPIPE_CHECK(pipe_->state_->owns(parameter), "the optimizer has parameter '", name,
+      DUALPIPE_CHECK(pipe_->state_->owns(parameter), "the optimizer has parameter '", name->second,
                      "', which another rank owns; make it from owned_parameters() instead of parameters()");
     }
 }
@@ -60,9 +61,8 @@ void ShardedOptimizer::step() {
   const std::string finding = detail::finding_of([&] { check_parameters(); });
   const auto note = [&] {
     return detail::str("\n  It ended ShardedOptimizer::step() of step ", steps_ + 1,
-                       ", so parameters may be mixed of this step "
-                       "and the one before. All ranks have ",
-                       steps_, " whole ", steps_ == 1 ? "step" : "steps",
+                       ", so parameters may be mixed of this step and the one before. All ranks have ", steps_,
+                       " whole ", steps_ == 1 ? "step" : "steps",
                        " behind them; go on from the last checkpoint, with a new pipeline.");
   };
   try {
