@@ -15,7 +15,10 @@ namespace dualpipe::detail {
 struct NcclCommunicatorOptions {
   std::chrono::milliseconds timeout = std::chrono::minutes(5);
   bool communicator_per_edge = false;
-  NcclConfig config = {};
+  std::string name = {};
+  CtaLimits transfer_ctas = {};
+  CtaLimits collective_ctas = {};
+  CtaLimits sum_ctas = {};  ///< of collectives in groups that sum gradients
   /// Largest tensor of the warm-up: NCCL chooses its algorithm by size, and connects each at its first use.
   std::size_t largest_warm_up_bytes = std::size_t{256} << 10;
 };
@@ -42,9 +45,9 @@ class NcclCommunicator final : public Communicator {
   static std::shared_ptr<NcclCommunicator> world(const std::shared_ptr<Communicator>& control,
                                                  std::shared_ptr<DeviceApi> device, std::shared_ptr<NcclApi> nccl,
                                                  const NcclCommunicatorOptions& options);
-  /// Collective over the members of `group`; see world() and split().
+  /// Collective over the members of `group`; see world() and split_for().
   NcclCommunicator(std::shared_ptr<NcclContext> context, std::int64_t group, const std::vector<int>& members, int rank,
-                   NcclCommunicatorOptions options);
+                   const GroupUse& use, NcclCommunicatorOptions options);
 
   at::Device device() const override { return context_->device().device(); }
   Communicator& control() override { return control_; }
@@ -60,7 +63,8 @@ class NcclCommunicator final : public Communicator {
   Pending barrier() override;
   std::vector<std::string> commit(std::string ballot) override { return control_.commit(std::move(ballot)); }
   Pending fence() override;
-  std::shared_ptr<Communicator> split(int color, int key) override;
+  std::shared_ptr<Communicator> split(int color, int key) override { return split_for({}, color, key); }
+  std::shared_ptr<Communicator> split_for(const GroupUse& use, int color, int key) override;
   void abort(const std::string& reason) noexcept override;
 
  private:
@@ -85,6 +89,7 @@ class NcclCommunicator final : public Communicator {
                std::function<void(const NcclOperation&, NcclApi&, CommStream)> issue);
   void warm_up_transfers(const std::vector<Edge>& edges);
   void warm_up_collectives();
+  void warm_up_exchanges();
   void open_edge(Edge edge);
 
   std::shared_ptr<NcclContext> context_;

@@ -26,8 +26,8 @@ TEST(GpuMissing, AMachineWithoutADeviceSaysSoOnEveryRank) {
 }
 
 TEST(GpuMissing, WrongOptionsComeFirst) {
-  EXPECT_THROW(connect_nccl(World{}, {.max_ctas = -1}), InvalidArgument);
-  EXPECT_THROW(connect_nccl(World{}, {.max_ctas = 2, .min_ctas = 4}), InvalidArgument);
+  EXPECT_THROW(connect_nccl(World{}, {.max_transfer_ctas = -1}), InvalidArgument);
+  EXPECT_THROW(connect_nccl(World{}, {.max_collective_ctas = 2, .min_ctas = 4}), InvalidArgument);
 }
 
 TEST(NcclLibrary, IsTheOneOfLibTorchAndMakesIdsWithoutADevice) {
