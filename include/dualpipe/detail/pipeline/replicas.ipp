@@ -46,8 +46,9 @@ struct HolderSet {
 /// at these places share. Where experts are told apart there is one more for each part of the experts.
 inline std::vector<HolderSet> holder_sets(const Schedule& schedule, const MeshShape& shape, bool tells_experts) {
   std::vector<std::pair<std::vector<int>, std::vector<int>>> by_places;  // places, stages
+  const std::vector<std::vector<int>> held = holders(schedule);
   for (int stage = 0; stage < schedule.num_stages; ++stage) {
-    const std::vector<int> places = holders(schedule, stage);
+    const std::vector<int>& places = held[stage];
     auto same =
         std::find_if(by_places.begin(), by_places.end(), [&](const auto& each) { return each.first == places; });
     if (same == by_places.end()) same = by_places.insert(by_places.end(), {places, {}});
@@ -167,11 +168,12 @@ inline constexpr const char* ways_to_tie =
     "stages return the weight with its outputs, and those between hand it on";
 
 inline void check_not_shared(const std::vector<ParameterPlace>& places, const Schedule& schedule) {
+  const std::vector<std::vector<int>> held = holders(schedule);
   std::map<std::string, ParameterPlace> first_places;  // by address
   for (const ParameterPlace& place : places) {
     const ParameterPlace& first = first_places.try_emplace(place.address, place).first->second;
-    DUALPIPE_CHECK(holders(schedule, place.stage) == holders(schedule, first.stage), "stages ", first.stage, " and ",
-                   place.stage, " share a parameter, '", first.name, "' of the one and '", place.name,
+    DUALPIPE_CHECK(held[place.stage] == held[first.stage], "stages ", first.stage, " and ", place.stage,
+                   " share a parameter, '", first.name, "' of the one and '", place.name,
                    "' of the other, but different ranks hold them, and each would train its own copy. ", ways_to_tie);
     DUALPIPE_CHECK(place.rank == first.rank, "ranks ", first.rank, " and ", place.rank,
                    " are threads of one process, and parameter '", place.name, "' of stage ", place.stage,
@@ -182,11 +184,12 @@ inline void check_not_shared(const std::vector<ParameterPlace>& places, const Sc
 
 /// In processes of their own, tied stages look like stages that were seeded alike. Both are worth a word.
 inline void warn_of_equal(const std::vector<ParameterPlace>& places, const Schedule& schedule) {
+  const std::vector<std::vector<int>> held = holders(schedule);
   std::map<std::pair<std::string, std::uint64_t>, int> first_stages;  // by name and digest
   for (const ParameterPlace& place : places) {
     if (place.digest == no_digest) continue;
     const int first = first_stages.try_emplace({place.name, place.digest}, place.stage).first->second;
-    if (holders(schedule, place.stage) == holders(schedule, first)) continue;
+    if (held[place.stage] == held[first]) continue;
     TORCH_WARN("stages ", first, " and ", place.stage, " begin with equal values of a parameter of the same name, '",
                place.name,
                "', and different ranks hold them. If they were seeded alike: leave that to DualPipeOptions::seed, or "
