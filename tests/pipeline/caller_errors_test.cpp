@@ -224,7 +224,8 @@ TEST(CallerErrors, TensorsOfABatchThatRequireGrad) {
       pipe->step(random_batch(16, 3), squared_error());
     }
   });
-  EXPECT_THAT(findings["inputs"], AllOf(HasSubstr("Batch::inputs[1] requires grad"), HasSubstr("detach()")));
+  EXPECT_THAT(findings["inputs"],
+              AllOf(HasSubstr("Batch::inputs[1] requires grad and was computed"), HasSubstr("detach()")));
   EXPECT_THAT(findings["targets"], HasSubstr("Batch::targets[1] requires grad"));
   EXPECT_THAT(findings["extras"], HasSubstr("Batch::extras[0] requires grad"));
   EXPECT_THAT(findings["extras by hand"], HasSubstr("micro-batch 0: Batch::extras[0] requires grad"));
