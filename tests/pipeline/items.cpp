@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "dualpipe/schedule/generate.hpp"
+#include "dualpipe/train/deferred_batch_norm.hpp"
 #include "dualpipe/train/grad_scaler.hpp"
 #include "dualpipe/train/master_weights.hpp"
 #include "pipeline/noisy.hpp"
@@ -447,20 +448,28 @@ Found recompute_run(const Mesh& mesh, const std::string& kind) {
 
 // --- buffers of the ranks that hold a stage
 
-/// Counts the largest entry of each row, as a router counts tokens, and has running statistics.
+/// Counts the largest entry of each row, as a router counts tokens, and has running statistics of holders and of whole
+/// batches.
 struct CountingImpl : torch::nn::Module {
   explicit CountingImpl(int number) : layer(register_module("layer", Layer(number))) {
     norm = register_module("norm", torch::nn::BatchNorm1d(kWidth));
+    whole = register_module("whole", DeferredBatchNorm(kWidth));
     norm->to(torch::kDouble);
+    whole->to(torch::kDouble);
     tokens = register_buffer("tokens", torch::zeros({kWidth}, torch::kInt64));
   }
   torch::Tensor forward(const torch::Tensor& x) {
     tokens.add_(torch::bincount(x.detach().argmax(1), {}, kWidth));
-    return norm(layer(x));
+    const torch::Tensor y = norm(layer(x));
+    if (keeps) seen.push_back(y.detach());
+    return whole(y);
   }
   Layer layer;
   torch::nn::BatchNorm1d norm{nullptr};
+  DeferredBatchNorm whole{nullptr};
   torch::Tensor tokens;
+  bool keeps = false;
+  Tensors seen;  // what `whole` took
 };
 TORCH_MODULE(Counting);
 
@@ -478,12 +487,17 @@ class OneThread {
 
 Batch large_batch(int replica, int step) { return random_batch(4 * kMicroBatches, 70 + 10 * step + replica); }
 
-/// Each holder of a stage begins a step with the mean of all holders' statistics.
+/// Each holder of a stage begins a step with the mean of all holders' statistics. A BatchNorm that takes all
+/// micro-batches as one batch has those of whole batches.
 Truth buffers_truth(const Layout& layout) {
   const OneThread one_thread;
   const Schedule schedule = schedule_of(layout);
   std::vector<Counting> model;
-  for (int s = 0; s < schedule.num_stages; ++s) model.emplace_back(s);
+  std::vector<torch::nn::BatchNorm1d> wholes;
+  for (int s = 0; s < schedule.num_stages; ++s) {
+    model.emplace_back(s)->keeps = true;
+    wholes.emplace_back(kWidth)->to(torch::kDouble);
+  }
   Truth truth;
   for (const int step : {0, 1}) {
     const double scale = 1.0 / (kMicroBatches * layout.mesh.data);
@@ -522,12 +536,15 @@ Truth buffers_truth(const Layout& layout) {
       }
       model[s]->norm->running_mean.copy_(mean);
       model[s]->norm->running_var.copy_(variance);
+      wholes[s]->forward(torch::cat(std::exchange(model[s]->seen, {})));
     }
   }
   for (int s = 0; s < schedule.num_stages; ++s) {
     const std::string stage = "stage" + std::to_string(s) + ".";
     for (const auto& item : model[s]->named_buffers())
       truth[stage + item.key()] = {item.value(), item.value().is_floating_point() ? 1e-12 : 0};
+    for (const auto& item : wholes[s]->named_buffers()) truth[stage + "whole." + item.key()] = {item.value()};
+    truth[stage + "whole.batch_sums"] = {torch::zeros({3, kWidth}, f64()), 0};
     for (const auto& item : model[s]->named_parameters())
       truth["gradient of " + stage + item.key()] = {item.value().grad()};
   }
@@ -541,9 +558,16 @@ Found buffers_run(const Mesh& mesh, const std::string& kind) {
   options.buffers = {{"running_mean", BufferReduction::mean},
                      {"running_var", BufferReduction::mean},
                      {"num_batches_tracked", BufferReduction::sum},
+                     {"whole.running_mean", BufferReduction::broadcast},
+                     {"whole.running_var", BufferReduction::broadcast},
+                     {"whole.num_batches_tracked", BufferReduction::local},
+                     {"batch_sums", BufferReduction::sum},
                      {"tokens", BufferReduction::sum}};
   DualPipe pipe(mesh, options, [](int number) { return as_stage(Counting(number)); });
-  for (const int step : {0, 1}) pipe->step(large_batch(mesh.replica(), step), squared_error());
+  for (const int step : {0, 1}) {
+    pipe->step(large_batch(mesh.replica(), step), squared_error());
+    commit_batch_norms(*pipe);
+  }
   Found found;
   for (const auto& item : pipe->named_buffers()) found[item.key()] = item.value();
   for (const auto& item : pipe->named_parameters()) found["gradient of " + item.key()] = item.value().grad();
