@@ -3,6 +3,7 @@
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <tuple>
 #include <utility>
 
@@ -322,33 +323,55 @@ Tensors sums_of(std::vector<Piece>& pieces, const std::vector<Batch>& parts, con
   return sums;
 }
 
-/// Three steps of bfloat16 with float32 copies, the second of which is skipped.
+/// A model in 16 bits, trained by AdamW through float32 copies.
+class Copied {
+ public:
+  Copied(at::ScalarType dtype, const Layout& layout)
+      : pieces(pieces_of(layers_in(dtype), stages_of(layout))), one_order_(one_order(layout)) {
+    for (const at::Tensor& parameter : parameters_of(pieces))
+      copies_.push_back(parameter.detach().to(at::kFloat).requires_grad_());
+    optimizer_.emplace(copies_, torch::optim::AdamWOptions(0.01));
+  }
+  void step(const Tensors& gradients) {
+    for (std::size_t i = 0; i < copies_.size(); ++i) copies_[i].mutable_grad() = gradients[i].clone();
+    optimizer_->step();
+    const Tensors parameters = parameters_of(pieces);
+    const at::NoGradGuard no_grad;
+    for (std::size_t i = 0; i < copies_.size(); ++i) parameters[i].copy_(copies_[i]);
+  }
+  void add_gradients(Truth& truth, const Tensors& gradients) const {
+    std::size_t next = 0;
+    for_each_parameter(pieces, [&](const std::string& name, const at::Tensor&) {
+      truth["gradient of " + name] = {gradients[next++], one_order_ ? 0 : 1e-6};
+    });
+  }
+  /// Sums in another order may round a weight to its neighbour.
+  void add_weights(Truth& truth) const {
+    for_each_parameter(pieces, [&](const std::string& name, const at::Tensor& parameter) {
+      truth[name] = {parameter.detach().to(at::kFloat), one_order_ ? 0 : 0.01};
+    });
+  }
+
+  std::vector<Piece> pieces;
+
+ private:
+  bool one_order_;
+  Tensors copies_;
+  std::optional<torch::optim::AdamW> optimizer_;
+};
+
+/// Three steps with gradients in float32, the second of which is skipped.
 Truth bfloat16_truth(const Layout& layout) {
-  std::vector<Piece> pieces = pieces_of(layers_in(at::kBFloat16), stages_of(layout));
-  const Tensors parameters = parameters_of(pieces);
-  Tensors copies;
-  for (const at::Tensor& parameter : parameters) copies.push_back(parameter.detach().to(at::kFloat).requires_grad_());
-  torch::optim::AdamW optimizer(copies, torch::optim::AdamWOptions(0.01));
+  Copied model(at::kBFloat16, layout);
   Truth truth{{"skipped", {torch::tensor({0, 1, 0}), 0}}};
   for (const int step : {0, 2}) {
     const std::vector<Batch> parts =
         parts_of_all(layout, [&](int replica) { return batch_in(at::kBFloat16, replica, step); });
-    const Tensors sums = sums_of(pieces, parts, small_loss(1), 1);
-    for (std::size_t i = 0; i < copies.size(); ++i) copies[i].mutable_grad() = sums[i].clone();
-    if (step == 0) {
-      std::size_t next = 0;
-      for_each_parameter(pieces, [&](const std::string& name, const at::Tensor&) {
-        truth["gradient of " + name] = {sums[next++], one_order(layout) ? 0 : 1e-6};
-      });
-    }
-    optimizer.step();
-    const at::NoGradGuard no_grad;
-    for (std::size_t i = 0; i < copies.size(); ++i) parameters[i].copy_(copies[i]);
+    const Tensors sums = sums_of(model.pieces, parts, small_loss(1), 1);
+    if (step == 0) model.add_gradients(truth, sums);
+    model.step(sums);
   }
-  // Sums in another order may round a weight to its neighbour.
-  for_each_parameter(pieces, [&](const std::string& name, const at::Tensor& parameter) {
-    truth[name] = {parameter.detach().to(at::kFloat), one_order(layout) ? 0 : 0.01};
-  });
+  model.add_weights(truth);
   return truth;
 }
 
@@ -380,14 +403,14 @@ constexpr double kScale = 65536;
 
 /// A step that is skipped, which halves the scale, and one whose gradients would be zeros without it.
 Truth float16_truth(const Layout& layout) {
-  std::vector<Piece> pieces = pieces_of(layers_in(at::kHalf), stages_of(layout));
-  const std::vector<Batch> parts = parts_of_all(layout, [](int replica) { return batch_in(at::kHalf, replica, 2); });
-  const Tensors sums = sums_of(pieces, parts, small_loss(kTiny), kScale / 2);
+  Copied model(at::kHalf, layout);
   Truth truth{{"scale", {number(kScale / 2), 0}}, {"used", {torch::tensor({0, 1}), 0}}};
-  std::size_t next = 0;
-  for_each_parameter(pieces, [&](const std::string& name, const at::Tensor&) {
-    truth["gradient of " + name] = {sums[next++] * (2 / kScale), one_order(layout) ? 0 : 1e-6};
-  });
+  const std::vector<Batch> parts = parts_of_all(layout, [](int replica) { return batch_in(at::kHalf, replica, 2); });
+  Tensors sums = sums_of(model.pieces, parts, small_loss(kTiny), kScale / 2);
+  for (at::Tensor& sum : sums) sum = sum * (2 / kScale);
+  model.add_gradients(truth, sums);
+  model.step(sums);
+  model.add_weights(truth);
   return truth;
 }
 
@@ -396,6 +419,8 @@ Found float16_run(const Mesh& mesh, const std::string& kind) {
   options.gradient_dtype = GradientDtype::float32;
   options.on_non_finite = OnNonFinite::skip;
   DualPipe pipe(mesh, options, as_factory(layers_in(at::kHalf)));
+  torch::optim::AdamW optimizer(pipe->parameters(), torch::optim::AdamWOptions(0.01));
+  MasterWeights weights(pipe->parameters());
   GradScaler scaler(mesh.world(), {.scale = kScale});
   const LossFn scaled = [&](const Tensors& outputs, const Tensors& targets) {
     return scaler.scale(small_loss(kTiny)(outputs, targets));
@@ -404,11 +429,17 @@ Found float16_run(const Mesh& mesh, const std::string& kind) {
   for (const int step : {1, 2}) {
     pipe->zero_grad();
     const StepResult result = pipe->step(batch_in(at::kHalf, mesh.replica(), step), scaled);
-    used[step - 1] = scaler.unscale_(pipe->parameters(), result.skipped) ? 1 : 0;
+    if (scaler.unscale_(pipe->parameters(), result.skipped)) {
+      used[step - 1] = 1;
+      weights.step(optimizer);
+    }
     scaler.update();
   }
   Found found{{"scale", number(scaler.current_scale())}, {"used", used}};
-  for (const auto& item : pipe->named_parameters()) found["gradient of " + item.key()] = item.value().grad().clone();
+  for (const auto& item : pipe->named_parameters()) {
+    found["gradient of " + item.key()] = item.value().grad().clone();
+    found[item.key()] = item.value().detach().to(at::kFloat);
+  }
   return found;
 }
 
@@ -460,7 +491,7 @@ struct CountingImpl : torch::nn::Module {
   }
   torch::Tensor forward(const torch::Tensor& x) {
     tokens.add_(torch::bincount(x.detach().argmax(1), {}, kWidth));
-    const torch::Tensor y = norm(layer(x));
+    const torch::Tensor y = torch::exp(0.3 * norm(layer(x)));
     if (keeps) seen.push_back(y.detach());
     return whole(y);
   }
