@@ -208,6 +208,19 @@ TEST(Splits, ADimensionTheWholeOrAList) {
     const Tensors everywhere = pipe->predict(batch, /*everywhere=*/true);
     EXPECT_LE(difference(everywhere.at(0), truth), 1e-15);
     EXPECT_NEAR(pipe->evaluate(batch, squared_error()).loss.item<double>(), truth.pow(2).mean().item<double>(), 1e-12);
+
+    const auto leaves = [&] {
+      Tensors inputs;
+      for (const at::Tensor& input : batch.inputs) inputs.push_back(input.clone().requires_grad_());
+      return inputs;
+    };
+    const Tensors asked = leaves(), own = leaves();
+    const at::Tensor sums = torch::stack({own[2].sum(), own[2].sum(), own[3].sum(), own[3].sum()}).unsqueeze(1);
+    torch::mse_loss(own[0].t() * own[1] + sums, batch.targets[0]).backward();
+    const Tensors gradients = pipe->step({.inputs = asked, .targets = batch.targets}, squared_error()).input_gradients;
+    ASSERT_EQ(gradients.size(), 4u);
+    for (std::size_t i = 0; i < own.size(); ++i) EXPECT_LE(difference(gradients[i], own[i].grad()), 1e-12) << i;
+
     Batch lacking = batch;
     lacking.inputs.pop_back();
     EXPECT_THAT(message_of([&] { pipe->predict(lacking); }),

@@ -288,6 +288,28 @@ TEST(OnNonFinite, LeavesEverythingAsItWasOnAllRanks) {
   }
 }
 
+TEST(OnNonFinite, AGradientOfAnInputIsOne) {
+  const Model model = [](int stage) {
+    const Piece piece = layer(stage);
+    return Piece{piece.module, [piece](const Tensors& x) { return piece.forward({x[0].pow(2).sqrt()}); }};
+  };
+  for (const OnNonFinite choice : {OnNonFinite::error, OnNonFinite::skip})
+    EXPECT_THAT(failure_on_all(2,
+                               [&](std::shared_ptr<Communicator> comm) {
+                                 DualPipe pipe(
+                                     comm,
+                                     {.num_micro_batches = kMicroBatches, .schedule = "1f1b", .on_non_finite = choice},
+                                     as_factory(model));
+                                 Batch batch = random_batch(2 * kMicroBatches, 3);
+                                 batch.inputs[0][5].zero_();
+                                 EXPECT_FALSE(pipe->step(batch, squared_error()).skipped);
+                                 batch.inputs[0].requires_grad_();
+                                 if (pipe->step(batch, squared_error()).skipped) throw Error("skipped");
+                               }),
+                choice == OnNonFinite::error ? HasSubstr("step 2 is not finite: the gradient of an input on rank 0.")
+                                             : HasSubstr("skipped"));
+}
+
 TEST(OnNonFinite, AMicroBatchOfAnotherReplicaIsNamed) {
   const std::string text = failure_on_all(4, [](std::shared_ptr<Communicator> comm) {
     const Mesh mesh(comm, {.pipeline = 2, .data = 2});
