@@ -223,7 +223,7 @@ TEST(CallerErrors, TensorsOfABatchThatRequireGrad) {
       }
       Batch asked = random_batch(16, 3);
       asked.inputs[0].set_requires_grad(comm->rank() == 0);
-      findings.note("asked by one", [&] { pipe->step(asked, squared_error()); });
+      if (step == 0) findings.note("asked by one", [&] { pipe->step(asked, squared_error()); });
       EXPECT_TRUE(pipe->step(random_batch(16, 3), squared_error()).input_gradients.empty());
     }
   });

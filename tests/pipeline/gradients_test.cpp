@@ -95,8 +95,8 @@ TEST_P(Items, EqualOneProcess) {
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(All, Items, ::testing::ValuesIn(items()), [](const auto& info) {
-  std::string name = info.param.name;
+INSTANTIATE_TEST_SUITE_P(All, Items, ::testing::ValuesIn(items()), [](const auto& each) {
+  std::string name = each.param.name;
   std::erase_if(name, [](char letter) { return std::isalnum(static_cast<unsigned char>(letter)) == 0; });
   return name;
 });
