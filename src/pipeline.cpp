@@ -21,6 +21,7 @@
 #include "dualpipe/detail/pipeline/transfers.ipp"
 #include "dualpipe/detail/pipeline/unfinished_step.ipp"
 #include "dualpipe/detail/train/clip.ipp"
+#include "dualpipe/detail/train/deferred_batch_norm.ipp"
 #include "dualpipe/detail/train/grad_scaler.ipp"
 #include "dualpipe/detail/train/learning_rate.ipp"
 #include "dualpipe/detail/train/master_weights.ipp"

@@ -103,7 +103,7 @@ std::string other_batch(const char* name, int rank, int first, std::int64_t step
   const std::string when =
       step < 0 ? "" : str(" of step ", step + 1, step > 0 ? ", those of the steps before were alike" : "");
   return str("ranks disagree about the batch", when, ": Batch::", name, " of rank ", rank,
-             " has other sizes or values than that of rank ", first,
+             " has other sizes or values, or others that require grad, than that of rank ", first,
              "; all ranks that pass it must pass the same, since one feeds the inputs and another computes the loss. ",
              step > 0
                  ? "Often a loader shuffles with LibTorch's default generator, which one rank has used for something "

@@ -147,6 +147,7 @@ PipelineState::PipelineState(Ranks ranks, DualPipeOptions options, const StageFa
   plans_->forward(options_.num_micro_batches);
   arrivals_ = std::make_unique<ArrivalMemory>(communicator_, traits_.data_dependent_from);
   parameters_ = unique_parameters(stages);
+  feeding_ranks_ = holders(schedule(), 0);
   loss_ranks_ = holders(schedule(), schedule().num_stages - 1);
   executor_ = std::make_unique<Executor>(communicator_, std::move(stages), flight_);
 }
@@ -163,9 +164,10 @@ void PipelineState::start() {
 
 std::vector<Communicator::Edge> PipelineState::edges() const {
   std::set<Communicator::Edge> all(training_->edges.begin(), training_->edges.end());
-  for (const int from : loss_ranks_)
-    for (const int to : loss_ranks_)
-      if (from != to) all.insert({from, to});
+  for (const std::vector<int>* ranks : {&feeding_ranks_, &loss_ranks_})
+    for (const int from : *ranks)
+      for (const int to : *ranks)
+        if (from != to) all.insert({from, to});
   return {all.begin(), all.end()};
 }
 
@@ -282,7 +284,8 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
       replicas_->combine_buffers(*buffers);
     });
     gradients->add_up();
-    const FiniteCheck finite(options_.on_non_finite == OnNonFinite::keep ? Tensors() : parameters_);
+    const FiniteCheck finite(options_.on_non_finite == OnNonFinite::keep ? Tensors() : gradients_of(outputs));
+    Tensors of_inputs = gathered_input_gradients(*plan, batch, inputs, outputs);
     observers_.finish(*communicator_, outputs);
     if (options_.asynchronous) {
       const MemberHashes before = std::exchange(last_hashes_, std::move(hashes)).values();
@@ -293,7 +296,9 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
       check_hashes(all.hashes, ranks_.shape, number - 1, numbers());
       gradients->commit();
       buffers->commit();
-      return result_ahead(std::move(all), std::move(outputs), agreed, std::move(end), number);
+      StepResult ahead = result_ahead(std::move(all), std::move(outputs), agreed, std::move(end), number);
+      ahead.input_gradients = std::move(of_inputs);
+      return ahead;
     }
     communicator_->fence().synchronize();  // the only wait of the host for a device
     StepVote all = flight_.together(
@@ -305,7 +310,9 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
       gradients->commit();
       buffers->commit();
     }
-    return result(all, std::move(outputs), agreed);
+    StepResult over = result(all, std::move(outputs), agreed);
+    over.input_gradients = std::move(of_inputs);
+    return over;
   };
   StepResult found = observed(body, &dropped);
   DUALPIPE_CHECK(!dropped || options_.on_non_finite == OnNonFinite::skip, "step ", step_, " is not finite: ", infinite,
@@ -315,9 +322,29 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
   return found;
 }
 
+Tensors PipelineState::gradients_of(const RunOutputs& outputs) const {
+  Tensors gradients;
+  for (const at::Tensor& parameter : parameters_) gradients.push_back(parameter.grad());
+  for (const auto& [micro_batch, of_inputs] : outputs.input_gradients)
+    gradients.insert(gradients.end(), of_inputs.begin(), of_inputs.end());
+  return gradients;
+}
+
+Tensors PipelineState::gathered_input_gradients(const Plan& plan, const Batch& batch, const RunInputs& inputs,
+                                                RunOutputs& outputs) {
+  if (!feeds_inputs() || !wants_input_gradients(inputs.micro_batches)) return {};
+  return flight_.together("gradients of inputs", [&] {
+    const std::vector<Tensors> all =
+        gather_from(*communicator_, plan, /*stage=*/0, feeding_ranks_, std::move(outputs.input_gradients));
+    return input_gradients(batch, inputs.micro_batches, all, options_);
+  });
+}
+
 std::string PipelineState::finding_of_gradients(const FiniteCheck& check) const {
   const std::vector<std::size_t> found = check.found();
   if (found.empty()) return {};
+  if (found.front() >= parameters_.size())
+    return str("the gradient of an input on rank ", communicator_->world_rank(rank()));
   const at::Tensor& first = parameters_[found.front()];
   for (const auto& [number, stage] : stages()) {
     if (!stage.module()) continue;
@@ -369,7 +396,8 @@ Tensors PipelineState::predict(const Batch& batch, bool everywhere, const torch:
     std::vector<std::string> found = flight_.together("merge of predictions", [&] {
       std::string finding;
       if (everywhere || computes_loss()) {
-        const auto all = gather_outputs(*communicator_, *plan, receivers, std::move(outputs.outputs));
+        const auto all =
+            gather_from(*communicator_, *plan, schedule().num_stages - 1, receivers, std::move(outputs.outputs));
         finding = finding_of([&] { merged = merge_outputs(all, agreed.sizes, options_); });
       }
       return all_gather_text(world(), finding);
