@@ -107,7 +107,9 @@ TEST_P(Tied, GradientsNormsAndWeightsEqualOneProcess) {
           for (const auto& item : pipe->named_parameters()) {
             const std::string name = name_in_model(item.key());
             if (shards && !item.value().grad().defined()) continue;
-            if (step == 0) EXPECT_LE(difference(item.value().grad(), truth.gradients.at(name)), 1e-12) << item.key();
+            if (step == 0) {
+              EXPECT_LE(difference(item.value().grad(), truth.gradients.at(name)), 1e-12) << item.key();
+            }
             same.expect((step == 0 ? "first " : std::to_string(2 * step + shards)) + name, item.value().grad());
           }
           const double norm = pipe->clip_grad_norm_(kLargestNorm).item<double>();
@@ -128,9 +130,9 @@ INSTANTIATE_TEST_SUITE_P(Kinds, Tied,
                                            TiedCase{"1f1b", 4}, TiedCase{"zb1p", 4}, TiedCase{"zbv", 2},
                                            TiedCase{"interleaved", 2}, TiedCase{"1f1b", 2, 2},
                                            TiedCase{"dualpipe", 2, 2}, TiedCase{"1f1b", 1}),
-                         [](const auto& info) {
-                           return "schedule_" + info.param.kind + "_" + std::to_string(info.param.num_ranks) + "_x_" +
-                                  std::to_string(info.param.num_replicas);
+                         [](const auto& each) {
+                           return "schedule_" + each.param.kind + "_" + std::to_string(each.param.num_ranks) + "_x_" +
+                                  std::to_string(each.param.num_replicas);
                          });
 
 constexpr int kRanks = 2;
@@ -222,6 +224,12 @@ TEST(TiedWeights, WhatCannotBeTiedIsAnErrorOnAllRanks) {
   EXPECT_THAT(refused(layers([](int number) { return number == 0 ? "shift" : "shfit"; })),
               AllOf(HasSubstr("'bias' of stage 1 is tied as 'shfit'"), HasSubstr("no other stage")));
   EXPECT_THAT(refused(layers([](int number) { return number == 0 ? "shift" : ""; })), HasSubstr("no other stage"));
+  Layer one(0);
+  EXPECT_THAT(failure_on_all(2,
+                             [&](std::shared_ptr<Communicator> comm) {
+                               tied_pipe(comm, [&](int) { return as_stage(one).tie("weight").tie("bias"); });
+                             }),
+              HasSubstr("ranks 0 and 1 are threads of one process"));
   EXPECT_THAT(refused(layers(both), "dualpipe"),
               AllOf(HasSubstr("'bias' of stage 0 and 'bias' of stage 1, both tied as 'shift'"),
                     HasSubstr("two tensors"), HasSubstr("capture its module")));
@@ -229,7 +237,7 @@ TEST(TiedWeights, WhatCannotBeTiedIsAnErrorOnAllRanks) {
     return [=]() -> StageFactory {
       return [=](int number) {
         auto module = std::make_shared<torch::nn::Module>("Stage");
-        const Layer layer(number);
+        Layer layer(number);
         module->register_module("layer", layer.ptr());
         module->register_parameter("bias", layer->bias);
         return Stage(module).tie(first, "a").tie(second, "b").compute("layer", [layer](const at::Tensor& x) mutable {
