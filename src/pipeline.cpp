@@ -16,6 +16,7 @@
 #include "dualpipe/detail/pipeline/recorder.ipp"
 #include "dualpipe/detail/pipeline/replicas.ipp"
 #include "dualpipe/detail/pipeline/step_run.ipp"
+#include "dualpipe/detail/pipeline/ties.ipp"
 #include "dualpipe/detail/pipeline/tracer.ipp"
 #include "dualpipe/detail/pipeline/training_plan.ipp"
 #include "dualpipe/detail/pipeline/transfers.ipp"

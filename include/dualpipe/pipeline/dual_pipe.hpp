@@ -188,6 +188,9 @@ class DualPipeImpl : public torch::nn::Module {
   /// Which part of the experts this rank has of a parameter or buffer, by its name in the pipeline; -1 where all ranks
   /// that hold its stage have the same.
   DUALPIPE_DECL int expert_part(const std::string& name) const;
+  /// All names that a parameter or buffer of this rank has in the pipeline: those of the stages that tie it (Stage::tie),
+  /// of other ranks too, lowest stage first. Only `name` where no stage does.
+  DUALPIPE_DECL std::vector<std::string> tied_names(const std::string& name) const;
   DUALPIPE_DECL const Schedule& schedule() const;
   DUALPIPE_DECL std::vector<int> local_stages() const;
   /// This rank runs the first stage for some micro-batches and needs their inputs.

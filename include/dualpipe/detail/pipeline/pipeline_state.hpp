@@ -81,6 +81,7 @@ class PipelineState {
     const int parts = ranks_.shape.expert;
     return parts > 1 && is_expert_(name) ? ranks_.replica() % parts : -1;
   }
+  DUALPIPE_DECL std::vector<std::string> tied_names(const std::string& name) const;
   const Schedule& schedule() const noexcept { return training_->schedule; }
   const std::map<int, Stage>& stages() const noexcept { return executor_->stages(); }
   bool feeds_inputs() const { return runs_stage(0); }

@@ -340,6 +340,19 @@ Tensors PipelineState::gathered_input_gradients(const Plan& plan, const Batch& b
   });
 }
 
+std::vector<std::string> PipelineState::tied_names(const std::string& name) const {
+  for (const auto& [stage, unused] : stages()) {
+    const std::string prefix = str("stage", stage, '.');
+    const Tie* const tie =
+        name.starts_with(prefix) ? replicas_->ties().find(stage, name.substr(prefix.size())) : nullptr;
+    if (tie == nullptr) continue;
+    std::vector<std::string> names;
+    for (const auto& place : tie->places) names.push_back(str("stage", place.stage, '.', place.name));
+    return names;
+  }
+  return {name};
+}
+
 std::string PipelineState::finding_of_gradients(const FiniteCheck& check) const {
   const std::vector<std::size_t> found = check.found();
   if (found.empty()) return {};
