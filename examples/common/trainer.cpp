@@ -5,6 +5,7 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -60,6 +61,26 @@ int num_stages(const Options& options, int world_size) {
   return dualpipe::load_schedule(spec).num_stages;
 }
 
+/// By hand, as Options::partition says.
+dualpipe::StageFactory cut_by_hand(std::vector<dualpipe::NamedLayer> layers, const std::vector<std::string>& entries) {
+  std::vector<int> counts;
+  std::vector<dualpipe::LayerRange> ranges;
+  for (const std::string& entry : entries) {
+    const std::size_t colon = entry.find(':');
+    if (colon != std::string::npos) {
+      ranges.push_back({entry.substr(0, colon), entry.substr(colon + 1)});
+      continue;
+    }
+    int& count = counts.emplace_back();
+    const char* end = entry.data() + entry.size();
+    const auto [last, error] = std::from_chars(entry.data(), end, count);
+    DUALPIPE_CHECK(error == std::errc() && last == end, "--partition takes numbers of layers, or FIRST:LAST, got '",
+                   entry, "'");
+  }
+  DUALPIPE_CHECK(counts.empty() || ranges.empty(), "--partition takes numbers of layers, or FIRST:LAST, not both");
+  return ranges.empty() ? dualpipe::split(std::move(layers), counts) : dualpipe::split(std::move(layers), ranges);
+}
+
 dualpipe::StageFactory cut(const Model& model, int num_stages, const Options& options) {
   const int spare = static_cast<int>(model.layers.size()) - options.model.layers;
   DUALPIPE_CHECK(options.model.layers + spare >= num_stages, "schedule ", options.pipe.schedule, " has ", num_stages,
@@ -72,6 +93,7 @@ dualpipe::StageFactory cut(const Model& model, int num_stages, const Options& op
       stage.module()->to(dtype);
       return stage;
     };
+  if (!options.partition.empty()) return cut_by_hand(std::move(layers), options.partition);
   return dualpipe::split(std::move(layers), num_stages, model.costs);
 }
 

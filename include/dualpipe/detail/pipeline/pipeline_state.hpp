@@ -73,7 +73,7 @@ class PipelineState {
   }
   void set_step(std::int64_t step) { step_ = step, calls_ = 0; }
   void write_record(const std::string& path) const { write_file(path, flight_.to_json()); }
-  void add_observer(std::shared_ptr<Observer> observer) { observers_.add(std::move(observer)); }
+  DUALPIPE_DECL void add_observer(std::shared_ptr<Observer> observer);
 
   const std::shared_ptr<Communicator>& communicator() const noexcept { return communicator_; }
   const Ranks& ranks() const noexcept { return ranks_; }

@@ -126,6 +126,9 @@ PipelineState::PipelineState(Ranks ranks, DualPipeOptions options, const StageFa
                    "cannot be skipped; set on_non_finite to error or keep, or asynchronous to false");
     make_folder(options_.record_to);
     training_ = training_plan(options_, *communicator_, ranks_.shape.data);
+    DUALPIPE_CHECK(factory.num_stages() == 0 || factory.num_stages() == schedule().num_stages, "the model is cut into ",
+                   factory.num_stages(), " stages, but ", options_.schedule, " on ", communicator_->size(),
+                   " ranks has ", schedule().num_stages);
   });
   agree_that_fine(world(), finding);
   agree_on(world(), "options", describe(options_, *training_));
@@ -150,6 +153,22 @@ PipelineState::PipelineState(Ranks ranks, DualPipeOptions options, const StageFa
   feeding_ranks_ = holders(schedule(), 0);
   loss_ranks_ = holders(schedule(), schedule().num_stages - 1);
   executor_ = std::make_unique<Executor>(communicator_, std::move(stages), flight_);
+}
+
+void PipelineState::add_observer(std::shared_ptr<Observer> observer) {
+  std::vector<StageSize> sizes(schedule().num_stages);
+  for (const auto& [number, stage] : stages()) {
+    if (!stage.module()) continue;
+    StageSize& size = sizes[number];
+    for (const at::Tensor& parameter : unique_parameters({{number, stage}})) {
+      size.parameters += static_cast<double>(parameter.numel());
+      size.bytes += static_cast<double>(parameter.nbytes());
+    }
+    for (const at::Tensor& buffer : stage.module()->buffers())
+      if (buffer.defined()) size.bytes += static_cast<double>(buffer.nbytes());
+  }
+  observer->stages(sizes);
+  observers_.add(std::move(observer));
 }
 
 void PipelineState::start() {
