@@ -184,10 +184,10 @@ inline constexpr const char* ways_to_tie =
 /// One parameter of the model for all stages that use it.
 ///
 /// @param held  by stage: ranks.
-inline bool are_one(const ParameterPlace& a, const ParameterPlace& b, const std::vector<std::vector<int>>& held, const Ties& ties) {
+inline bool are_one(const ParameterPlace& a, const ParameterPlace& b, const std::vector<std::vector<int>>& held,
+                    const Ties& ties) {
   const Tie* const tie = ties.find(a.stage, a.name);
-  return (tie != nullptr && tie == ties.find(b.stage, b.name)) ||
-         held[a.stage] == held[b.stage];
+  return (tie != nullptr && tie == ties.find(b.stage, b.name)) || held[a.stage] == held[b.stage];
 }
 
 inline void check_not_shared(const std::vector<ParameterPlace>& places, const Schedule& schedule, const Ties& ties) {
