@@ -103,7 +103,8 @@ TEST_P(Tied, GradientsNormsAndWeightsEqualOneProcess) {
         ShardedOptimizer optimizer(pipe, tied_adamw(pipe->owned_parameters()));
         for (int step = 0; step < kSteps; ++step) {
           optimizer.zero_grad();
-          pipe->step(tied_batches(step, 2 * num_micro_batches, num_replicas)[mesh.replica()], squared_error());
+          pipe->step(tied_batches(step, 2 * num_micro_batches, GetParam().num_replicas)[mesh.replica()],
+                     squared_error());
           for (const auto& item : pipe->named_parameters()) {
             const std::string name = name_in_model(item.key());
             if (shards && !item.value().grad().defined()) continue;
