@@ -15,6 +15,7 @@ namespace dualpipe::detail {
 struct NcclCommunicatorOptions {
   std::chrono::milliseconds timeout = std::chrono::minutes(5);
   bool communicator_per_edge = false;
+  bool start_when_both_ready = false;
   NcclConfig config = {};
   /// Largest tensor of the warm-up: NCCL chooses its algorithm by size, and connects each at its first use.
   std::size_t largest_warm_up_bytes = std::size_t{256} << 10;
@@ -76,6 +77,7 @@ class NcclCommunicator final : public Communicator {
     CommStream on;
     NcclContext::QueueId queue;
     int peer;  ///< the other rank in that communicator
+    StartFlags::End* start;
   };
   /// The way of a transfer between this rank and `peer`, another rank of this communicator.
   Route route(Edge edge, int peer) const;
@@ -86,6 +88,7 @@ class NcclCommunicator final : public Communicator {
   void warm_up_transfers(const std::vector<Edge>& edges);
   void warm_up_collectives();
   void open_edge(Edge edge);
+  void add_start_flags(const std::vector<Edge>& edges);
 
   std::shared_ptr<NcclContext> context_;
   NcclTrace trace_;
@@ -95,8 +98,9 @@ class NcclCommunicator final : public Communicator {
   NcclContext::QueueId transfer_queue_;
   NcclContext::QueueId collective_queue_;
   CommStream collectives_;
-  std::optional<CommStream> transfers_;  // opened by connect()
-  std::map<Edge, CommStream> edges_;     // communicators of two ranks: 0 sends, 1 receives
+  std::optional<CommStream> transfers_;      // opened by connect()
+  std::map<Edge, CommStream> edges_;         // communicators of two ranks: 0 sends, 1 receives
+  std::map<Edge, StartFlags::End*> starts_;  // of edges that connect() announced, if their ends start together
   std::shared_ptr<KnownSignatures> known_ = std::make_shared<KnownSignatures>();
 };
 

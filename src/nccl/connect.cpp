@@ -45,6 +45,11 @@ std::shared_ptr<Communicator> connect_nccl(const World& world, const NcclOptions
       mine.identity = detail::cuda_device_identity(mine.index());
       nccl = detail::nccl_library(mine.index());
     }
+    if (problem.empty() && options.start_when_both_ready) {
+      problem = detail::both_ready_obstacle(std::getenv("NCCL_LAUNCH_ORDER_IMPLICIT"),
+                                            std::getenv("CUDA_DEVICE_MAX_CONNECTIONS"));
+      if (!problem.empty()) problem = detail::str("rank ", world.rank, ": ", problem);
+    }
   } catch (const std::exception& error) {
     problem = detail::str("rank ", world.rank, ": ", error.what());
   }
@@ -60,6 +65,7 @@ std::shared_ptr<Communicator> connect_nccl(const World& world, const NcclOptions
       control, detail::cuda_device(mine.index()), std::move(nccl),
       {.timeout = options.connect.timeout,
        .communicator_per_edge = options.communicator_per_edge,
+       .start_when_both_ready = options.start_when_both_ready,
        .config = {.min_ctas = options.min_ctas, .max_ctas = options.max_ctas, .name = options.connect.name},
        .largest_warm_up_bytes = std::size_t{64} << 20});
 }

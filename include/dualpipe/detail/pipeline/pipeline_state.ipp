@@ -198,6 +198,7 @@ CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* 
   CallStatement mine;
   mine.call = call;
   mine.step = step_;
+  mine.observed = !observers_.all().empty();
   mine.finding = finding_of([&] {
     const std::string before = observers_.take_error();
     DUALPIPE_CHECK(before.empty(), before);
@@ -219,6 +220,7 @@ CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* 
     return flight_.together(names[static_cast<std::size_t>(call)], [&] { return exchange_statements(world(), mine); });
   });
   const CallAgreement agreed = agreement(statements, ranks_.shape, ranks_.replica(), trains ? step_ : -1, numbers());
+  observers_.set_observed(*communicator_, agreed.observed);
   if (trains && options_.compare_replicas_every > 0 && steps_run_ % options_.compare_replicas_every == 0) {
     const std::string difference = health_.guarded(
         [&] { return flight_.together("comparison of copies", [&] { return replicas_->difference(); }); });
@@ -305,7 +307,7 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
     gradients->add_up();
     const FiniteCheck finite(options_.on_non_finite == OnNonFinite::keep ? Tensors() : gradients_of(outputs));
     Tensors of_inputs = gathered_input_gradients(*plan, batch, inputs, outputs);
-    observers_.finish(*communicator_, outputs);
+    observers_.finish(*communicator_, world(), outputs);
     if (options_.asynchronous) {
       const MemberHashes before = std::exchange(last_hashes_, std::move(hashes)).values();
       if (const auto step = std::exchange(last_step_, nullptr)) step->finish();
@@ -393,7 +395,7 @@ RunOutputs PipelineState::run_forward(const std::shared_ptr<const Plan>& plan, R
                                       const torch::nn::Module& module) {
   inputs.arrivals = arrivals_->known_arrivals(plan, inputs, module);
   RunOutputs outputs = executor_->run(*plan, inputs, observers_.all());
-  observers_.finish(*communicator_, outputs);
+  observers_.finish(*communicator_, world(), outputs);
   return outputs;
 }
 
