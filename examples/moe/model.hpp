@@ -34,9 +34,8 @@ enum Slot : std::size_t {
   balance,  ///< [1], the sum over the blocks so far: see block_of
   rows,     ///< [bytes * top_k, width], ordered by expert; behind the dispatch those that came
   weight,   ///< [rows, 1]: what the router gives that expert
-  expert,   ///< [rows], int64
   token,    ///< [rows], int64: which of this rank's bytes the row is; stays here
-  splits,   ///< as dualpipe::all_to_all takes them
+  splits,   ///< of each rank's experts, as dualpipe::all_to_all takes and gives them: then on the CPU
   num_slots
 };
 

@@ -78,9 +78,14 @@ class DeviceApi {
 
 using NcclId = std::array<char, 128>;
 
+/// Thread blocks of one operation; 0: NCCL's own choice.
+struct CtaLimits {
+  int min = 0;
+  int max = 0;
+};
+
 struct NcclConfig {
-  int min_ctas = 0;  ///< 0: NCCL's own choice
-  int max_ctas = 0;
+  CtaLimits ctas = {};
   std::string name = {};
 };
 

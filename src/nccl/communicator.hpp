@@ -16,7 +16,10 @@ struct NcclCommunicatorOptions {
   std::chrono::milliseconds timeout = std::chrono::minutes(5);
   bool communicator_per_edge = false;
   bool start_when_both_ready = false;
-  NcclConfig config = {};
+  std::string name = {};
+  CtaLimits transfer_ctas = {};
+  CtaLimits collective_ctas = {};
+  CtaLimits sum_ctas = {};  ///< of collectives in groups that sum gradients
   /// Largest tensor of the warm-up: NCCL chooses its algorithm by size, and connects each at its first use.
   std::size_t largest_warm_up_bytes = std::size_t{256} << 10;
 };
@@ -43,9 +46,9 @@ class NcclCommunicator final : public Communicator {
   static std::shared_ptr<NcclCommunicator> world(const std::shared_ptr<Communicator>& control,
                                                  std::shared_ptr<DeviceApi> device, std::shared_ptr<NcclApi> nccl,
                                                  const NcclCommunicatorOptions& options);
-  /// Collective over the members of `group`; see world() and split().
+  /// Collective over the members of `group`; see world() and split_for().
   NcclCommunicator(std::shared_ptr<NcclContext> context, std::int64_t group, const std::vector<int>& members, int rank,
-                   NcclCommunicatorOptions options);
+                   const GroupUse& use, NcclCommunicatorOptions options);
 
   at::Device device() const override { return context_->device().device(); }
   Communicator& control() override { return control_; }
@@ -61,7 +64,8 @@ class NcclCommunicator final : public Communicator {
   Pending barrier() override;
   std::vector<std::string> commit(std::string ballot) override { return control_.commit(std::move(ballot)); }
   Pending fence() override;
-  std::shared_ptr<Communicator> split(int color, int key) override;
+  std::shared_ptr<Communicator> split(int color, int key) override { return split_for({}, color, key); }
+  std::shared_ptr<Communicator> split_for(const GroupUse& use, int color, int key) override;
   void abort(const std::string& reason) noexcept override;
 
  private:
@@ -87,6 +91,7 @@ class NcclCommunicator final : public Communicator {
                std::function<void(const NcclOperation&, NcclApi&, CommStream)> issue);
   void warm_up_transfers(const std::vector<Edge>& edges);
   void warm_up_collectives();
+  void warm_up_exchanges();
   void open_edge(Edge edge);
   void add_start_flags(const std::vector<Edge>& edges);
 

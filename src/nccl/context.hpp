@@ -47,7 +47,7 @@ class NcclContext {
   using QueueId = std::size_t;
 
   NcclContext(std::shared_ptr<Transport> transport, std::shared_ptr<DeviceApi> device, std::shared_ptr<NcclApi> nccl,
-              std::chrono::milliseconds timeout, NcclConfig config);
+              std::chrono::milliseconds timeout, std::string name);
   /// Waits at most 1.5 seconds for running operations and for the other ranks, then for NCCL to free its communicators.
   ~NcclContext();
   NcclContext(const NcclContext&) = delete;
@@ -58,7 +58,9 @@ class NcclContext {
   DeviceApi& device() const noexcept { return *device_; }
 
   /// Collective over `control`: a communicator of NCCL for its ranks, and its stream.
-  CommStream open(MessageCommunicator& control, const std::string& name);
+  ///
+  /// @param name  goes behind the context's.
+  CommStream open(MessageCommunicator& control, const std::string& name, const CtaLimits& ctas);
   /// Operations of one queue are launched in the order of submit().
   QueueId add_queue();
   /// Records a pooled event.
@@ -135,7 +137,7 @@ class NcclContext {
   const std::shared_ptr<DeviceApi> device_;
   const std::shared_ptr<NcclApi> nccl_;
   const std::chrono::milliseconds timeout_;
-  const NcclConfig config_;
+  const std::string name_;
   const std::shared_ptr<EventPool> events_;
   const std::shared_ptr<LaunchSignal> launch_signal_;
   StartFlags start_flags_;

@@ -270,10 +270,11 @@ class NcclLibrary final : public NcclApi {
     std::memcpy(&id, bytes.data(), sizeof id);
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 1;
-    if (wanted.min_ctas > 0) config.minCTAs = wanted.min_ctas;
-    if (wanted.max_ctas > 0) config.maxCTAs = wanted.max_ctas;
+    const auto [min_ctas, max_ctas] = wanted.ctas;
+    if (min_ctas > 0) config.minCTAs = min_ctas;
+    if (max_ctas > 0) config.maxCTAs = max_ctas;
     // NCCL refuses a minimum without a maximum.
-    if (wanted.min_ctas > 0 && wanted.max_ctas == 0) config.maxCTAs = std::max(wanted.min_ctas, largest_cta_count);
+    if (min_ctas > 0 && max_ctas == 0) config.maxCTAs = std::max(min_ctas, largest_cta_count);
     config.commName = keep(wanted.name);
     ncclComm_t comm = nullptr;
     DUALPIPE_NCCL_CHECK(nullptr, ncclCommInitRankConfig(&comm, num_ranks, id, rank, &config));

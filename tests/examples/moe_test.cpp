@@ -20,8 +20,10 @@
 #include "dualpipe/pipeline/dual_pipe.hpp"
 #include "dualpipe/planner/report.hpp"
 #include "dualpipe/schedule/generate.hpp"
+#include "dualpipe/stage/stage_run.hpp"
 #include "dualpipe/testing/communicators.hpp"
 #include "dualpipe/train/mesh.hpp"
+#include "examples/counting_device.hpp"
 #include "examples/example_program.hpp"
 #include "model.hpp"
 
@@ -29,6 +31,8 @@ namespace dualpipe {
 namespace {
 
 using ::testing::AllOf;
+using ::testing::Contains;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 constexpr double kBalance = 0.1;
@@ -284,6 +288,76 @@ INSTANTIATE_TEST_SUITE_P(Moe, MoeGradients,
                                    : layout.serial ? "_one_at_a_time"
                                                    : "");
                          });
+
+TEST(CountingDevice, NotesWhatMakesAHostWait) {
+  const torch::Tensor x = torch::arange(4).to(test::counting_device);
+  test::take_host_waits();
+  EXPECT_EQ((x + x).sum().item<std::int64_t>(), 12);
+  EXPECT_THAT(test::take_host_waits(), ElementsAre("aten::_local_scalar_dense"));
+  (void)x.index({x > 1});
+  EXPECT_THAT(test::take_host_waits(), Contains("aten::nonzero"));
+  (void)torch::bincount(x, {}, 4);
+  EXPECT_THAT(test::take_host_waits(), Contains("aten::bincount"));
+  (void)x.cpu();
+  (void)x.to(torch::kCPU, torch::kLong, /*non_blocking=*/true);
+  EXPECT_THAT(test::take_host_waits(), ElementsAre("blocking copy to the host", "copy to the host"));
+}
+
+/// One micro-batch through all layers and back, on ranks that share the experts.
+struct LayersRun {
+  std::vector<std::string> waits;
+  std::map<std::string, torch::Tensor> gradients;
+};
+std::vector<LayersRun> run_layers(at::Device device) {
+  constexpr int kRanks = 2;
+  const moe::ModelSize size = small(2);
+  std::vector<LayersRun> seen(kRanks);
+  const auto body = [&](const std::shared_ptr<Communicator>& group) {
+    at::set_num_threads(1);
+    LayersRun& mine = seen[group->rank()];
+    const std::vector<NamedLayer> layers = layers_of(size, group);
+    std::vector<Stage> stages;
+    for (const NamedLayer& layer : layers) {
+      stages.push_back(layer.make());
+      stages.back().module()->to(device);
+    }
+    for (int micro_batch = 0; micro_batch < 2; ++micro_batch) {
+      const Batch batch = random_batch(2, size.transformer.context, 5 + group->rank());
+      const Tensors targets{batch.targets[0].to(device)};
+      Tensors values{batch.inputs[0].to(device)};
+      test::take_host_waits();
+      std::vector<std::unique_ptr<StageRun>> runs;
+      for (const Stage& stage : stages) {
+        StageLoss loss;
+        if (&stage == &stages.back()) loss = [&](const Tensors& outputs) { return loss_of(outputs, targets); };
+        const StageContext context{.stage = static_cast<int>(runs.size()), .micro_batch = micro_batch};
+        StageRun& run = *runs.emplace_back(std::make_unique<StageRun>(stage, values, context, loss));
+        while (!run.advanced()) run.advance();
+        run.finish_forward();
+        values = run.outputs();
+      }
+      Tensors gradients{torch::ones({}, at::device(device).dtype(torch::kDouble))};
+      for (std::size_t s = runs.size(); s-- > 0;) gradients = runs[s]->backward(gradients);
+      mine.waits = test::take_host_waits();  // the first micro-batch moves what the modules keep elsewhere
+    }
+    for (std::size_t s = 0; s < stages.size(); ++s)
+      for (const auto& item : stages[s].module()->named_parameters())
+        mine.gradients[layers[s].name + "." + item.key()] = item.value().grad().cpu();
+  };
+  run_ranks(kRanks, body, {.device = device});
+  return seen;
+}
+
+TEST(MoeStages, WaitForTheirDeviceOnlyWhereADispatchIsLaunched) {
+  const std::vector<LayersRun> on_host = run_layers(at::kCPU), on_device = run_layers(test::counting_device);
+  for (std::size_t rank = 0; rank < on_host.size(); ++rank) {
+    // Of two blocks. On a device each dispatch copies its splits, and waits for the event behind that.
+    EXPECT_THAT(on_device[rank].waits, ElementsAre("copy to the host", "event", "copy to the host", "event"));
+    EXPECT_THAT(on_host[rank].waits, ::testing::IsEmpty());
+    for (const auto& [name, gradient] : on_host[rank].gradients)
+      EXPECT_LE(difference(on_device[rank].gradients.at(name), gradient), 1e-10) << name;
+  }
+}
 
 class MoeProgram : public test::ExampleProgram {
  protected:

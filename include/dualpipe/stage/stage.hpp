@@ -4,6 +4,7 @@
 #include <torch/nn/module.h>
 #include <torch/nn/pimpl.h>
 
+#include <any>
 #include <atomic>
 #include <concepts>
 #include <cstddef>
@@ -38,6 +39,7 @@ struct StageContext {
   at::Generator generator = {};
   std::optional<RandomKey> random = {};  ///< what layer_seed() takes; empty without a seed
   Tensors* added_losses = nullptr;       ///< where add_loss puts them; set by StageRun
+  std::any prepared = {};                ///< in Collective::forward: what its prepare() has returned
 
   /// Adds a loss of this micro-batch to what is trained, from any stage: it is weighted as the loss of the last stage is,
   /// and reported in StepResult::added_losses. Called by the stage's compute functions while they run.

@@ -82,7 +82,7 @@ inline void add_tied_sets(const Ties& ties, std::vector<HolderSet>& sets) {
 /// rank goes through all sets in one order; disjoint ones are made by one call, so that their communicators open side
 /// by side.
 inline std::vector<std::shared_ptr<Communicator>> make_holder_groups(Communicator& world,
-                                                                     const std::vector<HolderSet>& sets) {
+                                                                     const std::vector<HolderSet>& sets, bool shards) {
   std::vector<std::shared_ptr<Communicator>> groups(sets.size());
   std::vector<bool> made(sets.size(), false);
   for (std::size_t first = 0; first < sets.size(); ++first) {
@@ -98,7 +98,8 @@ inline std::vector<std::shared_ptr<Communicator>> make_holder_groups(Communicato
       taken.insert(ranks.begin(), ranks.end());
       if (std::find(ranks.begin(), ranks.end(), world.rank()) != ranks.end()) own = i;
     }
-    const auto group = world.split(own ? static_cast<int>(*own) : -1, world.rank());
+    const auto group =
+        world.split_for({.exchanges = shards, .sums = true}, own ? static_cast<int>(*own) : -1, world.rank());
     if (own) groups[*own] = group;
   }
   return groups;
@@ -323,7 +324,7 @@ Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& 
   const bool tells_experts = is_expert && shape.expert > 1;
   std::vector<HolderSet> sets = holder_sets(schedule, shape, tells_experts);
   add_tied_sets(ties_, sets);
-  std::vector<std::shared_ptr<Communicator>> groups = make_holder_groups(world, sets);
+  std::vector<std::shared_ptr<Communicator>> groups = make_holder_groups(world, sets, shards_);
   std::unordered_set<at::TensorImpl*> seen_parameters, seen_buffers;
   for (const Tie& tie : ties_.all())
     if (tie.tensor.defined())

@@ -170,6 +170,7 @@ void StageRun::advance_forward(int index) {
   if (segment.begin == segment.end || !stage_->nodes()[segment.begin].communication) {
     std::unique_ptr<Beginning> kept = context_.training && stage_->recomputes(index) ? beginning() : nullptr;
     compute(segment.begin, segment.end);
+    prepare(index + 1);
     if (!kept) return;
     Node& node = nodes_.back();
     if (context_.step == 0) kept->leaves = node.graph.leaves();
@@ -251,8 +252,23 @@ void StageRun::compute(std::size_t begin, std::size_t end) {
   values_ = detail::detach_outputs(values_, context_.training);
 }
 
+void StageRun::prepare(int index) {
+  if (index >= num_nodes_) return;
+  const Stage::Segment segment = stage_->segment(index);
+  if (segment.begin == segment.end) return;
+  const auto& communication = stage_->nodes()[segment.begin].communication;
+  if (!communication) return;
+  Tensors moved;
+  for (const int position : communication->moves) {
+    if (position >= std::ssize(values_)) return;  // launch() reports it
+    moved.push_back(values_[position]);
+  }
+  context_.prepared = communication->collective->prepare(moved);
+}
+
 void StageRun::launch(const std::shared_ptr<const Communication>& communication) {
   auto launched = communication->collective->forward(detail::take_moved(values_, communication->moves), context_);
+  context_.prepared.reset();
   DUALPIPE_CHECK(launched.pending, "the collective launched nothing: its Pending is empty");
   pending_ = std::move(launched.pending);
   moving_ = communication.get();
