@@ -1,6 +1,6 @@
 # What scripts/bundle packs: `kit` builds it, and `cmake --install BUILD --component kit --strip --prefix FOLDER` copies it. Programs find LibTorch by
 # the link `libtorch` beside their folder, which scripts/gpu-check makes; the libraries that LibTorch's wheel depends on lie beside that wheel.
-foreach(target dualpipe-run dualpipe-plan dualpipe-lm-cuda dualpipe-bench-gpu gpu_test gpu_rank_test)
+foreach(target dualpipe-run dualpipe-plan dualpipe-lm dualpipe-lm-cuda dualpipe-bench-gpu gpu_test gpu_rank_test)
   if(TARGET ${target})
     list(APPEND kit ${target})
   else()

@@ -32,7 +32,8 @@ std::string missing(int num_devices) {
 /// Where a program is: as it was built, or in the folder to which all have been moved (scripts/bundle).
 std::string program(const std::string& built) {
   const char* folder = std::getenv("DUALPIPE_PROGRAMS");
-  return folder == nullptr ? built : std::filesystem::path(folder) / std::filesystem::path(built).filename();
+  if (folder == nullptr) return built;
+  return std::filesystem::path(folder) / std::filesystem::path(built).filename();
 }
 
 Command on_ranks(int num_ranks, const Command& ranks) {

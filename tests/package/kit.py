@@ -101,7 +101,7 @@ class Failures(unittest.TestCase):
                    '[ "$1" = hidden ] && { echo \'{"skipped": "NCCL is too old"}\'; exit 77; }\n'
                    '[ "$1" = host ] && { echo no json; exit; }\n'
                    'echo before the wait; /bin/sleep 60 & echo $! > "$0.child"; wait\n')
-        for program in ("dualpipe-run", "dualpipe-lm-cuda"):
+        for program in ("dualpipe-run", "dualpipe-lm"):
             self.write(f"bin/{program}", "#!/bin/sh\n")
         self.write("bin/gpu_test", '#!/bin/sh\necho about to crash >&2; kill -SEGV $$\n')
         self.environment = {"LIBTORCH": str(torch)}
