@@ -419,15 +419,13 @@ json waiting_receive() {
       {"one_wave",
        {torch::randn({128 * properties.multiProcessorCount, 8192}, options), torch::randn({8192, 256}, options)}},
       {"8192_cubed", {torch::randn({8192, 8192}, options), torch::randn({8192, 8192}, options)}}};
-  std::optional<DualPipe> pipe;
-  Batch batch;
   // One rank, whose steps communicate nothing: what else is on the device is what is measured.
   const Ptr comm = local_communicators(1, {.timeout = 60s, .device = at::Device(at::kCUDA, 0)})[0];
-  pipe.emplace(comm, DualPipeOptions{.num_micro_batches = 4, .schedule = "1f1b"}, linears(4096, 8));
-  batch = batch_of(4 * 2048, 4096, comm->device());
+  DualPipe pipe(comm, {.num_micro_batches = 4, .schedule = "1f1b"}, linears(4096, 8));
+  const Batch batch = batch_of(4 * 2048, 4096, comm->device());
   const auto step_ms = [&] {
     const auto begin = Clock::now();
-    (*pipe)->step(batch, squared);
+    pipe->step(batch, squared);
     return 1e3 * seconds_since(begin);
   };
   const auto measure = [&] {
@@ -441,11 +439,11 @@ json waiting_receive() {
   };
   measure();
   json result = {{"alone", measure()}};
-  ResidentKernel kernel;
+  ResidentKernel resident;
   for (const int blocks : {1, 4, 16}) {
-    kernel.start(blocks);
+    resident.start(blocks);
     json with = measure();
-    kernel.stop();
+    resident.stop();
     result["resident_blocks"][std::to_string(blocks)] = with;
   }
   if (const std::string obstacle = two_ranks_obstacle(); !obstacle.empty()) {
@@ -456,11 +454,15 @@ json waiting_receive() {
     WaitingReceive transfer(blocks);
     begin_kernel_times();
     transfer.receive();
+    transfer.send();
+    transfer.synchronize();
+    const std::vector<Kernel> kernels = end_kernel_times();
+    transfer.receive();
     json with = measure();
     transfer.send();
     transfer.synchronize();
-    for (const Kernel& each : end_kernel_times())
-      if (each.name.starts_with("nccl")) with["blocks"] = each.blocks;
+    for (const Kernel& kernel : kernels)
+      if (kernel.name.starts_with("nccl")) with["blocks"] = kernel.blocks;
     result["nccl_receive"][std::to_string(blocks)] = with;
   }
   return result;
