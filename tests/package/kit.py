@@ -103,7 +103,10 @@ class Failures(unittest.TestCase):
                    'echo before the wait; /bin/sleep 60 & echo $! > "$0.child"; wait\n')
         for program in ("dualpipe-run", "dualpipe-lm"):
             self.write(f"bin/{program}", "#!/bin/sh\n")
-        self.write("bin/gpu_test", '#!/bin/sh\necho about to crash >&2; kill -SEGV $$\n')
+        self.write("bin/gpu_test", '#!/bin/sh\n'
+                   'case $1 in *NcclThreads*) echo \'<testsuites><testsuite><testcase status="run" result="skipped"><skipped message="a.cpp:1&#x0A;NCCL is too '
+                   'old"/></testcase></testsuite></testsuites>\' > "${2#--gtest_output=xml:}"; exit;; esac\n'
+                   'echo about to crash >&2; kill -SEGV $$\n')
         self.environment = {"LIBTORCH": str(torch)}
 
     def write(self, name, text):
@@ -111,13 +114,14 @@ class Failures(unittest.TestCase):
         (self.kit / name).chmod(0o755)
 
     def test_each_part_reports_its_own(self):
-        code, parts = check(self.kit / "gpu-check", [f"--part={name}" for name in ("one_device", "language_model", "hidden_share", "host_time",
-                                                                                   "waiting_receive=1")], self.environment)
+        code, parts = check(self.kit / "gpu-check", [f"--part={name}" for name in ("one_device", "language_model", "nccl_threads", "hidden_share",
+                                                                                   "host_time", "waiting_receive=1")], self.environment)
         self.assertEqual(code, 1)
-        self.assertEqual([part["status"] for part in parts.values()], ["ok", "failed", "failed", "skipped", "failed", "failed"], parts)
+        self.assertEqual([part["status"] for part in parts.values()], ["ok", "failed", "failed", "skipped", "skipped", "failed", "failed"], parts)
         self.assertEqual(parts["one_device"]["reason"], "gpu_test was ended by SIGSEGV")
         self.assertIn("about to crash", parts["one_device"]["output"])
         self.assertIn("losses of 0 steps do not fall", parts["language_model"]["reason"])
+        self.assertEqual(parts["nccl_threads"]["reason"], "NCCL is too old")
         self.assertEqual(parts["hidden_share"]["reason"], "NCCL is too old")
         self.assertIn("JSONDecodeError", parts["host_time"]["reason"])
         self.assertEqual(parts["waiting_receive"]["reason"], "stopped after 1 s")
