@@ -98,12 +98,9 @@ void run_nccl(int num_ranks, const std::function<void(const Ptr&, WatchedDevice&
               const c10::cuda::CUDAStreamGuard stream(
                   c10::cuda::getStreamFromPool(false, static_cast<at::DeviceIndex>(index)));
               const auto device = std::make_shared<WatchedDevice>(detail::cuda_device(index));
-              const Ptr comm =
-                  detail::NcclCommunicator::world(control, device, detail::nccl_library(index),
-                                                  {.timeout = 60s,
- .name = "threads",
- .transfer_ctas = {.max = 4},
- .collective_ctas = {.max = 4}});
+              const Ptr comm = detail::NcclCommunicator::world(
+                  control, device, detail::nccl_library(index),
+                  {.timeout = 60s, .name = "threads", .transfer_ctas = {.max = 4}, .collective_ctas = {.max = 4}});
               body(comm, *device);
               torch::cuda::synchronize(index);
             },

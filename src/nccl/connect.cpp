@@ -73,7 +73,7 @@ std::shared_ptr<Communicator> connect_nccl(const World& world, const NcclOptions
       control, detail::cuda_device(mine.index()), std::move(nccl),
       {.timeout = options.connect.timeout,
        .communicator_per_edge = options.communicator_per_edge,
-        .start_when_both_ready = options.start_when_both_ready,
+       .start_when_both_ready = options.start_when_both_ready,
        .name = options.connect.name,
        .transfer_ctas = {.max = options.max_transfer_ctas},
        .collective_ctas = {.min = options.min_ctas, .max = options.max_collective_ctas},
