@@ -263,7 +263,7 @@ int main(int argc, char** argv) {
       {"transfers", transfers},
       {"killed", [](const World& world) { struck(world, SIGKILL, 60s); }},
       {"stopped", [](const World& world) { struck(world, SIGSTOP, 5s); }},
-      {"endless", [](const World& world) { struck(world, 0, 2s); }},
+      {"endless", [](const World& world) { struck(world, 0, 4s); }},
       {"missing", missing},
       {"meeting-killed", [&](const World& world) { struck_in_meeting(world, SIGKILL, std::stoi(argv[2]), argv[3]); }},
       {"meeting-stopped", [&](const World& world) { struck_in_meeting(world, SIGSTOP, std::stoi(argv[2]), argv[3]); }},
