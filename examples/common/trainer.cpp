@@ -60,6 +60,13 @@ int num_stages(const Options& options, int world_size) {
   return dualpipe::load_schedule(spec).num_stages;
 }
 
+/// As Module::to(dtype), which converts integers too: counters stay exact.
+void convert(const torch::nn::Module& module, at::ScalarType dtype) {
+  for (const Tensors& tensors : {module.parameters(), module.buffers()})
+    for (const torch::Tensor& each : tensors)
+      if (each.is_floating_point()) each.set_data(each.to(dtype));
+}
+
 dualpipe::StageFactory cut(const Model& model, int num_stages, const Options& options) {
   const int spare = static_cast<int>(model.layers.size()) - options.model.layers;
   DUALPIPE_CHECK(options.model.layers + spare >= num_stages, "schedule ", options.pipe.schedule, " has ", num_stages,
@@ -69,7 +76,7 @@ dualpipe::StageFactory cut(const Model& model, int num_stages, const Options& op
   for (dualpipe::NamedLayer& layer : layers)
     layer.make = [make = layer.make, dtype = options.dtype] {
       dualpipe::Stage stage = make();
-      stage.module()->to(dtype);
+      convert(*stage.module(), dtype);
       return stage;
     };
   return dualpipe::split(std::move(layers), num_stages, model.costs);
