@@ -161,7 +161,7 @@ class NcclThreads : public ::testing::TestWithParam<int> {
                     c10::cuda::getStreamFromPool(false, static_cast<at::DeviceIndex>(index)));
                 test::trains_as_one_process(
                     detail::NcclCommunicator::world(control, detail::cuda_device(index), detail::nccl_library(index),
-                                                    {.timeout = 60s, .config = {.max_ctas = 4, .name = "threads"}}),
+                                                    {.timeout = 60s}),
                     dtype, tolerance);
                 torch::cuda::synchronize(index);
               },
