@@ -16,6 +16,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -97,8 +98,9 @@ void run_nccl(int num_ranks, const std::function<void(const Ptr&, WatchedDevice&
               const c10::cuda::CUDAStreamGuard stream(
                   c10::cuda::getStreamFromPool(false, static_cast<at::DeviceIndex>(index)));
               const auto device = std::make_shared<WatchedDevice>(detail::cuda_device(index));
-              const Ptr comm =
-                  detail::NcclCommunicator::world(control, device, detail::nccl_library(index), {.timeout = 60s});
+              const Ptr comm = detail::NcclCommunicator::world(
+                  control, device, detail::nccl_library(index),
+                  {.timeout = 60s, .name = "threads", .transfer_ctas = {.max = 4}, .collective_ctas = {.max = 4}});
               body(comm, *device);
               torch::cuda::synchronize(index);
             },
@@ -230,73 +232,66 @@ double median_of(int times, const std::function<double()>& measure) {
   return median(values);
 }
 
-void check_nccl(ncclResult_t result, const char* call) {
-  DUALPIPE_CHECK(result == ncclSuccess, "NCCL: ", ncclGetErrorString(result), ": ", ncclGetLastError(nullptr), " (",
-                 call, ")");
-}
-#define CHECK_NCCL(call) check_nccl(call, #call)
-
 /// A receive of NCCL that waits: two communicators of this process, of which the second sends when it is told to.
 class WaitingReceive {
  public:
   explicit WaitingReceive(int blocks) {
-    ncclUniqueId id;
-    CHECK_NCCL(ncclGetUniqueId(&id));
-    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-    config.minCTAs = config.maxCTAs = blocks;
-    for (int rank = 0; rank < 2; ++rank) {
-      End& end = ends_.at(rank);
-      end.device = static_cast<at::DeviceIndex>(rank % num_devices());
-      const c10::cuda::CUDAGuard guard(end.device);
-      CHECK_CUDA(cudaStreamCreateWithFlags(&end.stream, cudaStreamNonBlocking));
-      end.memory = torch::zeros({bytes}, torch::dtype(torch::kByte).device(torch::kCUDA, end.device));
-    }
-    synchronize();
-    // In a group neither rank waits for the other.
-    CHECK_NCCL(ncclGroupStart());
-    for (int rank = 0; rank < 2; ++rank) {
-      const c10::cuda::CUDAGuard guard(ends_.at(rank).device);
-      CHECK_NCCL(ncclCommInitRankConfig(&ends_.at(rank).comm, 2, id, rank, &config));
-    }
-    CHECK_NCCL(ncclGroupEnd());
-    CHECK_NCCL(ncclGroupStart());  // connects both
+    const auto id = detail::nccl_library(0)->unique_id();
+    std::array<std::exception_ptr, 2> errors;
+    std::vector<std::thread> threads;
+    for (int rank = 0; rank < 2; ++rank)
+      threads.emplace_back([&, rank] {
+        try {
+          End& end = ends_.at(rank);
+          const int index = rank % num_devices();
+          const c10::cuda::CUDAGuard guard(static_cast<at::DeviceIndex>(index));
+          end.device = detail::cuda_device(index);
+          end.nccl = detail::nccl_library(index);
+          end.stream = end.device->create_stream();
+          end.memory = torch::zeros({bytes}, torch::dtype(torch::kByte).device(torch::kCUDA, index));
+          torch::cuda::synchronize(index);
+          end.comm = end.nccl->init(2, id, rank, {.ctas = {.min = blocks, .max = blocks}, .name = "waiting"});
+        } catch (...) {
+          errors.at(rank) = std::current_exception();
+        }
+      });
+    for (std::thread& thread : threads) thread.join();
+    for (const std::exception_ptr& error : errors)
+      if (error) std::rethrow_exception(error);
+    ends_[0].nccl->group_start();  // connects both, for which neither waits for the other
     receive();
     send();
-    CHECK_NCCL(ncclGroupEnd());
+    ends_[0].nccl->group_end();
     synchronize();
   }
   ~WaitingReceive() {
-    (void)ncclGroupStart();
-    for (const End& end : ends_)
-      if (end.comm != nullptr) (void)ncclCommAbort(end.comm);
-    (void)ncclGroupEnd();
-    for (const End& end : ends_)
-      if (end.stream != nullptr) (void)cudaStreamDestroy(end.stream);
+    for (End& end : ends_) {
+      if (end.comm != nullptr) end.nccl->abort(std::array{end.comm});
+      if (end.stream != nullptr) end.device->destroy(end.stream);
+    }
   }
   WaitingReceive(const WaitingReceive&) = delete;
   WaitingReceive& operator=(const WaitingReceive&) = delete;
 
   void receive() {
-    const End& end = ends_[0];
-    const c10::cuda::CUDAGuard guard(end.device);
-    CHECK_NCCL(ncclRecv(end.memory.mutable_data_ptr(), bytes, ncclUint8, 1, end.comm, end.stream));
+    ends_[0].nccl->receive(ends_[0].memory.mutable_data_ptr(), bytes, 1, ends_[0].comm, ends_[0].stream);
   }
   void send() {
-    const End& end = ends_[1];
-    const c10::cuda::CUDAGuard guard(end.device);
-    CHECK_NCCL(ncclSend(end.memory.const_data_ptr(), bytes, ncclUint8, 0, end.comm, end.stream));
+    const c10::cuda::CUDAGuard guard(ends_[1].device->device());
+    ends_[1].nccl->send(ends_[1].memory.const_data_ptr(), bytes, 0, ends_[1].comm, ends_[1].stream);
   }
   void synchronize() {
-    for (const End& end : ends_) torch::cuda::synchronize(end.device);
+    for (const End& end : ends_) torch::cuda::synchronize(end.device->device().index());
   }
 
  private:
   static constexpr std::int64_t bytes = std::int64_t{256} << 20;  // NCCL gives small ones few blocks
   struct End {
-    at::DeviceIndex device = 0;
-    cudaStream_t stream = nullptr;
+    std::shared_ptr<detail::DeviceApi> device;
+    std::shared_ptr<detail::NcclApi> nccl;
+    detail::DeviceStream stream = nullptr;
     at::Tensor memory;
-    ncclComm_t comm = nullptr;
+    detail::NcclComm comm = nullptr;
   };
   std::array<End, 2> ends_;
 };

@@ -592,7 +592,7 @@ TEST_P(MeetingProcesses, AKilledRankIsNamed) {
 }
 
 TEST_P(MeetingProcesses, AStoppedRankIsNamed) {
-  expect_named("meeting-stopped", "has given no sign of life for 1000 ms while the ranks were meeting",
+  expect_named("meeting-stopped", "has given no sign of life for 3000 ms while the ranks were meeting",
                {"--grace", "0.1"});
 }
 

@@ -93,7 +93,7 @@ void survived_by_a_child(const World& world) {
 
 /// Steps as fast as they come. After a while a thread of rank 1 raises `signal`; the others print how many steps are over.
 void steps(const World& world, int signal, std::chrono::microseconds after) {
-  const auto comm = connect_sockets(world, {.timeout = 60s, .liveness = 1s});
+  const auto comm = connect_sockets(world, {.timeout = 60s, .liveness = 3s});
   comm->barrier().wait();
   std::jthread striker([&] {
     if (world.rank != 1) return;
@@ -114,7 +114,7 @@ void missing(const World& world) {
   if (world.rank % 2 == 1) return;
   std::this_thread::sleep_for(world.rank * 200ms);
   try {
-    connect_sockets(world, {.timeout = 1s});
+    connect_sockets(world, {.timeout = 5s});
     std::cout << "connected" << std::endl;
   } catch (const CommError& error) {
     std::cout << "origin " << error.origin_rank() << " message " << error.what() << std::endl;
@@ -130,7 +130,7 @@ void struck_in_meeting(const World& world, int signal, int struck) {
     std::raise(signal);
   });
   try {
-    connect_sockets(world, {.timeout = 60s, .liveness = 1s});
+    connect_sockets(world, {.timeout = 60s, .liveness = 3s});
     std::cout << "connected" << std::endl;
   } catch (const CommError& error) {
     std::cout << "origin " << error.origin_rank() << " message " << error.what() << std::endl;
@@ -255,7 +255,7 @@ int main(int argc, char** argv) {
   const std::map<std::string, std::function<void(const World&)>> modes = {
       {"transfers", transfers},
       {"killed", [](const World& world) { struck(world, SIGKILL, 60s); }},
-      {"stopped", [](const World& world) { struck(world, SIGSTOP, 1s); }},
+      {"stopped", [](const World& world) { struck(world, SIGSTOP, 5s); }},
       {"endless", [](const World& world) { struck(world, 0, 2s); }},
       {"missing", missing},
       {"meeting-killed", [&](const World& world) { struck_in_meeting(world, SIGKILL, std::stoi(argv[2])); }},

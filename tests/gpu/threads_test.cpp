@@ -154,18 +154,20 @@ class NcclThreads : public ::testing::TestWithParam<int> {
     // Loads the kernels: CUDA may wait for the device before it loads one, so for a receive that waits.
     run_ranks(GetParam(), [&](Ptr comm) { test::trains_as_one_process(comm, dtype, tolerance); },
               {.timeout = 60s, .device = at::kCUDA});
-    run_ranks(GetParam(),
-              [&](const Ptr& control) {
-                const int index = control->rank() % devices_;
-                const c10::cuda::CUDAStreamGuard guard(
-                    c10::cuda::getStreamFromPool(false, static_cast<at::DeviceIndex>(index)));
-                test::trains_as_one_process(
-                    detail::NcclCommunicator::world(control, detail::cuda_device(index), detail::nccl_library(index),
-                                                    {.timeout = 60s}),
-                    dtype, tolerance);
-                torch::cuda::synchronize(index);
-              },
-              {.timeout = 60s});
+    run_ranks(
+        GetParam(),
+        [&](const Ptr& control) {
+          const int index = control->rank() % devices_;
+          const c10::cuda::CUDAStreamGuard guard(
+              c10::cuda::getStreamFromPool(false, static_cast<at::DeviceIndex>(index)));
+          test::trains_as_one_process(
+              detail::NcclCommunicator::world(
+                  control, detail::cuda_device(index), detail::nccl_library(index),
+                  {.timeout = 60s, .name = "threads", .transfer_ctas = {.max = 4}, .collective_ctas = {.max = 4}}),
+              dtype, tolerance);
+          torch::cuda::synchronize(index);
+        },
+        {.timeout = 60s});
   }
 
  private:

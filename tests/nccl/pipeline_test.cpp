@@ -175,8 +175,10 @@ TEST(EmulatedPipeline, AShardedOptimizerTrainsAsOneProcess) {
     const Mesh mesh(lagging, {.pipeline = kRanks, .data = kReplicas});
     DualPipe pipe(mesh, {.num_micro_batches = kMicroBatches, .shard_optimizer = true}, as_factory(layer));
     ShardedOptimizer optimizer(pipe, std::make_unique<torch::optim::SGD>(pipe->owned_parameters(), kRate));
+    const std::vector<std::string> connected = emulation.connections(lagging->rank());
     pipe->step(batch_of(mesh.replica()), squared_error());
     optimizer.step();
+    EXPECT_EQ(emulation.connections(lagging->rank()), connected);
     for (const auto& child : pipe->named_children()) {
       const int stage = std::stoi(child.key().substr(5));
       const auto before = layer(stage).module->named_parameters();

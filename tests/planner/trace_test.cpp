@@ -31,9 +31,11 @@ TEST(Trace, RoundTripIsExact) {
     timeline.seconds_per_unit = 1;
     timeline.name = "measured \"here\" \xff";  // no UTF-8
     timeline.intervals.push_back({3, Lane::collective, parse_step("0F0"), 1e-7, 2e-7});
+    timeline.stages = {{30, 1e9}, {}, {7, 0.5}};
     const Timeline back = from_trace(to_trace(timeline));
     EXPECT_EQ(back.intervals, timeline.intervals);
     EXPECT_THAT(back.name, HasSubstr("measured \"here\""));
+    EXPECT_EQ(back.stages, timeline.stages);
   }
   expect_same(from_trace(to_trace({})), {});
 }
