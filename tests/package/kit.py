@@ -115,7 +115,7 @@ class Failures(unittest.TestCase):
 
     def test_each_part_reports_its_own(self):
         code, parts = check(self.kit / "gpu-check", [f"--part={name}" for name in ("one_device", "language_model", "nccl_threads", "hidden_share",
-                                                                                   "host_time", "waiting_receive=1")], self.environment)
+                                                                                   "host_time", "waiting_receive=3")], self.environment)
         self.assertEqual(code, 1)
         self.assertEqual([part["status"] for part in parts.values()], ["ok", "failed", "failed", "skipped", "skipped", "failed", "failed"], parts)
         self.assertEqual(parts["one_device"]["reason"], "gpu_test was ended by SIGSEGV")
@@ -124,7 +124,7 @@ class Failures(unittest.TestCase):
         self.assertEqual(parts["nccl_threads"]["reason"], "NCCL is too old")
         self.assertEqual(parts["hidden_share"]["reason"], "NCCL is too old")
         self.assertIn("JSONDecodeError", parts["host_time"]["reason"])
-        self.assertEqual(parts["waiting_receive"]["reason"], "stopped after 1 s")
+        self.assertEqual(parts["waiting_receive"]["reason"], "stopped after 3 s")
         self.assertIn("before the wait", parts["waiting_receive"]["output"])
         child = int((self.kit / "bin/dualpipe-bench-gpu.child").read_text())
         state = pathlib.Path(f"/proc/{child}/stat")
