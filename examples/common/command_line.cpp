@@ -44,6 +44,9 @@ void CommandLine::add_pipeline() {
   flag("--schedule", schedule_, "KIND", schedule_help())->default_str(options_.pipe.schedule);
   count("--microbatches", micro_batches_, "Per step and pipeline, both directions together")
       ->default_str(std::to_string(options_.pipe.num_micro_batches));
+  flag("--partition", options_.partition, "N,N,...",
+       "Layers of each stage, one entry for each: how many, or by name as embedding:block3 (default: balanced by cost)")
+      ->delimiter(',');
   count("--chunks", chunks_, "Stages per rank, --schedule interleaved only")
       ->default_str(std::to_string(options_.pipe.chunks_per_rank));
   flag("--publish", publish_, "WHEN", "When results leave a step: early (as soon as they exist) or atomic (at its end)")

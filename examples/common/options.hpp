@@ -22,8 +22,10 @@ struct Options {
   std::vector<std::filesystem::path> text;  ///< empty: default_text()
   dualpipe::DualPipeOptions pipe{.num_micro_batches = 20};
   at::DeviceType device = at::kCPU;  ///< kCUDA: a GPU for each rank
-  int pipelines = 1;                 ///< side by side, each of world size / pipelines ranks
-  int num_sharing = 1;               ///< pipelines that share one set of experts
+  /// Of the layers into stages, an entry for each: how many it takes, or FIRST:LAST. Empty: balanced by cost.
+  std::vector<std::string> partition;
+  int pipelines = 1;    ///< side by side, each of world size / pipelines ranks
+  int num_sharing = 1;  ///< pipelines that share one set of experts
   std::chrono::nanoseconds latency{0};
   double bytes_per_second = 0;  ///< of each link, 0: as fast as it is
 

@@ -3,10 +3,10 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/OpMathType.h>
 
-#include <algorithm>
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "combine.hpp"
 #include "dualpipe/error.hpp"
@@ -193,10 +193,15 @@ bool is_expert(const std::string& parameter) { return parameter.find(".experts."
 
 std::map<std::string, dualpipe::BufferReduction> buffers() { return {{kTokens, dualpipe::BufferReduction::sum}}; }
 
-double adjust_biases(const torch::nn::Module& model) {
+example::Routings adjust_biases(const torch::nn::Module& model) {
   const torch::NoGradGuard no_grad;
   const auto all = model.named_buffers();
-  double busiest = 0;
+  const auto numbers_of = [](const torch::Tensor& tensor) {
+    const torch::Tensor host = tensor.to(torch::kCPU, torch::kInt64);
+    return std::vector<std::int64_t>(host.const_data_ptr<std::int64_t>(),
+                                     host.const_data_ptr<std::int64_t>() + host.numel());
+  };
+  example::Routings routings;
   for (const auto& item : all) {
     if (!item.key().ends_with(kTokens)) continue;
     torch::Tensor tokens = item.value();
@@ -204,12 +209,11 @@ double adjust_biases(const torch::nn::Module& model) {
     const std::string block = item.key().substr(0, item.key().size() - std::string(kTokens).size());
     torch::Tensor steps = all[block + kBiasSteps];
     steps.add_(torch::sign(sum - tokens.numel() * tokens));
-    if (const auto count = sum.item<std::int64_t>(); count > 0)
-      busiest = std::max(busiest, static_cast<double>(tokens.max().item<std::int64_t>() * tokens.numel()) /
-                                      static_cast<double>(count));
+    const std::size_t begin = block.rfind("block");  // behind the name of its stage
+    routings[block.substr(begin, block.size() - begin - 1)] = {numbers_of(tokens), numbers_of(steps)};
     tokens.zero_();
   }
-  return busiest;
+  return routings;
 }
 
 std::string description(const ModelSize& size) {

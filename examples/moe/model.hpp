@@ -11,6 +11,7 @@
 #include "dualpipe/comm/communicator.hpp"
 #include "dualpipe/config.hpp"
 #include "layers.hpp"
+#include "report.hpp"
 
 namespace moe {
 
@@ -66,8 +67,8 @@ std::map<std::string, dualpipe::BufferReduction> buffers();
 /// After a step: raises the biases of experts that got less than their share in it, and lowers the others'.
 ///
 /// @param model  a pipeline, or a module that has such layers.
-/// @return       what the busiest expert of a block got, as a multiple of its share; 0: there is none here.
-double adjust_biases(const torch::nn::Module& model);
+/// @return       by block: what each expert got in the step, and its bias now.
+example::Routings adjust_biases(const torch::nn::Module& model);
 
 /// "4 blocks, width 64, …"
 std::string description(const ModelSize& size);

@@ -15,6 +15,7 @@ namespace dualpipe::detail {
 struct NcclCommunicatorOptions {
   std::chrono::milliseconds timeout = std::chrono::minutes(5);
   bool communicator_per_edge = false;
+  bool start_when_both_ready = false;
   std::string name = {};
   CtaLimits transfer_ctas = {};
   CtaLimits collective_ctas = {};
@@ -80,6 +81,7 @@ class NcclCommunicator final : public Communicator {
     CommStream on;
     NcclContext::QueueId queue;
     int peer;  ///< the other rank in that communicator
+    StartFlags::End* start;
   };
   /// The way of a transfer between this rank and `peer`, another rank of this communicator.
   Route route(Edge edge, int peer) const;
@@ -91,6 +93,7 @@ class NcclCommunicator final : public Communicator {
   void warm_up_collectives();
   void warm_up_exchanges();
   void open_edge(Edge edge);
+  void add_start_flags(const std::vector<Edge>& edges);
 
   std::shared_ptr<NcclContext> context_;
   NcclTrace trace_;
@@ -100,8 +103,9 @@ class NcclCommunicator final : public Communicator {
   NcclContext::QueueId transfer_queue_;
   NcclContext::QueueId collective_queue_;
   CommStream collectives_;
-  std::optional<CommStream> transfers_;  // opened by connect()
-  std::map<Edge, CommStream> edges_;     // communicators of two ranks: 0 sends, 1 receives
+  std::optional<CommStream> transfers_;      // opened by connect()
+  std::map<Edge, CommStream> edges_;         // communicators of two ranks: 0 sends, 1 receives
+  std::map<Edge, StartFlags::End*> starts_;  // of edges that connect() announced, if their ends start together
   std::shared_ptr<KnownSignatures> known_ = std::make_shared<KnownSignatures>();
 };
 

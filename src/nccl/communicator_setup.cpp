@@ -84,7 +84,21 @@ void NcclCommunicator::connect(const std::vector<Edge>& edges) {
         transfers_ = context_->open(control_, str(" transfers ", headers_.group()), options_.transfer_ctas);
       warm_up_transfers({sorted.begin(), sorted.end()});
     }
+    if (options_.start_when_both_ready) add_start_flags({sorted.begin(), sorted.end()});
   });
+}
+
+void NcclCommunicator::add_start_flags(const std::vector<Edge>& edges) {
+  std::vector<Edge> own;
+  std::vector<StartFlags::End> ends;
+  for (const Edge& edge : edges) {
+    const bool sends = edge.from == rank();
+    if ((!sends && edge.to != rank()) || starts_.contains(edge)) continue;
+    own.push_back(edge);
+    ends.push_back({.peer = world_rank(sends ? edge.to : edge.from), .group = headers_.group(), .sends = sends});
+  }
+  const std::vector<StartFlags::End*> added = context_->start_flags().add(ends);
+  for (std::size_t i = 0; i < own.size(); ++i) starts_[own[i]] = added[i];
 }
 
 void NcclCommunicator::open_edge(Edge edge) {

@@ -53,6 +53,11 @@ std::shared_ptr<Communicator> connect_nccl(const World& world, const NcclOptions
       mine.identity = detail::cuda_device_identity(mine.index());
       nccl = detail::nccl_library(mine.index());
     }
+    if (problem.empty() && options.start_when_both_ready) {
+      problem = detail::both_ready_obstacle(std::getenv("NCCL_LAUNCH_ORDER_IMPLICIT"),
+                                            std::getenv("CUDA_DEVICE_MAX_CONNECTIONS"));
+      if (!problem.empty()) problem = detail::str("rank ", world.rank, ": ", problem);
+    }
   } catch (const std::exception& error) {
     problem = detail::str("rank ", world.rank, ": ", error.what());
   }
@@ -68,6 +73,7 @@ std::shared_ptr<Communicator> connect_nccl(const World& world, const NcclOptions
       control, detail::cuda_device(mine.index()), std::move(nccl),
       {.timeout = options.connect.timeout,
        .communicator_per_edge = options.communicator_per_edge,
+       .start_when_both_ready = options.start_when_both_ready,
        .name = options.connect.name,
        .transfer_ctas = {.max = options.max_transfer_ctas},
        .collective_ctas = {.min = options.min_ctas, .max = options.max_collective_ctas},

@@ -103,7 +103,8 @@ NcclContext::NcclContext(std::shared_ptr<Transport> transport, std::shared_ptr<D
       timeout_(std::min<std::chrono::milliseconds>(timeout, 24h * 365)),
       name_(std::move(name)),
       events_(std::make_shared<EventPool>(device_)),
-      launch_signal_(std::make_shared<LaunchSignal>()) {
+      launch_signal_(std::make_shared<LaunchSignal>()),
+      start_flags_(*transport_, *device_) {
   transport_->listen(launch_signal_);
   try {
     launcher_ = start_thread("dualpipe-launch", [this] { run_launcher(); });
@@ -238,6 +239,7 @@ void NcclContext::progress(Queue& queue) {
     queue.pop_front();
     launch_signal_->queued(-1);
     if (operation->end) in_flight_.push_back(operation);
+    if (operation->begin) timed_operations_.push_back(operation);
     operation->launched.store(true, std::memory_order_release);
   }
 }
@@ -263,10 +265,11 @@ bool NcclContext::launch(NcclOperation& operation) {
 void NcclContext::issue(NcclOperation& operation) {
   const DeviceStream stream = operation.comm_stream.stream;
   device_->wait(stream, operation.ready.get());
+  if (operation.start != nullptr) start_flags_.await(*operation.start, stream);
   const Range range(*device_, operation.request.operation());
-  operation.begin = record(stream, operation.request, /*timed=*/true);
+  if (timed_) operation.begin = record(stream, operation.request, /*timed=*/true);
   call_nccl(operation);
-  operation.end = record(stream, operation.request, /*timed=*/true);
+  operation.end = record(stream, operation.request, timed_);
 }
 
 void NcclContext::await_launch(QueueId queue, const NcclOperation& operation) {

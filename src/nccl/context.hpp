@@ -13,6 +13,7 @@
 #include "dualpipe/detail/comm/message_communicator.hpp"
 #include "nccl/api.hpp"
 #include "nccl/operation.hpp"
+#include "nccl/start_flags.hpp"
 
 namespace dualpipe::detail {
 
@@ -29,7 +30,7 @@ bool poll_briefly(std::chrono::microseconds limit, const Done& done) {
 }
 
 /// What one rank's communicators share, from the world to its smallest split: the control plane, NCCL's communicators,
-/// three threads, and the first failure, which ends them all.
+/// three threads and that of StartFlags, and the first failure, which ends them all.
 ///
 /// The launch thread launches what had to wait for announcements. The polling thread asks the device what it has
 /// finished. The watchdog makes no call of CUDA but abort(): while code is loaded, CUDA holds the context's lock until
@@ -93,6 +94,12 @@ class NcclContext {
   /// Returns when the device has finished the operation. @throws CommError  also for a failure elsewhere meanwhile
   void synchronize(const NcclOperation& operation);
 
+  /// As OperationTimes. The rank's thread.
+  void time_operations(bool on);
+  void share_times(Communicator& ranks);
+
+  StartFlags& start_flags() noexcept { return start_flags_; }
+
   /// @throws CommError  if anything has failed on any rank.
   void check(const Request& request) const { transport().wait({}, request); }
   bool failed() const;
@@ -133,9 +140,12 @@ class NcclContext {
   const std::string name_;
   const std::shared_ptr<EventPool> events_;
   const std::shared_ptr<LaunchSignal> launch_signal_;
+  StartFlags start_flags_;
 
   std::mutex launch_mutex_;
   std::deque<Queue> queues_;
+  bool timed_ = false;  // from now on operations are timed
+  Queue timed_operations_;
   Queue in_flight_;  // launched, not known to have finished; keeps operations that nobody waits for
 
   std::mutex watch_mutex_;

@@ -29,6 +29,8 @@ void evaluate(const Schedule& schedule, const CostModel& model, Publish publish,
   }
   const double available = row.makespan * static_cast<double>(busy.size());
   row.efficiency = available > 0 ? all / available : 0;
+  for (const double parameters : parameters_of_ranks(schedule, model.sizes))
+    row.parameters = std::max(row.parameters, parameters);
   for (const RankMemory& rank : memory(schedule, model.memory)) {
     row.peak_memory = std::max(row.peak_memory, rank.peak);
     row.peak_activations = std::max(row.peak_activations, rank.peak_activations);
@@ -37,7 +39,7 @@ void evaluate(const Schedule& schedule, const CostModel& model, Publish publish,
 
 int described_stages(const ComparisonSpec& spec, const CostModel& model) {
   if (spec.described_stages > 0) return spec.described_stages;
-  for (const std::size_t listed : {model.time.stages.size(), model.memory.stages.size()})
+  for (const std::size_t listed : {model.time.stages.size(), model.memory.stages.size(), model.sizes.size()})
     if (listed > 0) return static_cast<int>(listed);
   std::vector<int> ranks = spec.ranks;
   for (const Schedule& schedule : spec.given) ranks.push_back(static_cast<int>(schedule.ranks.size()));

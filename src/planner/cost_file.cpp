@@ -91,9 +91,12 @@ void read_memory(const json& object, const std::string& where, StageMemory& memo
 
 void read_stages(const json& list, CostModel& model) {
   bool any_memory = false;
+  bool any_size = false;
   std::vector<StageMemory> memories;
+  std::vector<StageSize> sizes;
   for (std::size_t i = 0; i < list.size(); ++i) {
-    const Members members(list[i], nth("stages", i), {"forward", "backward", "weight", "memory"});
+    const Members members(list[i], nth("stages", i),
+                          {"forward", "backward", "weight", "memory", "parameters", "bytes"});
     StageCosts stage{model.time.forward, model.time.backward, model.time.weight};
     members.duration("forward", stage.forward);
     members.duration("backward", stage.backward);
@@ -103,8 +106,13 @@ void read_stages(const json& list, CostModel& model) {
     if (members.has("memory")) read_memory(members["memory"], members.where("memory"), memory);
     any_memory = any_memory || members.has("memory");
     memories.push_back(memory);
+    StageSize& size = sizes.emplace_back();
+    members.number("parameters", size.parameters);
+    members.number("bytes", size.bytes);
+    any_size = any_size || members.has("parameters") || members.has("bytes");
   }
   if (any_memory) model.memory.stages = std::move(memories);
+  if (any_size) model.sizes = std::move(sizes);
 }
 
 PairCost read_pair(const json& object, const std::string& where) {
@@ -202,12 +210,16 @@ std::string to_json(const CostModel& model) {
   if (time.ready.activation > 0) root["pair_ready"]["activation"] = time.ready.activation;
   if (time.ready.gradient > 0) root["pair_ready"]["gradient"] = time.ready.gradient;
   root["memory"] = memory_of(model.memory.activation, model.memory.weight, model.memory.state);
-  for (std::size_t i = 0; i < std::max(time.stages.size(), model.memory.stages.size()); ++i) {
+  for (std::size_t i = 0; i < std::max({time.stages.size(), model.memory.stages.size(), model.sizes.size()}); ++i) {
     ordered_json& stage = root["stages"].emplace_back(ordered_json::object());
     if (i < time.stages.size())
       stage = {{"forward", time.stages[i].forward},
                {"backward", time.stages[i].backward},
                {"weight", time.stages[i].weight}};
+    if (i < model.sizes.size()) {
+      stage["parameters"] = model.sizes[i].parameters;
+      stage["bytes"] = model.sizes[i].bytes;
+    }
     if (i >= model.memory.stages.size()) continue;
     const StageMemory& memory = model.memory.stages[i];
     stage["memory"] = memory_of(memory.activation, memory.weight, memory.state);

@@ -21,6 +21,12 @@ StageCosts& operator+=(StageCosts& sum, const StageCosts& stage) {
 StageCosts operator*(double share, const StageCosts& stage) {
   return {share * stage.forward, share * stage.backward, share * stage.weight};
 }
+StageSize& operator+=(StageSize& sum, const StageSize& stage) {
+  sum.parameters += stage.parameters;
+  sum.bytes += stage.bytes;
+  return sum;
+}
+StageSize operator*(double share, const StageSize& stage) { return {share * stage.parameters, share * stage.bytes}; }
 StageMemory& operator+=(StageMemory& sum, const StageMemory& stage) {
   sum.activation += stage.activation;
   sum.weight += stage.weight;
@@ -34,7 +40,7 @@ StageMemory operator*(double share, const StageMemory& stage) {
 /// New stage s is the stretch [s * from / to, (s + 1) * from / to) of the old ones.
 template <class Stage>
 std::vector<Stage> stretches(const std::vector<Stage>& old, int num_stages) {
-  std::vector<Stage> result(old.empty() ? 0 : num_stages, Stage{0, 0, 0});
+  std::vector<Stage> result(old.empty() ? 0 : num_stages, 0.0 * Stage{});
   // Counted in parts of which an old stage has `num_stages` and a new one old.size(), so that nothing is rounded.
   const auto count = static_cast<long long>(old.size());
   for (long long stage = 0; stage < static_cast<long long>(result.size()); ++stage)
@@ -89,6 +95,16 @@ CostModel recomputed(CostModel model, double kept) {
   return model;
 }
 
+std::vector<double> parameters_of_ranks(const Schedule& schedule, const std::vector<StageSize>& sizes) {
+  if (sizes.empty()) return {};
+  DUALPIPE_CHECK(std::ssize(sizes) == schedule.num_stages, "sizes of ", sizes.size(), " stages, but the schedule has ",
+                 schedule.num_stages);
+  std::vector<double> result(schedule.ranks.size(), 0);
+  for (int stage = 0; stage < schedule.num_stages; ++stage)
+    for (const int rank : holders(schedule, stage)) result[rank] += sizes[stage].parameters;
+  return result;
+}
+
 CostModel spread(const CostModel& model, int described, int num_stages) {
   DUALPIPE_CHECK(described >= 1 && num_stages >= 1, "costs of ", described, " stages cannot be spread over ",
                  num_stages);
@@ -97,6 +113,7 @@ CostModel spread(const CostModel& model, int described, int num_stages) {
   };
   check_length(std::ssize(model.time.stages));
   check_length(std::ssize(model.memory.stages));
+  check_length(std::ssize(model.sizes));
   if (described == num_stages) return model;
   CostModel result = model;
   const double share = static_cast<double>(described) / num_stages;
@@ -105,6 +122,7 @@ CostModel spread(const CostModel& model, int described, int num_stages) {
   time.stages = stretches(time.stages, num_stages);
   time.pairs.clear();
   time.sends = moved(time.sends, described, num_stages);
+  result.sizes = stretches(result.sizes, num_stages);
   MemoryCosts& memory = result.memory;
   for (double* amount : {&memory.activation, &memory.weight, &memory.state}) *amount *= share;
   memory.stages = stretches(memory.stages, num_stages);

@@ -69,6 +69,22 @@ Interval read_interval(const json& event, const json& args, std::size_t index, i
   return interval;
 }
 
+std::vector<StageSize> read_sizes(const json& stages) {
+  DUALPIPE_CHECK(stages.is_array(), "trace: otherData has \"stages\" that are no list");
+  std::vector<StageSize> sizes;
+  for (const json& stage : stages) {
+    const auto amount = [&](const char* key) {
+      const bool is_number = stage.is_object() && stage.contains(key) && stage[key].is_number();
+      const double value = is_number ? stage[key].get<double>() : -1;
+      DUALPIPE_CHECK(std::isfinite(value) && value >= 0, "trace: otherData: stage ", sizes.size(), " needs \"", key,
+                     "\", a number that is not negative");
+      return value;
+    };
+    sizes.push_back({.parameters = amount("parameters"), .bytes = amount("bytes")});
+  }
+  return sizes;
+}
+
 }  // namespace
 
 std::string to_trace(const Timeline& timeline) {
@@ -76,8 +92,10 @@ std::string to_trace(const Timeline& timeline) {
   const auto dumped = [](const json& value) { return value.dump(-1, ' ', false, json::error_handler_t::replace); };
 
   // Written event by event, one per line: a tree of all of them would take many times the memory of the text.
-  const json other{
+  json other{
       {"name", timeline.name}, {"num_ranks", timeline.num_ranks}, {"seconds_per_unit", timeline.seconds_per_unit}};
+  for (const StageSize& stage : timeline.stages)
+    other["stages"].push_back({{"parameters", stage.parameters}, {"bytes", stage.bytes}});
   std::string out = "{\"displayTimeUnit\":\"ms\",\"otherData\":" + dumped(other) + ",\"traceEvents\":[";
   const char* separator = "\n";
   const auto add = [&](const json& event) {
@@ -133,6 +151,8 @@ Timeline from_trace(std::string_view text) {
   DUALPIPE_CHECK(std::isfinite(timeline.seconds_per_unit) && timeline.seconds_per_unit >= 0,
                  "seconds_per_unit must not be negative, got ", timeline.seconds_per_unit);
   if (other.contains("name") && other["name"].is_string()) timeline.name = other["name"].get<std::string>();
+
+  if (other.contains("stages")) timeline.stages = read_sizes(other["stages"]);
 
   std::size_t index = 0;
   for (const json& event : root["traceEvents"]) {

@@ -60,7 +60,10 @@ std::map<std::string, std::string> files_of(const std::filesystem::path& folder)
 TEST_F(LanguageModel, EveryScheduleTrainsTheSameModel) {
   std::vector<std::string> first;
   for (const std::string kind : {"dualpipe", "dualpipev", "1f1b", "zb1p"}) {
-    const std::string text = output(2, {"--schedule", kind, "--microbatches", "4"});
+    Flags flags{"--schedule", kind, "--microbatches", "4"};
+    if (kind == "1f1b") flags.insert(flags.end(), {"--partition", "2,6"});
+    if (kind == "zb1p") flags.insert(flags.end(), {"--partition", "embedding:block4,block5:norm_head"});
+    const std::string text = output(2, flags);
     EXPECT_THAT(text, AllOf(HasSubstr(kind + " on 2 ranks"), HasSubstr("held-out loss:"), HasSubstr("sample"),
                             HasSubstr("hidden under compute")));
     ASSERT_EQ(losses(text).size(), 4u) << text;
@@ -272,6 +275,7 @@ TEST_F(LanguageModel, WrongInputIsOneClearError) {
   EXPECT_THAT(failure(3, {"--microbatches", "8"}), AllOf(HasSubstr("even number of ranks"), HasSubstr("3")));
   EXPECT_THAT(failure(2, {"--microbatches", "5"}), AllOf(HasSubstr("even"), HasSubstr("5")));
   EXPECT_THAT(failure(2, {"--schedule", "dualpip"}), HasSubstr("dualpip"));
+  EXPECT_THAT(failure(2, {"--partition", "3,4"}), HasSubstr("layer 'norm_head' is in no stage"));
   EXPECT_THAT(failure(2, {"--text", "/nowhere/at/all"}), HasSubstr("/nowhere/at/all"));
   EXPECT_THAT(failure(2, {"--config", write("key.json", R"({"num_microbatches": 4})").string()}),
               AllOf(HasSubstr("unknown key"), HasSubstr("num_micro_batches")));

@@ -6,9 +6,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
+#include <cstdlib>
 #include <map>
+#include <numeric>
 #include <regex>
+#include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "dualpipe/comm/local.hpp"
@@ -373,8 +378,23 @@ std::vector<Line> lines_of(const std::string& output) {
   return found;
 }
 
+/// The numbers of each expert, by block and what they are.
+using Routed = std::map<std::pair<std::string, std::string>, std::vector<std::int64_t>>;
+Routed routed_of(const std::string& output) {
+  Routed found;
+  const std::regex line("(block[0-9]+) +(first step|last step|bias raised)((?: +[+-]?[0-9]+)+) ");
+  for (std::sregex_iterator it(output.begin(), output.end(), line), end; it != end; ++it) {
+    std::istringstream numbers((*it)[3]);
+    std::vector<std::int64_t>& of_block = found[{(*it)[1], (*it)[2]}];
+    for (std::int64_t number = 0; numbers >> number;) of_block.push_back(number);
+    EXPECT_EQ(of_block.size(), 4u);
+  }
+  return found;
+}
+
 TEST_F(MoeProgram, HoweverRanksFormPipelinesTheyTrainTheSameModel) {
   std::vector<Line> first;
+  Routed first_routed;
   const std::vector<std::pair<int, std::vector<std::string>>> runs = {
       {2, {"--pipelines", "1", "--microbatches", "8"}},
       {4, {"--pipelines", "2", "--microbatches", "4"}},
@@ -385,9 +405,24 @@ TEST_F(MoeProgram, HoweverRanksFormPipelinesTheyTrainTheSameModel) {
     const std::string text = output(num_ranks, flags);
     const auto lines = lines_of(text);
     ASSERT_EQ(lines.size(), 3u) << text;
-    EXPECT_THAT(text, AllOf(HasSubstr("held-out loss:"), HasSubstr("sample"), HasSubstr("hidden under compute"),
-                            HasSubstr("busiest expert of a block in the last step: ")));
-    if (first.empty()) first = lines;
+    EXPECT_THAT(text, AllOf(HasSubstr("held-out loss:"), HasSubstr("sample"), HasSubstr("hidden under compute")));
+    const Routed routed = routed_of(text);
+    if (first.empty()) {
+      first = lines;
+      first_routed = routed;
+    }
+    for (const std::string block : {"block0", "block1"}) {
+      EXPECT_EQ(routed.at({block, "first step"}), first_routed.at({block, "first step"})) << "the same weights";
+      const std::int64_t sent = std::accumulate(routed.at({block, "first step"}).begin(),
+                                                routed.at({block, "first step"}).end(), std::int64_t{0});
+      EXPECT_EQ(sent % 8, 0) << "micro-batches";
+      EXPECT_GT(sent, 0);
+      EXPECT_EQ(std::accumulate(routed.at({block, "last step"}).begin(), routed.at({block, "last step"}).end(),
+                                std::int64_t{0}),
+                sent);
+      for (const std::int64_t steps : routed.at({block, "bias raised"})) EXPECT_LE(std::abs(steps), 3);
+      EXPECT_THAT(routed.at({block, "bias raised"}), ::testing::Contains(::testing::Ne(0)));
+    }
     EXPECT_NEAR(first[0].loss, std::log(256), 0.2) << "it knows nothing yet";
     for (std::size_t step = 0; step < lines.size(); ++step) {
       EXPECT_NEAR(lines[step].loss, first[step].loss, 2e-3) << "step " << step;

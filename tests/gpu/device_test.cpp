@@ -84,6 +84,25 @@ TEST_F(OneGpu, ACommunicatorOfOneRankSendsToItself) {
   device_->destroy(stream);
 }
 
+TEST_F(OneGpu, AStreamWritesAFlagAndWaitsForOne) {
+  const auto flags = device_->create_flags(2);
+  const auto stream = device_->create_stream();
+  const auto end = device_->create_event(/*timed=*/false);
+  device_->write_flag(stream, flags[0], 7);
+  device_->wait_for_flag(stream, flags[1], 3);
+  device_->record(end, stream);
+  while (flags[0] != 7) std::this_thread::yield();
+  for (const std::uint32_t too_small : {1U, 2U}) {
+    flags[1] = too_small;
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    EXPECT_FALSE(device_->done(end));
+  }
+  flags[1] = 3 + (1U << 30);
+  while (!device_->done(end)) std::this_thread::yield();
+  device_->destroy(end);
+  device_->destroy(stream);
+}
+
 TEST_F(OneGpu, EventsTellTheTimeOfTheHostsClock) {
   const auto now = [] {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();

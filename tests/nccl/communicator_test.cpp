@@ -58,6 +58,15 @@ TEST(NcclDevices, WhatKeepsRanksFromSharingOneSaysWhatToDo) {
   EXPECT_THAT(detail::sharing_obstacle({"a", "a"}, 23007, "0"), HasSubstr("it is \"0\""));
 }
 
+TEST(BothReady, NeedsHardwareQueuesAndNoOrderOfLaunches) {
+  EXPECT_EQ(detail::both_ready_obstacle(nullptr, "32"), "");
+  EXPECT_EQ(detail::both_ready_obstacle("0", "32"), "");
+  EXPECT_THAT(detail::both_ready_obstacle("1", "32"), HasSubstr("NCCL_LAUNCH_ORDER_IMPLICIT=1 exclude each other"));
+  EXPECT_THAT(detail::both_ready_obstacle(nullptr, nullptr),
+              AllOf(HasSubstr("CUDA_DEVICE_MAX_CONNECTIONS=32"), HasSubstr("not set")));
+  EXPECT_THAT(detail::both_ready_obstacle(nullptr, "8"), HasSubstr("it is \"8\""));
+}
+
 TEST(NcclVersion, AnOlderLibraryIsRefusedByName) {
   EXPECT_EQ(detail::nccl_version_problem(23007, 23007, "x"), "");
   EXPECT_EQ(detail::nccl_version_problem(23007, 23100, "x"), "");

@@ -9,6 +9,7 @@
 #include <map>
 #include <string>
 
+#include "dualpipe/stage/partition.hpp"
 #include "pipeline/pipeline.hpp"
 #include "temporary_folder.hpp"
 
@@ -34,6 +35,17 @@ TEST(BadInput, Options) {
   EXPECT_THAT(construction(2, {.num_micro_batches = 4, .num_ranks = 8}),
               HasSubstr("num_ranks is 8 but the communicator has 2"));
   EXPECT_THAT(construction(2, {.num_micro_batches = 4, .batch_dim = -1}), HasSubstr("batch_dim"));
+}
+
+TEST(BadInput, AModelInAnotherNumberOfStages) {
+  EXPECT_THAT(failure_on_all(2,
+                             [](auto comm) {
+                               std::vector<NamedLayer> layers;
+                               for (const std::string name : {"a", "b", "c"})
+                                 layers.push_back({name, [] { return as_stage(torch::nn::Linear(4, 4)); }});
+                               DualPipe(comm, DualPipeOptions{.num_micro_batches = 4}, split(layers, {1, 1, 1}));
+                             }),
+              HasSubstr("the model is cut into 3 stages, but dualpipe on 2 ranks has 2"));
 }
 
 TEST(BadInput, ACustomSchedule) {

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <iterator>
 #include <map>
 #include <string>
 
@@ -29,6 +30,14 @@ TEST(Tracer, SeesTheScheduleInItsOrderWithItsPeakActivations) {
 
       const Timeline all = gather(*comm, tracer->last());
       EXPECT_EQ(all.num_ranks, num_ranks);
+      ASSERT_EQ(std::ssize(all.stages), schedule.num_stages);
+      for (const int stage : pipe->local_stages()) {
+        std::int64_t parameters = 0;
+        for (const torch::Tensor& parameter : pipe->named_children()["stage" + std::to_string(stage)]->parameters())
+          parameters += parameter.numel();
+        EXPECT_EQ(all.stages[stage].parameters, parameters);
+        EXPECT_GT(all.stages[stage].bytes, parameters);
+      }
       std::map<int, std::vector<Step>> steps;
       std::map<Lane, int> lanes;
       for (const Interval& interval : all.intervals) {

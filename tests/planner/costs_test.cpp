@@ -189,6 +189,18 @@ TEST(CostFile, ReadsEveryKey) {
   EXPECT_EQ(read_costs(to_json(model)), model);
 }
 
+TEST(CostFile, SizesOfStages) {
+  const CostModel model = read_costs(R"({"stages": [{"parameters": 30, "bytes": 120}, {}, {"parameters": 6}]})");
+  EXPECT_EQ(model.sizes, (std::vector<StageSize>{{30, 120}, {0, 0}, {6, 0}}));
+  EXPECT_EQ(read_costs(to_json(model)), model);
+  EXPECT_EQ(spread(model, 3, 6).sizes, (std::vector<StageSize>{{15, 60}, {15, 60}, {0, 0}, {0, 0}, {3, 0}, {3, 0}}));
+  EXPECT_THAT(parameters_of_ranks(make_schedule({"dualpipev", 3, 6}), spread(model, 3, 6).sizes),
+              testing::ElementsAre(18, 18, 0));  // stages 0 and 5, 1 and 4, 2 and 3
+  EXPECT_TRUE(read_costs(R"({"stages": [{}, {}]})").sizes.empty());
+  expect_refused([] { read_costs(R"({"stages": [{"parameters": -1}]})"); }, "\"parameters\" must be finite and not");
+  expect_refused([&] { parameters_of_ranks(make_schedule({"1f1b", 2, 4}), model.sizes); }, "sizes of 3 stages");
+}
+
 TEST(CostFile, WhatIsAbsentFollowsFromTheRest) {
   EXPECT_EQ(read_costs("{}"), CostModel{});
   EXPECT_EQ(read_costs(R"({"forward": 3})").time, (Costs{.forward = 3, .backward = 6, .weight = 3, .pair = 9}));

@@ -13,6 +13,7 @@ namespace dualpipe::planner {
 namespace {
 
 using nlohmann::json;
+using testing::EndsWith;
 using testing::HasSubstr;
 using testing::StartsWith;
 
@@ -82,6 +83,36 @@ TEST_F(PlanCosts, MemoryOfEachRank) {
   EXPECT_EQ(result["memory"][0]["state"], 12);
   EXPECT_GE(result["memory"][0]["peak"], 12 + 2 * 9);
   EXPECT_THAT(output(arguments), HasSubstr("of which 12 parameters and optimizer"));
+}
+
+TEST_F(PlanCosts, ParametersAndMemoryOfEachStage) {
+  write("sizes.json", R"({"stages": [{"parameters": 12e6, "bytes": 24e6}, {"parameters": 500}]})");
+  const std::string table =
+      "stage  ranks  parameters  bytes\n"
+      "    0    0,1        12 M   24 M\n"
+      "    1    0,1         500\n"
+      "at most 12 M parameters on a rank, rank 0\n";
+  EXPECT_THAT(output("show --ranks 2 --microbatches 4 --costs sizes.json"), EndsWith(table));
+  EXPECT_THAT(output("simulate --ranks 2 --microbatches 4 --costs sizes.json"), HasSubstr(table));
+
+  const std::string v =
+      "--schedule dualpipev --ranks 2 --microbatches 4 --parameters 40,10,10,20 --parameter-bytes 18 ";
+  const json simulated = json_of("simulate --memory 5,0,0 " + v);
+  EXPECT_EQ(simulated["stages"][3], json::parse(R"({"stage":3,"ranks":[0],"parameters":20,"bytes":0,"state":360})"));
+  EXPECT_EQ(simulated["memory"][0]["state"], 18 * 60);
+  EXPECT_EQ(simulated["memory"][1]["state"], 18 * 20);
+  EXPECT_THAT(output("simulate " + v), HasSubstr("at most 60 parameters on a rank, rank 0\n"));
+
+  const std::string compared = "compare dualpipe,dualpipev --ranks 2 --microbatches 4 --parameters 40,10,10,20";
+  EXPECT_THAT(output(compared), HasSubstr("transfers  parameters\n"));
+  for (const auto& row : json_of(compared)["rows"])
+    EXPECT_EQ(row["parameters"], row["schedule"] == "dualpipe" ? 80 : 60);  // all of the model, or two of its quarters
+
+  expect_refused("simulate --ranks 2 --microbatches 4 --parameters 1,2,3", 1,
+                 "parameters of 3 stages, here there are 2");
+  expect_refused("simulate --ranks 2 --microbatches 4 --parameters 1,-2", 1, "a stage has -2 parameters");
+  expect_refused("simulate --ranks 2 --microbatches 4 --parameter-bytes 18", 1, "how many parameters each stage has");
+  expect_refused("simulate --ranks 2 --microbatches 4 --parameters 1,2 --parameter-bytes -1", 1, "got -1");
 }
 
 TEST_F(PlanCosts, ShardedOptimizers) {

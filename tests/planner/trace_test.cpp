@@ -31,9 +31,11 @@ TEST(Trace, RoundTripIsExact) {
     timeline.seconds_per_unit = 1;
     timeline.name = "measured \"here\" \xff";  // no UTF-8
     timeline.intervals.push_back({3, Lane::collective, parse_step("0F0"), 1e-7, 2e-7});
+    timeline.stages = {{30, 1e9}, {}, {7, 0.5}};
     const Timeline back = from_trace(to_trace(timeline));
     EXPECT_EQ(back.intervals, timeline.intervals);
     EXPECT_THAT(back.name, HasSubstr("measured \"here\""));
+    EXPECT_EQ(back.stages, timeline.stages);
   }
   expect_same(from_trace(to_trace({})), {});
 }
@@ -113,6 +115,11 @@ TEST(Trace, MalformedInputIsRefusedWithItsPlace) {
               ThrowsMessage<InvalidArgument>(HasSubstr("claims 2e+09 ranks")));
   EXPECT_THAT(with("/otherData/num_ranks", 0.5), ThrowsMessage<InvalidArgument>(HasSubstr("claims 0.5 ranks")));
   EXPECT_THAT(with("/otherData/seconds_per_unit", -1), ThrowsMessage<InvalidArgument>(HasSubstr("seconds_per_unit")));
+  EXPECT_THAT(with("/otherData/stages", 7), ThrowsMessage<InvalidArgument>(HasSubstr("are no list")));
+  EXPECT_THAT(with("/otherData/stages", json::parse(R"([{"parameters": 3}])")),
+              ThrowsMessage<InvalidArgument>(HasSubstr("stage 0 needs \"bytes\"")));
+  EXPECT_THAT(with("/otherData/stages", json::parse(R"([{"parameters": -3, "bytes": 1}])")),
+              ThrowsMessage<InvalidArgument>(HasSubstr("stage 0 needs \"parameters\"")));
   EXPECT_THAT(with(here, 7), ThrowsMessage<InvalidArgument>(HasSubstr(named + "expected an object")));
   EXPECT_THAT(with(here + "/pid", 1), ThrowsMessage<InvalidArgument>(HasSubstr(named + "rank (pid) 1 of 1")));
   EXPECT_THAT(with(here + "/pid", "x"),

@@ -179,5 +179,54 @@ TEST(Split, RefusesBadLayers) {
   EXPECT_THAT(error_of([&] { split({layer("a")}, 2); }), HasSubstr("1 layers for 2 stages"));
 }
 
+TEST(Split, ByHand) {
+  const auto layers = [] { return std::vector{linear("a", 4, 4), linear("b", 4, 4), linear("c", 4, 4)}; };
+  for (const StageFactory& factory : {split(layers(), {1, 2}), split(layers(), {{"a", "a"}, {"b", "c"}})}) {
+    EXPECT_EQ(factory.num_stages(), 2);
+    EXPECT_THAT(keys(factory(0)), ElementsAre("a.weight", "a.bias"));
+    EXPECT_THAT(keys(factory(1)), ElementsAre("b.weight", "b.bias", "c.weight", "c.bias"));
+  }
+  EXPECT_EQ(split(layers(), {{"a", "c"}}).num_stages(), 1);
+  EXPECT_EQ(split(layers(), 3).num_stages(), 3);
+}
+
+TEST(Split, ByHandRefusesWhatDoesNotCoverEveryLayerOnce) {
+  const auto layers = [] {
+    return std::vector{linear("a", 4, 4), linear("b", 4, 4), linear("c", 4, 4), linear("d", 4, 4)};
+  };
+  const auto error = [&](const auto& cut) { return error_of([&] { split(layers(), cut); }); };
+  using Ranges = std::vector<LayerRange>;
+  EXPECT_THAT(error(Ranges{{"a", "a"}, {"c", "d"}}), HasSubstr("layer 'b' is in none of the 2 stages"));
+  EXPECT_THAT(error(Ranges{{"b", "d"}}), HasSubstr("layer 'a' is in none"));
+  EXPECT_THAT(error(Ranges{{"a", "c"}}), HasSubstr("layer 'd' is in none"));
+  EXPECT_THAT(error(Ranges{{"a", "c"}, {"b", "d"}}), HasSubstr("layer 'b' is in stage 0 and in stage 1"));
+  EXPECT_THAT(error(Ranges{{"a", "b"}, {"c", "e"}}), HasSubstr("stage 1 takes a layer 'e' that the model does not"));
+  EXPECT_THAT(error(Ranges{{"b", "a"}}), HasSubstr("stage 0 goes from layer 'b' to 'a'"));
+  EXPECT_THAT(error(Ranges{{"c", "d"}, {"a", "b"}}), HasSubstr("stage 1 begins with layer 'a', which comes before"));
+  EXPECT_THAT(error(Ranges{}), HasSubstr("0 stages and 4 layers"));
+  using Counts = std::vector<int>;
+  EXPECT_THAT(error(Counts{1, 2}), HasSubstr("layer 'd' is in no stage: the 2 stages take 3 of 4 layers"));
+  EXPECT_THAT(error(Counts{3, 2}), HasSubstr("stage 1 takes 2 layers, of which only 1 are left, from 'd' on"));
+  EXPECT_THAT(error(Counts{4, 1}), HasSubstr("stage 1 takes 1 layers, of which only 0 are left"));
+  EXPECT_THAT(error(Counts{4, 0}), HasSubstr("stage 1 takes 0 layers"));
+  EXPECT_THAT(error(Counts{5, -1}), HasSubstr("stage 0 takes 5 layers"));
+  EXPECT_THAT(error(Counts{}), HasSubstr("no counts"));
+}
+
+TEST(LayersOf, AreThoseOfTheSequentialItself) {
+  torch::nn::Sequential model(
+      {{"in", torch::nn::Linear(4, 8)}, {"act", torch::nn::Functional(torch::relu)}, {"out", torch::nn::Linear(8, 2)}});
+  const auto factory = split(layers_of(model), {2, 1});
+  EXPECT_THAT(keys(factory(0)), ElementsAre("in.weight", "in.bias"));
+  EXPECT_TRUE(factory(1).module()->parameters()[0].is_same(model->named_parameters()["out.weight"]));
+  const Tensors none;
+  const Tensor x = torch::randn({3, 4});
+  const StageContext context{0, 0, 0, true, none};
+  EXPECT_TRUE(torch::equal(factory(1).forward(factory(0).forward({x}, context).outputs(), context).outputs().at(0),
+                           model->forward(x)));
+  EXPECT_THAT(error_of([&] { factory(0).forward({x, x}, context); }), HasSubstr("takes 1 tensor, got 2"));
+  EXPECT_THAT(error_of([] { layers_of(torch::nn::Sequential()); }), HasSubstr("no layers"));
+}
+
 }  // namespace
 }  // namespace dualpipe

@@ -19,6 +19,11 @@ struct NcclOptions {
   /// A communicator and a stream for each edge that connect() announces: their transfers run at the same time, and each
   /// takes its own memory and thread blocks. False: one for all edges, whose transfers run one after the other.
   bool communicator_per_edge = false;
+  /// A transfer on an edge that connect() announced starts on both devices when both have come to it. False: where it
+  /// comes first it starts at once, and its kernel occupies thread blocks until the other end comes. Costs each transfer
+  /// the time that two messages of the control plane take. Needs CUDA_DEVICE_MAX_CONNECTIONS=32 in the environment, and
+  /// NCCL_LAUNCH_ORDER_IMPLICIT unset.
+  bool start_when_both_ready = false;
   /// Most thread blocks of one transfer between stages, each of which occupies a multiprocessor; 0: NCCL's choice.
   int max_transfer_ctas = 4;
   /// The same of one collective: of stages, and of all communicators but those that sum gradients.

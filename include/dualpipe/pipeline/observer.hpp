@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "dualpipe/schedule/timeline.hpp"
 
@@ -11,6 +12,8 @@ namespace dualpipe {
 class Observer {
  public:
   virtual ~Observer() = default;
+  /// Called when it is added: what this rank holds, by stage of the model; zeros where it does not hold the stage.
+  virtual void stages(const std::vector<StageSize>& sizes) { static_cast<void>(sizes); }
   /// A training step, evaluation or prediction begins.
   virtual void begin(std::int64_t step) { static_cast<void>(step); }
   /// Something ended. Times in seconds of std::chrono::steady_clock. Compute intervals come in order, transfers when

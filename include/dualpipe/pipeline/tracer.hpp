@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "dualpipe/comm/communicator.hpp"
 #include "dualpipe/detail/config.hpp"
@@ -12,18 +13,21 @@ namespace dualpipe {
 class Tracer : public Observer {
  public:
   explicit Tracer(int rank) : rank_(rank) {}
+  DUALPIPE_DECL void stages(const std::vector<StageSize>& sizes) override;
   DUALPIPE_DECL void begin(std::int64_t step) override;
   DUALPIPE_DECL void record(const Interval& interval) override;
   DUALPIPE_DECL void end(bool committed) override;
-  /// The intervals of this rank, in seconds of std::chrono::steady_clock.
+  /// The intervals of this rank, in seconds of std::chrono::steady_clock, and what it holds of each stage.
   const Timeline& last() const noexcept { return last_; }
 
  private:
   int rank_;
+  std::vector<StageSize> stages_;
   Timeline current_, last_;
 };
 
-/// Collective: the timelines of all ranks as one, on every rank, shifted so that it begins at 0. Ranks on one host
+/// Collective: the timelines of all ranks as one, on every rank, shifted so that it begins at 0, with
+/// the size of each stage on the rank that holds most of it. Ranks on one host
 /// share a clock. Clocks of different hosts are aligned by the end of a barrier, to about a round trip.
 DUALPIPE_DECL Timeline gather(Communicator& communicator, const Timeline& local);
 

@@ -39,6 +39,7 @@ struct ComparedSchedule {
   double efficiency = 0;       ///< share of the ranks' time that they compute
   double bubble = 0;           ///< of the rank that waits most
   double peak_memory = 0;      ///< of the rank that holds most, parameters and optimizer included
+  double parameters = 0;       ///< of the rank that holds most; 0: not known
   int peak_activations = 0;    ///< of the rank that holds most, each of one stage and micro-batch
   std::int64_t num_transfers = 0;
   bool over_limit = false;

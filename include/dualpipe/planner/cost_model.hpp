@@ -5,6 +5,7 @@
 
 #include "dualpipe/planner/memory.hpp"
 #include "dualpipe/schedule/costs.hpp"
+#include "dualpipe/schedule/schedule.hpp"
 #include "dualpipe/schedule/timeline.hpp"
 
 namespace dualpipe::planner {
@@ -13,11 +14,13 @@ namespace dualpipe::planner {
 struct CostModel {
   Costs time;
   MemoryCosts memory;
+  std::vector<StageSize> sizes = {};  ///< of each stage; empty: not known
   bool operator==(const CostModel&) const = default;
 };
 
 struct MeasuredCosts {
   Costs costs;                     ///< with `stages`, `pairs` and `sends`, and the trace's unit
+  std::vector<StageSize> sizes;    ///< of each stage; empty: the trace does not say
   std::vector<std::string> notes;  ///< what the trace did not show, and what was taken in its place
 };
 
@@ -35,6 +38,9 @@ MeasuredCosts measure_costs(const Timeline& trace);
 ///
 /// @param kept  see MemoryCosts.
 CostModel recomputed(CostModel model, double kept);
+
+/// The parameters of all stages that each rank holds; empty where sizes are not known.
+std::vector<double> parameters_of_ranks(const Schedule& schedule, const std::vector<StageSize>& sizes);
 
 /// The same model cut into another number of equally long stages. Half a stage takes half the time and memory. Old
 /// boundaries that remain keep their transfer times, links keep theirs, new boundaries take `send`. Pairs keep the

@@ -29,12 +29,20 @@ struct Interval {
   bool operator==(const Interval&) const = default;
 };
 
+/// What a rank that holds a stage keeps of it. Zeros: not known, or nothing.
+struct StageSize {
+  double parameters = 0;  ///< numbers in them
+  double bytes = 0;       ///< of parameters and buffers
+  bool operator==(const StageSize&) const = default;
+};
+
 /// What all ranks do over time. The simulator and the tracer both produce one, so every picture and report exists once.
 struct Timeline {
   std::string name;
   int num_ranks = 0;
   double seconds_per_unit = 0;  ///< 0: the unit is abstract (simulated costs); 1: seconds (traced)
   std::vector<Interval> intervals;
+  std::vector<StageSize> stages = {};  ///< of the model that was trained, by stage; empty: not known
 };
 
 }  // namespace dualpipe

@@ -79,9 +79,10 @@ class StageFactory : public std::function<Stage(int stage)> {
     requires(!std::derived_from<std::remove_cvref_t<Factory>, StageFactory> && std::invocable<Factory&, int>)
   StageFactory(Factory factory)  // NOLINT(google-explicit-constructor): as std::function
       : std::function<Stage(int)>(returning_stage(std::move(factory))) {}
-  explicit StageFactory(Layered layered)
+  StageFactory(Layered layered, int num_stages)
       : std::function<Stage(int)>([layered](int stage) { return layered(stage, std::nullopt, at::kCPU); }),
-        layered_(std::move(layered)) {}
+        layered_(std::move(layered)),
+        num_stages_(num_stages) {}
 
   /// The stage as a pipeline with DualPipeOptions::seed makes it. What is drawn meanwhile from LibTorch's default
   /// generators, of the CPU and of `device`, as the first weights are, follows from the seed and the name of each layer
@@ -92,6 +93,9 @@ class StageFactory : public std::function<Stage(int stage)> {
     const SeededDefaults scope(weights_seed(seed, detail::str("stage", stage)), device);
     return (*this)(stage);
   }
+
+  /// How many stages split() has made of the model; 0: any number.
+  int num_stages() const noexcept { return num_stages_; }
 
  private:
   template <class Factory>
@@ -108,6 +112,7 @@ class StageFactory : public std::function<Stage(int stage)> {
   }
 
   Layered layered_;
+  int num_stages_ = 0;
 };
 
 }  // namespace dualpipe

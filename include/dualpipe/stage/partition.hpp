@@ -7,6 +7,10 @@
 #include "dualpipe/detail/config.hpp"
 #include "dualpipe/stage/as_stage.hpp"
 
+namespace torch::nn {
+class Sequential;
+}
+
 namespace dualpipe {
 
 /// One layer of a sequential model. In its stage's module, names begin with `name.`, whatever the cut.
@@ -16,6 +20,13 @@ struct NamedLayer {
   /// Called on the ranks that hold the layer, once for each of their stages that contains it.
   std::function<Stage()> make;
 };
+
+/// The layers of a model that is a Sequential, with its names for them: those that its checkpoints have too. They share
+/// its modules, so each rank makes a model of its own, whole, and keeps what its stages need.
+///
+/// @param model  modules of one tensor, which return one, as SequentialImpl::forward takes them.
+/// @throws InvalidArgument  an empty model; by a stage, a layer that takes or returns something else.
+DUALPIPE_DECL std::vector<NamedLayer> layers_of(const torch::nn::Sequential& model);
 
 /// Cuts consecutive layers into `num_stages` stages so that the costliest stage is as cheap as possible.
 ///
@@ -28,6 +39,22 @@ struct NamedLayer {
 ///                          of another layer's ("a" and "a.b"). The factory throws it for a stage that is not in
 ///                          [0, num_stages).
 DUALPIPE_DECL StageFactory split(std::vector<NamedLayer> layers, int num_stages, std::vector<double> costs = {});
+
+/// Consecutive layers by their names, both of which belong to it.
+struct LayerRange {
+  std::string first;
+  std::string last;
+  bool operator==(const LayerRange&) const = default;
+};
+/// Cuts by hand: stage k takes the layers stages[k], as in {{"embedding", "block2"}, {"block3", "head"}}.
+///
+/// @throws InvalidArgument  also a name that no layer has, layers that are in no stage, in two, or not in their order:
+///                          the text names the first of them.
+DUALPIPE_DECL StageFactory split(std::vector<NamedLayer> layers, const std::vector<LayerRange>& stages);
+/// Cuts by hand: stage k takes the next counts[k] layers.
+///
+/// @throws InvalidArgument  also a count below 1, and counts that add up to fewer layers or more than there are.
+DUALPIPE_DECL StageFactory split(std::vector<NamedLayer> layers, const std::vector<int>& counts);
 
 /// The cut that `split` makes: stage s takes layers [cuts[s], cuts[s+1]); num_stages + 1 numbers.
 ///

@@ -75,6 +75,7 @@ std::string json(const Comparison& comparison, const CompareOptions& options) {
     entry["bubble"] = row.bubble;
     entry["peak_activations"] = row.peak_activations;
     entry["peak_memory"] = row.peak_memory;
+    if (row.parameters > 0) entry["parameters"] = row.parameters;
     entry["transfers"] = row.num_transfers;
     entry["over_limit"] = row.over_limit;
   }
@@ -117,6 +118,7 @@ std::string text(const Comparison& comparison, const CompareOptions& options, co
       sharding_text(model.memory);
   std::vector<std::vector<std::string>> rows{{"schedule", "ranks", "micro-batches", "time/micro-batch", "makespan",
                                               "efficiency", "bubble", "", "activations", "memory", "transfers", ""}};
+  if (!model.sizes.empty()) rows[0].insert(rows[0].end() - 1, "parameters");
   std::vector<const ComparedSchedule*> refused;
   for (const ComparedSchedule& row : comparison.rows) {
     if (!row.refused.empty()) {
@@ -128,6 +130,7 @@ std::string text(const Comparison& comparison, const CompareOptions& options, co
                     time(row.bubble, unit), percent(row.bubble, row.makespan), std::to_string(row.peak_activations),
                     detail::str(row.peak_memory), std::to_string(row.num_transfers),
                     row.over_limit ? "over the limit" : ""});
+    if (!model.sizes.empty()) rows.back().insert(rows.back().end() - 1, amount(row.parameters));
   }
   if (rows.size() > 1) out += table(rows);
   if (!refused.empty()) out += "Not possible:\n";

@@ -125,7 +125,7 @@ CostModel read_cost_file(const std::string& path) {
     MeasuredCosts measured = measure_costs(from_trace(text));
     for (const std::string& note : measured.notes)
       std::fprintf(stderr, "dualpipe-plan: %s: %s\n", path.c_str(), note.c_str());
-    return {std::move(measured.costs), {}};
+    return {std::move(measured.costs), {}, std::move(measured.sizes)};
   } catch (const InvalidArgument& error) {
     throw InvalidArgument(path + ": " + error.what());
   }
@@ -157,6 +157,28 @@ CostModel CostOptions::of(int num_ranks, int num_stages) const {
   if (!memory.empty()) {
     const auto [activation, weight, state] = parse_numbers<3>("--memory", memory, "activation,weight part,state");
     model.memory = {activation, weight, state, {}};
+  }
+  if (!parameters.empty()) {
+    model.sizes.clear();
+    for (const double count : parameters) {
+      DUALPIPE_CHECK(std::isfinite(count) && count >= 0, "--parameters: a stage has ", count, " parameters");
+      model.sizes.push_back({.parameters = count});
+    }
+  }
+  DUALPIPE_CHECK(model.sizes.empty() || std::ssize(model.sizes) == num_stages, "parameters of ", model.sizes.size(),
+                 " stages, here there are ", num_stages);
+  if (parameter_bytes) {
+    DUALPIPE_CHECK(std::isfinite(*parameter_bytes) && *parameter_bytes >= 0,
+                   "--parameter-bytes must be finite and not "
+                   "negative, got ",
+                   *parameter_bytes);
+    DUALPIPE_CHECK(!model.sizes.empty(),
+                   "--parameter-bytes needs to know how many parameters each stage has: "
+                   "--parameters N,N,..., or a costs file or trace that says it");
+    MemoryCosts& amounts = model.memory;
+    amounts.stages.resize(num_stages, {amounts.activation, amounts.weight, amounts.state});
+    for (int stage = 0; stage < num_stages; ++stage)
+      amounts.stages[stage].state = *parameter_bytes * model.sizes[stage].parameters;
   }
   if (recompute) model = recomputed(std::move(model), *recompute);
   if (shard_optimizer) {
@@ -196,7 +218,8 @@ CostModel CostOptions::of(int num_ranks, int num_stages) const {
 
 int CostOptions::listed_stages() const {
   const CostModel& model = base();
-  return static_cast<int>(std::max(model.time.stages.size(), model.memory.stages.size()));
+  return static_cast<int>(
+      std::max({model.time.stages.size(), model.memory.stages.size(), model.sizes.size(), parameters.size()}));
 }
 
 void add_costs(CLI::App& command, CostOptions& costs) {
@@ -225,6 +248,11 @@ void add_costs(CLI::App& command, CostOptions& costs) {
       ->delimiter(',')
       ->option_text("RANK:FACTOR,...");
   command
+      .add_option("--parameters", costs.parameters,
+                  "how many each stage has (default: as a costs file or a trace says)")
+      ->delimiter(',')
+      ->option_text("N,N,...");
+  command
       .add_option("--pair-ready", costs.ready,
                   "when the results of a pair leave it, as fractions of its duration (default: before its weight part)")
       ->option_text("ACTIVATION,GRADIENT");
@@ -236,6 +264,12 @@ void add_memory(CLI::App& command, CostOptions& costs) {
                   "memory of a stage for each activation that it holds, for each weight part that waits, and for its "
                   "parameters and optimizer (default: 1,0,0, or the file's)")
       ->option_text("ACTIVATION,WEIGHT,STATE");
+  command
+      .add_option(
+          "--parameter-bytes", costs.parameter_bytes,
+          "STATE is so much for each parameter of the stage, as 18 for bfloat16 weights, float32 gradients, and "
+          "AdamW with float32 weights; then activations are in bytes too")
+      ->option_text("X");
 }
 
 void add_recompute(CLI::App& command, CostOptions& costs) {
@@ -280,7 +314,7 @@ void add_cost_file(CLI::App& app) {
   command.footer(
       "A costs file is a JSON object; every key may be absent:\n"
       "  forward, backward, weight, pair, send   durations; pair: a forward with a whole backward\n"
-      "  stages       [{forward, backward, weight, memory}, ...], one for each stage\n"
+      "  stages       [{forward, backward, weight, memory, parameters, bytes}, ...], one for each stage\n"
       "  pairs        [{forward: STAGE, backward: STAGE, duration}, ...], pairs that take another time\n"
       "  sends        [{boundary: B and/or ranks: [A, B], duration}, ...], transfers that do\n"
       "  slowdown     [factor of rank 0, of rank 1, ...]\n"

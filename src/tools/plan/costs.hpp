@@ -14,9 +14,11 @@ namespace dualpipe::planner::tool {
 struct CostOptions {
   std::string costs = "1,2,1,3";  ///< durations, or the path of a costs file or of a trace
   std::optional<double> send;
-  std::string ready;                ///< of a pair's results: activation,gradient
-  std::string memory;               ///< activation,weight part,state
-  std::optional<double> recompute;  ///< what stays of an activation
+  std::string ready;                      ///< of a pair's results: activation,gradient
+  std::string memory;                     ///< activation,weight part,state
+  std::vector<double> parameters;         ///< of each stage
+  std::optional<double> parameter_bytes;  ///< of state, for each parameter
+  std::optional<double> recompute;        ///< what stays of an activation
   bool shard_optimizer = false;
   double optimizer_share = 12.0 / 18;  ///< of the state
   int replicas = 1;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstddef>
 #include <iomanip>
+#include <iterator>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <utility>
@@ -46,6 +47,62 @@ std::string percent(double part, double whole) {
   std::ostringstream out;
   out << std::fixed << std::setprecision(1) << (whole > 0 ? 100 * part / whole : 0.0) << " %";
   return std::move(out).str();
+}
+
+std::string amount(double value) {
+  constexpr const char* units[] = {"", " k", " M", " G", " T", " P"};
+  std::size_t unit = 0;
+  while (value >= 999.5 && unit + 1 < std::size(units)) {
+    value /= 1000;
+    ++unit;
+  }
+  std::ostringstream out;
+  out << std::setprecision(3) << value << units[unit];
+  return std::move(out).str();
+}
+
+std::string text_of_stages(const Schedule& schedule, const CostModel& model) {
+  const bool has_memory = !model.memory.stages.empty(), has_sizes = !model.sizes.empty();
+  if (!has_memory && !has_sizes) return "";
+  std::vector<std::vector<std::string>> rows{{"stage", "ranks"}};
+  const auto add = [](std::vector<std::string>& row, const std::vector<std::string>& cells) {
+    row.insert(row.end(), cells.begin(), cells.end());
+  };
+  if (has_sizes) add(rows[0], {"parameters", "bytes"});
+  if (has_memory) add(rows[0], {"activation", "weight part", "state"});
+  for (int stage = 0; stage < schedule.num_stages; ++stage) {
+    std::string ranks;
+    for (const int rank : holders(schedule, stage)) ranks += (ranks.empty() ? "" : ",") + std::to_string(rank);
+    auto& row = rows.emplace_back(std::vector{std::to_string(stage), ranks});
+    if (has_sizes) {
+      const StageSize& size = model.sizes[stage];
+      add(row, {amount(size.parameters), size.bytes > 0 ? amount(size.bytes) : ""});
+    }
+    if (has_memory) {
+      const StageMemory& memory = model.memory.stages[stage];
+      add(row, {amount(memory.activation), amount(memory.weight), amount(memory.state)});
+    }
+  }
+  std::string out = table(rows);
+  const std::vector<double> parameters = parameters_of_ranks(schedule, model.sizes);
+  const auto most = std::max_element(parameters.begin(), parameters.end());
+  if (most != parameters.end())
+    out += detail::str("at most ", amount(*most), " parameters on a rank, rank ", most - parameters.begin(), "\n");
+  return out;
+}
+
+ordered_json json_of_stages(const Schedule& schedule, const CostModel& model) {
+  ordered_json list;
+  if (model.memory.stages.empty() && model.sizes.empty()) return list;
+  for (int stage = 0; stage < schedule.num_stages; ++stage) {
+    ordered_json& row = list.emplace_back(ordered_json{{"stage", stage}, {"ranks", holders(schedule, stage)}});
+    if (!model.sizes.empty()) {
+      row["parameters"] = model.sizes[stage].parameters;
+      row["bytes"] = model.sizes[stage].bytes;
+    }
+    if (!model.memory.stages.empty()) row["state"] = model.memory.stages[stage].state;
+  }
+  return list;
 }
 
 std::string table(const std::vector<std::vector<std::string>>& rows) {

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "dualpipe/planner/cost_model.hpp"
 #include "dualpipe/planner/report.hpp"
 #include "dualpipe/schedule/lower.hpp"
 #include "dualpipe/schedule/schedule.hpp"
@@ -23,6 +24,15 @@ std::string describe(const Schedule& schedule);
 
 /// "4.8 %"
 std::string percent(double part, double whole);
+
+/// "812", "1.5 M": at most three digits before the unit.
+std::string amount(double value);
+
+/// A table with a row for each stage: ranks that hold it, parameters, memory. Empty where the model says nothing of
+/// single stages.
+std::string text_of_stages(const Schedule& schedule, const CostModel& model);
+/// [{"stage":…,"ranks":[…],"parameters":…,"bytes":…,"state":…},…], members that are known; null as above.
+nlohmann::ordered_json json_of_stages(const Schedule& schedule, const CostModel& model);
 
 /// Columns aligned to the right.
 std::string table(const std::vector<std::vector<std::string>>& rows);

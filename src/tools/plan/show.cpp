@@ -31,7 +31,8 @@ std::string show(const ShowOptions& options) {
   const Schedule plan = schedule(options.schedule);
   if (options.output.format == "csv") return to_csv(plan);
   if (options.output.format == "json") return json(plan);
-  const Costs costs = options.costs.of(plan).time;
+  const CostModel model = options.costs.of(plan);
+  const Costs& costs = model.time;
   const Timeline timeline = simulate(plan, costs, options.publish).timeline;
   PictureOptions picture = picture_options(options.view, options.output, timeline);
   if (options.explain) {
@@ -40,7 +41,7 @@ std::string show(const ShowOptions& options) {
   }
   if (options.output.format == "svg") return to_svg({timeline}, picture);
   return describe(plan) + "; " + describe(costs, options.publish) + "\n" + to_ascii(timeline, picture) +
-         summary(report(timeline));
+         summary(report(timeline)) + text_of_stages(plan, model);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "dualpipe/error.hpp"
@@ -119,6 +120,7 @@ std::string simulate_and_print(const SimulateOptions& options) {
     if (tells_memory)
       for (const RankMemory& rank : memories)
         object["memory"].push_back({{"state", rank.state}, {"peak", rank.peak}, {"peak_weights", rank.peak_weights}});
+    if (ordered_json stages = json_of_stages(plan, model); !stages.is_null()) object["stages"] = std::move(stages);
     if (tells_residency)
       object["residency"] = {{"posted", residency_json(found.posted)},
                              {"both_ready", residency_json(found.both_ready)}};
@@ -126,7 +128,7 @@ std::string simulate_and_print(const SimulateOptions& options) {
     return dumped(object);
   }
   return describe(plan) + "; " + describe(model.time, options.publish) + "\n" + text(result, unit) +
-         (tells_residency ? residency_text(found) : "") +
+         (tells_residency ? residency_text(found) : "") + text_of_stages(plan, model) +
          (tells_memory ? sharding_text(model.memory) + memory_text(memories) : "") +
          (options.deviation ? jitter_text(jitter, makespans, unit) : "");
 }

@@ -79,9 +79,36 @@ struct PackedIntervals {
   }
 };
 
+/// [stages, 2], float64.
+inline at::Tensor packed_sizes(const std::vector<StageSize>& sizes) {
+  const at::Tensor packed = at::empty({static_cast<std::int64_t>(sizes.size()), 2}, at::kDouble);
+  auto* number = packed.mutable_data_ptr<double>();
+  for (const StageSize& size : sizes) {
+    *number++ = size.parameters;
+    *number++ = size.bytes;
+  }
+  return packed;
+}
+
+/// Of all ranks, the most of each stage.
+inline std::vector<StageSize> most_of_each(const std::vector<at::Tensor>& packed) {
+  std::vector<StageSize> sizes;
+  for (const at::Tensor& of_rank : packed) {
+    sizes.resize(std::max(sizes.size(), static_cast<std::size_t>(of_rank.size(0))));
+    const auto* number = of_rank.const_data_ptr<double>();
+    for (std::int64_t stage = 0; stage < of_rank.size(0); ++stage) {
+      sizes[stage].parameters = std::max(sizes[stage].parameters, *number++);
+      sizes[stage].bytes = std::max(sizes[stage].bytes, *number++);
+    }
+  }
+  return sizes;
+}
+
 }  // namespace detail
 
-void Tracer::begin(std::int64_t step) { current_ = {detail::str("step ", step), rank_ + 1, 1, {}}; }
+void Tracer::stages(const std::vector<StageSize>& sizes) { stages_ = sizes; }
+
+void Tracer::begin(std::int64_t step) { current_ = {detail::str("step ", step), rank_ + 1, 1, {}, stages_}; }
 
 void Tracer::record(const Interval& interval) { current_.intervals.push_back(interval); }
 
@@ -103,7 +130,9 @@ Timeline gather(Communicator& communicator, const Timeline& local) {
   const Tensors times = hosts.all_gather(one_clock ? mine.times : mine.times - shared).take();
   const std::vector<std::string> nodes = detail::all_gather_text(communicator, mine.nodes);
 
-  Timeline all{local.name, communicator.size(), 1, {}};
+  const Tensors sizes = hosts.all_gather(detail::packed_sizes(local.stages)).take();
+
+  Timeline all{local.name, communicator.size(), 1, {}, detail::most_of_each(sizes)};
   double first = std::numeric_limits<double>::infinity();
   for (std::size_t rank = 0; rank < nodes.size(); ++rank) {
     for (Interval& interval : detail::PackedIntervals(integers[rank], times[rank], nodes[rank]).unpacked()) {

@@ -2,20 +2,21 @@
 
 #include "dualpipe/stage/partition.hpp"
 
-#include <torch/nn/module.h>
+#include <torch/nn/modules/container/sequential.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
-#include <map>
 #include <memory>
 #include <numeric>
 #include <optional>
 #include <set>
 #include <string_view>
 #include <utility>
+
+#include "dualpipe/detail/stage/module_parts.hpp"
 
 namespace dualpipe {
 namespace detail {
@@ -106,30 +107,38 @@ inline void check_layers(const std::vector<NamedLayer>& layers) {
   }
 }
 
-/// Holds the layers of a stage, or those below one level of their names.
-class ModuleLevel : public torch::nn::Module {
- public:
-  ModuleLevel() : torch::nn::Module("Stage") {}
-
-  void insert(const std::string& path, std::shared_ptr<torch::nn::Module> module) {
-    const auto dot = path.find('.');
-    if (dot == std::string::npos) {
-      register_module(path, std::move(module));
-      return;
-    }
-    auto& level = levels_[path.substr(0, dot)];
-    if (!level) level = register_module(path.substr(0, dot), std::make_shared<ModuleLevel>());
-    level->insert(path.substr(dot + 1), std::move(module));
-  }
-
- private:
-  std::map<std::string, std::shared_ptr<ModuleLevel>> levels_;
-};
-
 inline Stage made_with_seed(std::uint64_t seed, const std::string& layer, at::Device device,
                             const std::function<Stage()>& make) {
   const SeededDefaults scope(weights_seed(seed, layer), device);
   return make();
+}
+
+/// @param cuts  stage s takes layers [cuts[s], cuts[s + 1]).
+inline StageFactory cut_layers(std::vector<NamedLayer> layers, std::vector<int> cuts) {
+  const int num_stages = static_cast<int>(cuts.size()) - 1;
+  return StageFactory(
+      [layers = std::move(layers), cuts = std::move(cuts), num_stages](
+          int stage, const std::optional<std::uint64_t>& seed, at::Device device) {
+        DUALPIPE_CHECK(stage >= 0 && stage < num_stages, "the model is split into stages 0 to ", num_stages - 1,
+                       ", got stage ", stage);
+        auto module = std::make_shared<ModuleLevel>("Stage");
+        Stage result(module);
+        for (int i = cuts[stage]; i < cuts[stage + 1]; ++i) {
+          Stage layer = seed ? made_with_seed(*seed, layers[i].name, device, layers[i].make) : layers[i].make();
+          if (layer.module()) module->insert_module(layers[i].name, layer.module());
+          result.append(layers[i].name, layer.layer(layers[i].name));
+        }
+        return result;
+      },
+      num_stages);
+}
+
+inline int layer_named(const std::vector<NamedLayer>& layers, const std::string& name, std::size_t stage) {
+  const auto found = std::find_if(layers.begin(), layers.end(), [&](const auto& layer) { return layer.name == name; });
+  DUALPIPE_CHECK(found != layers.end(), "stage ", stage, " takes a layer '", name,
+                 "' that the model does not have; its ", layers.size(), " layers begin with '", layers.front().name,
+                 "' and end with '", layers.back().name, "'");
+  return static_cast<int>(found - layers.begin());
 }
 
 }  // namespace detail
@@ -157,25 +166,75 @@ std::vector<int> balance(const std::vector<double>& costs, int num_stages) {
   return cuts;
 }
 
+std::vector<NamedLayer> layers_of(const torch::nn::Sequential& model) {
+  DUALPIPE_CHECK(!model.is_empty() && !model->is_empty(), "the model has no layers");
+  std::vector<NamedLayer> layers;
+  for (const auto& child : model->named_children()) {
+    torch::nn::AnyModule module = *(model->begin() + static_cast<std::ptrdiff_t>(layers.size()));
+    layers.push_back({child.key(), [module = std::move(module)] {
+                        Stage stage(module.ptr());
+                        return stage.takes(1).compute(
+                            "forward", Compute([module](const Tensors& inputs, const StageContext&) mutable {
+                              return Tensors{module.forward(inputs.at(0))};
+                            }));
+                      }});
+  }
+  return layers;
+}
+
 StageFactory split(std::vector<NamedLayer> layers, int num_stages, std::vector<double> costs) {
   detail::check_layers(layers);
   if (costs.empty()) costs.assign(layers.size(), 1.0);
   DUALPIPE_CHECK(costs.size() == layers.size(), "one cost per layer: got ", costs.size(), " costs for ", layers.size(),
                  " layers");
-  return StageFactory([layers = std::move(layers), cuts = balance(costs, num_stages)](
-                          int stage, const std::optional<std::uint64_t>& seed, at::Device device) {
-    const int num_parts = static_cast<int>(cuts.size()) - 1;
-    DUALPIPE_CHECK(stage >= 0 && stage < num_parts, "the model is split into stages 0 to ", num_parts - 1,
-                   ", got stage ", stage);
-    auto module = std::make_shared<detail::ModuleLevel>();
-    Stage result(module);
-    for (int i = cuts[stage]; i < cuts[stage + 1]; ++i) {
-      Stage layer = seed ? detail::made_with_seed(*seed, layers[i].name, device, layers[i].make) : layers[i].make();
-      if (layer.module()) module->insert(layers[i].name, layer.module());
-      result.append(layers[i].name, layer.layer(layers[i].name));
+  std::vector<int> cuts = balance(costs, num_stages);
+  return detail::cut_layers(std::move(layers), std::move(cuts));
+}
+
+StageFactory split(std::vector<NamedLayer> layers, const std::vector<LayerRange>& stages) {
+  detail::check_layers(layers);
+  DUALPIPE_CHECK(!stages.empty() && !layers.empty(), "a model needs at least one stage and one layer, got ",
+                 stages.size(), " stages and ", layers.size(), " layers");
+  std::vector<int> cuts;
+  std::vector<int> stage_of(layers.size(), -1);
+  for (std::size_t stage = 0; stage < stages.size(); ++stage) {
+    const auto& [first, last] = stages[stage];
+    const int begin = detail::layer_named(layers, first, stage);
+    const int end = detail::layer_named(layers, last, stage) + 1;
+    DUALPIPE_CHECK(begin < end, "stage ", stage, " goes from layer '", first, "' to '", last,
+                   "', which comes before it");
+    for (int i = begin; i < end; ++i) {
+      DUALPIPE_CHECK(stage_of[i] < 0, "layer '", layers[i].name, "' is in stage ", stage_of[i], " and in stage ", stage,
+                     "; each belongs to one");
+      stage_of[i] = static_cast<int>(stage);
     }
-    return result;
-  });
+    cuts.push_back(begin);
+  }
+  for (std::size_t i = 0; i < layers.size(); ++i)
+    DUALPIPE_CHECK(stage_of[i] >= 0, "layer '", layers[i].name, "' is in none of the ", stages.size(), " stages");
+  for (std::size_t stage = 1; stage < stages.size(); ++stage)
+    DUALPIPE_CHECK(cuts[stage - 1] < cuts[stage], "stage ", stage, " begins with layer '", stages[stage].first,
+                   "', which comes before those of stage ", stage - 1, "; stages take layers in the model's order");
+  cuts.push_back(static_cast<int>(layers.size()));
+  return detail::cut_layers(std::move(layers), std::move(cuts));
+}
+
+StageFactory split(std::vector<NamedLayer> layers, const std::vector<int>& counts) {
+  detail::check_layers(layers);
+  DUALPIPE_CHECK(!counts.empty(), "a model needs at least one stage, got no counts of layers");
+  std::vector<int> cuts{0};
+  for (const int count : counts) {
+    const int stage = static_cast<int>(cuts.size()) - 1;
+    const int left = static_cast<int>(layers.size()) - cuts.back();
+    DUALPIPE_CHECK(count >= 1, "stage ", stage, " takes ", count, " layers; each takes one at least");
+    DUALPIPE_CHECK(count <= left, "stage ", stage, " takes ", count, " layers, of which only ", left, " are left",
+                   left > 0 ? detail::str(", from '", layers[cuts.back()].name, "' on") : "");
+    cuts.push_back(cuts.back() + count);
+  }
+  DUALPIPE_CHECK(cuts.back() == static_cast<int>(layers.size()), "layer '", layers[cuts.back()].name,
+                 "' is in no stage: the ", counts.size(), " stages take ", cuts.back(), " of ", layers.size(),
+                 " layers");
+  return detail::cut_layers(std::move(layers), std::move(cuts));
 }
 
 }  // namespace dualpipe

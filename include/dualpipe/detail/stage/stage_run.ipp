@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "dualpipe/detail/stage/unused_parts.hpp"
+
 namespace dualpipe {
 namespace detail {
 
@@ -214,12 +216,13 @@ void StageRun::compute(std::size_t begin, std::size_t end) {
   const std::vector<std::uint32_t> extras = detail::versions_of(context_.extras);
   values_ = entered.tensors;
   const detail::KeptStates generators = random_.kept_states();
+  const detail::UnusedPartsWatch unused(stage_->used_parts());
   Tensors added;
   context_.added_losses = &added;
   for (std::size_t i = begin; i < end; ++i) {
     node_name_ = stage_->nodes()[i].name;
     enter_layer(i, begin);
-    values_ = stage_->nodes()[i].compute(values_, context_);
+    unused.watch(context_.stage, [&] { values_ = stage_->nodes()[i].compute(values_, context_); });
   }
   context_.added_losses = nullptr;
   if (begin < end) leave_layer(end - 1);
@@ -227,7 +230,7 @@ void StageRun::compute(std::size_t begin, std::size_t end) {
   Tensors roots;
   if (loss_ && advanced()) {
     random_.begin("");
-    roots = {detail::compute_loss(loss_, values_, context_.stage)};
+    unused.watch(context_.stage, [&] { roots = {detail::compute_loss(loss_, values_, context_.stage)}; });
     loss_value_ = roots[0].detach();
   } else if (context_.training) {
     roots = values_;
