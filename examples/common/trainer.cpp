@@ -81,6 +81,13 @@ dualpipe::StageFactory cut_by_hand(std::vector<dualpipe::NamedLayer> layers, con
   return ranges.empty() ? dualpipe::split(std::move(layers), counts) : dualpipe::split(std::move(layers), ranges);
 }
 
+/// As Module::to(dtype), which converts integers too: counters stay exact.
+void convert(const torch::nn::Module& module, at::ScalarType dtype) {
+  for (const Tensors& tensors : {module.parameters(), module.buffers()})
+    for (const torch::Tensor& each : tensors)
+      if (each.is_floating_point()) each.set_data(each.to(dtype));
+}
+
 dualpipe::StageFactory cut(const Model& model, int num_stages, const Options& options) {
   const int spare = static_cast<int>(model.layers.size()) - options.model.layers;
   DUALPIPE_CHECK(options.model.layers + spare >= num_stages, "schedule ", options.pipe.schedule, " has ", num_stages,
@@ -90,7 +97,7 @@ dualpipe::StageFactory cut(const Model& model, int num_stages, const Options& op
   for (dualpipe::NamedLayer& layer : layers)
     layer.make = [make = layer.make, dtype = options.dtype] {
       dualpipe::Stage stage = make();
-      stage.module()->to(dtype);
+      convert(*stage.module(), dtype);
       return stage;
     };
   if (!options.partition.empty()) return cut_by_hand(std::move(layers), options.partition);

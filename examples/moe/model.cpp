@@ -197,7 +197,7 @@ example::Routings adjust_biases(const torch::nn::Module& model) {
   const torch::NoGradGuard no_grad;
   const auto all = model.named_buffers();
   const auto numbers_of = [](const torch::Tensor& tensor) {
-    const torch::Tensor host = tensor.cpu();
+    const torch::Tensor host = tensor.to(torch::kCPU, torch::kInt64);
     return std::vector<std::int64_t>(host.const_data_ptr<std::int64_t>(),
                                      host.const_data_ptr<std::int64_t>() + host.numel());
   };

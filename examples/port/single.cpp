@@ -36,8 +36,8 @@ class Pictures : public torch::data::datasets::Dataset<Pictures> {
     const Tensor places = torch::randint(kSize, {count, 2}, random, torch::kInt64);
     for (std::int64_t i = 0; i < count; ++i) {
       const auto label = labels_[i].item<std::int64_t>();
-      if (label % 2 == 0) pictures_[i][0].select(0, places[i][0].item<std::int64_t>()) += 1.2;
-      if (label < 2) pictures_[i][0].select(1, places[i][1].item<std::int64_t>()) += 1.2;
+      if (label % 2 == 0) pictures_[i][0].select(0, places[i][0].item<std::int64_t>()) += 2;
+      if (label < 2) pictures_[i][0].select(1, places[i][1].item<std::int64_t>()) += 2;
     }
   }
   torch::data::Example<> get(std::size_t index) override {

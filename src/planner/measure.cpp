@@ -280,7 +280,11 @@ MeasuredCosts measure_costs(const Timeline& trace) {
   for (std::size_t step = steps.size() > 1 ? 1 : 0; step < steps.size(); ++step) measurement.add_step(steps[step]);
   MeasuredCosts result = std::move(measurement)();
   result.costs.seconds_per_unit = trace.seconds_per_unit;
-  if (trace.stages.size() == result.costs.stages.size()) result.sizes = trace.stages;
+  if (trace.stages.size() == result.costs.stages.size())
+    result.sizes = trace.stages;
+  else if (!trace.stages.empty())
+    result.notes.push_back(detail::str("the trace has sizes of ", trace.stages.size(), " stages and steps of ",
+                                       result.costs.stages.size(), ": sizes are not taken"));
   return result;
 }
 

@@ -6,6 +6,8 @@
 #include <chrono>
 #include <csignal>
 #include <cstdlib>
+#include <filesystem>
+#include <fstream>
 #include <functional>
 #include <iostream>
 #include <map>
@@ -122,11 +124,16 @@ void missing(const World& world) {
 }
 
 /// Rank `struck` raises `signal` in the meeting, while all wait for the last rank, which does not come in time.
-void struck_in_meeting(const World& world, int signal, int struck) {
-  if (world.rank == world.size - 1) std::this_thread::sleep_for(20s);
+///
+/// @param folder  where ranks leave a file when they are about to come.
+void struck_in_meeting(const World& world, int signal, int struck, const std::filesystem::path& folder) {
+  if (world.rank == world.size - 1) std::this_thread::sleep_for(60s);
+  std::ofstream(folder / std::to_string(world.rank)).close();
   std::jthread striker([&] {
     if (world.rank != struck) return;
-    std::this_thread::sleep_for(500ms);
+    for (int rank = 0; rank < world.size - 1; ++rank)
+      while (!std::filesystem::exists(folder / std::to_string(rank))) std::this_thread::sleep_for(5ms);
+    std::this_thread::sleep_for(1s);
     std::raise(signal);
   });
   try {
@@ -256,10 +263,10 @@ int main(int argc, char** argv) {
       {"transfers", transfers},
       {"killed", [](const World& world) { struck(world, SIGKILL, 60s); }},
       {"stopped", [](const World& world) { struck(world, SIGSTOP, 5s); }},
-      {"endless", [](const World& world) { struck(world, 0, 2s); }},
+      {"endless", [](const World& world) { struck(world, 0, 4s); }},
       {"missing", missing},
-      {"meeting-killed", [&](const World& world) { struck_in_meeting(world, SIGKILL, std::stoi(argv[2])); }},
-      {"meeting-stopped", [&](const World& world) { struck_in_meeting(world, SIGSTOP, std::stoi(argv[2])); }},
+      {"meeting-killed", [&](const World& world) { struck_in_meeting(world, SIGKILL, std::stoi(argv[2]), argv[3]); }},
+      {"meeting-stopped", [&](const World& world) { struck_in_meeting(world, SIGSTOP, std::stoi(argv[2]), argv[3]); }},
       {"suspended", suspended},
       {"two_names", two_names},
       {"reconnect", reconnect},

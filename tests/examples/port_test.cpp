@@ -96,8 +96,9 @@ TEST(Port, LearnsAsTheProgramInOneProcess) {
   const auto& first = on_two.at({0, "test"});
   EXPECT_NEAR(first.loss, alone.at({0, "test"}).loss, 1e-5);
   EXPECT_EQ(first.accuracy, alone.at({0, "test"}).accuracy);
-  EXPECT_NEAR(on_two.at({epochs, "train"}).loss, alone.at({epochs, "train"}).loss, 0.1);
+  EXPECT_NEAR(on_two.at({epochs, "train"}).loss, alone.at({epochs, "train"}).loss, 0.2);
   EXPECT_NEAR(on_two.at({epochs, "test"}).loss, alone.at({epochs, "test"}).loss, 0.1);
+  EXPECT_NEAR(on_two.at({epochs, "test"}).accuracy, alone.at({epochs, "test"}).accuracy, 0.03);
   for (const Results& result : {alone, on_two}) {
     EXPECT_LT(first.accuracy, 0.5);
     EXPECT_GT(result.at({epochs, "test"}).accuracy, 0.9);

@@ -31,7 +31,8 @@ void read(std::string_view text) {
   }
   const Timeline again = planner::from_trace(planner::to_trace(timeline));
   require(again.name == timeline.name && again.num_ranks == timeline.num_ranks &&
-              again.seconds_per_unit == timeline.seconds_per_unit && again.intervals == timeline.intervals,
+              again.seconds_per_unit == timeline.seconds_per_unit && again.intervals == timeline.intervals &&
+              again.stages == timeline.stages,
           "what was read is written so that it is read the same");
   draw([&] { planner::report(timeline); });
   draw([&] { planner::to_json({planner::measure_costs(timeline).costs, {}}); });

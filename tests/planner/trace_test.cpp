@@ -115,6 +115,11 @@ TEST(Trace, MalformedInputIsRefusedWithItsPlace) {
               ThrowsMessage<InvalidArgument>(HasSubstr("claims 2e+09 ranks")));
   EXPECT_THAT(with("/otherData/num_ranks", 0.5), ThrowsMessage<InvalidArgument>(HasSubstr("claims 0.5 ranks")));
   EXPECT_THAT(with("/otherData/seconds_per_unit", -1), ThrowsMessage<InvalidArgument>(HasSubstr("seconds_per_unit")));
+  EXPECT_THAT(with("/otherData/stages", 7), ThrowsMessage<InvalidArgument>(HasSubstr("are no list")));
+  EXPECT_THAT(with("/otherData/stages", json::parse(R"([{"parameters": 3}])")),
+              ThrowsMessage<InvalidArgument>(HasSubstr("stage 0 needs \"bytes\"")));
+  EXPECT_THAT(with("/otherData/stages", json::parse(R"([{"parameters": -3, "bytes": 1}])")),
+              ThrowsMessage<InvalidArgument>(HasSubstr("stage 0 needs \"parameters\"")));
   EXPECT_THAT(with(here, 7), ThrowsMessage<InvalidArgument>(HasSubstr(named + "expected an object")));
   EXPECT_THAT(with(here + "/pid", 1), ThrowsMessage<InvalidArgument>(HasSubstr(named + "rank (pid) 1 of 1")));
   EXPECT_THAT(with(here + "/pid", "x"),

@@ -150,8 +150,8 @@ inline std::string parameters_text(const std::map<int, Stage>& stages) {
   for (const auto& [number, stage] : stages) {
     if (!stage.module()) continue;
     const auto& used = stage.used_parts();
-    const bool is_used =
-        std::any_of(used.begin(), used.end(), [&](const UsedParts& each) { return each.parts == stage.module(); });
+    const bool is_used = std::any_of(
+        used.begin(), used.end(), [&module = stage.module()](const UsedParts& each) { return each.parts == module; });
     for (const auto& item : stage.module()->named_parameters())
       if (item.value().defined() && item.value().has_storage() && item.value().numel() > 0)
         text += str(number, ' ', item.value().const_data_ptr(), ' ', digest_of_start(item.value()), ' ', is_used, ' ',

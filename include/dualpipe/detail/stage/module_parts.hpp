@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -53,8 +54,31 @@ class ModuleParts final : public ModuleLevel {
     ModuleLevel::train(on);
   }
 
+  /// Once all parts are there: tells their tensors from the others of the whole.
+  void complete() {
+    std::unordered_set<const at::TensorImpl*> seen;
+    const auto is_new = [&](const at::Tensor& tensor) {
+      return tensor.defined() && seen.insert(tensor.unsafeGetTensorImpl()).second;
+    };
+    const auto each = [](const torch::nn::Module& module, const auto& visit) {
+      for (const auto& item : module.named_parameters()) visit(item.key(), item.value());
+      for (const auto& item : module.named_buffers()) visit(item.key(), item.value());
+    };
+    each(*this, [&](const std::string&, const at::Tensor& tensor) {
+      if (is_new(tensor)) used_.push_back(tensor);
+    });
+    each(*whole_, [&](const std::string& name, const at::Tensor& tensor) {
+      if (is_new(tensor)) unused_.emplace_back(name, tensor);
+    });
+  }
+  const std::vector<at::Tensor>& used() const noexcept { return used_; }
+  /// Of the whole, with their names there.
+  const std::vector<std::pair<std::string, at::Tensor>>& unused() const noexcept { return unused_; }
+
  private:
   std::shared_ptr<torch::nn::Module> whole_;
+  std::vector<at::Tensor> used_;
+  std::vector<std::pair<std::string, at::Tensor>> unused_;
 };
 
 /// "a, b, c"
@@ -93,6 +117,7 @@ inline std::shared_ptr<torch::nn::Module> module_parts(const std::shared_ptr<tor
       throw InvalidArgument(
           str("Stage::uses names '", name, "', but the module has no such part; it has ", names_within(*whole)));
   }
+  parts->complete();
   return parts;
 }
 

@@ -2,15 +2,14 @@
 
 #include <ATen/record_function.h>
 #include <c10/util/ThreadLocalDebugInfo.h>
-#include <torch/nn/module.h>
+#include <c10/util/flat_hash_map.h>
 
 #include <memory>
 #include <optional>
 #include <string>
-#include <unordered_map>
-#include <utility>
 #include <vector>
 
+#include "dualpipe/detail/stage/module_parts.hpp"
 #include "dualpipe/error.hpp"
 #include "dualpipe/stage/stage.hpp"
 
@@ -24,10 +23,16 @@ class UnusedPartsWatch {
   explicit UnusedPartsWatch(const std::vector<UsedParts>& used) {
     if (used.empty()) return;
     state_ = std::make_shared<State>();
+    std::vector<const ModuleParts*> all;
     for (const UsedParts& each : used)
-      each_tensor(*each.whole, [&](const auto& name, const auto* memory) { state_->unused.try_emplace(memory, name); });
-    for (const UsedParts& each : used)
-      each_tensor(*each.parts, [&](const auto&, const auto* memory) { state_->unused.erase(memory); });
+      if (const auto* parts = dynamic_cast<const ModuleParts*>(each.parts.get())) all.push_back(parts);
+    state_->parts = used;
+    for (const ModuleParts* parts : all)
+      for (const auto& [name, tensor] : parts->unused())
+        if (tensor.has_storage()) state_->unused.emplace(tensor.storage().unsafeGetStorageImpl(), &name);
+    for (const ModuleParts* parts : all)
+      for (const at::Tensor& tensor : parts->used())
+        if (tensor.has_storage()) state_->unused.erase(tensor.storage().unsafeGetStorageImpl());
     guard_.emplace(kind(), state_);
     handle_ = at::addThreadLocalCallback(at::RecordFunctionCallback(&look).needsInputs(true));
   }
@@ -59,27 +64,17 @@ class UnusedPartsWatch {
 
   /// What the callback, a plain function, finds by way of the thread.
   struct State final : c10::DebugInfoBase {
-    std::unordered_map<const c10::StorageImpl*, std::string> unused;  // names, by memory: views have the same
+    std::vector<UsedParts> parts;                                            // keeps the names
+    ska::flat_hash_map<const c10::StorageImpl*, const std::string*> unused;  // names, by memory: views have the same
     std::string found;
   };
 
   static c10::DebugInfoKind kind() { return c10::DebugInfoKind::PRODUCER_INFO; }
 
-  template <class Visit>
-  static void each_tensor(const torch::nn::Module& module, const Visit& visit) {
-    const auto go = [&](const auto& items) {
-      for (const auto& item : items)
-        if (item.value().defined() && item.value().has_storage())
-          visit(item.key(), item.value().storage().unsafeGetStorageImpl());
-    };
-    go(module.named_parameters());
-    go(module.named_buffers());
-  }
-
   static void look_at(State& state, const at::Tensor& tensor) {
     if (!tensor.defined() || !tensor.has_storage()) return;
     const auto found = state.unused.find(tensor.storage().unsafeGetStorageImpl());
-    if (found != state.unused.end()) state.found = found->second;
+    if (found != state.unused.end()) state.found = *found->second;
   }
   static std::unique_ptr<at::ObserverContext> look(const at::RecordFunction& operation) {
     auto* const state = dynamic_cast<State*>(c10::ThreadLocalDebugInfo::get(kind()));
