@@ -91,16 +91,20 @@ void run_local(int num_ranks, const std::function<void(const Ptr&)>& body) {
 }
 
 /// The same with NCCL between them, over the devices that there are.
-void run_nccl(int num_ranks, const std::function<void(const Ptr&, WatchedDevice&)>& body) {
+/// @param together  NcclOptions::start_when_both_ready
+void run_nccl(int num_ranks, const std::function<void(const Ptr&, WatchedDevice&)>& body, bool together = false) {
   run_ranks(num_ranks,
             [&](const Ptr& control) {
               const int index = control->rank() % num_devices();
               const c10::cuda::CUDAStreamGuard stream(
                   c10::cuda::getStreamFromPool(false, static_cast<at::DeviceIndex>(index)));
               const auto device = std::make_shared<WatchedDevice>(detail::cuda_device(index));
-              const Ptr comm = detail::NcclCommunicator::world(
-                  control, device, detail::nccl_library(index),
-                  {.timeout = 60s, .name = "threads", .transfer_ctas = {.max = 4}, .collective_ctas = {.max = 4}});
+              const Ptr comm = detail::NcclCommunicator::world(control, device, detail::nccl_library(index),
+                                                               {.timeout = 60s,
+                                                                .start_when_both_ready = together,
+                                                                .name = "threads",
+                                                                .transfer_ctas = {.max = 4},
+                                                                .collective_ctas = {.max = 4}});
               body(comm, *device);
               torch::cuda::synchronize(index);
             },
@@ -206,6 +210,77 @@ detail::TimeSpans spans_of(const std::vector<Kernel>& kernels, const std::vector
 }
 
 double share(double part, double whole) { return whole > 0 ? rounded(part / whole) : 0; }
+
+constexpr int hidden_width = 4096;
+const DualPipeOptions hidden_options{.num_micro_batches = 16};
+
+void run_steps(const Ptr& comm, DualPipe& pipe, int count) {
+  const Batch batch = batch_of(512 * hidden_options.num_micro_batches, hidden_width, comm->device());
+  for (int step = 0; step < count; ++step) {
+    pipe->zero_grad();
+    pipe->step(batch, squared);
+  }
+  torch::cuda::synchronize(comm->device().index());
+}
+
+json hidden_share_of(bool together) {
+  struct Streams {
+    std::vector<std::uint32_t> compute, transfers;
+  };
+  std::array<Streams, 2> streams;
+  std::vector<Kernel> kernels;
+  Timeline timeline;
+  double step_ms = 0;
+  run_nccl(
+      2,
+      [&](const Ptr& comm, WatchedDevice& device) {
+        DualPipe pipe(comm, hidden_options, linears(hidden_width, 4));
+        run_steps(comm, pipe, 3);
+        comm->barrier().wait();
+        const auto begin = Clock::now();
+        run_steps(comm, pipe, 5);
+        if (comm->rank() == 0) step_ms = 1e3 * seconds_since(begin) / 5;
+        const auto tracer = std::make_shared<Tracer>(comm->rank());
+        pipe->add_observer(tracer);
+        run_steps(comm, pipe, 1);
+        Streams& mine = streams.at(comm->rank());
+        const c10::cuda::CUDAGuard guard(comm->device());
+        mine.compute = {stream_number(device.current_stream())};
+        for (const detail::DeviceStream stream : device.streams()) mine.transfers.push_back(stream_number(stream));
+        comm->barrier().wait();
+        if (comm->rank() == 0) begin_kernel_times();
+        comm->barrier().wait();
+        run_steps(comm, pipe, 1);
+        comm->barrier().wait();
+        if (comm->rank() == 0) kernels = end_kernel_times();
+        const Timeline all = gather(*comm, tracer->last());
+        if (comm->rank() == 0) timeline = all;
+        comm->barrier().wait();
+      },
+      together);
+  std::array<detail::TimeSpans, 2> compute, resident;
+  for (int rank = 0; rank < 2; ++rank) {
+    compute[rank] = spans_of(kernels, streams[rank].compute, false);
+    resident[rank] = spans_of(kernels, streams[rank].transfers, true);
+    DUALPIPE_CHECK(!compute[rank].empty() && !resident[rank].empty(), "of ", kernels.size(),
+                   " kernels none are known as compute or as transfers of rank ", rank);
+  }
+  // With two ranks data move while a kernel of each end is resident.
+  const detail::TimeSpans moving = detail::common(resident[0], resident[1]);
+  const planner::Report report = planner::report(timeline);
+  json ranks = json::array();
+  for (int rank = 0; rank < 2; ++rank) {
+    const planner::Overlap& ours = report.ranks.at(rank).transfers;
+    ranks.push_back(
+        {{"resident_ms", rounded(1e3 * detail::length(resident[rank]))},
+         {"moving_ms", rounded(1e3 * detail::length(moving))},
+         {"compute_ms", rounded(1e3 * detail::length(compute[rank]))},
+         {"hidden_by_kernels", share(detail::length(detail::common(moving, compute[rank])), detail::length(moving))},
+         {"report_ms", rounded(1e3 * ours.total())},
+         {"hidden_by_report", share(ours.hidden, ours.total())}});
+  }
+  return {{"step_ms", rounded(step_ms)}, {"traced_step_ms", rounded(1e3 * report.makespan)}, {"ranks", ranks}};
+}
 
 /// Milliseconds of one matrix product, by events on the current stream.
 double product_ms(const at::Tensor& a, const at::Tensor& b) {
@@ -346,66 +421,15 @@ json host_time() {
 json hidden_share() {
   require_device();
   if (const std::string obstacle = two_ranks_obstacle(); !obstacle.empty()) throw Skipped(obstacle);
-  constexpr int width = 4096, num_micro_batches = 16, rows = 512;
-  const auto steps = [&](const Ptr& comm, DualPipe& pipe, int count) {
-    const Batch batch = batch_of(rows * num_micro_batches, width, comm->device());
-    for (int step = 0; step < count; ++step) {
-      pipe->zero_grad();
-      pipe->step(batch, squared);
-    }
-    torch::cuda::synchronize(comm->device().index());
-  };
   run_local(2, [&](const Ptr& comm) {  // loads the kernels, of which none may be loaded while a receive waits
-    DualPipe pipe(comm, {.num_micro_batches = num_micro_batches}, linears(width, 4));
-    steps(comm, pipe, 1);
+    DualPipe pipe(comm, hidden_options, linears(hidden_width, 4));
+    run_steps(comm, pipe, 1);
   });
-  struct Streams {
-    std::vector<std::uint32_t> compute, transfers;
-  };
-  std::array<Streams, 2> streams;
-  std::vector<Kernel> kernels;
-  Timeline timeline;
-  run_nccl(2, [&](const Ptr& comm, WatchedDevice& device) {
-    DualPipe pipe(comm, {.num_micro_batches = num_micro_batches}, linears(width, 4));
-    const auto tracer = std::make_shared<Tracer>(comm->rank());
-    pipe->add_observer(tracer);
-    steps(comm, pipe, 3);
-    Streams& mine = streams.at(comm->rank());
-    const c10::cuda::CUDAGuard guard(comm->device());
-    mine.compute = {stream_number(device.current_stream())};
-    for (const detail::DeviceStream stream : device.streams()) mine.transfers.push_back(stream_number(stream));
-    comm->barrier().wait();
-    if (comm->rank() == 0) begin_kernel_times();
-    comm->barrier().wait();
-    steps(comm, pipe, 1);
-    comm->barrier().wait();
-    if (comm->rank() == 0) kernels = end_kernel_times();
-    const Timeline all = gather(*comm, tracer->last());
-    if (comm->rank() == 0) timeline = all;
-    comm->barrier().wait();
-  });
-  std::array<detail::TimeSpans, 2> compute, resident;
-  for (int rank = 0; rank < 2; ++rank) {
-    compute[rank] = spans_of(kernels, streams[rank].compute, false);
-    resident[rank] = spans_of(kernels, streams[rank].transfers, true);
-    DUALPIPE_CHECK(!compute[rank].empty() && !resident[rank].empty(), "of ", kernels.size(),
-                   " kernels none are known as compute or as transfers of rank ", rank);
-  }
-  // With two ranks data move while a kernel of each end is resident.
-  const detail::TimeSpans moving = detail::common(resident[0], resident[1]);
-  const planner::Report report = planner::report(timeline);
-  json ranks = json::array();
-  for (int rank = 0; rank < 2; ++rank) {
-    const planner::Overlap& ours = report.ranks.at(rank).transfers;
-    ranks.push_back(
-        {{"resident_ms", rounded(1e3 * detail::length(resident[rank]))},
-         {"moving_ms", rounded(1e3 * detail::length(moving))},
-         {"compute_ms", rounded(1e3 * detail::length(compute[rank]))},
-         {"hidden_by_kernels", share(detail::length(detail::common(moving, compute[rank])), detail::length(moving))},
-         {"report_ms", rounded(1e3 * ours.total())},
-         {"hidden_by_report", share(ours.hidden, ours.total())}});
-  }
-  return {{"step_ms", rounded(1e3 * report.makespan)}, {"shared_device", num_devices() < 2}, {"ranks", ranks}};
+  json result = {{"shared_device", num_devices() < 2}, {"at_once", hidden_share_of(false)}};
+  const std::string obstacle = detail::both_ready_obstacle(std::getenv("NCCL_LAUNCH_ORDER_IMPLICIT"),
+                                                           std::getenv("CUDA_DEVICE_MAX_CONNECTIONS"));
+  result["together"] = obstacle.empty() ? hidden_share_of(true) : json{{"skipped", obstacle}};
+  return result;
 }
 
 json waiting_receive() {
