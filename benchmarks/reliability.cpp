@@ -393,6 +393,20 @@ std::vector<Fault> all_faults(const Flags& flags) {
        }),
        .says = {"rank {culprit} closed its connection"},
        .silent = true},
+      {.name = "killed-fork",
+       .injected = "a rank is killed in a forward; a child that it has forked, without a program of its own, lives on",
+       .promise = liveness,
+       .body = trains([](const Rank& rank) {
+         return Inject{.forward = [&] {
+           if (::fork() == 0) {
+             ::sleep(5);
+             ::_exit(0);
+           }
+           rank.strike_by(SIGKILL);
+         }};
+       }),
+       .says = {"rank {culprit} has given no sign of life"},
+       .silent = true},
       {.name = "stopped-step",
        .injected = "a rank is stopped in a forward",
        .promise = liveness,

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <numeric>
 #include <string_view>
 #include <system_error>
 #include <utility>
@@ -124,6 +125,22 @@ std::string overlap(const dualpipe::Timeline& measured) {
   add("all", total, part ? &total_main : nullptr, whole.makespan * static_cast<double>(whole.ranks.size()));
   if (!part) text += "  (The ranks have no time in common in which all of them run pairs.)\n";
   return text;
+}
+
+std::string routing_table(const std::string& router, const Routing& first, const Routing& last) {
+  const auto row = [&](const char* what, const std::vector<std::int64_t>& numbers, const char* pattern) {
+    std::string text = format("  %-10s %-13s", router.c_str(), what);
+    for (const std::int64_t each : numbers) text += format(pattern, static_cast<long long>(each));
+    return text;
+  };
+  const auto tokens = [&](const char* what, const std::vector<std::int64_t>& counts) {
+    const double sum = std::accumulate(counts.begin(), counts.end(), 0.0);
+    const auto most = static_cast<double>(*std::max_element(counts.begin(), counts.end()));
+    return row(what, counts, " %6lld") +
+           format("   busiest %.2f\n", share(most * static_cast<double>(counts.size()), sum));
+  };
+  return tokens("first step", first.tokens) + tokens("last step", last.tokens) +
+         row("bias raised", last.bias_steps, " %+6lld") + " times\n";
 }
 
 Progress::Progress(double seconds) : interval_(seconds), overwrites_(seconds > 0 && on_terminal()) {}

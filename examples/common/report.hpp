@@ -1,10 +1,13 @@
 #pragma once
 
 #include <chrono>
+#include <cstdint>
 #include <filesystem>
+#include <map>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "dualpipe/planner/report.hpp"
 #include "dualpipe/schedule/schedule.hpp"
@@ -29,6 +32,16 @@ std::string comparison(const dualpipe::Timeline& predicted, const dualpipe::Time
 /// Where the time of each rank went in a measured step, and how much of what its stages communicate was hidden: in the
 /// whole step, and in the main part, in which every rank has pairs. Empty where stages do not communicate.
 std::string overlap(const dualpipe::Timeline& measured);
+
+/// What a router did in a step, by expert.
+struct Routing {
+  std::vector<std::int64_t> tokens;      ///< that went there, of all ranks
+  std::vector<std::int64_t> bias_steps;  ///< by how many steps the expert's bias has been raised since the run began
+};
+using Routings = std::map<std::string, Routing>;  // by the router's name
+
+/// A table of them: the tokens of each expert in the first step and in the last, and how its bias has changed.
+std::string routing_table(const std::string& router, const Routing& first, const Routing& last);
 
 /// How far a run is, on stdout: on a terminal one line that is overwritten, elsewhere a line now and then.
 class Progress {

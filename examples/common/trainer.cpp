@@ -10,13 +10,17 @@
 #include <cmath>
 #include <cstdio>
 #include <exception>
+#include <map>
 #include <numbers>
+#include <sstream>
+#include <string>
 #include <system_error>
 #include <thread>
 #include <utility>
 #include <variant>
 
 #include "connect.hpp"
+#include "dualpipe/detail/comm/agree.hpp"
 #include "dualpipe/detail/files.hpp"
 #include "dualpipe/launch/failure.hpp"
 #include "dualpipe/planner/cost_model.hpp"
@@ -77,6 +81,13 @@ dualpipe::StageFactory cut_by_hand(std::vector<dualpipe::NamedLayer> layers, con
   return ranges.empty() ? dualpipe::split(std::move(layers), counts) : dualpipe::split(std::move(layers), ranges);
 }
 
+/// As Module::to(dtype), which converts integers too: counters stay exact.
+void convert(const torch::nn::Module& module, at::ScalarType dtype) {
+  for (const Tensors& tensors : {module.parameters(), module.buffers()})
+    for (const torch::Tensor& each : tensors)
+      if (each.is_floating_point()) each.set_data(each.to(dtype));
+}
+
 dualpipe::StageFactory cut(const Model& model, int num_stages, const Options& options) {
   const int spare = static_cast<int>(model.layers.size()) - options.model.layers;
   DUALPIPE_CHECK(options.model.layers + spare >= num_stages, "schedule ", options.pipe.schedule, " has ", num_stages,
@@ -86,7 +97,7 @@ dualpipe::StageFactory cut(const Model& model, int num_stages, const Options& op
   for (dualpipe::NamedLayer& layer : layers)
     layer.make = [make = layer.make, dtype = options.dtype] {
       dualpipe::Stage stage = make();
-      stage.module()->to(dtype);
+      convert(*stage.module(), dtype);
       return stage;
     };
   if (!options.partition.empty()) return cut_by_hand(std::move(layers), options.partition);
@@ -167,12 +178,7 @@ void Trainer::run() {
   introduce();
   const Timeline last_step = train();
   say("held-out loss: %.3f nats per byte\n", held_out_loss());
-  if (model_.after_step) {
-    const torch::Tensor busiest = torch::full({1}, busiest_, torch::dtype(torch::kDouble).device(device()));
-    mesh_.world()->all_reduce({busiest}, dualpipe::Reduce::max).wait();
-    if (busiest.item<double>() > 0)
-      say("busiest expert of a block in the last step: %.2f times its share\n", busiest.item<double>());
-  }
+  if (model_.after_step) report_routing();
   if (options_.sample > 0) sample();
   if (last_step.num_ranks > 0) report(last_step);
 }
@@ -275,7 +281,10 @@ Timeline Trainer::train() {
     measured = trace();
     const double norm = options_.clip > 0 ? pipe_->clip_grad_norm_(options_.clip).item<double>() : NAN;
     sharded.step();
-    if (model_.after_step) busiest_ = model_.after_step(*pipe_);
+    if (model_.after_step) {
+      last_routing_ = model_.after_step(*pipe_);
+      if (step == first) first_routing_ = last_routing_;
+    }
     const auto [mean, penalty] = loss_and_penalty(result);
     const double now = elapsed();
     const double tokens = static_cast<double>(mesh_.num_replicas() * sequences() * options_.model.context);
@@ -363,6 +372,24 @@ torch::Tensor Trainer::prompt() const {
   else
     bytes = corpus_.held_out.read(0, std::min<std::int64_t>(32, options_.model.context));
   return bytes.to(torch::kInt64).unsqueeze(0);
+}
+
+void Trainer::report_routing() const {
+  // Holders of a stage have the same.
+  std::string mine;
+  for (const auto& [router, last] : last_routing_)
+    mine += router + '\n' + routing_table(router, first_routing_.at(router), last) + '\f';
+  std::map<std::pair<std::size_t, std::string>, std::string> tables;  // block2 before block10
+  for (const std::string& text : dualpipe::detail::all_gather_text(*mesh_.world(), mine)) {
+    std::istringstream parts(text);
+    for (std::string router, table; std::getline(parts, router) && std::getline(parts, table, '\f');)
+      tables[{router.size(), router}] = table;
+  }
+  if (tables.empty()) return;
+  say("Bytes that went to each expert; the busiest, as a multiple of an equal share; and how often each bias was "
+      "raised "
+      "in all:\n");
+  for (const auto& [router, table] : tables) say("%s", table.c_str());
 }
 
 void Trainer::report(Timeline measured) const {

@@ -17,6 +17,7 @@
 #include "dualpipe/train/checkpoint.hpp"
 #include "dualpipe/train/mesh.hpp"
 #include "options.hpp"
+#include "report.hpp"
 
 namespace example {
 
@@ -31,9 +32,8 @@ struct Model {
   std::function<torch::Tensor(const dualpipe::Tensors& outputs)> penalty = {};
   std::string penalty_name = {};
   std::map<std::string, dualpipe::BufferReduction> buffers = {};  ///< DualPipeOptions::buffers
-  /// Called after each step on each rank; null: nothing. Gives what the busiest expert of a block here got, as a
-  /// multiple of its share.
-  std::function<double(const torch::nn::Module& pipe)> after_step = {};
+  /// Called after each step on each rank; null: nothing. Gives what the routers of this rank's stages did in it.
+  std::function<Routings(const torch::nn::Module& pipe)> after_step = {};
 };
 using MakeModel = std::function<Model(const dualpipe::Mesh& mesh)>;
 
@@ -60,6 +60,8 @@ class Trainer {
   dualpipe::Timeline trace() const;
   double held_out_loss();
   void sample();
+  /// Collective: which experts the bytes went to in the first step of this process and in the last.
+  void report_routing() const;
   void report(dualpipe::Timeline measured) const;
 
   bool needs_data() const { return pipe_->feeds_inputs() || pipe_->computes_loss(); }
@@ -77,8 +79,8 @@ class Trainer {
   Model model_;
   dualpipe::DualPipe pipe_;
   std::shared_ptr<dualpipe::Tracer> tracer_;
-  double busiest_ = 0;     // expert of this rank's in the last step, as Model::after_step says
-  torch::Tensor penalty_;  // sum over the micro-batches that ended here in the step under way
+  Routings first_routing_, last_routing_;  // of this rank, as Model::after_step says
+  torch::Tensor penalty_;                  // sum over the micro-batches that ended here in the step under way
 };
 
 /// What a program made of its arguments.

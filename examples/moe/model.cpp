@@ -3,10 +3,10 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/OpMathType.h>
 
-#include <algorithm>
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "combine.hpp"
 #include "dualpipe/error.hpp"
@@ -28,7 +28,7 @@ constexpr const char* kBiasSteps = "router_bias_steps";
 class ExpertsImpl : public torch::nn::Module {
  public:
   ExpertsImpl(const ModelSize& size, std::int64_t first, std::int64_t count, std::uint64_t seed)
-      : torch::nn::Module("Experts"), first_(first) {
+      : torch::nn::Module("Experts") {
     const auto& transformer = size.transformer;
     for (std::int64_t e = first; e < first + count; ++e) {
       auto random = at::detail::createCPUGenerator(seed + static_cast<std::uint64_t>(e));
@@ -40,20 +40,26 @@ class ExpertsImpl : public torch::nn::Module {
     }
   }
 
-  /// @param numbers  the expert of each row
-  /// @param weights  [rows, 1], what its result is multiplied by
-  torch::Tensor forward(const torch::Tensor& rows, const torch::Tensor& weights, const torch::Tensor& numbers) {
-    const auto order = torch::argsort(numbers, /*stable=*/true, /*dim=*/0, /*descending=*/false);
-    const auto counts = torch::bincount(numbers - first_, {}, static_cast<std::int64_t>(in_.size())).cpu();
-    const auto parts = rows.index_select(0, order).split_with_sizes(
-        at::IntArrayRef(counts.const_data_ptr<std::int64_t>(), in_.size()));
-    Tensors results;
-    for (std::size_t e = 0; e < in_.size(); ++e) results.push_back(out_[e](torch::gelu(in_[e](parts[e]))));
-    return torch::cat(results).index_select(0, torch::argsort(order)) * weights;
+  /// @param weights  [rows, 1], what each row's result is multiplied by
+  /// @param counts   [ranks, experts], int64, on the CPU: rows come from each rank for each expert, in this order
+  torch::Tensor forward(const torch::Tensor& rows, const torch::Tensor& weights, const torch::Tensor& counts) {
+    const at::IntArrayRef sizes(counts.const_data_ptr<std::int64_t>(), counts.numel());
+    const Tensors parts = rows.split_with_sizes(sizes);
+    Tensors results(parts.size());
+    for (std::size_t e = 0; e < in_.size(); ++e) {
+      Tensors own;
+      std::vector<std::int64_t> own_sizes;
+      for (std::size_t i = e; i < parts.size(); i += in_.size()) {
+        own.push_back(parts[i]);
+        own_sizes.push_back(sizes[i]);
+      }
+      const Tensors own_results = out_[e](torch::gelu(in_[e](torch::cat(own)))).split_with_sizes(own_sizes);
+      for (std::size_t r = 0; r < own_results.size(); ++r) results[r * in_.size() + e] = own_results[r];
+    }
+    return torch::cat(results) * weights;
   }
 
  private:
-  std::int64_t first_;
   std::vector<torch::nn::Linear> in_, out_;
 };
 TORCH_MODULE(Experts);
@@ -95,9 +101,9 @@ class BlockImpl : public torch::nn::Module {
     t[token] = order.div(top_k_, "floor");
     t[rows] = bytes.index_select(0, t[token]);
     t[weight] = shares.index_select(0, order).unsqueeze(1).to(bytes.scalar_type());
-    t[expert] = numbers.index_select(0, order);
-    const auto load = torch::bincount(numbers, {}, experts_);
-    t[splits] = load.view({ranks_, -1}).sum(1);
+    // bincount would wait for the device.
+    const auto load = torch::zeros({experts_}, numbers.options()).scatter_add(0, numbers, torch::ones_like(numbers));
+    t[splits] = load.view({1, ranks_, -1});
     if (is_training()) tokens_.add_(load);
 
     const auto share = load.to(probabilities.scalar_type()) / numbers.numel();
@@ -107,8 +113,8 @@ class BlockImpl : public torch::nn::Module {
 
   /// The node between dispatch and combine.
   Tensors run_experts(Tensors t) {
-    t[rows] = mlp_(t[rows], t[weight], t[expert]);
-    t[weight] = t[expert] = torch::Tensor();
+    t[rows] = mlp_(t[rows], t[weight], t[splits][0]);
+    t[weight] = torch::Tensor();
     return t;
   }
 
@@ -131,7 +137,7 @@ Stage block_of(const ModelSize& size, const std::shared_ptr<Communicator>& shari
   stage
       .compute("attention",
                [block](const Tensors& inputs, const StageContext&) mutable { return block->attend(inputs); })
-      .communicate("dispatch", dualpipe::all_to_all(sharing), {rows, weight, expert, splits})
+      .communicate("dispatch", dualpipe::all_to_all(sharing), {rows, weight, splits})
       .compute("MLP",
                [block](const Tensors& inputs, const StageContext&) mutable { return block->run_experts(inputs); })
       .communicate("combine", combine(sharing), {x, rows, token, splits});
@@ -187,10 +193,15 @@ bool is_expert(const std::string& parameter) { return parameter.find(".experts."
 
 std::map<std::string, dualpipe::BufferReduction> buffers() { return {{kTokens, dualpipe::BufferReduction::sum}}; }
 
-double adjust_biases(const torch::nn::Module& model) {
+example::Routings adjust_biases(const torch::nn::Module& model) {
   const torch::NoGradGuard no_grad;
   const auto all = model.named_buffers();
-  double busiest = 0;
+  const auto numbers_of = [](const torch::Tensor& tensor) {
+    const torch::Tensor host = tensor.to(torch::kCPU, torch::kInt64);
+    return std::vector<std::int64_t>(host.const_data_ptr<std::int64_t>(),
+                                     host.const_data_ptr<std::int64_t>() + host.numel());
+  };
+  example::Routings routings;
   for (const auto& item : all) {
     if (!item.key().ends_with(kTokens)) continue;
     torch::Tensor tokens = item.value();
@@ -198,12 +209,11 @@ double adjust_biases(const torch::nn::Module& model) {
     const std::string block = item.key().substr(0, item.key().size() - std::string(kTokens).size());
     torch::Tensor steps = all[block + kBiasSteps];
     steps.add_(torch::sign(sum - tokens.numel() * tokens));
-    if (const auto count = sum.item<std::int64_t>(); count > 0)
-      busiest = std::max(busiest, static_cast<double>(tokens.max().item<std::int64_t>() * tokens.numel()) /
-                                      static_cast<double>(count));
+    const std::size_t begin = block.rfind("block");  // behind the name of its stage
+    routings[block.substr(begin, block.size() - begin - 1)] = {numbers_of(tokens), numbers_of(steps)};
     tokens.zero_();
   }
-  return busiest;
+  return routings;
 }
 
 std::string description(const ModelSize& size) {

@@ -11,6 +11,7 @@
 #include "dualpipe/comm/communicator.hpp"
 #include "dualpipe/config.hpp"
 #include "layers.hpp"
+#include "report.hpp"
 
 namespace moe {
 
@@ -33,9 +34,8 @@ enum Slot : std::size_t {
   balance,  ///< [1], the sum over the blocks so far: see block_of
   rows,     ///< [bytes * top_k, width], ordered by expert; behind the dispatch those that came
   weight,   ///< [rows, 1]: what the router gives that expert
-  expert,   ///< [rows], int64
   token,    ///< [rows], int64: which of this rank's bytes the row is; stays here
-  splits,   ///< as dualpipe::all_to_all takes them
+  splits,   ///< of each rank's experts, as dualpipe::all_to_all takes and gives them: then on the CPU
   num_slots
 };
 
@@ -67,8 +67,8 @@ std::map<std::string, dualpipe::BufferReduction> buffers();
 /// After a step: raises the biases of experts that got less than their share in it, and lowers the others'.
 ///
 /// @param model  a pipeline, or a module that has such layers.
-/// @return       what the busiest expert of a block got, as a multiple of its share; 0: there is none here.
-double adjust_biases(const torch::nn::Module& model);
+/// @return       by block: what each expert got in the step, and its bias now.
+example::Routings adjust_biases(const torch::nn::Module& model);
 
 /// "4 blocks, width 64, …"
 std::string description(const ModelSize& size);

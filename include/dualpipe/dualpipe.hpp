@@ -24,6 +24,7 @@
 #include "dualpipe/stage/stage.hpp"
 #include "dualpipe/train/checkpoint.hpp"
 #include "dualpipe/train/clip.hpp"
+#include "dualpipe/train/deferred_batch_norm.hpp"
 #include "dualpipe/train/grad_scaler.hpp"
 #include "dualpipe/train/learning_rate.hpp"
 #include "dualpipe/train/master_weights.hpp"

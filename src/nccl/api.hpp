@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <stdexcept>
@@ -21,6 +23,9 @@ namespace dualpipe::detail {
 using DeviceStream = struct DeviceStreamTag*;
 using DeviceEvent = struct DeviceEventTag*;
 using NcclComm = struct NcclCommTag*;
+
+/// A number in page-locked memory. Any thread reads and writes it without a call of CUDA.
+using DeviceFlag = std::atomic<std::uint32_t>;
 
 /// A call of NCCL or CUDA failed; the text is the library's.
 class DeviceFailure : public std::runtime_error {
@@ -52,6 +57,14 @@ class DeviceApi {
   /// Completion time in seconds of std::chrono::steady_clock. Call it only if done().
   virtual double time_of(DeviceEvent event) = 0;
 
+  /// Flags that are 0. Making them, and dropping the last reference, may wait for the device.
+  virtual std::shared_ptr<DeviceFlag[]> create_flags(std::size_t count) = 0;
+  /// The stream writes the flag when it comes there.
+  virtual void write_flag(DeviceStream stream, DeviceFlag& flag, std::uint32_t value) = 0;
+  /// Work queued on the stream later waits until the flag is `value` or up to 2^31 - 1 more, counted cyclically. Nothing
+  /// runs on the device meanwhile. The host does not wait.
+  virtual void wait_for_flag(DeviceStream stream, const DeviceFlag& flag, std::uint32_t value) = 0;
+
   /// Memory for use on `stream`. Only work queued on that stream may still use what it held before.
   virtual at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, DeviceStream stream) = 0;
 
@@ -65,9 +78,14 @@ class DeviceApi {
 
 using NcclId = std::array<char, 128>;
 
+/// Thread blocks of one operation; 0: NCCL's own choice.
+struct CtaLimits {
+  int min = 0;
+  int max = 0;
+};
+
 struct NcclConfig {
-  int min_ctas = 0;  ///< 0: NCCL's own choice
-  int max_ctas = 0;
+  CtaLimits ctas = {};
   std::string name = {};
 };
 

@@ -37,16 +37,19 @@ std::shared_ptr<NcclOperation> NcclCommunicator::make_operation(Request request,
   operation->headers = std::move(headers);
   operation->comm_stream = on;
   operation->caller = context_->device().current_stream();
+  operation->first_rank = world_rank(0);
   return operation;
 }
 
 // Without connect() there is no communicator for transfers: they share that of the collectives, and its queue, since
 // the launches of one communicator must have one order on all ranks.
 NcclCommunicator::Route NcclCommunicator::route(Edge edge, int peer) const {
+  const auto found = starts_.find(edge);
+  StartFlags::End* const start = found == starts_.end() ? nullptr : found->second;
   const auto own = edges_.find(edge);
-  if (own != edges_.end()) return {own->second, transfer_queue_, edge.from == rank() ? 1 : 0};
-  if (transfers_) return {*transfers_, transfer_queue_, peer};
-  return {collectives_, collective_queue_, peer};
+  if (own != edges_.end()) return {own->second, transfer_queue_, edge.from == rank() ? 1 : 0, start};
+  if (transfers_) return {*transfers_, transfer_queue_, peer, start};
+  return {collectives_, collective_queue_, peer, nullptr};
 }
 
 Pending NcclCommunicator::send(int peer, Tensors tensors) {
@@ -61,6 +64,7 @@ Pending NcclCommunicator::send(int peer, Tensors tensors) {
 
   auto operation = make_operation(request, {}, route.on);
   operation->waits_for_headers = false;
+  operation->start = route.start;
   operation->blamed_rank = request.peer;
   operation->sources = std::move(sources);
   operation->ready = context_->record(operation->caller, operation->request);
@@ -94,6 +98,7 @@ Pending NcclCommunicator::receive(int peer, const std::optional<Expected>& expec
 
   auto operation = make_operation(request, {announced}, route.on);
   operation->waits_for_headers = !expected || !known_->contains(key(expected->signature));
+  operation->start = route.start;
   operation->blamed_rank = request.peer;
   operation->prepare = [device = &context_->device(), signature](NcclOperation& self) {
     self.targets = allocate(*device, signature(), self.caller);
@@ -194,7 +199,7 @@ Pending NcclCommunicator::barrier() {
 Pending NcclCommunicator::fence() {
   auto operation = make_operation(Request::collective(headers_.local("fence")), {}, {});
   context_->check(operation->request);
-  operation->begin = operation->end = context_->record(operation->caller, operation->request, /*timed=*/true);
+  operation->end = context_->record(operation->caller, operation->request);
   return Pending(std::make_shared<NcclPending>(context_, NcclPending::Parts{.operation = std::move(operation)}));
 }
 

@@ -15,7 +15,11 @@ namespace dualpipe::detail {
 struct NcclCommunicatorOptions {
   std::chrono::milliseconds timeout = std::chrono::minutes(5);
   bool communicator_per_edge = false;
-  NcclConfig config = {};
+  bool start_when_both_ready = false;
+  std::string name = {};
+  CtaLimits transfer_ctas = {};
+  CtaLimits collective_ctas = {};
+  CtaLimits sum_ctas = {};  ///< of collectives in groups that sum gradients
   /// Largest tensor of the warm-up: NCCL chooses its algorithm by size, and connects each at its first use.
   std::size_t largest_warm_up_bytes = std::size_t{256} << 10;
 };
@@ -42,9 +46,9 @@ class NcclCommunicator final : public Communicator {
   static std::shared_ptr<NcclCommunicator> world(const std::shared_ptr<Communicator>& control,
                                                  std::shared_ptr<DeviceApi> device, std::shared_ptr<NcclApi> nccl,
                                                  const NcclCommunicatorOptions& options);
-  /// Collective over the members of `group`; see world() and split().
+  /// Collective over the members of `group`; see world() and split_for().
   NcclCommunicator(std::shared_ptr<NcclContext> context, std::int64_t group, const std::vector<int>& members, int rank,
-                   NcclCommunicatorOptions options);
+                   const GroupUse& use, NcclCommunicatorOptions options);
 
   at::Device device() const override { return context_->device().device(); }
   Communicator& control() override { return control_; }
@@ -60,7 +64,8 @@ class NcclCommunicator final : public Communicator {
   Pending barrier() override;
   std::vector<std::string> commit(std::string ballot) override { return control_.commit(std::move(ballot)); }
   Pending fence() override;
-  std::shared_ptr<Communicator> split(int color, int key) override;
+  std::shared_ptr<Communicator> split(int color, int key) override { return split_for({}, color, key); }
+  std::shared_ptr<Communicator> split_for(const GroupUse& use, int color, int key) override;
   void abort(const std::string& reason) noexcept override;
 
  private:
@@ -76,6 +81,7 @@ class NcclCommunicator final : public Communicator {
     CommStream on;
     NcclContext::QueueId queue;
     int peer;  ///< the other rank in that communicator
+    StartFlags::End* start;
   };
   /// The way of a transfer between this rank and `peer`, another rank of this communicator.
   Route route(Edge edge, int peer) const;
@@ -85,7 +91,9 @@ class NcclCommunicator final : public Communicator {
                std::function<void(const NcclOperation&, NcclApi&, CommStream)> issue);
   void warm_up_transfers(const std::vector<Edge>& edges);
   void warm_up_collectives();
+  void warm_up_exchanges();
   void open_edge(Edge edge);
+  void add_start_flags(const std::vector<Edge>& edges);
 
   std::shared_ptr<NcclContext> context_;
   NcclTrace trace_;
@@ -95,8 +103,9 @@ class NcclCommunicator final : public Communicator {
   NcclContext::QueueId transfer_queue_;
   NcclContext::QueueId collective_queue_;
   CommStream collectives_;
-  std::optional<CommStream> transfers_;  // opened by connect()
-  std::map<Edge, CommStream> edges_;     // communicators of two ranks: 0 sends, 1 receives
+  std::optional<CommStream> transfers_;      // opened by connect()
+  std::map<Edge, CommStream> edges_;         // communicators of two ranks: 0 sends, 1 receives
+  std::map<Edge, StartFlags::End*> starts_;  // of edges that connect() announced, if their ends start together
   std::shared_ptr<KnownSignatures> known_ = std::make_shared<KnownSignatures>();
 };
 

@@ -48,13 +48,14 @@ std::shared_ptr<NcclCommunicator> NcclCommunicator::world(const std::shared_ptr<
   DUALPIPE_CHECK(messages != nullptr && messages->group() == 0,
                  "the control plane of an NCCL communicator is a local or socket communicator of the whole world");
   auto context = std::make_shared<NcclContext>(messages->transport(), std::move(device), std::move(nccl),
-                                               options.timeout, options.config);
+                                               options.timeout, options.name);
   return std::make_shared<NcclCommunicator>(std::move(context), messages->group(), messages->members(),
-                                            messages->rank(), options);
+                                            messages->rank(), GroupUse{.exchanges = false}, options);
 }
 
 NcclCommunicator::NcclCommunicator(std::shared_ptr<NcclContext> context, std::int64_t group,
-                                   const std::vector<int>& members, int rank, NcclCommunicatorOptions options)
+                                   const std::vector<int>& members, int rank, const GroupUse& use,
+                                   NcclCommunicatorOptions options)
     : Communicator(rank, static_cast<int>(members.size())),
       context_(std::move(context)),
       trace_(context_),
@@ -64,8 +65,10 @@ NcclCommunicator::NcclCommunicator(std::shared_ptr<NcclContext> context, std::in
       transfer_queue_(context_->add_queue()),
       collective_queue_(context_->add_queue()) {
   or_abort(context_->transport(), "connect", [&] {
-    collectives_ = context_->open(control_, str(" collectives ", headers_.group()));
+    collectives_ = context_->open(control_, str(use.sums ? " sums " : " collectives ", headers_.group()),
+                                  use.sums ? options_.sum_ctas : options_.collective_ctas);
     warm_up_collectives();
+    if (use.exchanges && this->size() > 1) warm_up_exchanges();
   });
 }
 
@@ -77,10 +80,25 @@ void NcclCommunicator::connect(const std::vector<Edge>& edges) {
       for (const Edge& edge : in_rounds(sorted))
         if ((edge.from == rank() || edge.to == rank()) && !edges_.contains(edge)) open_edge(edge);
     } else if (!sorted.empty()) {
-      if (!transfers_) transfers_ = context_->open(control_, str(" transfers ", headers_.group()));
+      if (!transfers_)
+        transfers_ = context_->open(control_, str(" transfers ", headers_.group()), options_.transfer_ctas);
       warm_up_transfers({sorted.begin(), sorted.end()});
     }
+    if (options_.start_when_both_ready) add_start_flags({sorted.begin(), sorted.end()});
   });
+}
+
+void NcclCommunicator::add_start_flags(const std::vector<Edge>& edges) {
+  std::vector<Edge> own;
+  std::vector<StartFlags::End> ends;
+  for (const Edge& edge : edges) {
+    const bool sends = edge.from == rank();
+    if ((!sends && edge.to != rank()) || starts_.contains(edge)) continue;
+    own.push_back(edge);
+    ends.push_back({.peer = world_rank(sends ? edge.to : edge.from), .group = headers_.group(), .sends = sends});
+  }
+  const std::vector<StartFlags::End*> added = context_->start_flags().add(ends);
+  for (std::size_t i = 0; i < own.size(); ++i) starts_[own[i]] = added[i];
 }
 
 void NcclCommunicator::open_edge(Edge edge) {
@@ -89,7 +107,8 @@ void NcclCommunicator::open_edge(Edge edge) {
   const std::int64_t group = -(std::int64_t{1} << 40) - (headers_.group() * world + edge.from) * world - edge.to;
   MessageCommunicator both(context_->shared_transport(), group, {world_rank(edge.from), world_rank(edge.to)},
                            sends ? 0 : 1, at::kCPU);
-  const CommStream opened = context_->open(both, str(" edge ", edge.from, "->", edge.to, " of ", headers_.group()));
+  const CommStream opened =
+      context_->open(both, str(" edge ", edge.from, "->", edge.to, " of ", headers_.group()), options_.transfer_ctas);
   edges_[edge] = opened;
   warm_up(opened, transfer_queue_, 1, 1, [sends](const NcclOperation& self, NcclApi& nccl, CommStream on) {
     void* memory = self.targets[0].mutable_data_ptr();
@@ -137,8 +156,7 @@ void NcclCommunicator::warm_up_transfers(const std::vector<Edge>& edges) {
           });
 }
 
-// NCCL chooses an algorithm by kind and size of a collective, and connects each by itself. Peers of all_to_all cost
-// memory each, and the world is rarely a group of experts: there they connect at the first use.
+// NCCL chooses an algorithm by kind and size of a collective, and connects each by itself.
 void NcclCommunicator::warm_up_collectives() {
   constexpr std::size_t smallest = sizeof(float);
   constexpr std::size_t size_class = 256;  // ratio of the sizes that are tried
@@ -154,7 +172,10 @@ void NcclCommunicator::warm_up_collectives() {
           }
         });
       });
-  if (headers_.group() == 0 || size() == 1) return;
+}
+
+// Each peer costs memory. The world is rarely a group of experts: there they connect at the first use.
+void NcclCommunicator::warm_up_exchanges() {
   const std::size_t ranks = size();
   const std::size_t me = rank();
   warm_up(collectives_, collective_queue_, 2 * ranks, 1, [=](const NcclOperation& self, NcclApi& nccl, CommStream on) {
@@ -167,11 +188,12 @@ void NcclCommunicator::warm_up_collectives() {
   });
 }
 
-std::shared_ptr<Communicator> NcclCommunicator::split(int color, int key) {
+std::shared_ptr<Communicator> NcclCommunicator::split_for(const GroupUse& use, int color, int key) {
   const auto part = control_.split(color, key);
   if (part == nullptr) return nullptr;
   const auto& messages = static_cast<const MessageCommunicator&>(*part);
-  return std::make_shared<NcclCommunicator>(context_, messages.group(), messages.members(), messages.rank(), options_);
+  return std::make_shared<NcclCommunicator>(context_, messages.group(), messages.members(), messages.rank(), use,
+                                            options_);
 }
 
 }  // namespace dualpipe::detail

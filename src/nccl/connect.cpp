@@ -23,13 +23,21 @@ std::vector<std::string> gather(Communicator& control, const std::string& text) 
   return texts;
 }
 
+void check_ctas(const NcclOptions& options) {
+  for (const int each :
+       {options.max_transfer_ctas, options.max_collective_ctas, options.max_sum_ctas, options.min_ctas})
+    DUALPIPE_CHECK(each >= 0, "NcclOptions: a number of thread blocks must be 0 (NCCL's choice) or 1 and more; got ",
+                   each);
+  for (const int most : {options.max_collective_ctas, options.max_sum_ctas})
+    DUALPIPE_CHECK(most == 0 || options.min_ctas <= most, "NcclOptions: min_ctas ", options.min_ctas,
+                   " is above the most thread blocks of a collective, ", most,
+                   "; raise max_collective_ctas and max_sum_ctas, or set them to 0");
+}
+
 }  // namespace
 
 std::shared_ptr<Communicator> connect_nccl(const World& world, const NcclOptions& options) {
-  DUALPIPE_CHECK(
-      options.min_ctas >= 0 && options.max_ctas >= 0 && (options.max_ctas == 0 || options.min_ctas <= options.max_ctas),
-      "NcclOptions: min_ctas and max_ctas must be 0 (NCCL's choice) or 1 and more, min not above max; got ",
-      options.min_ctas, " and ", options.max_ctas);
+  check_ctas(options);
   const std::shared_ptr<Communicator> control = connect_sockets(world, options.connect);
 
   // All ranks throw the error of any rank.
@@ -44,6 +52,11 @@ std::shared_ptr<Communicator> connect_nccl(const World& world, const NcclOptions
     if (problem.empty()) {
       mine.identity = detail::cuda_device_identity(mine.index());
       nccl = detail::nccl_library(mine.index());
+    }
+    if (problem.empty() && options.start_when_both_ready) {
+      problem = detail::both_ready_obstacle(std::getenv("NCCL_LAUNCH_ORDER_IMPLICIT"),
+                                            std::getenv("CUDA_DEVICE_MAX_CONNECTIONS"));
+      if (!problem.empty()) problem = detail::str("rank ", world.rank, ": ", problem);
     }
   } catch (const std::exception& error) {
     problem = detail::str("rank ", world.rank, ": ", error.what());
@@ -60,7 +73,11 @@ std::shared_ptr<Communicator> connect_nccl(const World& world, const NcclOptions
       control, detail::cuda_device(mine.index()), std::move(nccl),
       {.timeout = options.connect.timeout,
        .communicator_per_edge = options.communicator_per_edge,
-       .config = {.min_ctas = options.min_ctas, .max_ctas = options.max_ctas, .name = options.connect.name},
+       .start_when_both_ready = options.start_when_both_ready,
+       .name = options.connect.name,
+       .transfer_ctas = {.max = options.max_transfer_ctas},
+       .collective_ctas = {.min = options.min_ctas, .max = options.max_collective_ctas},
+       .sum_ctas = {.min = options.min_ctas, .max = options.max_sum_ctas},
        .largest_warm_up_bytes = std::size_t{64} << 20});
 }
 

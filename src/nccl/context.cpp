@@ -18,8 +18,8 @@ namespace {
 
 using namespace std::chrono_literals;
 
-constexpr auto drain_limit = 1500ms;       // for running operations when the last communicator is destroyed
-constexpr auto header_poll_limit = 200us;  // for headers that peers send at about the same time
+constexpr auto drain_limit = 1500ms;  // for running operations when the last communicator is destroyed
+constexpr auto poll_limit = 200us;    // for headers that peers send at about the same time, and for the device
 
 template <class Body>
 std::thread start_thread(const char* name, Body body) {
@@ -95,15 +95,16 @@ struct NcclContext::EventPool {
 };
 
 NcclContext::NcclContext(std::shared_ptr<Transport> transport, std::shared_ptr<DeviceApi> device,
-                         std::shared_ptr<NcclApi> nccl, std::chrono::milliseconds timeout, NcclConfig config)
+                         std::shared_ptr<NcclApi> nccl, std::chrono::milliseconds timeout, std::string name)
     : transport_(std::move(transport)),
       device_(std::move(device)),
       nccl_(std::move(nccl)),
       // A later deadline would overflow the clock.
       timeout_(std::min<std::chrono::milliseconds>(timeout, 24h * 365)),
-      config_(std::move(config)),
+      name_(std::move(name)),
       events_(std::make_shared<EventPool>(device_)),
-      launch_signal_(std::make_shared<LaunchSignal>()) {
+      launch_signal_(std::make_shared<LaunchSignal>()),
+      start_flags_(*transport_, *device_) {
   transport_->listen(launch_signal_);
   try {
     launcher_ = start_thread("dualpipe-launch", [this] { run_launcher(); });
@@ -154,7 +155,7 @@ void NcclContext::stop_threads() {
     if (thread->joinable()) thread->join();
 }
 
-CommStream NcclContext::open(MessageCommunicator& control, const std::string& name) {
+CommStream NcclContext::open(MessageCommunicator& control, const std::string& name, const CtaLimits& ctas) {
   const PlainTensors plain;
   NcclId id{};
   at::Tensor bytes = at::zeros({static_cast<std::int64_t>(id.size())}, at::kChar);
@@ -164,8 +165,7 @@ CommStream NcclContext::open(MessageCommunicator& control, const std::string& na
   }
   control.broadcast({bytes}, 0).wait();
   std::memcpy(id.data(), bytes.const_data_ptr(), id.size());
-  NcclConfig config = config_;
-  config.name += name;
+  const NcclConfig config{.ctas = ctas, .name = name_ + name};
   control.barrier().wait();  // init() cannot be aborted: call it only when all ranks are here
   const NcclComm comm = init(control.size(), id, control.rank(), config);
   const std::lock_guard lock(comms_mutex_);
@@ -217,7 +217,7 @@ EventPtr NcclContext::record(DeviceStream stream, const Request& request, bool t
 void NcclContext::submit(QueueId queue, std::shared_ptr<NcclOperation> operation) {
   check(operation->request);
   if (operation->polls_for_headers)
-    (void)poll_briefly(header_poll_limit, [&] { return transport().done(operation->headers); });
+    (void)poll_briefly(poll_limit, [&] { return transport().done(operation->headers); });
   const std::lock_guard lock(launch_mutex_);
   on_device(operation->request, [this](DeviceApi& device) {
     while (!in_flight_.empty() && device.done(in_flight_.front()->end.get())) in_flight_.pop_front();
@@ -239,6 +239,7 @@ void NcclContext::progress(Queue& queue) {
     queue.pop_front();
     launch_signal_->queued(-1);
     if (operation->end) in_flight_.push_back(operation);
+    if (operation->begin) timed_operations_.push_back(operation);
     operation->launched.store(true, std::memory_order_release);
   }
 }
@@ -264,10 +265,11 @@ bool NcclContext::launch(NcclOperation& operation) {
 void NcclContext::issue(NcclOperation& operation) {
   const DeviceStream stream = operation.comm_stream.stream;
   device_->wait(stream, operation.ready.get());
+  if (operation.start != nullptr) start_flags_.await(*operation.start, stream);
   const Range range(*device_, operation.request.operation());
-  operation.begin = record(stream, operation.request, /*timed=*/true);
+  if (timed_) operation.begin = record(stream, operation.request, /*timed=*/true);
   call_nccl(operation);
-  operation.end = record(stream, operation.request, /*timed=*/true);
+  operation.end = record(stream, operation.request, timed_);
 }
 
 void NcclContext::await_launch(QueueId queue, const NcclOperation& operation) {
@@ -291,8 +293,11 @@ bool NcclContext::launched(QueueId queue, const NcclOperation& operation) {
 }
 
 void NcclContext::synchronize(const NcclOperation& operation) {
-  const auto done = [&](DeviceApi& device) { return device.done(operation.end.get()); };
-  while (operation.end && !on_device(operation.request, done)) {
+  const auto done = [&] {
+    return !operation.end ||
+           on_device(operation.request, [&](DeviceApi& device) { return device.done(operation.end.get()); });
+  };
+  for (bool over = poll_briefly(poll_limit, done); !over; over = done()) {
     check(operation.request);
     std::this_thread::sleep_for(poll_period / 10);
   }

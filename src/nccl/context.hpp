@@ -13,6 +13,7 @@
 #include "dualpipe/detail/comm/message_communicator.hpp"
 #include "nccl/api.hpp"
 #include "nccl/operation.hpp"
+#include "nccl/start_flags.hpp"
 
 namespace dualpipe::detail {
 
@@ -29,7 +30,7 @@ bool poll_briefly(std::chrono::microseconds limit, const Done& done) {
 }
 
 /// What one rank's communicators share, from the world to its smallest split: the control plane, NCCL's communicators,
-/// three threads, and the first failure, which ends them all.
+/// three threads and that of StartFlags, and the first failure, which ends them all.
 ///
 /// The launch thread launches what had to wait for announcements. The polling thread asks the device what it has
 /// finished. The watchdog makes no call of CUDA but abort(): while code is loaded, CUDA holds the context's lock until
@@ -46,7 +47,7 @@ class NcclContext {
   using QueueId = std::size_t;
 
   NcclContext(std::shared_ptr<Transport> transport, std::shared_ptr<DeviceApi> device, std::shared_ptr<NcclApi> nccl,
-              std::chrono::milliseconds timeout, NcclConfig config);
+              std::chrono::milliseconds timeout, std::string name);
   /// Waits at most 1.5 seconds for running operations and for the other ranks, then for NCCL to free its communicators.
   ~NcclContext();
   NcclContext(const NcclContext&) = delete;
@@ -57,7 +58,9 @@ class NcclContext {
   DeviceApi& device() const noexcept { return *device_; }
 
   /// Collective over `control`: a communicator of NCCL for its ranks, and its stream.
-  CommStream open(MessageCommunicator& control, const std::string& name);
+  ///
+  /// @param name  goes behind the context's.
+  CommStream open(MessageCommunicator& control, const std::string& name, const CtaLimits& ctas);
   /// Operations of one queue are launched in the order of submit().
   QueueId add_queue();
   /// Records a pooled event.
@@ -90,6 +93,12 @@ class NcclContext {
   void watch(std::shared_ptr<NcclOperation> operation);
   /// Returns when the device has finished the operation. @throws CommError  also for a failure elsewhere meanwhile
   void synchronize(const NcclOperation& operation);
+
+  /// As OperationTimes. The rank's thread.
+  void time_operations(bool on);
+  void share_times(Communicator& ranks);
+
+  StartFlags& start_flags() noexcept { return start_flags_; }
 
   /// @throws CommError  if anything has failed on any rank.
   void check(const Request& request) const { transport().wait({}, request); }
@@ -128,12 +137,15 @@ class NcclContext {
   const std::shared_ptr<DeviceApi> device_;
   const std::shared_ptr<NcclApi> nccl_;
   const std::chrono::milliseconds timeout_;
-  const NcclConfig config_;
+  const std::string name_;
   const std::shared_ptr<EventPool> events_;
   const std::shared_ptr<LaunchSignal> launch_signal_;
+  StartFlags start_flags_;
 
   std::mutex launch_mutex_;
   std::deque<Queue> queues_;
+  bool timed_ = false;  // from now on operations are timed
+  Queue timed_operations_;
   Queue in_flight_;  // launched, not known to have finished; keeps operations that nobody waits for
 
   std::mutex watch_mutex_;

@@ -109,7 +109,9 @@ void NcclContext::check_deadlines() {
   }
 }
 
+// The flags go first: a stream that waits for one would hold up the abort, or a call of CUDA that holds launch_mutex_.
 void NcclContext::abort_all() noexcept {
+  start_flags_.release();
   std::unique_lock launching(launch_mutex_, std::try_to_lock);
   for (const auto deadline = Clock::now() + nccl_return_limit; !launching && Clock::now() < deadline;) {
     std::this_thread::sleep_for(poll_period);

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <nccl.h>
@@ -12,6 +13,7 @@
 #include <chrono>
 #include <cstring>
 #include <deque>
+#include <memory>
 #include <mutex>
 
 // Throws DeviceFailure with the library's text if the call fails.
@@ -56,6 +58,41 @@ class QuietGuard {
 
  private:
   c10::cuda::OptionalCUDAGuard watchdog_;
+};
+
+/// The driver's calls that queue a flag's write and wait. The runtime has none, and a program that links the driver
+/// starts only where there is one.
+class FlagCalls {
+ public:
+  FlagCalls() : write_(entry("cuStreamWriteValue32")), wait_(entry("cuStreamWaitValue32")) {}
+  void write(cudaStream_t stream, DeviceFlag& flag, std::uint32_t value) const {
+    check(write_(stream, address(flag), value, CU_STREAM_WRITE_VALUE_DEFAULT), "cuStreamWriteValue32");
+  }
+  void wait(cudaStream_t stream, const DeviceFlag& flag, std::uint32_t value) const {
+    check(wait_(stream, address(flag), value, CU_STREAM_WAIT_VALUE_GEQ), "cuStreamWaitValue32");
+  }
+
+ private:
+  using Call = CUresult (*)(CUstream, CUdeviceptr, cuuint32_t, unsigned int);
+  static_assert(sizeof(DeviceFlag) == sizeof(cuuint32_t));
+
+  static Call entry(const char* name) {
+    constexpr unsigned int since = 11070;  // this form of both calls
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+    DUALPIPE_CUDA_CHECK(cudaGetDriverEntryPointByVersion(name, &found, since, cudaEnableDefault, &result));
+    if (found == nullptr) throw DeviceFailure(str("CUDA: the driver has no ", name));
+    return reinterpret_cast<Call>(found);
+  }
+  /// Page-locked memory has one address for hosts and devices.
+  static CUdeviceptr address(const DeviceFlag& flag) { return reinterpret_cast<CUdeviceptr>(&flag); }
+  static void check(CUresult result, const char* call) {
+    if (result == CUDA_SUCCESS) return;
+    const auto error = static_cast<cudaError_t>(result);  // the same numbers
+    throw DeviceFailure(str("CUDA: ", cudaGetErrorName(error), ": ", cudaGetErrorString(error), " (", call, ")"));
+  }
+
+  Call write_, wait_;
 };
 
 class CudaDevice final : public DeviceApi {
@@ -124,6 +161,28 @@ class CudaDevice final : public DeviceApi {
     return anchored_ + milliseconds * 1e-3;
   }
 
+  std::shared_ptr<DeviceFlag[]> create_flags(std::size_t count) override {
+    const c10::cuda::CUDAGuard guard(device_);
+    if (!flag_calls_) flag_calls_.emplace();
+    void* memory = nullptr;
+    DUALPIPE_CUDA_CHECK(
+        cudaHostAlloc(&memory, count * sizeof(DeviceFlag), cudaHostAllocPortable | cudaHostAllocMapped));
+    auto* const flags = static_cast<DeviceFlag*>(memory);
+    std::uninitialized_value_construct_n(flags, count);
+    return {flags, [device = device_](DeviceFlag* freed) {
+              const QuietGuard quiet(device);
+              (void)cudaFreeHost(freed);
+            }};
+  }
+  void write_flag(DeviceStream stream, DeviceFlag& flag, std::uint32_t value) override {
+    const c10::cuda::CUDAGuard guard(device_);
+    flag_calls_->write(real(stream), flag, value);
+  }
+  void wait_for_flag(DeviceStream stream, const DeviceFlag& flag, std::uint32_t value) override {
+    const c10::cuda::CUDAGuard guard(device_);
+    flag_calls_->wait(real(stream), flag, value);
+  }
+
   at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, DeviceStream stream) override {
     const c10::cuda::CUDAStreamGuard guard(c10::cuda::getStreamFromExternal(real(stream), device_.index()));
     return at::empty(sizes, at::device(device_).dtype(dtype));
@@ -150,6 +209,7 @@ class CudaDevice final : public DeviceApi {
   }
 
   const at::Device device_;
+  std::optional<FlagCalls> flag_calls_;  // from create_flags() on
   std::mutex clock_mutex_;
   cudaStream_t clock_ = nullptr;
   cudaEvent_t anchor_ = nullptr;
@@ -210,10 +270,11 @@ class NcclLibrary final : public NcclApi {
     std::memcpy(&id, bytes.data(), sizeof id);
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 1;
-    if (wanted.min_ctas > 0) config.minCTAs = wanted.min_ctas;
-    if (wanted.max_ctas > 0) config.maxCTAs = wanted.max_ctas;
+    const auto [min_ctas, max_ctas] = wanted.ctas;
+    if (min_ctas > 0) config.minCTAs = min_ctas;
+    if (max_ctas > 0) config.maxCTAs = max_ctas;
     // NCCL refuses a minimum without a maximum.
-    if (wanted.min_ctas > 0 && wanted.max_ctas == 0) config.maxCTAs = std::max(wanted.min_ctas, largest_cta_count);
+    if (min_ctas > 0 && max_ctas == 0) config.maxCTAs = std::max(min_ctas, largest_cta_count);
     config.commName = keep(wanted.name);
     ncclComm_t comm = nullptr;
     DUALPIPE_NCCL_CHECK(nullptr, ncclCommInitRankConfig(&comm, num_ranks, id, rank, &config));

@@ -5,12 +5,13 @@
 #include <utility>
 
 #include "dualpipe/comm/device_trace.hpp"
+#include "dualpipe/detail/comm/operation_times.hpp"
 #include "nccl/context.hpp"
 
 namespace dualpipe::detail {
 
 /// Moments are pooled events; ranges go to the device's profiler interface.
-class NcclTrace final : public DeviceTrace {
+class NcclTrace final : public DeviceTrace, public OperationTimes {
  public:
   explicit NcclTrace(std::shared_ptr<NcclContext> context) : context_(std::move(context)) {}
 
@@ -20,6 +21,8 @@ class NcclTrace final : public DeviceTrace {
   }
   void push_range(const std::string& name) override { context_->device().push_range(name); }
   void pop_range() override { context_->device().pop_range(); }
+  void time_operations(bool on) override { context_->time_operations(on); }
+  void share_times(Communicator& ranks) override { context_->share_times(ranks); }
 
  private:
   /// Names a moment in errors.

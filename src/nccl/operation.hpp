@@ -1,13 +1,17 @@
 #pragma once
 
+#include <array>
 #include <atomic>
+#include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
 #include "dualpipe/detail/comm/message.hpp"
 #include "nccl/api.hpp"
+#include "nccl/start_flags.hpp"
 
 namespace dualpipe::detail {
 
@@ -20,6 +24,10 @@ struct CommStream {
   DeviceStream stream = nullptr;
 };
 
+/// What both ends of a transfer, or all ranks of a collective, call the same: group, the group's first rank, sender,
+/// receiver (-1 of a collective), sequence.
+using OperationKey = std::array<std::int64_t, 5>;
+
 /// One transfer or collective: first queued on the host, then launched on a stream.
 struct NcclOperation {
   // Set before submit(), constant afterwards.
@@ -31,6 +39,8 @@ struct NcclOperation {
   bool polls_for_headers = false;
   int blamed_rank = -1;  ///< origin of the error if the device does not finish in time; -1: none
   CommStream comm_stream;
+  StartFlags::End* start = nullptr;             ///< starts when the other end has come too; null: at once
+  int first_rank = 0;                           ///< of its group, in the world
   DeviceStream caller = nullptr;                ///< the current stream at the time of the call
   EventPtr ready;                               ///< the launch waits for it; null: recorded on `caller` after prepare()
   std::function<void(NcclOperation&)> prepare;  ///< allocates, right before the launch; may be null
@@ -39,8 +49,12 @@ struct NcclOperation {
   // Set by the launch.
   Tensors sources;  ///< the device reads these
   Tensors targets;  ///< the device writes these
-  EventPtr begin, end;
+  EventPtr begin;   ///< null: not timed
+  EventPtr end;
   std::atomic<bool> launched{false};
+
+  /// Seconds that it took for the last participant to come, who waited for none. Set by NcclContext::share_times().
+  std::optional<double> shortest;
 };
 
 }  // namespace dualpipe::detail

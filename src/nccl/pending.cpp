@@ -80,8 +80,11 @@ Span NcclPending::span() const {
   const double both = static_cast<double>(came) * 1e-9;
   return context_->on_device(operation.request, [&](DeviceApi& device) -> Span {
     if (!operation.end || !device.done(operation.end.get())) return {both, both};
+    if (!operation.begin) return {both, both};
+    const double end = device.time_of(operation.end.get());
+    if (operation.shortest) return {end - *operation.shortest, end};
     const double begin = std::max(both, device.time_of(operation.begin.get()));
-    return {begin, std::max(begin, device.time_of(operation.end.get()))};
+    return {begin, std::max(begin, end)};
   });
 }
 

@@ -56,4 +56,17 @@ std::string sharing_obstacle(const std::vector<std::string>& identity_by_rank, i
   return "";
 }
 
+std::string both_ready_obstacle(const char* launch_order, const char* connections) {
+  if (launch_order != nullptr && std::string_view(launch_order) == "1")
+    return "NcclOptions::start_when_both_ready and NCCL_LAUNCH_ORDER_IMPLICIT=1 exclude each other: NCCL would hold up "
+           "every operation until the transfers launched before it have started, for some of which it has to run first";
+  if (connections == nullptr || std::string_view(connections) != "32")
+    return str(
+        "NcclOptions::start_when_both_ready needs CUDA_DEVICE_MAX_CONNECTIONS=32 in the environment: a transfer that "
+        "waits "
+        "holds up every stream that shares its hardware queue, the computing one too, and it is ",
+        connections == nullptr ? std::string("not set") : str("\"", connections, "\""));
+  return "";
+}
+
 }  // namespace dualpipe::detail

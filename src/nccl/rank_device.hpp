@@ -34,4 +34,10 @@ inline constexpr int first_version_to_share_devices = 23000;
 /// @param enabled  NCCL_MULTI_RANK_GPU_ENABLE of the environment; null if not set.
 std::string sharing_obstacle(const std::vector<std::string>& identity_by_rank, int version, const char* enabled);
 
+/// Why the ends of transfers cannot start together; empty if they can.
+///
+/// @param launch_order  NCCL_LAUNCH_ORDER_IMPLICIT of the environment; null if not set.
+/// @param connections   CUDA_DEVICE_MAX_CONNECTIONS.
+std::string both_ready_obstacle(const char* launch_order, const char* connections);
+
 }  // namespace dualpipe::detail

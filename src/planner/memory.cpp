@@ -115,8 +115,9 @@ std::vector<RankMemory> memory(const Schedule& schedule, const MemoryCosts& cost
   check(costs, schedule.num_stages);
   std::vector<StageMemory> stages = costs.stages;
   stages.resize(std::max(0, schedule.num_stages), {costs.activation, costs.weight, costs.state});
+  const std::vector<std::vector<int>> held = holders(schedule);
   for (int stage = 0; costs.sharded > 0 && stage < schedule.num_stages; ++stage) {
-    const double copies = static_cast<double>(holders(schedule, stage).size()) * costs.replicas;
+    const double copies = static_cast<double>(held[stage].size()) * costs.replicas;
     stages[stage].state *= copies > 0 ? 1 - costs.sharded + costs.sharded / copies : 1;
   }
   std::vector<RankMemory> result;

@@ -59,6 +59,18 @@ class Device {
     const std::lock_guard lock(mutex_);
     streams_[stream].push_back({[&event, number = event.size() - 1] { return event[number]; }, [] {}});
   }
+  void wait_for_events(bool waits) {
+    const std::lock_guard lock(mutex_);
+    waits_for_events_ = waits;
+  }
+  bool waits_for_events() {
+    const std::lock_guard lock(mutex_);
+    return waits_for_events_;
+  }
+  int host_waits() {
+    const std::lock_guard lock(mutex_);
+    return std::exchange(host_waits_, 0);
+  }
   bool over(const Event& event) {
     const std::lock_guard lock(mutex_);
     return event.back();
@@ -67,6 +79,7 @@ class Device {
   /// Runs queued work in any permitted order until `wanted` holds.
   void run_until(const std::function<bool()>& wanted) {
     const std::lock_guard lock(mutex_);
+    ++host_waits_;
     while (!wanted()) {
       std::vector<std::deque<Task>*> able;
       for (auto& [id, tasks] : streams_)
@@ -109,6 +122,8 @@ class Device {
   std::mutex mutex_;
   std::mt19937_64 random_;
   c10::StreamId last_stream_ = 0;
+  int host_waits_ = 0;
+  bool waits_for_events_ = true;
   std::map<c10::StreamId, std::deque<Task>> streams_;
   std::map<std::pair<c10::StreamId, std::size_t>, std::vector<char*>> free_;
   std::vector<std::unique_ptr<char[]>> memory_;  // never freed: late reads are wrong, not crashes
@@ -137,7 +152,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   bool queryEvent(void* event) const override { return Device::get().over(*static_cast<Event*>(event)); }
   void synchronizeEvent(void* event) const override {
-    Device::get().run_until([event = static_cast<Event*>(event)] { return event->back(); });
+    if (Device::get().waits_for_events())
+      Device::get().run_until([event = static_cast<Event*>(event)] { return event->back(); });
   }
 };
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard)
@@ -177,7 +193,7 @@ at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::opti
 
 // Queued work refers to memory without owning it, as on a real device.
 
-at::Tensor& copy(at::Tensor& to, const at::Tensor& from, bool) {
+at::Tensor& copy(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
   TORCH_CHECK(to.is_contiguous() && from.is_contiguous() && to.scalar_type() == from.scalar_type() &&
               to.numel() == from.numel());
   const std::size_t bytes = to.nbytes();
@@ -190,7 +206,7 @@ at::Tensor& copy(at::Tensor& to, const at::Tensor& from, bool) {
   } else {
     const void* const source = from.const_data_ptr();
     Device::get().enqueue(current, {nullptr, [target, source, bytes] { std::memcpy(target, source, bytes); }});
-    if (to.is_cpu()) Device::get().run_stream(current);
+    if (to.is_cpu() && !non_blocking) Device::get().run_stream(current);
   }
   return to;
 }
@@ -216,5 +232,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
 void restart_late_device(std::uint64_t seed) { Device::get().restart(seed); }
 c10::Stream new_late_stream() { return c10::Stream(c10::Stream::UNSAFE, late_device, Device::get().new_stream()); }
 void finish_late_device() { Device::get().run_all(); }
+void late_host_waits_for_events(bool waits) { Device::get().wait_for_events(waits); }
+int take_late_host_waits() { return Device::get().host_waits(); }
 
 }  // namespace dualpipe::test

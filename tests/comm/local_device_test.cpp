@@ -10,6 +10,8 @@
 
 #include "comm/late_device.hpp"
 #include "dualpipe/comm/local.hpp"
+#include "dualpipe/pipeline/group_collectives.hpp"
+#include "dualpipe/stage/stage.hpp"
 
 namespace dualpipe::test {
 namespace {
@@ -192,6 +194,63 @@ TEST(LocalOnADevice, MemoryChangesHandsOnlyBetweenThreadsWithOneStream) {
               {.timeout = 20s, .device = late_device});
     EXPECT_EQ(address[0] == address[1], same);
   }
+}
+
+/// all_to_all of splits alone: kinds of rows of which none is there.
+struct SplitsRun {
+  int wrong = 0;       ///< of all seeds
+  int host_waits = 0;  ///< of the last launch
+  bool ran_later_work = false;
+};
+SplitsRun exchange_of_splits(bool prepares) {
+  SplitsRun seen;
+  for (int i = 0; i < num_seeds; ++i) {
+    restart_late_device(first_seed + static_cast<std::uint64_t>(i));
+    const c10::StreamGuard guard(new_late_stream());
+    const auto collective = all_to_all(local_communicators(1, {.device = late_device})[0]);
+    const at::Tensor numbers = torch::tensor({std::int64_t{3}, std::int64_t{0}, std::int64_t{4}}).view({1, 1, 3});
+    const at::Tensor splits = numbers.to(late_device);
+    StageContext context;
+    if (prepares) context.prepared = collective->prepare({at::Tensor(), splits});
+    const auto value = static_cast<float>(100 + i);
+    const at::Tensor later = on_device(4, value);
+    take_late_host_waits();
+    Collective::Launched launched;
+    try {
+      launched = collective->forward({at::Tensor(), splits}, context);
+    } catch (const Error&) {
+      ++seen.wrong;
+      finish_late_device();
+      continue;
+    }
+    seen.host_waits = take_late_host_waits();
+    seen.ran_later_work = seen.ran_later_work || *static_cast<const float*>(later.const_data_ptr()) == value;
+    const at::Tensor came = launched.pending.take()[1];
+    EXPECT_TRUE(came.is_cpu());
+    seen.wrong += torch::equal(came, torch::cat({numbers, numbers})) ? 0 : 1;
+    finish_late_device();
+  }
+  return seen;
+}
+
+TEST(SplitsOnADevice, TheHostWaitsForTheirCopyAlone) {
+  const SplitsRun prepared = exchange_of_splits(true);
+  EXPECT_EQ(prepared.wrong, 0);
+  EXPECT_EQ(prepared.host_waits, 1);
+  EXPECT_FALSE(prepared.ran_later_work) << "what was queued between prepare() and forward() runs on";
+}
+
+TEST(SplitsOnADevice, WithoutPreparationTheHostWaitsForAllThatWasQueued) {
+  const SplitsRun unprepared = exchange_of_splits(false);
+  EXPECT_EQ(unprepared.wrong, 0);
+  EXPECT_EQ(unprepared.host_waits, 1);
+  EXPECT_TRUE(unprepared.ran_later_work);
+}
+
+TEST(SplitsOnADevice, AHostThatDoesNotWaitReadsSomethingElse) {
+  late_host_waits_for_events(false);
+  EXPECT_GT(exchange_of_splits(true).wrong, 0);
+  late_host_waits_for_events(true);
 }
 
 TEST(LocalOnADevice, TellsWhereItIsAndRefusesTensorsOfAnotherDevice) {

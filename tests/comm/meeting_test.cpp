@@ -22,6 +22,7 @@
 #include "socket/contact.hpp"
 #include "socket/host.hpp"
 #include "socket/meeting.hpp"
+#include "temporary_folder.hpp"
 
 namespace dualpipe {
 namespace {
@@ -574,8 +575,9 @@ class MeetingProcesses : public ::testing::TestWithParam<std::tuple<int, int>> {
   /// Rank `struck` is struck while the others wait in the meeting for the last rank, which is late.
   void expect_named(const std::string& mode, const std::string& what, const std::vector<std::string>& flags = {}) {
     const auto [ranks, struck] = GetParam();
+    const test::TemporaryFolder folder;
     auto command = run(ranks, mode, flags);
-    command.push_back(std::to_string(struck));
+    command.insert(command.end(), {std::to_string(struck), folder.path().string()});
     Process processes(command);
     EXPECT_NE(processes.wait(), 0);
     // The rank that is late is ended by the launcher, or finds nobody.
@@ -592,7 +594,7 @@ TEST_P(MeetingProcesses, AKilledRankIsNamed) {
 }
 
 TEST_P(MeetingProcesses, AStoppedRankIsNamed) {
-  expect_named("meeting-stopped", "has given no sign of life for 1000 ms while the ranks were meeting",
+  expect_named("meeting-stopped", "has given no sign of life for 3000 ms while the ranks were meeting",
                {"--grace", "0.1"});
 }
 

@@ -6,6 +6,8 @@
 #include <chrono>
 #include <csignal>
 #include <cstdlib>
+#include <filesystem>
+#include <fstream>
 #include <functional>
 #include <iostream>
 #include <map>
@@ -93,7 +95,7 @@ void survived_by_a_child(const World& world) {
 
 /// Steps as fast as they come. After a while a thread of rank 1 raises `signal`; the others print how many steps are over.
 void steps(const World& world, int signal, std::chrono::microseconds after) {
-  const auto comm = connect_sockets(world, {.timeout = 60s, .liveness = 1s});
+  const auto comm = connect_sockets(world, {.timeout = 60s, .liveness = 3s});
   comm->barrier().wait();
   std::jthread striker([&] {
     if (world.rank != 1) return;
@@ -114,7 +116,7 @@ void missing(const World& world) {
   if (world.rank % 2 == 1) return;
   std::this_thread::sleep_for(world.rank * 200ms);
   try {
-    connect_sockets(world, {.timeout = 1s});
+    connect_sockets(world, {.timeout = 5s});
     std::cout << "connected" << std::endl;
   } catch (const CommError& error) {
     std::cout << "origin " << error.origin_rank() << " message " << error.what() << std::endl;
@@ -122,15 +124,20 @@ void missing(const World& world) {
 }
 
 /// Rank `struck` raises `signal` in the meeting, while all wait for the last rank, which does not come in time.
-void struck_in_meeting(const World& world, int signal, int struck) {
-  if (world.rank == world.size - 1) std::this_thread::sleep_for(20s);
+///
+/// @param folder  where ranks leave a file when they are about to come.
+void struck_in_meeting(const World& world, int signal, int struck, const std::filesystem::path& folder) {
+  if (world.rank == world.size - 1) std::this_thread::sleep_for(60s);
+  std::ofstream(folder / std::to_string(world.rank)).close();
   std::jthread striker([&] {
     if (world.rank != struck) return;
-    std::this_thread::sleep_for(500ms);
+    for (int rank = 0; rank < world.size - 1; ++rank)
+      while (!std::filesystem::exists(folder / std::to_string(rank))) std::this_thread::sleep_for(5ms);
+    std::this_thread::sleep_for(1s);
     std::raise(signal);
   });
   try {
-    connect_sockets(world, {.timeout = 60s, .liveness = 1s});
+    connect_sockets(world, {.timeout = 60s, .liveness = 3s});
     std::cout << "connected" << std::endl;
   } catch (const CommError& error) {
     std::cout << "origin " << error.origin_rank() << " message " << error.what() << std::endl;
@@ -255,11 +262,11 @@ int main(int argc, char** argv) {
   const std::map<std::string, std::function<void(const World&)>> modes = {
       {"transfers", transfers},
       {"killed", [](const World& world) { struck(world, SIGKILL, 60s); }},
-      {"stopped", [](const World& world) { struck(world, SIGSTOP, 1s); }},
-      {"endless", [](const World& world) { struck(world, 0, 2s); }},
+      {"stopped", [](const World& world) { struck(world, SIGSTOP, 5s); }},
+      {"endless", [](const World& world) { struck(world, 0, 4s); }},
       {"missing", missing},
-      {"meeting-killed", [&](const World& world) { struck_in_meeting(world, SIGKILL, std::stoi(argv[2])); }},
-      {"meeting-stopped", [&](const World& world) { struck_in_meeting(world, SIGSTOP, std::stoi(argv[2])); }},
+      {"meeting-killed", [&](const World& world) { struck_in_meeting(world, SIGKILL, std::stoi(argv[2]), argv[3]); }},
+      {"meeting-stopped", [&](const World& world) { struck_in_meeting(world, SIGSTOP, std::stoi(argv[2]), argv[3]); }},
       {"suspended", suspended},
       {"two_names", two_names},
       {"reconnect", reconnect},

@@ -6,17 +6,24 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
+#include <cstdlib>
 #include <map>
+#include <numeric>
 #include <regex>
+#include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "dualpipe/comm/local.hpp"
 #include "dualpipe/pipeline/dual_pipe.hpp"
 #include "dualpipe/planner/report.hpp"
 #include "dualpipe/schedule/generate.hpp"
+#include "dualpipe/stage/stage_run.hpp"
 #include "dualpipe/testing/communicators.hpp"
 #include "dualpipe/train/mesh.hpp"
+#include "examples/counting_device.hpp"
 #include "examples/example_program.hpp"
 #include "model.hpp"
 
@@ -24,6 +31,8 @@ namespace dualpipe {
 namespace {
 
 using ::testing::AllOf;
+using ::testing::Contains;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 constexpr double kBalance = 0.1;
@@ -280,6 +289,76 @@ INSTANTIATE_TEST_SUITE_P(Moe, MoeGradients,
                                                    : "");
                          });
 
+TEST(CountingDevice, NotesWhatMakesAHostWait) {
+  const torch::Tensor x = torch::arange(4).to(test::counting_device);
+  test::take_host_waits();
+  EXPECT_EQ((x + x).sum().item<std::int64_t>(), 12);
+  EXPECT_THAT(test::take_host_waits(), ElementsAre("aten::_local_scalar_dense"));
+  (void)x.index({x > 1});
+  EXPECT_THAT(test::take_host_waits(), Contains("aten::nonzero"));
+  (void)torch::bincount(x, {}, 4);
+  EXPECT_THAT(test::take_host_waits(), Contains("aten::bincount"));
+  (void)x.cpu();
+  (void)x.to(torch::kCPU, torch::kLong, /*non_blocking=*/true);
+  EXPECT_THAT(test::take_host_waits(), ElementsAre("blocking copy to the host", "copy to the host"));
+}
+
+/// One micro-batch through all layers and back, on ranks that share the experts.
+struct LayersRun {
+  std::vector<std::string> waits;
+  std::map<std::string, torch::Tensor> gradients;
+};
+std::vector<LayersRun> run_layers(at::Device device) {
+  constexpr int kRanks = 2;
+  const moe::ModelSize size = small(2);
+  std::vector<LayersRun> seen(kRanks);
+  const auto body = [&](const std::shared_ptr<Communicator>& group) {
+    at::set_num_threads(1);
+    LayersRun& mine = seen[group->rank()];
+    const std::vector<NamedLayer> layers = layers_of(size, group);
+    std::vector<Stage> stages;
+    for (const NamedLayer& layer : layers) {
+      stages.push_back(layer.make());
+      stages.back().module()->to(device);
+    }
+    for (int micro_batch = 0; micro_batch < 2; ++micro_batch) {
+      const Batch batch = random_batch(2, size.transformer.context, 5 + group->rank());
+      const Tensors targets{batch.targets[0].to(device)};
+      Tensors values{batch.inputs[0].to(device)};
+      test::take_host_waits();
+      std::vector<std::unique_ptr<StageRun>> runs;
+      for (const Stage& stage : stages) {
+        StageLoss loss;
+        if (&stage == &stages.back()) loss = [&](const Tensors& outputs) { return loss_of(outputs, targets); };
+        const StageContext context{.stage = static_cast<int>(runs.size()), .micro_batch = micro_batch};
+        StageRun& run = *runs.emplace_back(std::make_unique<StageRun>(stage, values, context, loss));
+        while (!run.advanced()) run.advance();
+        run.finish_forward();
+        values = run.outputs();
+      }
+      Tensors gradients{torch::ones({}, at::device(device).dtype(torch::kDouble))};
+      for (std::size_t s = runs.size(); s-- > 0;) gradients = runs[s]->backward(gradients);
+      mine.waits = test::take_host_waits();  // the first micro-batch moves what the modules keep elsewhere
+    }
+    for (std::size_t s = 0; s < stages.size(); ++s)
+      for (const auto& item : stages[s].module()->named_parameters())
+        mine.gradients[layers[s].name + "." + item.key()] = item.value().grad().cpu();
+  };
+  run_ranks(kRanks, body, {.device = device});
+  return seen;
+}
+
+TEST(MoeStages, WaitForTheirDeviceOnlyWhereADispatchIsLaunched) {
+  const std::vector<LayersRun> on_host = run_layers(at::kCPU), on_device = run_layers(test::counting_device);
+  for (std::size_t rank = 0; rank < on_host.size(); ++rank) {
+    // Of two blocks. On a device each dispatch copies its splits, and waits for the event behind that.
+    EXPECT_THAT(on_device[rank].waits, ElementsAre("copy to the host", "event", "copy to the host", "event"));
+    EXPECT_THAT(on_host[rank].waits, ::testing::IsEmpty());
+    for (const auto& [name, gradient] : on_host[rank].gradients)
+      EXPECT_LE(difference(on_device[rank].gradients.at(name), gradient), 1e-10) << name;
+  }
+}
+
 class MoeProgram : public test::ExampleProgram {
  protected:
   MoeProgram()
@@ -299,8 +378,23 @@ std::vector<Line> lines_of(const std::string& output) {
   return found;
 }
 
+/// The numbers of each expert, by block and what they are.
+using Routed = std::map<std::pair<std::string, std::string>, std::vector<std::int64_t>>;
+Routed routed_of(const std::string& output) {
+  Routed found;
+  const std::regex line("(block[0-9]+) +(first step|last step|bias raised)((?: +[+-]?[0-9]+)+) ");
+  for (std::sregex_iterator it(output.begin(), output.end(), line), end; it != end; ++it) {
+    std::istringstream numbers((*it)[3]);
+    std::vector<std::int64_t>& of_block = found[{(*it)[1], (*it)[2]}];
+    for (std::int64_t number = 0; numbers >> number;) of_block.push_back(number);
+    EXPECT_EQ(of_block.size(), 4u);
+  }
+  return found;
+}
+
 TEST_F(MoeProgram, HoweverRanksFormPipelinesTheyTrainTheSameModel) {
   std::vector<Line> first;
+  Routed first_routed;
   const std::vector<std::pair<int, std::vector<std::string>>> runs = {
       {2, {"--pipelines", "1", "--microbatches", "8"}},
       {4, {"--pipelines", "2", "--microbatches", "4"}},
@@ -311,9 +405,24 @@ TEST_F(MoeProgram, HoweverRanksFormPipelinesTheyTrainTheSameModel) {
     const std::string text = output(num_ranks, flags);
     const auto lines = lines_of(text);
     ASSERT_EQ(lines.size(), 3u) << text;
-    EXPECT_THAT(text, AllOf(HasSubstr("held-out loss:"), HasSubstr("sample"), HasSubstr("hidden under compute"),
-                            HasSubstr("busiest expert of a block in the last step: ")));
-    if (first.empty()) first = lines;
+    EXPECT_THAT(text, AllOf(HasSubstr("held-out loss:"), HasSubstr("sample"), HasSubstr("hidden under compute")));
+    const Routed routed = routed_of(text);
+    if (first.empty()) {
+      first = lines;
+      first_routed = routed;
+    }
+    for (const std::string block : {"block0", "block1"}) {
+      EXPECT_EQ(routed.at({block, "first step"}), first_routed.at({block, "first step"})) << "the same weights";
+      const std::int64_t sent = std::accumulate(routed.at({block, "first step"}).begin(),
+                                                routed.at({block, "first step"}).end(), std::int64_t{0});
+      EXPECT_EQ(sent % 8, 0) << "micro-batches";
+      EXPECT_GT(sent, 0);
+      EXPECT_EQ(std::accumulate(routed.at({block, "last step"}).begin(), routed.at({block, "last step"}).end(),
+                                std::int64_t{0}),
+                sent);
+      for (const std::int64_t steps : routed.at({block, "bias raised"})) EXPECT_LE(std::abs(steps), 3);
+      EXPECT_THAT(routed.at({block, "bias raised"}), ::testing::Contains(::testing::Ne(0)));
+    }
     EXPECT_NEAR(first[0].loss, std::log(256), 0.2) << "it knows nothing yet";
     for (std::size_t step = 0; step < lines.size(); ++step) {
       EXPECT_NEAR(lines[step].loss, first[step].loss, 2e-3) << "step " << step;

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <filesystem>
 #include <regex>
 #include <string>
@@ -28,15 +29,22 @@ std::string missing(int num_devices) {
          std::to_string(devices) + (why.empty() ? "" : ": ") + why;
 }
 
-Command on_ranks(int num_ranks, const Command& program) {
-  Command command = {DUALPIPE_RUN, "-n", std::to_string(num_ranks), "--"};
-  command.insert(command.end(), program.begin(), program.end());
+/// Where a program is: as it was built, or in the folder to which all have been moved (scripts/bundle).
+std::string program(const std::string& built) {
+  const char* folder = std::getenv("DUALPIPE_PROGRAMS");
+  if (folder == nullptr) return built;
+  return std::filesystem::path(folder) / std::filesystem::path(built).filename();
+}
+
+Command on_ranks(int num_ranks, const Command& ranks) {
+  Command command = {program(DUALPIPE_RUN), "-n", std::to_string(num_ranks), "--"};
+  command.insert(command.end(), ranks.begin(), ranks.end());
   return command;
 }
 
-Command under_torchrun(int num_ranks, const Command& program) {
-  Command command = {TORCHRUN, "--standalone", "--nproc-per-node", std::to_string(num_ranks), "--no-python"};
-  command.insert(command.end(), program.begin(), program.end());
+Command under_torchrun(int num_ranks, const Command& ranks) {
+  Command command = {program(TORCHRUN), "--standalone", "--nproc-per-node", std::to_string(num_ranks), "--no-python"};
+  command.insert(command.end(), ranks.begin(), ranks.end());
   return command;
 }
 
@@ -53,11 +61,11 @@ class GpuLaunch : public ::testing::TestWithParam<int> {
   }
 };
 
-TEST_P(GpuLaunch, EveryRankTest) { expect_success(on_ranks(GetParam(), {GPU_RANK_TEST})); }
+TEST_P(GpuLaunch, EveryRankTest) { expect_success(on_ranks(GetParam(), {program(GPU_RANK_TEST)})); }
 
 TEST_P(GpuLaunch, EveryRankTestUnderTorchrun) {
-  if (!std::filesystem::exists(TORCHRUN)) GTEST_SKIP() << "there is no " << TORCHRUN;
-  expect_success(under_torchrun(GetParam(), {GPU_RANK_TEST}));
+  if (!std::filesystem::exists(program(TORCHRUN))) GTEST_SKIP() << "there is no " << program(TORCHRUN);
+  expect_success(under_torchrun(GetParam(), {program(GPU_RANK_TEST)}));
 }
 
 INSTANTIATE_TEST_SUITE_P(Devices, GpuLaunch, ::testing::Values(2, 4, 8),
@@ -70,12 +78,12 @@ TEST(GpuLaunchShared, TwoRanksOnOneDevice) {
   if (const std::string why = missing(1); !why.empty()) GTEST_SKIP() << why;
   if (detail::nccl_version() < detail::first_version_to_share_devices)
     GTEST_SKIP() << "needs NCCL 2.30, this is " << detail::nccl_version_text(detail::nccl_version());
-  expect_success(on_ranks(2, {GPU_RANK_TEST}), sharing);
+  expect_success(on_ranks(2, {program(GPU_RANK_TEST)}), sharing);
 }
 
 TEST(GpuLaunchShared, MoreRanksThanDevicesIsOneClearError) {
   if (const std::string why = missing(1); !why.empty()) GTEST_SKIP() << why;
-  Process process(on_ranks(2, {GPU_RANK_TEST, "--gtest_filter=*Fp32*"}), {{"CUDA_VISIBLE_DEVICES", "0"}});
+  Process process(on_ranks(2, {program(GPU_RANK_TEST), "--gtest_filter=*Fp32*"}), {{"CUDA_VISIBLE_DEVICES", "0"}});
   EXPECT_EQ(process.wait(std::chrono::seconds(60)), 1);
   EXPECT_THAT(process.out() + process.err(), ::testing::HasSubstr("2 ranks on this host, but 1 CUDA device"));
 }
@@ -87,7 +95,7 @@ TEST_P(GpuLanguageModel, Learns) {
   const auto& [num_ranks, dtype] = GetParam();
   if (const std::string why = missing(num_ranks); !why.empty()) GTEST_SKIP() << why;
   // DualPipe needs two ranks; 1F1B makes do with one.
-  Process process(on_ranks(num_ranks, {DUALPIPE_LM,
+  Process process(on_ranks(num_ranks, {program(DUALPIPE_LM),
                                        "--device",
                                        "cuda",
                                        "--dtype",

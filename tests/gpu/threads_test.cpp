@@ -1,14 +1,17 @@
-// Ranks that are threads and share one device through the local communicator: no NCCL, one process, so that debuggers
-// and compute-sanitizer see all of it.
+// Ranks that are threads. OneGpuRanks share one device through the local communicator: no NCCL, one process, so that
+// debuggers and compute-sanitizer see all of it. NcclThreads have NCCL between them.
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <cstdlib>
 #include <mutex>
 #include <optional>
 #include <set>
 
 #include "gpu/checks.hpp"
+#include "nccl/communicator.hpp"
 #include "nccl/cuda.hpp"
+#include "nccl/rank_device.hpp"
 
 namespace dualpipe::test {
 namespace {
@@ -129,6 +132,52 @@ TEST_P(OneGpuRanks, ATensorOfAnotherDeviceIsRefused) {
 
 INSTANTIATE_TEST_SUITE_P(OneGpu, OneGpuRanks, ::testing::Values(Streams::one, Streams::own),
                          [](const auto& tested) { return tested.param == Streams::one ? "OneStream" : "OwnStreams"; });
+
+// NCCL reads it once.
+[[maybe_unused]] const int sharing = ::setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1", /*overwrite=*/0);
+
+/// What ranks agree on goes from thread to thread, tensors over NCCL: between devices, or on the one that they share.
+class NcclThreads : public ::testing::TestWithParam<int> {
+ protected:
+  void SetUp() override {
+    std::string why;
+    devices_ = detail::cuda_device_count(why);
+    if (devices_ < 1) GTEST_SKIP() << "no CUDA device: " << why;
+    if (devices_ >= GetParam()) return;
+    const std::string same = detail::cuda_device_identity(0);
+    const std::string obstacle =
+        detail::sharing_obstacle({same, same}, detail::nccl_version(), std::getenv("NCCL_MULTI_RANK_GPU_ENABLE"));
+    if (!obstacle.empty()) GTEST_SKIP() << obstacle;
+  }
+
+  void trains_as_one_process(at::ScalarType dtype, double tolerance) const {
+    // Loads the kernels: CUDA may wait for the device before it loads one, so for a receive that waits.
+    run_ranks(GetParam(), [&](Ptr comm) { test::trains_as_one_process(comm, dtype, tolerance); },
+              {.timeout = 60s, .device = at::kCUDA});
+    run_ranks(
+        GetParam(),
+        [&](const Ptr& control) {
+          const int index = control->rank() % devices_;
+          const c10::cuda::CUDAStreamGuard guard(
+              c10::cuda::getStreamFromPool(false, static_cast<at::DeviceIndex>(index)));
+          test::trains_as_one_process(
+              detail::NcclCommunicator::world(
+                  control, detail::cuda_device(index), detail::nccl_library(index),
+                  {.timeout = 60s, .name = "threads", .transfer_ctas = {.max = 4}, .collective_ctas = {.max = 4}}),
+              dtype, tolerance);
+          torch::cuda::synchronize(index);
+        },
+        {.timeout = 60s});
+  }
+
+ private:
+  int devices_ = 0;
+};
+
+TEST_P(NcclThreads, TrainInFp32AsOneProcess) { trains_as_one_process(torch::kFloat, 1e-4); }
+TEST_P(NcclThreads, TrainInBf16AsOneProcess) { trains_as_one_process(torch::kBFloat16, 5e-2); }
+
+INSTANTIATE_TEST_SUITE_P(Ranks, NcclThreads, ::testing::Values(2, 4));
 
 }  // namespace
 }  // namespace dualpipe::test

@@ -250,7 +250,7 @@ TEST_F(Nodes, ACutCableIsNoticedByTheDeadline) {
   for (const int node : {0, 1}) {
     EXPECT_EQ(launches[node]->wait(30s), 1) << text(node);
     const std::string waited = node == 0 ? "waited for rank [23]" : "waited for rank [01]";
-    EXPECT_TRUE(std::regex_search(text(node), std::regex(waited + " longer than the timeout of 2000 ms")))
+    EXPECT_TRUE(std::regex_search(text(node), std::regex(waited + " longer than the timeout of 4000 ms")))
         << text(node);
   }
 }
@@ -263,18 +263,18 @@ TEST_F(Nodes, AMeetingPlaceOutOfReachIsNamed) {
     return launch.err();
   };
   EXPECT_THAT(error_with("node0:29501"),
-              HasSubstr("rank 1: rank 0 cannot be reached within 2000 ms at node0:29501 (Connection refused)"));
+              HasSubstr("rank 1: rank 0 cannot be reached within 4000 ms at node0:29501 (Connection refused)"));
   EXPECT_THAT(error_with("nowhere:29501"),
               AllOf(HasSubstr("nowhere:29501"), HasSubstr("Host not found"), HasSubstr("--rendezvous")));
   nodes->cut_cable();
-  EXPECT_THAT(error_with("node0:29501"), HasSubstr("within 2000 ms at node0:29501 (Network is unreachable)"));
+  EXPECT_THAT(error_with("node0:29501"), HasSubstr("within 4000 ms at node0:29501 (Network is unreachable)"));
 }
 
 TEST_F(Nodes, ANodeThatDoesNotComeIsNamed) {
   Process launch(nodes->on(0, join(dualpipe_run(0), {SOCKET_RANK, "endless"})));
   EXPECT_EQ(launch.wait(30s), 1);
-  EXPECT_THAT(launch.err(), AllOf(ContainsRegex("\\[0\\] [^\n]*no sign of rank 2, 3 within 2000 ms"),
-                                  ContainsRegex("\\[1\\] [^\n]*no sign of rank 2, 3 within 2000 ms")));
+  EXPECT_THAT(launch.err(), AllOf(ContainsRegex("\\[0\\] [^\n]*no sign of rank 2, 3 within 4000 ms"),
+                                  ContainsRegex("\\[1\\] [^\n]*no sign of rank 2, 3 within 4000 ms")));
 }
 
 }  // namespace

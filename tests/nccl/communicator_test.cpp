@@ -3,6 +3,7 @@
 #include <sys/resource.h>
 #include <torch/torch.h>
 
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <latch>
@@ -55,6 +56,15 @@ TEST(NcclDevices, WhatKeepsRanksFromSharingOneSaysWhatToDo) {
   EXPECT_THAT(detail::sharing_obstacle({"a", "a"}, 23007, nullptr),
               AllOf(HasSubstr("NCCL_MULTI_RANK_GPU_ENABLE=1"), HasSubstr("not set")));
   EXPECT_THAT(detail::sharing_obstacle({"a", "a"}, 23007, "0"), HasSubstr("it is \"0\""));
+}
+
+TEST(BothReady, NeedsHardwareQueuesAndNoOrderOfLaunches) {
+  EXPECT_EQ(detail::both_ready_obstacle(nullptr, "32"), "");
+  EXPECT_EQ(detail::both_ready_obstacle("0", "32"), "");
+  EXPECT_THAT(detail::both_ready_obstacle("1", "32"), HasSubstr("NCCL_LAUNCH_ORDER_IMPLICIT=1 exclude each other"));
+  EXPECT_THAT(detail::both_ready_obstacle(nullptr, nullptr),
+              AllOf(HasSubstr("CUDA_DEVICE_MAX_CONNECTIONS=32"), HasSubstr("not set")));
+  EXPECT_THAT(detail::both_ready_obstacle(nullptr, "8"), HasSubstr("it is \"8\""));
 }
 
 TEST(NcclVersion, AnOlderLibraryIsRefusedByName) {
@@ -204,6 +214,71 @@ TEST(WarmUp, OnlyWhoHasEdgesOpensACommunicatorForTransfers) {
     EXPECT_EQ(opened().size(), 3U);
   });
   expect_clean(emulation);
+}
+
+TEST(WarmUp, GroupsThatExchangeNothingConnectNoPeers) {
+  const testing::NcclEmulation emulation(2);
+  run_emulated(emulation, 2, {.timeout = 20s}, [](const EmulatedRank& rank) {
+    Communicator& world = *rank.communicator;
+    const auto peers = [&] {
+      std::vector<std::string> connected = rank.emulation.connections(world.rank());
+      std::erase_if(connected, [](const std::string& each) { return each.find("send to") == std::string::npos; });
+      return connected;
+    };
+    const auto sums = world.split_for({.exchanges = false, .sums = true}, 0, world.rank());
+    EXPECT_THAT(peers(), IsEmpty());
+    EXPECT_THAT(rank.emulation.connections(world.rank()),
+                ::testing::Contains(AllOf(HasSubstr("sums"), HasSubstr("large all_reduce"))));
+    const auto experts = world.split(0, world.rank());
+    EXPECT_THAT(peers(), ElementsAre(HasSubstr(detail::str("send to ", 1 - world.rank()))));
+    // It is a hint: all works.
+    EXPECT_EQ(sums->all_to_all({torch::ones({3}), torch::ones({3})}).take().size(), 2U);
+    EXPECT_EQ(peers().size(), 2U);
+    world.barrier().wait();
+  });
+  expect_clean(emulation);
+}
+
+/// Notes the thread blocks that each communicator may use.
+class NotesLimits final : public ForwardingNccl {
+ public:
+  NotesLimits(std::shared_ptr<detail::NcclApi> inner, std::vector<std::string>& notes)
+      : ForwardingNccl(std::move(inner)), notes_(notes) {}
+  detail::NcclComm init(int ranks, const detail::NcclId& id, int rank, const detail::NcclConfig& config) override {
+    notes_.push_back(detail::str(config.name, ": ", config.ctas.min, " to ", config.ctas.max));
+    return inner_->init(ranks, id, rank, config);
+  }
+
+ private:
+  std::vector<std::string>& notes_;
+};
+
+TEST(ThreadBlocks, EachUseHasLimitsOfItsOwn) {
+  for (const bool per_edge : {false, true}) {
+    const testing::NcclEmulation emulation(2);
+    std::array<std::vector<std::string>, 2> limits;
+    const detail::NcclCommunicatorOptions options{.timeout = 20s,
+                                                  .communicator_per_edge = per_edge,
+                                                  .name = "job",
+                                                  .transfer_ctas = {.max = 4},
+                                                  .collective_ctas = {.min = 2, .max = 5},
+                                                  .sum_ctas = {.min = 2}};
+    run_emulated(
+        emulation, 2, options,
+        [](const EmulatedRank& rank) {
+          Communicator& world = *rank.communicator;
+          const auto sums = world.split_for({.sums = true}, 0, world.rank());
+          const auto experts = world.split(0, world.rank());
+          world.connect({{0, 1}});
+          world.barrier().wait();
+        },
+        [&](int rank, std::shared_ptr<detail::DeviceApi>&, std::shared_ptr<detail::NcclApi>& nccl) {
+          nccl = std::make_shared<NotesLimits>(nccl, limits[rank]);
+        });
+    for (const auto& of_rank : limits)
+      EXPECT_THAT(of_rank, ElementsAre("job collectives 0: 2 to 5", "job sums 1: 2 to 0", "job collectives 2: 2 to 5",
+                                       per_edge ? "job edge 0->1 of 0: 0 to 4" : "job transfers 0: 0 to 4"));
+  }
 }
 
 TEST(WarmUp, CommunicatorsOfEdgesOpenSideBySide) {

@@ -12,12 +12,15 @@ const bool poisoned = [] {
   return true;
 }();
 
-contract::BackEnd nccl(std::string name, bool communicator_per_edge) {
-  const auto run = [communicator_per_edge](int num_ranks, std::chrono::milliseconds timeout,
-                                           const contract::Body& body) {
+contract::BackEnd nccl(std::string name, bool communicator_per_edge, bool start_when_both_ready = false) {
+  const auto run = [communicator_per_edge, start_when_both_ready](int num_ranks, std::chrono::milliseconds timeout,
+                                                                  const contract::Body& body) {
     const testing::NcclEmulation emulation(num_ranks);
     std::latch connected(num_ranks);  // a failure in a body must not end a connect() elsewhere
-    test::run_emulated(emulation, num_ranks, {.timeout = timeout, .communicator_per_edge = communicator_per_edge},
+    test::run_emulated(emulation, num_ranks,
+                       {.timeout = timeout,
+                        .communicator_per_edge = communicator_per_edge,
+                        .start_when_both_ready = start_when_both_ready},
                        [&](test::EmulatedRank rank) {
                          if (communicator_per_edge) rank.communicator->connect(test::all_edges(num_ranks));
                          connected.arrive_and_wait();
@@ -41,7 +44,10 @@ contract::BackEnd nccl(std::string name, bool communicator_per_edge) {
 }  // namespace
 
 namespace contract {
-INSTANTIATE_TEST_SUITE_P(Nccl, Contract, ::testing::Values(nccl("Nccl", false), nccl("NcclPerEdge", true)), name_of);
+INSTANTIATE_TEST_SUITE_P(Nccl, Contract,
+                         ::testing::Values(nccl("Nccl", false), nccl("NcclPerEdge", true),
+                                           nccl("NcclBothReady", true, true)),
+                         name_of);
 }
 
 }  // namespace dualpipe

@@ -26,6 +26,13 @@ class ForwardingDevice : public detail::DeviceApi {
   void wait(detail::DeviceStream stream, detail::DeviceEvent event) override { inner_->wait(stream, event); }
   bool done(detail::DeviceEvent event) override { return inner_->done(event); }
   double time_of(detail::DeviceEvent event) override { return inner_->time_of(event); }
+  std::shared_ptr<detail::DeviceFlag[]> create_flags(std::size_t count) override { return inner_->create_flags(count); }
+  void write_flag(detail::DeviceStream stream, detail::DeviceFlag& flag, std::uint32_t value) override {
+    inner_->write_flag(stream, flag, value);
+  }
+  void wait_for_flag(detail::DeviceStream stream, const detail::DeviceFlag& flag, std::uint32_t value) override {
+    inner_->wait_for_flag(stream, flag, value);
+  }
   at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, detail::DeviceStream stream) override {
     return inner_->empty(sizes, dtype, stream);
   }

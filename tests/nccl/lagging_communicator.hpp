@@ -64,8 +64,9 @@ class LaggingCommunicator final : public Communicator {
   Pending barrier() override { return inner_->barrier(); }
   std::vector<std::string> commit(std::string ballot) override { return inner_->commit(std::move(ballot)); }
   Pending fence() override { return inner_->fence(); }
-  std::shared_ptr<Communicator> split(int color, int key) override {
-    auto part = inner_->split(color, key);
+  std::shared_ptr<Communicator> split(int color, int key) override { return split_for({}, color, key); }
+  std::shared_ptr<Communicator> split_for(const GroupUse& use, int color, int key) override {
+    auto part = inner_->split_for(use, color, key);
     return part == nullptr
                ? nullptr
                : std::shared_ptr<LaggingCommunicator>(new LaggingCommunicator(std::move(part), rank_, counts_));

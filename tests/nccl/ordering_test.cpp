@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <latch>
 #include <map>
 #include <mutex>
 #include <set>
@@ -128,6 +129,14 @@ TEST(Ordering, SoTheyDoWithACommunicatorPerEdge) {
     EXPECT_EQ(wrong_values(seed, {}, nullptr, {.timeout = 20s, .communicator_per_edge = true}), 0) << "seed " << seed;
 }
 
+TEST(Ordering, SoTheyDoWhenBothEndsStartTogether) {
+  for (std::uint64_t seed = 1; seed <= 10; ++seed)
+    EXPECT_EQ(wrong_values(seed, {}, nullptr,
+                           {.timeout = 20s, .communicator_per_edge = seed % 2 == 0, .start_when_both_ready = true}),
+              0)
+        << "seed " << seed;
+}
+
 class Mutants : public ::testing::Test {
  protected:
   void SetUp() override {
@@ -233,6 +242,170 @@ TEST(Ordering, AnySizesGoThroughInTheGlobalOrderOneTransferAtATime) {
       }
     }
     for (Pending& send : sends) send.wait();
+    rank.synchronize();
+    rank->barrier().wait();
+  });
+  expect_clean(emulation);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// transfers whose ends start together
+
+/// Rank 1 receives long before rank 0's device comes to its send. How many kernels of rank 1 have begun meanwhile beside
+/// a transfer that waits; looks for one as long as `limit`.
+int kernels_beside_a_receive(bool start_when_both_ready, std::chrono::milliseconds limit,
+                             const Decorate& decorate = nullptr) {
+  const testing::NcclEmulation emulation(2);
+  std::latch computed(1);
+  int found = 0;
+  run_emulated(
+      emulation, 2, {.timeout = 30s, .start_when_both_ready = start_when_both_ready},
+      [&](const EmulatedRank& emulated) {
+        const AsyncRank rank(emulated);
+        rank->connect({{0, 1}});
+        if (rank.rank() == 0) {
+          at::Tensor made = rank.empty({num_elements});
+          rank.run([&computed] { computed.wait(); });
+          rank->send(1, {std::move(made)}).wait();
+        } else {
+          Pending received = rank->receive(0);
+          for (const auto end = std::chrono::steady_clock::now() + limit;
+               found == 0 && std::chrono::steady_clock::now() < end;) {
+            (void)received.done();  // launches it when its header has come
+            rank.run([] { std::this_thread::sleep_for(1ms); });
+            rank.synchronize();
+            found = emulation.kernels_beside_waiting(1);
+          }
+          computed.count_down();
+          received.wait();
+        }
+        rank.synchronize();
+        rank->barrier().wait();
+      },
+      decorate);
+  expect_clean(emulation);
+  return found;
+}
+
+TEST(BothReady, NoReceiveOccupiesItsDeviceUntilTheSenderComes) {
+  EXPECT_GT(kernels_beside_a_receive(false, 10s), 0);
+  EXPECT_EQ(kernels_beside_a_receive(true, 200ms), 0);
+}
+
+/// A device that gets the flags of transfers wrong.
+class WrongFlags final : public ForwardingDevice {
+ public:
+  enum class Mistake { no_wait, written_too_early };
+  WrongFlags(std::shared_ptr<detail::DeviceApi> inner, Mistake mistake)
+      : ForwardingDevice(std::move(inner)), mistake_(mistake) {}
+  void write_flag(detail::DeviceStream stream, detail::DeviceFlag& flag, std::uint32_t value) override {
+    if (mistake_ == Mistake::written_too_early) {
+      flag = value;
+    } else {
+      inner_->write_flag(stream, flag, value);
+    }
+  }
+  void wait_for_flag(detail::DeviceStream stream, const detail::DeviceFlag& flag, std::uint32_t value) override {
+    if (mistake_ != Mistake::no_wait) inner_->wait_for_flag(stream, flag, value);
+  }
+
+ private:
+  const Mistake mistake_;
+};
+
+TEST(BothReady, AStreamThatDoesNotWaitAndAFlagWrittenTooEarlyAreCaught) {
+  using Mistake = WrongFlags::Mistake;
+  const auto with = [](int on_rank, Mistake mistake) -> Decorate {
+    return [=](int rank, std::shared_ptr<detail::DeviceApi>& device, std::shared_ptr<detail::NcclApi>&) {
+      if (rank == on_rank) device = std::make_shared<WrongFlags>(device, mistake);
+    };
+  };
+  EXPECT_GT(kernels_beside_a_receive(true, 10s, with(1, Mistake::no_wait)), 0);
+  EXPECT_GT(kernels_beside_a_receive(true, 10s, with(0, Mistake::written_too_early)), 0);
+}
+
+/// Receives one value, so that the signature is known, then launches a second receive.
+Pending launched_ahead(const AsyncRank& rank) {
+  const Expected expected(Signature{{.dtype = at::kFloat, .sizes = {num_elements}}}, "");
+  rank->receive(0, expected).wait();
+  return rank->receive(0, expected);
+}
+
+void send_one(const AsyncRank& rank, float value) {
+  at::Tensor made = rank.empty({num_elements});
+  rank.run(slow_fill(made, [value](std::int64_t) { return value; }, 0us));
+  rank->send(1, {std::move(made)}).wait();
+}
+
+/// Ignores that flags are released.
+class DeafDevice final : public ForwardingDevice {
+ public:
+  DeafDevice(std::shared_ptr<detail::DeviceApi> inner, const testing::NcclEmulation& emulation,
+             std::atomic<bool>& let_go)
+      : ForwardingDevice(std::move(inner)), emulation_(emulation), let_go_(let_go) {}
+  void wait_for_flag(detail::DeviceStream stream, const detail::DeviceFlag& flag, std::uint32_t value) override {
+    emulation_.run(stream, [&flag, &let_go = let_go_, value] {
+      while (flag - value > 1000 && !let_go) std::this_thread::sleep_for(1ms);
+    });
+  }
+
+ private:
+  const testing::NcclEmulation& emulation_;
+  std::atomic<bool>& let_go_;
+};
+
+/// Rank 1's device waits for rank 0's, which fails. What the emulation finds wrong.
+std::vector<std::string> violations_of_an_abort(bool deaf) {
+  const testing::NcclEmulation emulation(2, {.patience = deaf ? 3s : 60s});
+  std::atomic<bool> let_go{false};
+  run_emulated(
+      emulation, 2, {.timeout = 30s, .start_when_both_ready = true},
+      [&](const EmulatedRank& emulated) {
+        const AsyncRank rank(emulated);
+        rank->connect({{0, 1}});
+        if (rank.rank() == 0) {
+          send_one(rank, 1);
+          rank->barrier().wait();
+          rank->abort("the test wants it so");
+          for (int i = 0; deaf && i < 1000 && emulation.violations().empty(); ++i) std::this_thread::sleep_for(10ms);
+          let_go = true;
+        } else {
+          Pending second = launched_ahead(rank);
+          rank->barrier().wait();
+          EXPECT_THROW(second.synchronize(), CommError);
+          rank.synchronize();
+        }
+        EXPECT_THROW(rank->barrier().wait(), CommError);
+      },
+      [&](int rank, std::shared_ptr<detail::DeviceApi>& device, std::shared_ptr<detail::NcclApi>&) {
+        if (rank == 1 && deaf) device = std::make_shared<DeafDevice>(device, emulation, let_go);
+      });
+  EXPECT_EQ(emulation.open_streams(), 0U);
+  return emulation.violations();
+}
+
+TEST(BothReady, AnAbortReleasesStreamsThatWait) {
+  EXPECT_THAT(violations_of_an_abort(false), ::testing::IsEmpty());
+  EXPECT_THAT(violations_of_an_abort(true), ::testing::Contains(HasSubstr("abort hangs")));
+}
+
+TEST(BothReady, AHostThatWaitsForItsDeviceHoldsUpNoTransfer) {
+  const testing::NcclEmulation emulation(2);
+  run_emulated(emulation, 2, {.timeout = 30s, .start_when_both_ready = true}, [&](const EmulatedRank& emulated) {
+    const AsyncRank rank(emulated);
+    rank->connect({{0, 1}});
+    if (rank.rank() == 0) {
+      send_one(rank, 1);
+      rank->barrier().wait();
+      std::this_thread::sleep_for(20ms);
+      send_one(rank, 2);
+    } else {
+      Pending second = launched_ahead(rank);
+      rank->barrier().wait();
+      emulation.load_code(1);
+      const at::Tensor got = second.take().at(0);
+      rank.run([got] { EXPECT_EQ(got.const_data_ptr<float>()[num_elements - 1], 2.0F); });
+    }
     rank.synchronize();
     rank->barrier().wait();
   });

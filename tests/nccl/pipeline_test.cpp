@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <map>
 #include <mutex>
 #include <regex>
 
@@ -32,6 +33,7 @@ struct Setting {
   std::string schedule = "dualpipe";
   bool communicator_per_edge = false;
   bool one_transfer_at_a_time = false;
+  bool both_ready = false;
   std::uint64_t seed = 1;
 };
 
@@ -40,7 +42,10 @@ using Body = std::function<void(DualPipe&, const std::shared_ptr<Communicator>&)
 void run_pipeline(const testing::NcclEmulation& emulation, const Setting& setting, const Body& body,
                   const Decorate& decorate = nullptr, std::chrono::milliseconds timeout = 30s) {
   run_emulated(
-      emulation, setting.num_ranks, {.timeout = timeout, .communicator_per_edge = setting.communicator_per_edge},
+      emulation, setting.num_ranks,
+      {.timeout = timeout,
+       .communicator_per_edge = setting.communicator_per_edge,
+       .start_when_both_ready = setting.both_ready},
       [&](const EmulatedRank& rank) {
         const auto lagging =
             std::make_shared<LaggingCommunicator>(rank.communicator, std::make_shared<AsyncRank>(rank));
@@ -94,16 +99,65 @@ TEST_P(EmulatedPipeline, TrainsAsOneProcess) {
 
 INSTANTIATE_TEST_SUITE_P(
     Ranks, EmulatedPipeline,
-    ::testing::Values(Setting{.num_ranks = 2, .num_micro_batches = 4}, Setting{.num_ranks = 4, .num_micro_batches = 8},
-                      Setting{.num_ranks = 8, .num_micro_batches = 16},
-                      Setting{.num_ranks = 4, .num_micro_batches = 8, .communicator_per_edge = true},
-                      Setting{.num_ranks = 8, .num_micro_batches = 16, .one_transfer_at_a_time = true},
-                      Setting{.num_ranks = 4, .num_micro_batches = 8, .schedule = "dualpipev"}),
+    ::testing::Values(
+        Setting{.num_ranks = 2, .num_micro_batches = 4}, Setting{.num_ranks = 4, .num_micro_batches = 8},
+        Setting{.num_ranks = 8, .num_micro_batches = 16},
+        Setting{.num_ranks = 4, .num_micro_batches = 8, .communicator_per_edge = true},
+        Setting{.num_ranks = 8, .num_micro_batches = 16, .one_transfer_at_a_time = true},
+        Setting{.num_ranks = 4, .num_micro_batches = 8, .schedule = "dualpipev"},
+        Setting{.num_ranks = 4, .num_micro_batches = 8, .communicator_per_edge = true, .both_ready = true},
+        Setting{.num_ranks = 8, .num_micro_batches = 16, .one_transfer_at_a_time = true, .both_ready = true}),
     [](const auto& tested) {
       const Setting& s = tested.param;
       return s.schedule + std::to_string(s.num_ranks) + (s.communicator_per_edge ? "PerEdge" : "") +
-             (s.one_transfer_at_a_time ? "OneAtATime" : "");
+             (s.one_transfer_at_a_time ? "OneAtATime" : "") + (s.both_ready ? "BothReady" : "");
     });
+
+/// Whose clock differs by a million seconds from rank to rank, as those of hosts do; counts events with times.
+class OtherClock final : public ForwardingDevice {
+ public:
+  OtherClock(std::shared_ptr<detail::DeviceApi> inner, int rank, std::atomic<int>& timed_events)
+      : ForwardingDevice(std::move(inner)), offset_(1e6 * rank), timed_events_(timed_events) {}
+  detail::DeviceEvent create_event(bool timed) override {
+    timed_events_ += timed;
+    return inner_->create_event(timed);
+  }
+  double time_of(detail::DeviceEvent event) override { return inner_->time_of(event) + offset_; }
+
+ private:
+  const double offset_;
+  std::atomic<int>& timed_events_;
+};
+
+/// How long each rank says that a transfer, collective or sum has taken, by what they share.
+class Durations {
+ public:
+  void add(int replica, const Timeline& timeline) {
+    const std::lock_guard lock(mutex_);
+    for (const Interval& each : timeline.intervals) {
+      std::string what;
+      if (each.lane == Lane::send || each.lane == Lane::receive)
+        what = detail::str("transfer of ", to_string(each.step), " in replica ", replica);
+      if (each.lane == Lane::collective) what = to_string(each.step) + " " + each.node;
+      if (each.lane == Lane::reduction) what = detail::str("sum of ", to_string(each.step));
+      if (!what.empty()) all_[what].push_back(each.end - each.begin);
+    }
+  }
+  void expect_equal(bool collectives) const {
+    int alone = 0;
+    for (const auto& [what, durations] : all_) {
+      alone += durations.size() == 1;
+      for (const double each : durations) EXPECT_NEAR(each, durations.front(), 1e-6) << what;
+    }
+    EXPECT_EQ(alone, 0);
+    EXPECT_EQ(std::any_of(all_.begin(), all_.end(), [](const auto& each) { return each.first.ends_with("gather"); }),
+              collectives);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<std::string, std::vector<double>> all_;
+};
 
 /// Two replicas; with `communicates` each stage also has collectives over them, which double what it computes.
 void expect_replicas_equal_one_process(const std::string& kind, bool communicates, bool one_at_a_time) {
@@ -125,7 +179,9 @@ void expect_replicas_equal_one_process(const std::string& kind, bool communicate
     for (auto& [name, gradient] : gradients) gradient = gradient + truths[1].gradients.at(stage).at(name);
 
   const testing::NcclEmulation emulation(kRanks * kReplicas, {.one_transfer_at_a_time = one_at_a_time});
-  run_emulated(emulation, kRanks * kReplicas, {.timeout = 30s}, [&](const EmulatedRank& rank) {
+  std::atomic<int> timed_events{0};
+  Durations durations;
+  const auto body = [&](const EmulatedRank& rank) {
     const auto lagging = std::make_shared<LaggingCommunicator>(rank.communicator, std::make_shared<AsyncRank>(rank));
     const Mesh mesh(lagging, {.pipeline = kRanks, .data = kReplicas, .expert = kReplicas});
     const auto stages = [&](int number) {
@@ -141,7 +197,11 @@ void expect_replicas_equal_one_process(const std::string& kind, bool communicate
                   [](const std::string&) { return false; });
     const auto tracer = std::make_shared<Tracer>(lagging->rank());
     for (int step = 1; step <= 3; ++step) {
-      if (step == 3) pipe->add_observer(tracer);
+      if (step == 3) {
+        EXPECT_EQ(timed_events, 0) << "nobody observes";
+        lagging->barrier().wait();
+        pipe->add_observer(tracer);
+      }
       pipe->step(batch_of(mesh.replica()), squared_error());
       expect_gradients(pipe, sum, 1e-12, step);
     }
@@ -149,7 +209,13 @@ void expect_replicas_equal_one_process(const std::string& kind, bool communicate
     EXPECT_EQ(std::count_if(intervals.begin(), intervals.end(),
                             [](const Interval& each) { return each.lane == Lane::reduction; }),
               std::ssize(pipe->local_stages()));
-  });
+    durations.add(mesh.replica(), tracer->last());
+  };
+  run_emulated(emulation, kRanks * kReplicas, {.timeout = 30s}, body,
+               [&](int rank, std::shared_ptr<detail::DeviceApi>& device, std::shared_ptr<detail::NcclApi>&) {
+                 device = std::make_shared<OtherClock>(device, rank, timed_events);
+               });
+  durations.expect_equal(communicates);
   expect_clean(emulation);
 }
 
@@ -175,8 +241,10 @@ TEST(EmulatedPipeline, AShardedOptimizerTrainsAsOneProcess) {
     const Mesh mesh(lagging, {.pipeline = kRanks, .data = kReplicas});
     DualPipe pipe(mesh, {.num_micro_batches = kMicroBatches, .shard_optimizer = true}, as_factory(layer));
     ShardedOptimizer optimizer(pipe, std::make_unique<torch::optim::SGD>(pipe->owned_parameters(), kRate));
+    const std::vector<std::string> connected = emulation.connections(lagging->rank());
     pipe->step(batch_of(mesh.replica()), squared_error());
     optimizer.step();
+    EXPECT_EQ(emulation.connections(lagging->rank()), connected);
     for (const auto& child : pipe->named_children()) {
       const int stage = std::stoi(child.key().substr(5));
       const auto before = layer(stage).module->named_parameters();
@@ -249,10 +317,13 @@ TEST_P(Repetitions, AnyDelaysGiveTheSameBits) {
   const auto first = gradients_of_step({.seed = 1});
   for (int i = 0; i < 25; ++i) {
     const auto seed = static_cast<std::uint64_t>(100 * (GetParam() + 1) + i);
-    const auto again = gradients_of_step({.seed = seed});
-    for (std::size_t r = 0; r < first.size(); ++r)
-      for (std::size_t p = 0; p < first[r].size(); ++p)
-        ASSERT_TRUE(torch::equal(first[r][p], again[r][p])) << "seed " << seed << ", rank " << r << ", parameter " << p;
+    for (const bool both_ready : {false, true}) {
+      const auto again = gradients_of_step({.both_ready = both_ready, .seed = seed});
+      for (std::size_t r = 0; r < first.size(); ++r)
+        for (std::size_t p = 0; p < first[r].size(); ++p)
+          ASSERT_TRUE(torch::equal(first[r][p], again[r][p]))
+              << "seed " << seed << ", rank " << r << ", parameter " << p << (both_ready ? ", both ready" : "");
+    }
   }
 }
 
@@ -384,15 +455,16 @@ TEST_P(EmulatedChains, TwoPipelinesThatShareEachStageTrainAsOneProcess) {
         chains::row_of({s % 2 == 0 ? chains::dense(2 * s) : chains::moe(2 * s), chains::shared(2 * s + 1)}));
   const auto batches = chains::batches_of(4 * options.num_micro_batches);
   const auto expected = chains::reference(stages, batches, options.num_micro_batches);
-  for (const bool communicator_per_edge : {false, true}) {
+  const std::vector<detail::NcclCommunicatorOptions> kinds{{.timeout = 30s},
+                                                           {.timeout = 30s, .communicator_per_edge = true},
+                                                           {.timeout = 30s, .start_when_both_ready = true}};
+  for (const detail::NcclCommunicatorOptions& kind : kinds) {
     const int num_ranks = chains::kExperts * stage_count;
     const testing::NcclEmulation emulation(num_ranks, {.seed = 11});
-    run_emulated(emulation, num_ranks, {.timeout = 30s, .communicator_per_edge = communicator_per_edge},
-                 [&](const EmulatedRank& rank) {
-                   const auto world =
-                       std::make_shared<LaggingCommunicator>(rank.communicator, std::make_shared<AsyncRank>(rank));
-                   chains::expect_equals_one_process(world, stages, options, batches, expected);
-                 });
+    run_emulated(emulation, num_ranks, kind, [&](const EmulatedRank& rank) {
+      const auto world = std::make_shared<LaggingCommunicator>(rank.communicator, std::make_shared<AsyncRank>(rank));
+      chains::expect_equals_one_process(world, stages, options, batches, expected);
+    });
     expect_clean(emulation);
   }
 }
@@ -476,6 +548,30 @@ TEST(EmulatedTrace, NodesAndCollectivesToo) {
     EXPECT_EQ(nodes, trace_micro_batches);
     EXPECT_EQ(gathers, 2 * trace_micro_batches) << "forward and backward";
   });
+}
+
+/// In a step with slow kernels, of all ranks.
+int kernels_beside_waiting_transfers(bool start_when_both_ready) {
+  constexpr int kRanks = 4;
+  const Batch batch = random_batch(4 * kRanks, 3);
+  const testing::NcclEmulation emulation(kRanks, {.seed = 3});
+  run_emulated(emulation, kRanks, {.timeout = 30s, .start_when_both_ready = start_when_both_ready},
+               [&](const EmulatedRank& emulated) {
+                 const auto rank = std::make_shared<AsyncRank>(emulated);
+                 DualPipe pipe(std::make_shared<LaggingCommunicator>(emulated.communicator, rank),
+                               DualPipeOptions{.num_micro_batches = 2 * kRanks}, slow_stages(rank, nullptr));
+                 for (int step = 0; step < 2; ++step) pipe->step(batch, squared_error());
+               });
+  int kernels = 0;
+  for (int rank = 0; rank < kRanks; ++rank) kernels += emulation.kernels_beside_waiting(rank);
+  return kernels;
+}
+
+TEST(EmulatedPipeline, TransfersThatStartTogetherLeaveTheDeviceToItsKernels) {
+  const int at_once = kernels_beside_waiting_transfers(false);
+  const int together = kernels_beside_waiting_transfers(true);
+  RecordProperty("kernels_beside_waiting_transfers", detail::str(together, " instead of ", at_once));
+  EXPECT_LT(together, at_once);
 }
 
 /// Observers are called after the device has finished, and may still fail the step.

@@ -7,9 +7,10 @@
 #include <limits>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "dualpipe/schedule/generate.hpp"
-#include "pipeline/batches.hpp"
+#include "pipeline/pipeline.hpp"
 #include "temporary_folder.hpp"
 
 namespace dualpipe::test {
@@ -17,28 +18,6 @@ namespace {
 
 using ::testing::AllOf;
 using ::testing::HasSubstr;
-
-using Case = std::tuple<std::string, int, int>;
-
-class Batches : public ::testing::TestWithParam<Case> {};
-
-TEST_P(Batches, WeightsMetricsAndNumbersAsInOneProcess) {
-  const auto& [kind, num_ranks, num_replicas] = GetParam();
-  run_ranks(num_ranks * num_replicas,
-            [&, kind = kind, num_ranks = num_ranks, num_replicas = num_replicas](std::shared_ptr<Communicator> comm) {
-              expect_batches_as_in_one_process(Mesh(comm, {.pipeline = num_ranks, .data = num_replicas}), kind);
-            });
-}
-
-INSTANTIATE_TEST_SUITE_P(Kinds, Batches,
-                         ::testing::Values(Case{"dualpipe", 2, 1}, Case{"dualpipe", 4, 1}, Case{"dualpipe", 2, 2},
-                                           Case{"dualpipev", 2, 1}, Case{"1f1b", 3, 1}, Case{"1f1b", 2, 2},
-                                           Case{"zb1p", 2, 1}, Case{"zbv", 2, 1}, Case{"interleaved", 2, 1},
-                                           Case{"gpipe", 2, 1}),
-                         [](const auto& each) {
-                           return std::get<0>(each.param) + "_" + std::to_string(std::get<1>(each.param)) + "_x_" +
-                                  std::to_string(std::get<2>(each.param));
-                         });
 
 /// Weights that do not depend on what a loss averages over: all equal ones change nothing, twice as much is the same.
 TEST(Weights, CountRelativeToTheirSumOrAsTheyAre) {
@@ -229,6 +208,19 @@ TEST(Splits, ADimensionTheWholeOrAList) {
     const Tensors everywhere = pipe->predict(batch, /*everywhere=*/true);
     EXPECT_LE(difference(everywhere.at(0), truth), 1e-15);
     EXPECT_NEAR(pipe->evaluate(batch, squared_error()).loss.item<double>(), truth.pow(2).mean().item<double>(), 1e-12);
+
+    const auto leaves = [&] {
+      Tensors inputs;
+      for (const at::Tensor& input : batch.inputs) inputs.push_back(input.clone().requires_grad_());
+      return inputs;
+    };
+    const Tensors asked = leaves(), own = leaves();
+    const at::Tensor sums = torch::stack({own[2].sum(), own[2].sum(), own[3].sum(), own[3].sum()}).unsqueeze(1);
+    torch::mse_loss(own[0].t() * own[1] + sums, batch.targets[0]).backward();
+    const Tensors gradients = pipe->step({.inputs = asked, .targets = batch.targets}, squared_error()).input_gradients;
+    ASSERT_EQ(gradients.size(), 4u);
+    for (std::size_t i = 0; i < own.size(); ++i) EXPECT_LE(difference(gradients[i], own[i].grad()), 1e-12) << i;
+
     Batch lacking = batch;
     lacking.inputs.pop_back();
     EXPECT_THAT(message_of([&] { pipe->predict(lacking); }),

@@ -221,10 +221,17 @@ TEST(CallerErrors, TensorsOfABatchThatRequireGrad) {
         });
         if (name != "inputs") pipe->evaluate(batch, squared_error());
       }
-      pipe->step(random_batch(16, 3), squared_error());
+      Batch asked = random_batch(16, 3);
+      asked.inputs[0].set_requires_grad(comm->rank() == 0);
+      if (step == 0) findings.note("asked by one", [&] { pipe->step(asked, squared_error()); });
+      EXPECT_TRUE(pipe->step(random_batch(16, 3), squared_error()).input_gradients.empty());
     }
   });
-  EXPECT_THAT(findings["inputs"], AllOf(HasSubstr("Batch::inputs[1] requires grad"), HasSubstr("detach()")));
+  EXPECT_THAT(findings["inputs"],
+              AllOf(HasSubstr("Batch::inputs[1] requires grad and was computed"), HasSubstr("detach()")));
+  EXPECT_THAT(findings["inputs by hand"], HasSubstr("micro-batch 0: Batch::inputs[1] requires grad and was computed"));
+  EXPECT_THAT(findings["asked by one"], HasSubstr("Batch::inputs of rank 1 has other sizes or values, or others that "
+                                                  "require grad, than that of rank 0"));
   EXPECT_THAT(findings["targets"], HasSubstr("Batch::targets[1] requires grad"));
   EXPECT_THAT(findings["extras"], HasSubstr("Batch::extras[0] requires grad"));
   EXPECT_THAT(findings["extras by hand"], HasSubstr("micro-batch 0: Batch::extras[0] requires grad"));

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <any>
 #include <memory>
 #include <string>
 #include <utility>
@@ -14,6 +15,7 @@ namespace dualpipe::test {
 class ForwardingCollective : public Collective {
  public:
   explicit ForwardingCollective(std::shared_ptr<Collective> inner) : inner_(std::move(inner)) {}
+  std::any prepare(const Tensors& inputs) override { return inner_->prepare(inputs); }
   Launched forward(Tensors inputs, const StageContext& context) override {
     return inner_->forward(std::move(inputs), context);
   }

@@ -3,11 +3,17 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <cctype>
 #include <chrono>
+#include <memory>
+#include <mutex>
+#include <set>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "dualpipe/schedule/generate.hpp"
+#include "pipeline/items.hpp"
 #include "pipeline/network.hpp"
 #include "pipeline/pipeline.hpp"
 
@@ -70,6 +76,30 @@ INSTANTIATE_TEST_SUITE_P(Networks, Gradients,
                                             ::testing::Values(Network::serial, Network::delayed),
                                             ::testing::Values(Publish::early)),
                          name_of);
+
+class Items : public ::testing::TestWithParam<Item> {};
+
+TEST_P(Items, EqualOneProcess) {
+  const Item& item = GetParam();
+  for (const int num_ranks : {2, 4})
+    for (const Layout& layout : layouts_of(num_ranks)) {
+      const Truth truth = item.truth(layout);
+      std::mutex mutex;
+      std::set<std::string> found;
+      run_ranks(num_ranks, [&](std::shared_ptr<Communicator> comm) {
+        const std::vector<std::string> names = expect_item(item, Mesh(comm, layout.mesh), layout.kind, truth);
+        const std::lock_guard lock(mutex);
+        found.insert(names.begin(), names.end());
+      });
+      EXPECT_EQ(found.size(), truth.size()) << "some rank has each of them";
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Items, ::testing::ValuesIn(items()), [](const auto& each) {
+  std::string name = each.param.name;
+  std::erase_if(name, [](char letter) { return std::isalnum(static_cast<unsigned char>(letter)) == 0; });
+  return name;
+});
 
 TEST(Gradients, OddNumbersOfRanks) {
   for (const std::string kind : {"dualpipev", "1f1b", "zb1p", "gpipe", "interleaved", "zbv"}) {

@@ -35,11 +35,11 @@ void expect_passed(int num_ranks, const std::string& filter, const std::string& 
 }
 
 TEST(Launch, GradientsEqualOneProcessOnTwoRanks) {
-  expect_passed(2, "Rank.Gradients*:Rank.DropoutSeeded*:Rank.Outputs*", "4 tests");
+  expect_passed(2, "Rank.Gradients*:Rank.Items*:Rank.DropoutSeeded*:Rank.Outputs*", "4 tests");
 }
 
 TEST(Launch, GradientsEqualOneProcessOnFourRanks) {
-  expect_passed(4, "Rank.Gradients*:Rank.DropoutSeeded*:Rank.Outputs*", "4 tests");
+  expect_passed(4, "Rank.Gradients*:Rank.Items*:Rank.DropoutSeeded*:Rank.Outputs*", "4 tests");
 }
 
 TEST(Launch, RandomNumbersFollowFromASeed) {

@@ -442,6 +442,52 @@ TEST(Chain, ACollectiveThatEndsAChainIsLeftUnderWay) {
   });
 }
 
+/// Notes when it is prepared and launched.
+class Prepared final : public ForwardingCollective {
+ public:
+  Prepared(std::shared_ptr<Collective> inner, std::vector<std::string>& log)
+      : ForwardingCollective(std::move(inner)), log_(log) {}
+  std::any prepare(const Tensors& inputs) override {
+    log_.push_back(detail::str("prepare ", inputs.at(0).size(0)));
+    return inputs.at(0).size(0);
+  }
+  Launched forward(Tensors inputs, const StageContext& context) override {
+    const auto* const known = std::any_cast<std::int64_t>(&context.prepared);
+    log_.push_back(known != nullptr ? detail::str("forward ", *known) : "forward unprepared");
+    return ForwardingCollective::forward(std::move(inputs), context);
+  }
+
+ private:
+  std::vector<std::string>& log_;
+};
+
+TEST(Chain, ACollectiveIsPreparedBehindItsInputsAndLaunchedLater) {
+  run_ranks(1, [](std::shared_ptr<Communicator> group) {
+    std::vector<std::string> log;
+    const auto gather = [&] { return std::make_shared<Prepared>(all_gather(group), log); };
+    const Compute longer = [&](const Tensors& x, const StageContext& context) {
+      EXPECT_FALSE(context.prepared.has_value());
+      log.emplace_back("compute");
+      return Tensors{torch::cat({x[0], x[0]})};
+    };
+    Stage stage;
+    stage.communicate("first", gather(), {0})
+        .compute("longer", longer)
+        .communicate("second", gather(), {0})
+        .compute("longer", longer)
+        .compute("longer", longer)
+        .communicate("third", gather(), {0});
+    StageRun run(stage, {torch::ones({2, 2})}, context(0));
+    while (!run.advanced()) {
+      run.advance();
+      log.emplace_back("|");
+    }
+    run.finish_forward();
+    EXPECT_THAT(log, ::testing::ElementsAre("forward unprepared", "|", "compute", "prepare 4", "|", "forward 4", "|",
+                                            "compute", "compute", "prepare 16", "|", "forward 16", "|"));
+  });
+}
+
 // --- the collectives
 // --------------------------------------------------------------------------------------------------------------
 
@@ -477,10 +523,56 @@ TEST(AllToAll, RefusesSplitsThatDoNotFit) {
   EXPECT_THAT(error(x, torch::ones({1})), HasSubstr("got [float32 [1]]"));
   EXPECT_THAT(error(x, torch::ones({2}, torch::kLong)), HasSubstr("sizes [1] or [2, 1]"));
   EXPECT_THAT(error(x, Tensor()), HasSubstr("got [undefined]"));
+  EXPECT_EQ(error(x, torch::tensor({2, 0, 3}, torch::kLong).view({1, 1, 3})), "");
+  EXPECT_THAT(error(x, torch::tensor({2, 4}, torch::kLong).view({1, 1, 2})), HasSubstr("the splits [6] add up to 6"));
+  EXPECT_THAT(error(x, torch::tensor({6, -1}, torch::kLong).view({1, 1, 2})), HasSubstr("got [6, -1]"));
+  EXPECT_THAT(error(x, torch::ones({1, 2, 2}, torch::kLong)), HasSubstr("[1, 1, kinds] or [2, 1, kinds]"));
+  EXPECT_THAT(error(x, torch::ones({1, 1}, torch::kLong)), HasSubstr("got [int64 [1, 1]]"));
   EXPECT_THAT(error(torch::ones({}), torch::zeros({1}, torch::kLong)), HasSubstr("tensor 0 has no dimensions"));
   EXPECT_THAT(errors_of(1, [&](std::shared_ptr<Communicator> group) { moved(all_to_all(group), {x}); })[0],
               HasSubstr("as the last of them, their splits"));
   EXPECT_THAT(errors_of(1, [&](std::shared_ptr<Communicator>) { all_to_all(nullptr); })[0], HasSubstr("got null"));
+}
+
+TEST(AllToAll, RowsOfSeveralKindsBringTheirNumbersThereAndBack) {
+  constexpr int kRanks = 3, kKinds = 2;
+  run_ranks(kRanks, [](std::shared_ptr<Communicator> group) {
+    const std::int64_t me = group->rank();
+    const auto count = [](std::int64_t from, std::int64_t to, std::int64_t kind) { return (from + 2 * to + kind) % 3; };
+    const auto table = [&](bool sends) {
+      Tensor all = torch::zeros({kRanks, kKinds}, torch::kLong);
+      for (std::int64_t r = 0; r < kRanks; ++r)
+        for (std::int64_t kind = 0; kind < kKinds; ++kind)
+          all[r][kind] = sends ? count(me, r, kind) : count(r, me, kind);
+      return all;
+    };
+    const Tensor sent = table(true), came = table(false);
+    // A row is sender, receiver and kind.
+    const auto rows_of = [&](const Tensor& numbers, bool sends) {
+      Tensors all{torch::zeros({0, 3}, torch::kLong)};
+      for (std::int64_t r = 0; r < kRanks; ++r)
+        for (std::int64_t kind = 0; kind < kKinds; ++kind)
+          all.push_back(torch::tensor({sends ? me : r, sends ? r : me, kind}, torch::kLong)
+                            .expand({numbers[r][kind].item<std::int64_t>(), 3}));
+      return torch::cat(all);
+    };
+    const Tensor rows_there = rows_of(sent, true);
+    const Tensors dispatched = moved(all_to_all(group), {rows_there, sent.unsqueeze(0)});
+    EXPECT_TRUE(torch::equal(dispatched[0], rows_of(came, false)));
+    EXPECT_TRUE(torch::equal(dispatched[1], torch::stack({came, sent})));
+    const Tensors combined = moved(all_to_all(group), dispatched);
+    EXPECT_TRUE(torch::equal(combined[0], rows_there));
+    EXPECT_TRUE(torch::equal(combined[1], torch::stack({sent, came})));
+  });
+}
+
+TEST(AllToAll, RanksThatDisagreeAboutKindsAllFail) {
+  for (const std::string& error : errors_of(2, [](std::shared_ptr<Communicator> group) {
+         const Tensor counts = torch::ones({1, 2, 1 + group->rank()}, torch::kLong);
+         moved(all_to_all(group), {torch::ones({counts.sum().item<std::int64_t>(), 3}), counts});
+         group->barrier().wait();
+       }))
+    EXPECT_THAT(error, AllOf(HasSubstr("[int64 [1]]"), HasSubstr("[int64 [2]]")));
 }
 
 TEST(AllToAll, RanksThatDisagreeAboutSplitsAllFail) {

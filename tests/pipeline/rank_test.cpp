@@ -8,6 +8,7 @@
 #include <csignal>
 #include <cstdlib>
 #include <iostream>
+#include <map>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -17,7 +18,7 @@
 #include "dualpipe/comm/socket.hpp"
 #include "dualpipe/launch/failure.hpp"
 #include "dualpipe/schedule/generate.hpp"
-#include "pipeline/batches.hpp"
+#include "pipeline/items.hpp"
 #include "pipeline/noisy.hpp"
 #include "pipeline/pipeline.hpp"
 #include "pipeline/resources.hpp"
@@ -76,9 +77,14 @@ TEST(Rank, GradientsEqualOneProcess) {
   }
 }
 
-TEST(Rank, GradientsOfBatchesThatCountDifferently) {
-  const Mesh mesh(connect("batches"), {.pipeline = 2, .data = World::from_env().size / 2});
-  for (const std::string kind : {"dualpipe", "1f1b"}) expect_batches_as_in_one_process(mesh, kind);
+TEST(Rank, ItemsEqualOneProcess) {
+  const auto comm = connect("items");
+  std::map<std::pair<int, int>, Mesh> meshes;
+  for (const Layout& layout : layouts_of(comm->size())) {
+    const auto& [pipeline, data] = std::pair(layout.mesh.pipeline, layout.mesh.data);
+    const Mesh& mesh = meshes.try_emplace({pipeline, data}, comm, layout.mesh).first->second;
+    for (const Item& item : items()) expect_item(item, mesh, layout.kind, item.truth(layout));
+  }
 }
 
 TEST(Rank, ReplicasTrainAsOneProcess) {

@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "dualpipe/detail/files.hpp"
 #include "dualpipe/train/learning_rate.hpp"
 #include "dualpipe/train/safetensors.hpp"
 #include "error_of.hpp"
@@ -39,6 +40,7 @@ using test::Whole;
 using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 using MakeOptimizer = std::function<std::unique_ptr<optim::Optimizer>(std::vector<at::Tensor>)>;
 
@@ -328,6 +330,69 @@ TEST(Checkpoint, WeightsThatStagesShareComeBackAsOne) {
   const SafetensorsFile first((folder / "step-00000002/stage-00000.safetensors").string());
   const SafetensorsFile last((folder / "step-00000002/stage-00001.safetensors").string());
   EXPECT_TRUE(torch::equal(first.read("layer0.weight"), last.read("head.weight")));
+}
+
+/// One process has the weight under both names, a pipeline on one rank or on two: it is saved once, and found by all.
+TEST(Checkpoint, AWeightThatStagesTieIsSavedOnceAndGoesOnInAnyLayout) {
+  const auto make_all = [](const std::shared_ptr<Communicator>& comm, const std::string& kind) {
+    const test::Layer shared(0);
+    std::vector<NamedLayer> layers = test::layered_layers();
+    layers.front().make =
+        layers.back().make = [shared] { return as_stage(shared).tie("weight", "w").tie("bias", "b"); };
+    const int stages = kind == "zbv" || kind == "interleaved" ? 2 * comm->size() : comm->size();
+    return DualPipe(comm, {.num_micro_batches = 8, .schedule = kind}, split(std::move(layers), stages));
+  };
+  const auto whole = [] {
+    Whole model;
+    const auto level = model->named_children()["layers"];
+    model->layers.back() = model->layers.front();
+    level->replace_module(std::to_string(test::kLayers - 1), model->layers.front().ptr());
+    return model;
+  };
+  // The parameters of a module come twice where it has two names for them.
+  const auto once = [](Whole& model) {
+    std::vector<at::Tensor> parameters = model->parameters();
+    parameters.resize(parameters.size() - 2);
+    return parameters;
+  };
+  Whole model = whole();
+  const auto optimizer = adamw(once(model));
+  const test::TemporaryFolder of_module;
+  train(model, *optimizer, 1, 2);
+  save_checkpoint(of_module.path(), model, *optimizer, {.step = 2});
+  const std::vector<double> losses = train(model, *optimizer, 3, 6);
+  const auto expect_losses = [&](const std::vector<double>& found, int first) {
+    for (std::size_t i = 0; i < found.size(); ++i) EXPECT_NEAR(found[i], losses[first - 3 + i], 1e-10);
+  };
+  const test::TemporaryFolder of_1f1b;
+  run_ranks(4, [&](const std::shared_ptr<Communicator>& comm) {
+    DualPipe pipe = make_all(comm, "1f1b");
+    test::scramble(*pipe);
+    const auto other = adamw(pipe->parameters());
+    load_checkpoint(of_module.path(), pipe, *other);
+    expect_losses(train(pipe, *other, 3, 3), 3);
+    save_checkpoint(of_1f1b.path(), pipe, *other, {.step = 3});
+    EXPECT_EQ(pipe->tied_names("stage3.layers.7.bias"),
+              comm->rank() == 3 ? (std::vector<std::string>{"stage0.layers.0.bias", "stage3.layers.7.bias"})
+                                : (std::vector<std::string>{"stage3.layers.7.bias"}));
+  });
+  const std::string index = detail::read_file((of_1f1b / "step-00000003/model.safetensors.index.json").string());
+  EXPECT_THAT(index, AllOf(HasSubstr("layers.0.weight"), Not(HasSubstr("layers.7.weight"))));
+  for (const std::string kind : {"dualpipe", "interleaved", "1f1b", "zbv"}) {
+    SCOPED_TRACE(kind);
+    run_ranks(2, [&](const std::shared_ptr<Communicator>& comm) {
+      DualPipe pipe = make_all(comm, kind);
+      test::scramble(*pipe);
+      const auto other = adamw(pipe->parameters());
+      load_checkpoint(of_1f1b.path(), pipe, *other);
+      expect_losses(train(pipe, *other, 4, 5), 4);
+    });
+  }
+  Whole last = whole();
+  test::scramble(*last);
+  const auto other = adamw(once(last));
+  load_checkpoint(of_1f1b.path(), last, *other);
+  expect_losses(train(last, *other, 4, 6), 4);
 }
 
 TEST(CheckpointWriter, KeepsTheLastAndReplacesTheSameStep) {

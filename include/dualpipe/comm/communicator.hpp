@@ -42,6 +42,12 @@ struct Expected {
 
 enum class Reduce { sum, max, min };
 
+/// What a communicator will be used for, for a back end that saves what others do not need.
+struct GroupUse {
+  bool exchanges = true;  ///< all_to_all and all_gather are used; else NCCL connects their peers at the first use
+  bool sums = false;      ///< gradients are summed, under which little computes: they may occupy more of a device
+};
+
 /// Moves tensors between ranks. Used by one thread. All ranks of a communicator call its collectives in one order, and
 /// between two ranks the k-th send matches the k-th receive; collectives and sends do not match each other. Both ends
 /// of a message must agree on its epoch, sequence and signature; a mismatch is a CommError on both ends that shows
@@ -141,6 +147,10 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   /// Collective. Ranks with the same non-negative color form a communicator, ordered by key, then by rank here; color <
   /// 0: not a member, null. The results belong to the family of `*this`.
   virtual std::shared_ptr<Communicator> split(int color, int key) = 0;
+  /// split() of communicators whose use is known. Same `use` on all ranks.
+  virtual std::shared_ptr<Communicator> split_for(const GroupUse& /*use*/, int color, int key) {
+    return split(color, key);
+  }
 
   /// Makes pending and later calls of the whole family throw CommError on every rank, with this rank as origin and
   /// `reason` in the message. Completed operations that were not waited for throw as well. From any thread. Only the

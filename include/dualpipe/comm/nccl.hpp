@@ -19,11 +19,19 @@ struct NcclOptions {
   /// A communicator and a stream for each edge that connect() announces: their transfers run at the same time, and each
   /// takes its own memory and thread blocks. False: one for all edges, whose transfers run one after the other.
   bool communicator_per_edge = false;
-  /// Most thread blocks of one operation, each of which occupies a multiprocessor; 0: NCCL's choice. The limit holds
-  /// for transfers and collectives, the sums of gradients included.
-  int max_ctas = 4;
-  /// Fewest thread blocks of a collective; 0: NCCL's choice. A transfer may use fewer: NCCL gives it blocks by its size
-  /// and the number of ranks per host.
+  /// A transfer on an edge that connect() announced starts on both devices when both have come to it. False: where it
+  /// comes first it starts at once, and its kernel occupies thread blocks until the other end comes. Costs each transfer
+  /// the time that two messages of the control plane take. Needs CUDA_DEVICE_MAX_CONNECTIONS=32 in the environment, and
+  /// NCCL_LAUNCH_ORDER_IMPLICIT unset.
+  bool start_when_both_ready = false;
+  /// Most thread blocks of one transfer between stages, each of which occupies a multiprocessor; 0: NCCL's choice.
+  int max_transfer_ctas = 4;
+  /// The same of one collective: of stages, and of all communicators but those that sum gradients.
+  int max_collective_ctas = 4;
+  /// The same of a sum of gradients, under which little else runs.
+  int max_sum_ctas = 0;
+  /// Fewest thread blocks of a collective and of a sum; 0: NCCL's choice. A transfer is not concerned: NCCL gives it
+  /// blocks by its size and the number of ranks per host.
   int min_ctas = 0;
   /// Several ranks may use one device. Needs NCCL 2.30 and NCCL_MULTI_RANK_GPU_ENABLE=1 in the environment.
   bool share_devices = false;

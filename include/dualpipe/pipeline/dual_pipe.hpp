@@ -39,10 +39,15 @@ struct StepResult {
       false;  ///< with OnNonFinite::skip: something was not finite, so gradients and buffers are what they were
   std::vector<Tensors> outputs;  ///< with keep_outputs: by micro-batch of this rank's replica, empty where another rank
                                  ///< ran its last stage
-  torch::Tensor metrics;         ///< float64 on the CPU, the same on every rank: what the loss function returns behind
-                                 ///< the loss, summed over the micro-batches of all replicas
-  torch::Tensor added_losses;    ///< [stages] float64 on the CPU, the same on every rank: what stages have added by
-                                 ///< StageContext::add_loss, reduced as `loss` is, which does not contain it
+  Tensors input_gradients;  ///< of a step, on ranks that feed inputs: the gradient of `loss` with respect to each input
+                            ///< that was passed with requires_grad, with its sizes, on the pipeline's device;
+                            ///< undefined for the others. All of this replica's batch, whichever rank computed it, in
+                            ///< the order in which inputs were passed: of micro-batches made by hand or by chunk, first
+                            ///< those of micro-batch 0. Empty if no input requires grad
+  torch::Tensor metrics;    ///< float64 on the CPU, the same on every rank: what the loss function returns behind
+                            ///< the loss, summed over the micro-batches of all replicas
+  torch::Tensor added_losses;  ///< [stages] float64 on the CPU, the same on every rank: what stages have added by
+                               ///< StageContext::add_loss, reduced as `loss` is, which does not contain it
 
   /// losses, once they hold.
   DUALPIPE_DECL std::vector<double> micro_batch_losses() const;
@@ -113,7 +118,8 @@ class DualPipeImpl : public torch::nn::Module {
   /// not finite is an Error of StepResult::wait() and of the next step() then, as the gradients were handed out before.
   ///
   /// @param batch  of this rank's replica; whole, or what this rank needs: inputs where feeds_inputs(), targets where computes_loss(), extras
-  ///               where its stages use them. None of its tensors requires grad.
+  ///               where its stages use them. An input that requires grad has its gradient in
+  ///               StepResult::input_gradients; it is a leaf, as gradients end there. No other tensor requires grad.
   ///               Micro-batches made by hand may be of any number, the same in each replica; a kind that has no order
   ///               for so few, or for an odd number, leaves some out of the order for more, which rank 0 says once.
   /// @param loss   from the last stage's outputs and a micro-batch's targets to one element, which requires grad. The
@@ -182,6 +188,9 @@ class DualPipeImpl : public torch::nn::Module {
   /// Which part of the experts this rank has of a parameter or buffer, by its name in the pipeline; -1 where all ranks
   /// that hold its stage have the same.
   DUALPIPE_DECL int expert_part(const std::string& name) const;
+  /// All names that a parameter or buffer of this rank has in the pipeline: those of the stages that tie it (Stage::tie),
+  /// of other ranks too, lowest stage first. Only `name` where no stage does.
+  DUALPIPE_DECL std::vector<std::string> tied_names(const std::string& name) const;
   DUALPIPE_DECL const Schedule& schedule() const;
   DUALPIPE_DECL std::vector<int> local_stages() const;
   /// This rank runs the first stage for some micro-batches and needs their inputs.

@@ -20,18 +20,24 @@ namespace dualpipe {
 
 /// Sends rows to each rank of the group and receives rows from each. The last tensor moved holds the splits, integers:
 ///
-/// [size]     how many rows of the other tensors go to each rank, in order. Any number may come.
-/// [2, size]  the second row says how many rows must come from each rank; another number is an error.
+/// [size]            how many rows of the other tensors go to each rank, in order. Any number may come.
+/// [2, size]         the second row says how many rows must come from each rank; another number is an error.
+/// [1, size, kinds]  the rows for a rank are of several kinds, one behind the other: those of each of its experts, say.
+///                   The same number of kinds on all ranks.
+/// [2, size, kinds]  both.
 ///
-/// The result in their place is [2, size], int64, on the same device: what came, and what went. So the splits that a
-/// dispatch returns are those that the combine takes, and the combine is checked.
+/// The result in their place is [2, size] or [2, size, kinds], int64, on the CPU: what came, and what went. So the
+/// splits that a dispatch returns are those that the combine takes, and the combine is checked.
 ///
-///     stage.compute("route", …)                          // {x, ids, splits}
-///          .communicate("dispatch", all_to_all(group), {0, 1, 2})
-///          .compute("experts", …)                        // {y, splits as they came}
-///          .communicate("combine", all_to_all(group), {0, 1});
+///     stage.compute("route", …)                          // {x, rows, splits [1, size, experts of a rank]}
+///          .communicate("dispatch", all_to_all(group), {1, 2})
+///          .compute("experts", …)                        // {x, rows, splits as they came}: cuts rows by splits[0]
+///          .communicate("combine", all_to_all(group), {1, 2});
 ///
-/// Splits are best kept on the CPU: they are read when the collective is launched.
+/// The host must know the splits to launch the exchange. Those on a device are copied as soon as the node before has
+/// returned, and the host waits for that copy alone, when it launches: what was given to the device meanwhile, such as
+/// the other micro-batch of a pair, runs on. Nothing else waits for the device. Splits that leave a stage have to be
+/// brought to the device, since only tensors of the device travel between stages.
 DUALPIPE_DECL std::shared_ptr<Collective> all_to_all(std::shared_ptr<Communicator> group);
 
 /// The rows of all ranks of the group, in rank order. Ranks may have different numbers of rows. The backward sums the

@@ -46,6 +46,9 @@ DUALPIPE_DECL int rank_of(const Schedule& schedule, int stage, int micro_batch);
 /// Ranks that hold a copy of the stage, ascending.
 DUALPIPE_DECL std::vector<int> holders(const Schedule& schedule, int stage);
 
+/// Those of all stages, by stage. Who asks for many takes this: either one reads the whole schedule.
+DUALPIPE_DECL std::vector<std::vector<int>> holders(const Schedule& schedule);
+
 /// Stages that a rank holds, ascending. @throws InvalidArgument  if there is no such rank.
 DUALPIPE_DECL std::vector<int> stages_of(const Schedule& schedule, int rank);
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <any>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -28,6 +29,14 @@ class Collective {
   };
 
   virtual ~Collective() = default;
+
+  /// Called as soon as the inputs are computed; forward() may follow later, behind other work of the device. Starts what
+  /// forward() would have to wait for: a copy of sizes to the host. Not called where the stage begins with the
+  /// collective.
+  ///
+  /// @param inputs  as forward() gets them.
+  /// @return what forward() finds in StageContext::prepared; may be empty.
+  virtual std::any prepare(const Tensors& /*inputs*/) { return {}; }
 
   /// @param inputs  what the node moves: detached, requires_grad() saying which are differentiable; may be undefined.
   ///                They may be kept, but not written to.

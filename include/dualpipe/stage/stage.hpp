@@ -4,11 +4,13 @@
 #include <torch/nn/module.h>
 #include <torch/nn/pimpl.h>
 
+#include <any>
 #include <atomic>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -37,6 +39,7 @@ struct StageContext {
   at::Generator generator = {};
   std::optional<RandomKey> random = {};  ///< what layer_seed() takes; empty without a seed
   Tensors* added_losses = nullptr;       ///< where add_loss puts them; set by StageRun
+  std::any prepared = {};                ///< in Collective::forward: what its prepare() has returned
 
   /// Adds a loss of this micro-batch to what is trained, from any stage: it is weighted as the loss of the last stage is,
   /// and reported in StepResult::added_losses. Called by the stage's compute functions while they run.
@@ -58,6 +61,12 @@ struct Communication {
 };
 
 class StageRun;
+
+/// A module, and those of its parts that a stage uses.
+struct UsedParts {
+  std::shared_ptr<torch::nn::Module> whole;
+  std::shared_ptr<torch::nn::Module> parts;  ///< they have the names there that they have in the whole
+};
 
 /// What a stage computes and communicates, and the module that owns its parameters. A description: the pipeline copies
 /// it when it is constructed. Changing the original afterwards would have no effect and throws InvalidArgument; a copy
@@ -95,7 +104,7 @@ class Stage {
   DUALPIPE_DECL Stage& communicate(std::string name, std::shared_ptr<Collective> collective, std::vector<int> moves);
   /// Adds the nodes of `next` behind the own ones, their names prefixed `name.`; not its module, of which there may be
   /// one only. The whole splits its backward only where both did, has data-dependent shapes where either had, and takes
-  /// what `next` took where it had no nodes before.
+  /// what `next` took where it had no nodes before. What `next` ties is now tied as parts of this module, under `name.`.
   DUALPIPE_DECL Stage& append(const std::string& name, const Stage& next);
   /// false: all of the backward in I, nothing in W, for backwards that keep state or draw random numbers. Default true:
   /// an operation with a parameter among its arguments runs its backward twice, once for its input gradients and once
@@ -121,6 +130,24 @@ class Stage {
   ///
   /// @throws InvalidArgument  an empty name.
   DUALPIPE_DECL Stage& layer(const std::string& name);
+  /// Of its module, the stage uses these parts only: modules, parameters and buffers, by their names there. So a model that
+  /// is not cut can be every stage's module, while each stage's nodes call parts of it:
+  /// `Stage(model).uses({"norm", "blocks.3"}).compute(...)`. All else in the module is no part of the pipeline: neither
+  /// moved to its device nor summed, saved or counted. A node, or the loss, that gives it to an operation fails with its
+  /// name. module() is a module of the parts then, with the same names; train() and eval() reach the whole one too.
+  ///
+  /// @throws InvalidArgument  no module; no such part; a part twice or inside another one; called before.
+  DUALPIPE_DECL Stage& uses(const std::vector<std::string>& parts);
+  /// A parameter, a buffer, or all of those in a module, by its name in the stage's module, is one tensor of the model
+  /// with what other stages tie as the same name. The other stages may be on other ranks: each rank has one copy. All
+  /// copies begin with the value of the lowest rank, gradients are summed over all of them, and the tensor is owned,
+  /// counted, clipped and saved once, under its name in the lowest stage. Stages of one rank give the same tensor.
+  ///
+  /// @param name  of the tensor for all stages that have it; empty: `part`. Of a module's tensors, the beginning of it.
+  /// @throws InvalidArgument  an empty part; one that is tied already. Of the pipeline's constructor, on every rank: no
+  ///                          such part; a name that one stage has alone; tensors of one name with different sizes or
+  ///                          dtypes, or several of them on one rank; a part of experts.
+  DUALPIPE_DECL Stage& tie(const std::string& part, const std::string& name = "");
   /// Number of tensors the stage takes, where known; a micro-batch with another number is an error before user code
   /// runs.
   DUALPIPE_DECL Stage& takes(int num_inputs);
@@ -132,6 +159,10 @@ class Stage {
   void freeze(int rank, int stage) const noexcept { owner_->rank = rank, owner_->stage = stage; }
 
   const std::shared_ptr<torch::nn::Module>& module() const noexcept { return description_->module; }
+  /// What uses() was called for, here and in stages appended so far.
+  const std::vector<UsedParts>& used_parts() const noexcept { return description_->used; }
+  /// What tie() was called for: the names, by part.
+  const std::map<std::string, std::string>& ties() const noexcept { return description_->ties; }
   bool splits_backward() const noexcept { return description_->split; }
   bool has_data_dependent_shapes() const noexcept { return description_->data_dependent_shapes; }
   std::optional<int> num_inputs() const noexcept { return description_->num_inputs; }
@@ -181,6 +212,8 @@ class Stage {
     bool split = true;
     bool data_dependent_shapes = false;
     std::optional<int> num_inputs = {};
+    std::vector<UsedParts> used = {};
+    std::map<std::string, std::string> ties = {};
   };
   /// The pipeline's stage that was built of it. Ranks that are threads may build theirs of copies of one stage.
   struct Owner {

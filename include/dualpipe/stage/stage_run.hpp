@@ -129,6 +129,8 @@ class StageRun {
   DUALPIPE_DECL void leave_layer(std::size_t index);
   /// As the key of what it draws names it.
   DUALPIPE_DECL std::string layer_of(std::size_t index) const;
+  /// Tells node `index` of the chain that its inputs are there, if it is a collective.
+  DUALPIPE_DECL void prepare(int index);
   DUALPIPE_DECL void launch(const std::shared_ptr<const Communication>& communication);
 
   const Stage* stage_;

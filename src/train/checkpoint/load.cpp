@@ -98,20 +98,42 @@ std::string dtype_text(const SafetensorsFile::Entry& entry) {
   return safetensors_dtype("", at::empty({0}, at::TensorOptions().dtype(entry.dtype)));
 }
 
-/// What the files lack, have too much or have otherwise; empty: nothing.
+/// What the tensors of a model are called in files.
+struct FileNames {
+  std::map<std::string, std::string> names;  ///< by the model's names
+  std::set<std::string> known;               ///< these, and other names of the same tensors
+};
+
+/// Of the names of a tensor the files may have any.
 ///
-/// @param file_names  from the model's name of a tensor to that in the files.
-std::string difference(const WholeModel& model, const TensorFiles& files,
-                       const std::map<std::string, std::string>& file_names, bool converts, bool allow_unused) {
+/// @param file_name  from a name of the model to that in the files; gives an empty one for what is not to be loaded.
+template <class FileName>
+FileNames file_names_of(const WholeModel& model, const TensorFiles& files, const FileName& file_name) {
+  FileNames found;
+  for (const auto& [name, line] : model) {
+    std::string chosen = file_name(name);
+    if (chosen.empty()) continue;
+    found.known.insert(chosen);
+    for (const std::string& other : line.also) {
+      const std::string also = file_name(other);
+      found.known.insert(also);
+      if (!files.contains(chosen) && files.contains(also)) chosen = also;
+    }
+    found.names[name] = chosen;
+  }
+  return found;
+}
+
+/// What the files lack, have too much or have otherwise; empty: nothing.
+std::string difference(const WholeModel& model, const TensorFiles& files, const FileNames& file_names, bool converts,
+                       bool allow_unused) {
   std::vector<std::string> missing, other, unused;
-  std::set<std::string> used;
-  for (const auto& [name, file_name] : file_names) {
+  for (const auto& [name, file_name] : file_names.names) {
     const std::string shown = name == file_name ? name : name + " (" + file_name + " in the file)";
     if (!files.contains(file_name)) {
       missing.push_back(shown);
       continue;
     }
-    used.insert(file_name);
     const TensorLine& line = model.at(name);
     const SafetensorsFile::Entry& entry = files.entry(file_name);
     const std::string dtype = dtype_text(entry);
@@ -122,7 +144,7 @@ std::string difference(const WholeModel& model, const TensorFiles& files,
   }
   if (!allow_unused)
     for (const std::string& name : files.names())
-      if (!used.contains(name)) unused.push_back(name);
+      if (!file_names.known.contains(name)) unused.push_back(name);
   std::string text;
   if (!missing.empty()) text += "; missing are " + listed(missing);
   if (!unused.empty()) text += "; the model does not have " + listed(unused);
@@ -202,6 +224,15 @@ struct StagedOptimizer {
   std::vector<std::unique_ptr<torch::optim::OptimizerOptions>> options;
 };
 
+/// From other names of a tensor to that which it has in the model.
+std::map<std::string, std::string> names_in_model(const WholeModel& model) {
+  std::map<std::string, std::string> names;
+  for (const auto& [name, line] : model)
+    for (const std::string& other : line.also) names[other] = name;
+  for (const auto& [name, line] : model) names[name] = name;
+  return names;
+}
+
 /// The same on all ranks. @throws InvalidArgument  states of another optimizer.
 void check_optimizer(const WholeModel& model, const TensorFiles& files, const Json& saved, const OptimizerKind& kind,
                      std::size_t num_groups) {
@@ -210,12 +241,16 @@ void check_optimizer(const WholeModel& model, const TensorFiles& files, const Js
   DUALPIPE_CHECK(saved.at("groups").size() == num_groups, "the checkpoint is of an optimizer with ",
                  saved.at("groups").size(), " parameter groups, here it has ", num_groups);
   std::vector<std::string> moved, unknown, other;
+  const std::map<std::string, std::string> names = names_in_model(model);
+  const auto find = [&](const std::string& name) {
+    const auto found = names.find(name);
+    return found == names.end() ? model.end() : model.find(found->second);
+  };
   for (const auto& [name, group] : saved.at("group_of").items())
-    if (const auto line = model.find(name); line != model.end() && line->second.group != group.get<int>())
+    if (const auto line = find(name); line != model.end() && line->second.group != group.get<int>())
       moved.push_back(name);
   for (const std::string& key : files.names()) {
-    const std::string name = key.substr(0, key.rfind('.'));
-    const auto line = model.find(name);
+    const auto line = find(key.substr(0, key.rfind('.')));
     if (line == model.end() || line->second.group < 0)
       unknown.push_back(key);
     else if (const auto& entry = files.entry(key); !entry.sizes.empty() && entry.sizes != line->second.sizes)
@@ -228,13 +263,15 @@ void check_optimizer(const WholeModel& model, const TensorFiles& files, const Js
   DUALPIPE_CHECK(other.empty(), "optimizer states have other sizes than their parameters: ", listed(other));
 }
 
-StagedOptimizer staged_optimizer(const ModelState& model, const TensorFiles& files, const Json& saved,
-                                 const OptimizerKind& kind, const torch::optim::Optimizer& optimizer) {
+StagedOptimizer staged_optimizer(const ModelState& model, const WholeModel& whole, const TensorFiles& files,
+                                 const Json& saved, const OptimizerKind& kind,
+                                 const torch::optim::Optimizer& optimizer) {
   StagedOptimizer staged;
-  std::map<std::string, std::vector<std::string>> fields;  // by parameter
+  std::map<std::string, std::map<std::string, std::string>> fields;  // by parameter: the keys, by field
+  const std::map<std::string, std::string> names = names_in_model(whole);
   for (const std::string& key : files.names()) {
     const std::size_t dot = key.rfind('.');
-    fields[key.substr(0, dot)].push_back(key.substr(dot + 1));
+    fields[names.at(key.substr(0, dot))].try_emplace(key.substr(dot + 1), key);
   }
   const std::map<const void*, int> own = group_indices(optimizer, model);
   for (const StageState& stage : model.stages)
@@ -243,8 +280,8 @@ StagedOptimizer staged_optimizer(const ModelState& model, const TensorFiles& fil
       void* key = item.tensor.unsafeGetTensorImpl();
       if (found == fields.end() || !own.contains(key) || staged.states.contains(key)) continue;
       StateFields values;
-      for (const std::string& field : found->second) {
-        at::Tensor value = files.read(name + "." + field);
+      for (const auto& [field, key_of_field] : found->second) {
+        at::Tensor value = files.read(key_of_field);
         const bool is_step = value.dim() == 0 && value.scalar_type() == at::kLong;
         values[field] = is_step ? value : value.to(item.tensor.device());
       }
@@ -311,8 +348,6 @@ CheckpointExtra load_checkpoint(const std::string& folder, torch::nn::Module& mo
   const Manifest& manifest = checkpoint.manifest;
   const ModelState state = model_state(model, manifest.stage_prefix);
   const WholeModel lines = gather_model(group, state, &optimizer);
-  std::map<std::string, std::string> names;
-  for (const auto& [name, line] : lines) names[name] = name;
 
   Staged weights;
   StagedOptimizer states;
@@ -321,6 +356,7 @@ CheckpointExtra load_checkpoint(const std::string& folder, torch::nn::Module& mo
   group.on_all([&] {
     try {
       const TensorFiles files(checkpoint.folder, read_index(checkpoint.folder / "model.safetensors.index.json"));
+      const FileNames names = file_names_of(lines, files, [](const std::string& name) { return name; });
       const std::string text = difference(lines, files, names, false, false);
       DUALPIPE_CHECK(text.empty(), "the checkpoint ", checkpoint.folder.string(), " is of another model", text,
                      manifest.stage_prefix ? "; its names begin with the stage, so it fits the same cut only" : "");
@@ -329,8 +365,8 @@ CheckpointExtra load_checkpoint(const std::string& folder, torch::nn::Module& mo
                                     read_index(folder_of_states / "optimizer.safetensors.index.json"));
       const auto kind = kind_of(optimizer);
       check_optimizer(lines, state_files, manifest.optimizer, *kind, optimizer.param_groups().size());
-      states = staged_optimizer(state, state_files, manifest.optimizer, *kind, optimizer);
-      weights = staged_weights(state, files, names);
+      states = staged_optimizer(state, lines, state_files, manifest.optimizer, *kind, optimizer);
+      weights = staged_weights(state, files, names.names);
       random = staged_random(group, checkpoint);
       extra.step = manifest.step;
       extra.values = values_of(manifest.values);
@@ -361,15 +397,12 @@ void load_weights(const std::string& path, torch::nn::Module& model, const LoadW
   const WholeModel lines = gather_model(group, state, nullptr);
   Staged weights;
   group.on_all([&] {
-    std::map<std::string, std::string> names;
-    for (const auto& [name, line] : lines) {
-      const std::string file_name = options.file_name ? options.file_name(name) : name;
-      if (!file_name.empty()) names[name] = file_name;
-    }
     const TensorFiles files = weights_at(path);
+    const FileNames names = file_names_of(
+        lines, files, [&](const std::string& name) { return options.file_name ? options.file_name(name) : name; });
     const std::string text = difference(lines, files, names, true, options.allow_unused);
     DUALPIPE_CHECK(text.empty(), path, " does not fit the model", text);
-    weights = staged_weights(state, files, names);
+    weights = staged_weights(state, files, names.names);
   });
   apply_weights(weights, state);
 }

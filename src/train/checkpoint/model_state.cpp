@@ -22,18 +22,41 @@ StageState state_of(const torch::nn::Module& module) {
   return stage;
 }
 
-/// The state of a stage of a pipeline. With stage_prefix names are those of this cut and these expert groups:
-/// "stage2.weight", "stage2.part1.experts.0.weight".
-StageState state_of(const DualPipeImpl& pipe, const torch::nn::Module& module, const std::string& stage_name,
-                    bool stage_prefix) {
-  StageState stage;
-  stage.number = std::stoi(stage_name.substr(std::string("stage").size()));
-  for (auto& [name, item] : state_of(module).tensors) {
-    item.part = pipe.expert_part(stage_name + "." + name);
-    const std::string part = item.part < 0 ? "" : str("part", item.part, ".");
-    stage.tensors[stage_prefix ? str(stage_name, ".", part, name) : name] = item;
-  }
+/// The state of a module that is trained as a whole: whichever name of a tensor a file has will do.
+StageState state_of_whole(const torch::nn::Module& module) {
+  StageState stage = state_of(module);
+  std::map<const void*, std::vector<std::string>> names;
+  for (const auto& [name, item] : stage.tensors) names[item.tensor.unsafeGetTensorImpl()].push_back(name);
+  for (auto& [name, item] : stage.tensors)
+    for (const std::string& other : names.at(item.tensor.unsafeGetTensorImpl()))
+      if (other != name) item.also.push_back(other);
   return stage;
+}
+
+int number_of_stage(const std::string& name) { return std::stoi(name.substr(std::string("stage").size())); }
+
+/// The state of a stage of a pipeline, by the number of the stage that has it: tied tensors are those of another. With
+/// stage_prefix names are those of this cut and these expert groups: "stage2.weight", "stage2.part1.experts.0.weight".
+std::map<int, StageState> state_of(const DualPipeImpl& pipe, const torch::nn::Module& module,
+                                   const std::string& stage_name, bool stage_prefix) {
+  std::map<int, StageState> stages;
+  for (auto& [name, item] : state_of(module).tensors) {
+    const std::string full_name = stage_name + "." + name;
+    item.part = pipe.expert_part(full_name);
+    std::vector<std::string> shown;
+    const std::vector<std::string> all = pipe.tied_names(full_name);
+    for (const std::string& each : all) {
+      const auto dot = each.find('.');
+      const std::string part = item.part < 0 ? "" : str("part", item.part, ".");
+      shown.push_back((stage_prefix ? str(each.substr(0, dot), ".", part) : "") + each.substr(dot + 1));
+    }
+    for (std::size_t i = 1; i < shown.size(); ++i)
+      if (shown[i] != shown[0]) item.also.push_back(shown[i]);
+    const int number = number_of_stage(all[0]);
+    stages[number].number = number;
+    stages[number].tensors[shown[0]] = item;
+  }
+  return stages;
 }
 
 }  // namespace
@@ -42,13 +65,14 @@ ModelState model_state(const torch::nn::Module& model, bool stage_prefix) {
   ModelState state;
   const auto* pipe = dynamic_cast<const DualPipeImpl*>(&model);
   if (pipe == nullptr) {
-    state.stages.push_back(state_of(model));
+    state.stages.push_back(state_of_whole(model));
   } else {
     // What is loaded goes through tensors, which share their values whether a module is const or not.
     state.pipe = const_cast<DualPipeImpl*>(pipe);  // NOLINT(cppcoreguidelines-pro-type-const-cast)
     state.communicator = pipe->world();
     for (const auto& child : pipe->named_children())
-      state.stages.push_back(state_of(*pipe, *child.value(), child.key(), stage_prefix));
+      for (auto& [number, stage] : state_of(*pipe, *child.value(), child.key(), stage_prefix))
+        state.stages.push_back(std::move(stage));
   }
   // A tensor that several stages of this rank have under one name is listed once.
   std::set<std::pair<std::string, const void*>> seen;
@@ -70,6 +94,7 @@ TensorLine line_of(const std::string& name, const NamedState& item, int stage) {
   line.stage = stage;
   line.part = item.part;
   line.is_parameter = item.is_parameter;
+  line.also = item.also;
   return line;
 }
 
@@ -108,7 +133,8 @@ WholeModel whole_model(const std::vector<std::vector<TensorLine>>& lines, const 
     return listed(all);
   };
   DUALPIPE_CHECK(stages.empty(), "several stages use one name: ", texts(stages),
-                 "; make stages by split(), which names layers, or set CheckpointOptions::stage_prefix");
+                 "; make stages by split(), which names layers, or say Stage::tie of what is one tensor, or set "
+                 "CheckpointOptions::stage_prefix");
   DUALPIPE_CHECK(parts.empty(), "ranks have different experts under one name: ", texts(parts),
                  "; name experts by their numbers in the model, or set CheckpointOptions::stage_prefix");
   DUALPIPE_CHECK(groups.empty(), "the optimizers of ranks have one parameter in different groups: ", texts(groups));
@@ -116,7 +142,8 @@ WholeModel whole_model(const std::vector<std::vector<TensorLine>>& lines, const 
 }
 
 void to_json(nlohmann::json& json, const TensorLine& line) {
-  json = {line.name, line.dtype, line.sizes, line.stage, line.part, line.is_parameter, line.group, line.fields};
+  json = {line.name,         line.dtype, line.sizes,  line.stage, line.part,
+          line.is_parameter, line.group, line.fields, line.also};
 }
 
 void from_json(const nlohmann::json& json, TensorLine& line) {
@@ -128,6 +155,7 @@ void from_json(const nlohmann::json& json, TensorLine& line) {
   json.at(5).get_to(line.is_parameter);
   json.at(6).get_to(line.group);
   json.at(7).get_to(line.fields);
+  json.at(8).get_to(line.also);
 }
 
 std::string shape_text(const std::string& dtype, const std::vector<std::int64_t>& sizes) {

@@ -20,7 +20,8 @@ namespace dualpipe::detail {
 struct NamedState {
   at::Tensor tensor;
   bool is_parameter = true;
-  int part = -1;  ///< of the experts; -1: all ranks that hold the stage have the same
+  int part = -1;                       ///< of the experts; -1: all ranks that hold the stage have the same
+  std::vector<std::string> also = {};  ///< other names of the tensor in the model: it is saved once, found under any
 };
 
 /// Tensors of one stage, or of a whole module, by name.
@@ -29,7 +30,7 @@ struct StageState {
   std::map<std::string, NamedState> tensors;
 };
 
-/// What this rank holds of a model.
+/// What this rank holds of a model. What stages of several ranks tie is a tensor of the lowest of these stages.
 struct ModelState {
   std::shared_ptr<Communicator> communicator;  ///< of all replicas; null: a module that one process trains
   DualPipeImpl* pipe = nullptr;                ///< null as well then
@@ -49,6 +50,7 @@ struct TensorLine {
   bool is_parameter = true;
   int group = -1;                   ///< of this rank's optimizer; -1: it does not have the tensor
   std::vector<std::string> fields;  ///< of the state in this rank's optimizer
+  std::vector<std::string> also;    ///< as in NamedState
 };
 /// Without group and fields. @throws InvalidArgument  a dtype that checkpoints cannot hold.
 TensorLine line_of(const std::string& name, const NamedState& item, int stage);

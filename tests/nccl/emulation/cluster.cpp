@@ -128,10 +128,12 @@ void perform(Cluster& cluster, Member& member, Operation& operation) {
   if (!gone()) {
     for (Part& part : operation.parts) begin(cluster, member, part);
     cluster.changed.notify_all();
+    ++cluster.waiting[device];
     cluster.changed.wait(lock, [&] {
       return gone() ||
              std::all_of(operation.parts.begin(), operation.parts.end(), [](const Part& part) { return part.done; });
     });
+    --cluster.waiting[device];
     for (Part& part : operation.parts)
       if (!part.done) withdraw(member, part);
     if (alone) cluster.occupied[device] = false;
@@ -141,7 +143,7 @@ void perform(Cluster& cluster, Member& member, Operation& operation) {
   cluster.changed.notify_all();
 }
 
-Stream::Stream(Cluster& cluster, int rank, bool on_host) : cluster_(cluster), on_host_(on_host) {
+Stream::Stream(Cluster& cluster, int rank, bool on_host) : cluster_(cluster), rank_(rank), on_host_(on_host) {
   {
     const std::lock_guard lock(cluster.mutex);
     id_ = ++cluster.streams;

@@ -105,12 +105,14 @@ class Stream {
   void enqueue(std::function<void()> task);
   void synchronize();
   std::uint64_t id() const { return id_; }
+  int rank() const { return rank_; }
 
  private:
   void work();
   void delay();
 
   Cluster& cluster_;
+  const int rank_;
   const bool on_host_;
   std::uint64_t id_ = 0;
   std::mutex mutex_;
@@ -128,14 +130,20 @@ struct Cluster {
       : options(with),
         occupied(static_cast<std::size_t>(num_ranks), false),
         loading(static_cast<std::size_t>(num_ranks), false),
+        waiting(static_cast<std::size_t>(num_ranks), 0),
+        beside_waiting(static_cast<std::size_t>(num_ranks), 0),
+        flag_uses(static_cast<std::size_t>(num_ranks), 0),
         communicators(static_cast<std::size_t>(num_ranks)),
         connections(static_cast<std::size_t>(num_ranks)) {}
 
   const NcclEmulation::Options options;
   std::mutex mutex;
   std::condition_variable changed;
-  std::vector<bool> occupied;                           ///< by device: performs a transfer
-  std::vector<bool> loading;                            ///< by device: loads code, and its context is locked
+  std::vector<bool> occupied;       ///< by device: performs a transfer
+  std::vector<bool> loading;        ///< by device: loads code, and its context is locked
+  std::vector<int> waiting;         ///< by device: operations that have begun and wait for other ranks
+  std::vector<int> beside_waiting;  ///< by device: kernels that have begun meanwhile
+  std::vector<int> flag_uses;       ///< by device: writes and waits of flags that are queued
   std::vector<std::vector<std::string>> communicators;  ///< by rank: names
   std::vector<std::vector<std::string>> connections;    ///< by rank
   std::uint64_t ids = 0;
@@ -148,6 +156,7 @@ struct Cluster {
   std::vector<std::string> violations;
   std::vector<std::unique_ptr<Stream>> retired;
   std::map<std::uint64_t, Stream*> alive;  ///< by id
+  std::vector<std::shared_ptr<void>> leaked_flags;
   Memory memory;
   bool stopped = false;
 };

@@ -134,6 +134,27 @@ class NcclEmulation::Device final : public detail::DeviceApi {
     return real(event)->state->time;
   }
 
+  std::shared_ptr<detail::DeviceFlag[]> create_flags(std::size_t count) override {
+    enter_context(*cluster_, rank_);
+    const auto memory = std::make_shared<std::vector<detail::DeviceFlag>>(count);
+    return {memory->data(), [memory, cluster = cluster_, device = device_index()](detail::DeviceFlag*) {
+              std::unique_lock lock(cluster->mutex);
+              const auto unused = [&] { return cluster->flag_uses[device] == 0; };
+              if (cluster->changed.wait_for(lock, cluster->options.patience, unused)) return;
+              cluster->violations.push_back("flags are freed for which a stream waits");
+              cluster->leaked_flags.push_back(memory);
+            }};
+  }
+  void write_flag(DeviceStream stream, detail::DeviceFlag& flag, std::uint32_t value) override {
+    use_flag(stream, [&flag, value] {
+      flag = value;
+      return true;
+    });
+  }
+  void wait_for_flag(DeviceStream stream, const detail::DeviceFlag& flag, std::uint32_t value) override {
+    use_flag(stream, [&flag, value] { return static_cast<std::int32_t>(flag - value) >= 0; });
+  }
+
   at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, DeviceStream stream) override {
     if (real(stream) == host_.get()) return at::empty(sizes, dtype);
     const std::uint64_t id = real(stream)->id();
@@ -177,6 +198,24 @@ class NcclEmulation::Device final : public detail::DeviceApi {
   }
 
  private:
+  std::size_t device_index() const { return static_cast<std::size_t>(rank_); }
+  /// Queues a task that repeats `done` until it is true.
+  template <class Done>
+  void use_flag(DeviceStream stream, const Done& done) {
+    enter_context(*cluster_, rank_);
+    {
+      const std::lock_guard lock(cluster_->mutex);
+      ++cluster_->flag_uses[device_index()];
+    }
+    real(stream)->enqueue([cluster = cluster_.get(), device = device_index(), done] {
+      std::unique_lock lock(cluster->mutex);
+      // Nobody tells the device of a write by the host.
+      while (!done() && !cluster->stopped) cluster->changed.wait_for(lock, std::chrono::microseconds(100));
+      --cluster->flag_uses[device];
+      cluster->changed.notify_all();
+    });
+  }
+
   std::shared_ptr<Cluster> cluster_;
   const int rank_;
   std::unique_ptr<Stream> host_;
@@ -398,7 +437,18 @@ void NcclEmulation::set_current(int rank, DeviceStream stream) const {
   devices_.at(static_cast<std::size_t>(rank))->set_current(real(stream));
 }
 void NcclEmulation::run(DeviceStream stream, std::function<void()> kernel) const {
-  real(stream)->enqueue(std::move(kernel));
+  const auto device = static_cast<std::size_t>(real(stream)->rank());
+  real(stream)->enqueue([cluster = cluster_.get(), device, kernel = std::move(kernel)] {
+    {
+      const std::lock_guard lock(cluster->mutex);
+      if (cluster->waiting[device] > 0) ++cluster->beside_waiting[device];
+    }
+    kernel();
+  });
+}
+int NcclEmulation::kernels_beside_waiting(int rank) const {
+  const std::lock_guard lock(cluster_->mutex);
+  return cluster_->beside_waiting.at(static_cast<std::size_t>(rank));
 }
 void NcclEmulation::synchronize(DeviceStream stream) const { real(stream)->synchronize(); }
 

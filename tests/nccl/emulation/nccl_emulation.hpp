@@ -20,6 +20,7 @@ struct Cluster;
 ///  * A stream is a queue with a thread, which waits a random time before each task. An event completes when its stream
 ///    reaches it.
 ///  * A send and its receive complete when both have begun; nothing is buffered.
+///  * A stream that waits for a flag sees it a random time after it is written. Freeing flags waits for the device.
 ///  * A communicator performs one operation at a time (a group is one), in launch order, whatever their streams.
 ///  * What NCCL leaves undefined is a violation: sizes, dtypes or collectives that do not match (the operation hangs
 ///    until it is aborted), a handle used after its end, a call in the wrong place.
@@ -50,6 +51,8 @@ class NcclEmulation {
   void set_current(int rank, detail::DeviceStream stream) const;
   /// Queues a task on a stream, as launching a kernel does.
   void run(detail::DeviceStream stream, std::function<void()> kernel) const;
+  /// How many of these have begun on the rank's device while an operation of NCCL occupied it to wait for another rank.
+  int kernels_beside_waiting(int rank) const;
   /// Blocks until the stream is empty.
   void synchronize(detail::DeviceStream stream) const;
 

@@ -50,8 +50,12 @@ void split_tensors(const Tensors& tensors, const std::vector<Split>& splits, con
     if (split.how == Split::How::chunk) {
       std::int64_t begin = 0;
       const std::vector<std::int64_t> sizes = slices(samples_of(tensors[i], i, what, split.dim), i, what, split.dim);
+      const at::Tensor& tensor = tensors[i];
       for (std::size_t m = 0; m < into.size(); begin += sizes[m++])
-        (into[m].*member).push_back(tensors[i].narrow(split.dim, begin, sizes[m]));
+        (into[m].*member)
+            .push_back(tensor.requires_grad() && tensor.is_leaf()
+                           ? tensor.detach().narrow(split.dim, begin, sizes[m]).set_requires_grad(true)
+                           : tensor.narrow(split.dim, begin, sizes[m]));
       return;
     }
     for (std::size_t m = 0; m < into.size(); ++m) {

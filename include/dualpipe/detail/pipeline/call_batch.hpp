@@ -22,9 +22,18 @@ struct BatchUse {
 
 /// The micro-batches that this rank needs, empty where it needs none; fills in what the statement says of them.
 ///
-/// @throws InvalidArgument  the batch does not split, lacks what this rank needs, or has a tensor that requires grad in
-///                          training.
+/// @throws InvalidArgument  the batch does not split, lacks what this rank needs, or has in training a tensor that
+///                          requires grad and is no leaf among the inputs.
 DUALPIPE_DECL std::vector<Batch> prepare(const Batch& batch, const BatchUse& use, CallStatement& statement);
+
+/// Whether a step is asked for gradients of inputs.
+DUALPIPE_DECL bool wants_input_gradients(const std::vector<Batch>& micro_batches);
+/// As StepResult::input_gradients.
+///
+/// @param micro_batches  of the batch.
+/// @param gradients      by micro-batch: of those of its inputs that require grad.
+DUALPIPE_DECL Tensors input_gradients(const Batch& batch, const std::vector<Batch>& micro_batches,
+                                      const std::vector<Tensors>& gradients, const DualPipeOptions& options);
 
 /// Collective over a pipeline: what this rank needs of the batch of its rank 0.
 ///

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstddef>
+#include <numeric>
 #include <string>
 #include <utility>
 
@@ -15,13 +17,20 @@
 namespace dualpipe::detail {
 
 /// A member of a batch, of the whole one or of all of its micro-batches.
-inline CallStatement::Part batch_part(const Batch& batch, Tensors Batch::* member, bool needed) {
+///
+/// @param trains  gradients may be asked for.
+inline CallStatement::Part batch_part(const Batch& batch, Tensors Batch::* member, bool needed, bool trains) {
   CallStatement::Part part{.needed = needed, .passed = !(batch.*member).empty()};
   for (const Batch& micro_batch : batch.micro_batches) part.passed = part.passed || !(micro_batch.*member).empty();
   if (!part.passed) return part;
   Digest digest;
-  digest.add_values(batch.*member);
-  for (const Batch& micro_batch : batch.micro_batches) digest.add_values(micro_batch.*member);
+  const auto add = [&](const Tensors& tensors) {
+    digest.add_values(tensors);
+    for (const at::Tensor& tensor : tensors)
+      if (trains) digest.add(std::uint64_t{tensor.defined() && tensor.requires_grad()});
+  };
+  add(batch.*member);
+  for (const Batch& micro_batch : batch.micro_batches) add(micro_batch.*member);
   part.digest = digest.value();
   return part;
 }
@@ -29,16 +38,22 @@ inline CallStatement::Part batch_part(const Batch& batch, Tensors Batch::* membe
 inline void check_no_gradient(const Tensors& tensors, const std::string& name) {
   for (std::size_t i = 0; i < tensors.size(); ++i)
     DUALPIPE_CHECK(!tensors[i].defined() || !tensors[i].requires_grad(), name, "[", i,
-                   "] requires grad, but gradients end at the batch: what computes it would not be trained; pass "
+                   "] requires grad, but only inputs have gradients: what computes it would not be trained; pass "
                    "detach(), or let a stage compute it");
 }
 
-inline void check_no_gradients(const Batch& batch, const std::string& name) {
-  check_no_gradient(batch.inputs, name + "inputs");
+/// Gradients of inputs are handed out, and flow nowhere else.
+inline void check_gradients_end(const Batch& batch, const std::string& name) {
+  for (std::size_t i = 0; i < batch.inputs.size(); ++i)
+    DUALPIPE_CHECK(!batch.inputs[i].defined() || !batch.inputs[i].requires_grad() || batch.inputs[i].is_leaf(), name,
+                   "inputs[", i,
+                   "] requires grad and was computed, but gradients end at the batch: what computes it would not be "
+                   "trained; pass detach(), let a stage compute it, or pass detach().requires_grad_() and hand "
+                   "StepResult::input_gradients to its backward()");
   check_no_gradient(batch.targets, name + "targets");
   check_no_gradient(batch.extras, name + "extras");
   for (std::size_t m = 0; m < batch.micro_batches.size(); ++m)
-    check_no_gradients(batch.micro_batches[m], str("micro-batch ", m, ": Batch::"));
+    check_gradients_end(batch.micro_batches[m], str("micro-batch ", m, ": Batch::"));
 }
 
 /// How many samples a micro-batch has; -1 where no tensor tells.
@@ -56,7 +71,7 @@ inline std::int64_t micro_batch_size(const Batch& micro_batch, const BatchUse& u
 }
 
 std::vector<Batch> prepare(const Batch& batch, const BatchUse& use, CallStatement& statement) {
-  if (use.trains) check_no_gradients(batch, "Batch::");
+  if (use.trains) check_gradients_end(batch, "Batch::");
   for (std::size_t m = 0; m < batch.weights.size(); ++m)
     DUALPIPE_CHECK(std::isfinite(batch.weights[m]) && batch.weights[m] >= 0, "Batch::weights[", m, "] is ",
                    batch.weights[m], "; a weight is a finite number that is not negative");
@@ -76,12 +91,53 @@ std::vector<Batch> prepare(const Batch& batch, const BatchUse& use, CallStatemen
       DUALPIPE_CHECK(micro_batches[m].inputs[i].defined(), "micro-batch ", m, ": Batch::inputs[", i, "] is undefined");
 
   statement.num_micro_batches = count;
-  statement.inputs = batch_part(batch, &Batch::inputs, use.feeds_inputs);
-  statement.targets = batch_part(batch, &Batch::targets, use.computes_loss);
-  statement.extras = batch_part(batch, &Batch::extras, false);
+  statement.inputs = batch_part(batch, &Batch::inputs, use.feeds_inputs, use.trains);
+  statement.targets = batch_part(batch, &Batch::targets, use.computes_loss, use.trains);
+  statement.extras = batch_part(batch, &Batch::extras, false, use.trains);
   if (use.sizes && statement.inputs.passed)
     for (const Batch& micro_batch : micro_batches) statement.sizes.push_back(micro_batch_size(micro_batch, use));
   return micro_batches;
+}
+
+bool wants_input_gradients(const std::vector<Batch>& micro_batches) {
+  return std::any_of(micro_batches.begin(), micro_batches.end(), [](const Batch& micro_batch) {
+    return std::any_of(micro_batch.inputs.begin(), micro_batch.inputs.end(),
+                       [](const at::Tensor& input) { return input.requires_grad(); });
+  });
+}
+
+Tensors input_gradients(const Batch& batch, const std::vector<Batch>& micro_batches,
+                        const std::vector<Tensors>& gradients, const DualPipeOptions& options) {
+  const at::NoGradGuard no_grad;
+  std::vector<Tensors> of_inputs(micro_batches.size());
+  for (std::size_t m = 0; m < micro_batches.size(); ++m) {
+    std::size_t next = 0;
+    for (const at::Tensor& input : micro_batches[m].inputs)
+      of_inputs[m].push_back(input.requires_grad() ? gradients[m].at(next++) : at::Tensor());
+  }
+  if (!batch.micro_batches.empty()) {
+    Tensors all;
+    for (const Tensors& each : of_inputs) all.insert(all.end(), each.begin(), each.end());
+    return all;
+  }
+  Tensors all(batch.inputs.size());
+  std::size_t input = 0;
+  const std::vector<Split> splits = splits_of(batch.inputs, options.split.inputs, options.batch_dim);
+  for_each_split(
+      batch.inputs, splits, "inputs", static_cast<int>(micro_batches.size()), [&](std::size_t at, const Split& split) {
+        Tensors parts;
+        for (const Tensors& each : of_inputs) parts.push_back(each[input]);
+        ++input;
+        if (split.how == Split::How::list) {
+          std::copy(parts.begin(), parts.end(), all.begin() + static_cast<std::ptrdiff_t>(at));
+        } else if (parts[0].defined()) {
+          all[at] = split.how == Split::How::chunk
+                        ? at::cat(parts, split.dim)
+                        : std::accumulate(parts.begin() + 1, parts.end(), parts[0].clone(),
+                                          [](at::Tensor sum, const at::Tensor& part) { return sum.add_(part); });
+        }
+      });
+  return all;
 }
 
 Batch sent_batch(Communicator& pipeline, const Batch& batch, const std::vector<int>& feeding,
@@ -103,7 +159,9 @@ Batch sent_batch(Communicator& pipeline, const Batch& batch, const std::vector<i
           const Tensors& tensors = part.*members[i];
           counts.push_back(needed[i] ? std::ssize(tensors) : 0);
           for (std::size_t t = 0; needed[i] && t < tensors.size(); ++t)
-            message.push_back(tensors[t].defined() ? tensors[t].cpu() : tensors[t]);
+            message.push_back(tensors[t].defined()
+                                  ? tensors[t].detach().cpu().set_requires_grad(tensors[t].requires_grad())
+                                  : tensors[t]);
         }
       };
       for (const Batch& micro_batch : batch.micro_batches) add(micro_batch);

@@ -26,12 +26,12 @@ inline const char* call_name(CallStatement::Call call) {
   return names.at(static_cast<std::size_t>(call));
 }
 
-constexpr std::int64_t min_statement = 14;  // numbers, of a rank without parameters
+constexpr std::int64_t min_statement = 15;  // numbers, of a rank without parameters
 
 /// A statement as numbers, without the text of its finding.
 inline at::Tensor packed_statement(const CallStatement& statement) {
   std::vector<std::int64_t> numbers{static_cast<std::int64_t>(statement.call), statement.finding.empty() ? 0 : 1,
-                                    statement.step, statement.num_micro_batches};
+                                    statement.observed ? 1 : 0, statement.step, statement.num_micro_batches};
   for (const CallStatement::Part* part : {&statement.inputs, &statement.targets, &statement.extras})
     numbers.insert(numbers.end(),
                    {part->needed ? 1 : 0, part->passed ? 1 : 0, static_cast<std::int64_t>(part->digest)});
@@ -54,6 +54,7 @@ inline bool unpack_statement(const at::Tensor& packed, CallStatement& statement)
   const auto* const end = next + packed.numel();
   statement.call = static_cast<CallStatement::Call>(*next++);
   const bool finding = *next++ != 0;
+  statement.observed = *next++ != 0;
   statement.step = *next++;
   statement.num_micro_batches = *next++;
   for (CallStatement::Part* part : {&statement.inputs, &statement.targets, &statement.extras}) {
@@ -103,7 +104,7 @@ std::string other_batch(const char* name, int rank, int first, std::int64_t step
   const std::string when =
       step < 0 ? "" : str(" of step ", step + 1, step > 0 ? ", those of the steps before were alike" : "");
   return str("ranks disagree about the batch", when, ": Batch::", name, " of rank ", rank,
-             " has other sizes or values than that of rank ", first,
+             " has other sizes or values, or others that require grad, than that of rank ", first,
              "; all ranks that pass it must pass the same, since one feeds the inputs and another computes the loss. ",
              step > 0
                  ? "Often a loader shuffles with LibTorch's default generator, which one rank has used for something "
@@ -182,6 +183,7 @@ CallAgreement agreement(const std::vector<CallStatement>& statements, const Mesh
     DUALPIPE_CHECK(statement.step == statements[0].step, "rank ", numbers[0], " has ", statements[0].step,
                    " steps behind it, rank ", numbers[rank], " has ", statement.step,
                    "; all ranks call set_step() with the same number");
+    agreed.observed = agreed.observed || statement.observed;
     if (statement.num_micro_batches > 0) {
       if (counted < 0) counted = rank;
       DUALPIPE_CHECK(statement.num_micro_batches == statements[counted].num_micro_batches,

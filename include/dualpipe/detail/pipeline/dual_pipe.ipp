@@ -73,6 +73,8 @@ const std::shared_ptr<Communicator>& DualPipeImpl::world() const { return state_
 
 int DualPipeImpl::expert_part(const std::string& name) const { return state_->expert_part(name); }
 
+std::vector<std::string> DualPipeImpl::tied_names(const std::string& name) const { return state_->tied_names(name); }
+
 const Schedule& DualPipeImpl::schedule() const { return state_->schedule(); }
 
 std::vector<int> DualPipeImpl::local_stages() const {

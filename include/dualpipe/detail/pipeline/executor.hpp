@@ -94,6 +94,7 @@ struct RunInputs {
 struct RunOutputs {
   std::map<int, at::Tensor> losses;        ///< by micro-batch, unscaled, detached
   std::map<int, Tensors> outputs;          ///< by micro-batch, detached; with keep_outputs
+  std::map<int, Tensors> input_gradients;  ///< by micro-batch: of those inputs of the first stage that require grad
   Tensors metrics;                         ///< each summed over the rank's micro-batches, float64
   std::map<int, at::Tensor> added_losses;  ///< by stage: summed over the rank's micro-batches, scaled, float64
 

@@ -16,11 +16,12 @@ namespace dualpipe::detail {
 /// Looks for gradients that are infinite or NaN. One pass over them, queued on the device where they are.
 class FiniteCheck {
  public:
-  explicit FiniteCheck(const Tensors& parameters) {
+  /// @param gradients  may be undefined, sparse or complex.
+  explicit FiniteCheck(const Tensors& gradients) {
     const at::NoGradGuard no_grad;
     Tensors extremes;  // NaN is less and greater than everything to aminmax
-    for (std::size_t i = 0; i < parameters.size(); ++i) {
-      at::Tensor values = parameters[i].grad();
+    for (std::size_t i = 0; i < gradients.size(); ++i) {
+      at::Tensor values = gradients[i];
       if (!values.defined()) continue;
       if (values.is_sparse()) values = values.coalesce()._values();
       if (values.layout() != at::kStrided) values = values.to_dense();
@@ -28,26 +29,26 @@ class FiniteCheck {
       if (values.numel() == 0) continue;
       const auto [least, greatest] = at::aminmax(values.flatten(), 0);
       extremes.insert(extremes.end(), {least, greatest});
-      parameters_.push_back(i);
+      checked_.push_back(i);
     }
-    if (!parameters_.empty()) infinite_ = at::stack(extremes).isfinite().logical_not().view({-1, 2}).any(1);
+    if (!checked_.empty()) infinite_ = at::stack(extremes).isfinite().logical_not().view({-1, 2}).any(1);
   }
 
   /// How many there are, float64 and zero-dimensional, on the device of the gradients. Undefined without gradients.
   at::Tensor count() const { return infinite_.defined() ? infinite_.sum().to(at::kDouble) : at::Tensor(); }
-  /// Waits for the device. Indices of the parameters.
+  /// Waits for the device. Indices of those gradients.
   std::vector<std::size_t> found() const {
     std::vector<std::size_t> indices;
     if (!infinite_.defined()) return indices;
     const at::Tensor on_host = infinite_.cpu();
-    for (std::size_t i = 0; i < parameters_.size(); ++i)
-      if (on_host.const_data_ptr<bool>()[i]) indices.push_back(parameters_[i]);
+    for (std::size_t i = 0; i < checked_.size(); ++i)
+      if (on_host.const_data_ptr<bool>()[i]) indices.push_back(checked_[i]);
     return indices;
   }
 
  private:
-  std::vector<std::size_t> parameters_;
-  at::Tensor infinite_;  // bool [parameters_]
+  std::vector<std::size_t> checked_;
+  at::Tensor infinite_;  // bool [checked_]
 };
 
 /// Appends what is wrong with the losses.

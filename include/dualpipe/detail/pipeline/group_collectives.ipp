@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <any>
 #include <numeric>
 #include <optional>
 #include <utility>
@@ -54,16 +55,40 @@ class GroupCollective : public Collective, public std::enable_shared_from_this<G
   const char* name_;
 };
 
+/// Splits, or their copy that is on its way to the host.
+struct HostSplits {
+  at::Tensor values;    // int64
+  Pending copied = {};  // empty: they are there
+};
+
 class RowsAllToAll final : public GroupCollective {
  public:
   explicit RowsAllToAll(std::shared_ptr<Communicator> group) : GroupCollective(std::move(group), "all_to_all") {}
 
-  Launched forward(Tensors inputs, const StageContext&) override {
+  std::any prepare(const Tensors& inputs) override {
+    if (inputs.empty() || !inputs.back().defined() || inputs.back().is_cpu()) return {};
+    return on_host(inputs.back());
+  }
+
+  Launched forward(Tensors inputs, const StageContext& context) override {
     DUALPIPE_CHECK(inputs.size() >= 2, "all_to_all moves tensors and, as the last of them, their splits; it is given ",
                    inputs.size());
     const at::Tensor splits = std::move(inputs.back());
     inputs.pop_back();
-    const auto [sent, expected] = read(splits);
+    const auto* const prepared = std::any_cast<HostSplits>(&context.prepared);
+    const at::Tensor host = read(splits, prepared);
+    const Rows given = rows_in(host[0].flatten()), sent = rows_in(host[0]);
+    for (const std::int64_t rows : given)
+      DUALPIPE_CHECK(rows >= 0, "all_to_all: splits are numbers of rows, got ", rows_text(given));
+    std::optional<Rows> expected;
+    if (host.size(0) == 2) expected = rows_in(host[1]);
+    const bool kinds = host.dim() == 3;
+    Pending counts;  // of each kind, from each rank
+    if (kinds && !expected) {
+      Tensors outgoing = host[0].unbind();
+      const Signature signature(size(), {.dtype = at::kLong, .sizes = outgoing[0].sizes().vec()});
+      counts = group().control().all_to_all(std::move(outgoing), signature);
+    }
 
     auto kept = std::make_shared<MovedTensors>();
     std::vector<Pending> parts;
@@ -76,9 +101,12 @@ class RowsAllToAll final : public GroupCollective {
       kept->back().sent = sent;
       parts.push_back(group().all_to_all(cut_rows(inputs[i], sent)));
     }
-    auto finish = [this, self = shared_from_this(), kept, expected = expected, sent = sent,
-                   device = splits.device()](std::vector<Tensors> results) {
-      std::optional<Rows> came = expected;
+    auto finish = [this, self = shared_from_this(), kept, expected, host,
+                   counts = std::move(counts)](std::vector<Tensors> results) mutable {
+      at::Tensor incoming = expected ? host[1] : at::Tensor();
+      if (counts) incoming = at::stack(counts.take());
+      std::optional<Rows> came;
+      if (incoming.defined()) came = rows_in(incoming);
       Tensors outputs;
       for (std::size_t i = 0; i < results.size(); ++i) {
         check_rank_parts(name(), i, results[i], me());
@@ -87,12 +115,16 @@ class RowsAllToAll final : public GroupCollective {
           const Rows& rows = (*kept)[i].received;
           if (!came) came = rows;
           DUALPIPE_CHECK(*came == rows, "all_to_all: rank ", me(), " of the group ",
-                         expected ? "expects by its splits " : "got with the first tensor ", rows_text(*came),
-                         " rows from the ranks of the group, but tensor ", i, " came with ", rows_text(rows));
+                         expected             ? "expects by its splits "
+                         : incoming.defined() ? "got with the splits "
+                                              : "got with the first tensor ",
+                         rows_text(*came), " rows from the ranks of the group, but tensor ", i, " came with ",
+                         rows_text(rows));
         }
         outputs.push_back(with_gradient_flag(concatenated_rows(results[i]), (*kept)[i]));
       }
-      outputs.push_back(at::stack({at::tensor(came.value_or(Rows(size()))), at::tensor(sent)}).to(device));
+      if (!incoming.defined()) incoming = at::tensor(came.value_or(Rows(size())));
+      outputs.push_back(at::stack({incoming, host[0]}));
       return outputs;
     };
     Pending pending = join(std::move(parts), std::move(finish));
@@ -100,20 +132,39 @@ class RowsAllToAll final : public GroupCollective {
   }
 
  private:
-  /// Rows to each rank, and from each where they are known.
-  std::pair<Rows, std::optional<Rows>> read(const at::Tensor& splits) const {
+  HostSplits on_host(const at::Tensor& splits) {
+    const at::NoGradGuard no_grad;
+    const at::Tensor source = splits.detach().to(at::kLong).contiguous();
+    if (source.is_cpu()) return {source};
+    HostSplits host{
+        at::empty(source.sizes(), at::device(at::kCPU).dtype(at::kLong).pinned_memory(source.device().is_cuda()))};
+    host.values.copy_(source, /*non_blocking=*/true);
+    host.copied = group().fence();
+    return host;
+  }
+
+  /// On the CPU, int64: [1 or 2, size] or [1 or 2, size, kinds].
+  at::Tensor read(const at::Tensor& splits, const HostSplits* prepared) {
     const auto columns = static_cast<std::int64_t>(size());
-    DUALPIPE_CHECK(splits.defined() && at::isIntegralType(splits.scalar_type(), false) &&
-                       (splits.sizes() == at::IntArrayRef{columns} || splits.sizes() == at::IntArrayRef{2, columns}),
+    const auto fits = [&] {
+      if (splits.dim() < 2) return splits.dim() == 1 && splits.size(0) == columns;
+      return splits.dim() <= 3 && splits.size(1) == columns &&
+             (splits.size(0) == 2 || (splits.size(0) == 1 && splits.dim() == 3));
+    };
+    DUALPIPE_CHECK(splits.defined() && at::isIntegralType(splits.scalar_type(), false) && fits(),
                    "all_to_all: the last tensor moved must be integer splits of sizes [", columns, "] or [2, ", columns,
-                   "], one number for each rank of the group; got ", tensor_text(splits));
-    const at::Tensor host = splits.detach().to(at::kCPU, at::kLong).contiguous();
-    const std::int64_t* values = host.const_data_ptr<std::int64_t>();
-    const Rows sent(values, values + columns);
-    for (const std::int64_t rows : sent)
-      DUALPIPE_CHECK(rows >= 0, "all_to_all: splits are numbers of rows, got ", rows_text(sent));
-    if (host.dim() == 1) return {sent, std::nullopt};
-    return {sent, Rows(values + columns, values + 2 * columns)};
+                   "], or of several kinds of rows [1, ", columns, ", kinds] or [2, ", columns,
+                   ", kinds], one number for each rank of the group; got ", tensor_text(splits));
+    HostSplits host = prepared != nullptr ? *prepared : on_host(splits);
+    if (host.copied) host.copied.synchronize();
+    return splits.dim() == 1 ? host.values.unsqueeze(0) : host.values;
+  }
+
+  /// By rank: what `splits` [size] or [size, kinds] add up to.
+  static Rows rows_in(const at::Tensor& splits) {
+    const at::Tensor sums = splits.dim() == 2 ? splits.sum(1) : splits.contiguous();
+    const std::int64_t* values = sums.const_data_ptr<std::int64_t>();
+    return Rows(values, values + sums.numel());
   }
 
   Pending launch_backward(const MovedTensor& kept, at::Tensor gradient) override {

@@ -12,12 +12,12 @@
 
 namespace dualpipe::detail {
 
-/// Collective among the ranks that run the last stage: the outputs of every micro-batch, by micro-batch.
+/// Collective among `ranks` and those that run `stage`: what these have of every micro-batch, by micro-batch.
 ///
-/// @param ranks    those ranks, this one included.
-/// @param outputs  of the micro-batches whose last stage ran here.
-DUALPIPE_DECL std::vector<Tensors> gather_outputs(Communicator& communicator, const Plan& plan,
-                                                  const std::vector<int>& ranks, std::map<int, Tensors> outputs);
+/// @param ranks  that get it, this one included.
+/// @param mine   of the micro-batches that ran here.
+DUALPIPE_DECL std::vector<Tensors> gather_from(Communicator& communicator, const Plan& plan, int stage,
+                                               const std::vector<int>& ranks, std::map<int, Tensors> mine);
 
 /// What predict() returns of the outputs of all micro-batches, as DualPipeOptions::merge_outputs says.
 ///

@@ -9,22 +9,22 @@
 
 namespace dualpipe::detail {
 
-std::vector<Tensors> gather_outputs(Communicator& communicator, const Plan& plan, const std::vector<int>& ranks,
-                                    std::map<int, Tensors> outputs) {
+std::vector<Tensors> gather_from(Communicator& communicator, const Plan& plan, int stage, const std::vector<int>& ranks,
+                                 std::map<int, Tensors> mine) {
   const int count = plan.schedule.num_micro_batches;
   std::vector<Pending> sends;
   std::map<int, Pending> receives;
   for (int m = 0; m < count; ++m) {
-    const int owner = plan.rank_of(plan.schedule.num_stages - 1, m);
+    const int owner = plan.rank_of(stage, m);
     if (owner != communicator.rank()) {
       receives.emplace(m, communicator.receive(owner));
       continue;
     }
     for (const int other : ranks)
-      if (other != communicator.rank()) sends.push_back(communicator.send(other, outputs.at(m)));
+      if (other != communicator.rank()) sends.push_back(communicator.send(other, mine[m]));
   }
   std::vector<Tensors> all(count);
-  for (auto& [micro_batch, tensors] : outputs) all[micro_batch] = std::move(tensors);
+  for (auto& [micro_batch, tensors] : mine) all[micro_batch] = std::move(tensors);
   for (auto& [micro_batch, pending] : receives) all[micro_batch] = pending.take();
   for (Pending& pending : sends) pending.wait();
   return all;

@@ -17,10 +17,9 @@ namespace dualpipe::detail {
 /// each of them that requires grad.
 class MicroBatch {
  public:
-  /// @param received  the inputs come from another stage, which wants their gradients.
-  /// @param shared    see StageRun.
+  /// @param shared  see StageRun.
   DUALPIPE_DECL MicroBatch(const Stage& stage, const Tensors& inputs, const StageContext& context, StageLoss loss,
-                           bool received, SharedPairs shared);
+                           SharedPairs shared);
 
   StageRun& run() { return run_; }
 
@@ -31,12 +30,12 @@ class MicroBatch {
   ///                    whatever the loss is.
   /// @param whole       see StageRun::start_backward.
   DUALPIPE_DECL void start_backward(std::optional<Tensors> gradients, double loss_scale, bool whole);
-  /// @return what goes to the stage before; zeros where nothing flowed.
+  /// @return those of the inputs that require grad; zeros where nothing flowed.
   DUALPIPE_DECL Tensors finish_backward();
 
  private:
   StageRun run_;
-  std::vector<std::optional<torch::autograd::InputMetadata>> inputs_;  // of those whose gradients are sent
+  std::vector<std::optional<torch::autograd::InputMetadata>> inputs_;  // of those that require grad
   std::vector<bool> differentiable_;                                   // by output
 };
 

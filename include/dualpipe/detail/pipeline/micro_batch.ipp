@@ -7,9 +7,9 @@
 namespace dualpipe::detail {
 
 MicroBatch::MicroBatch(const Stage& stage, const Tensors& inputs, const StageContext& context, StageLoss loss,
-                       bool received, SharedPairs shared)
+                       SharedPairs shared)
     : run_(stage, inputs, context, std::move(loss), std::move(shared)) {
-  if (!context.training || !received) return;
+  if (!context.training) return;
   for (const at::Tensor& input : inputs) {
     inputs_.emplace_back();
     if (input.defined() && input.requires_grad()) inputs_.back().emplace(input);

@@ -8,6 +8,7 @@
 
 #include "dualpipe/comm/communicator.hpp"
 #include "dualpipe/detail/comm/agree.hpp"
+#include "dualpipe/detail/comm/operation_times.hpp"
 #include "dualpipe/detail/pipeline/executor.hpp"
 #include "dualpipe/detail/pipeline/recorder.hpp"
 #include "dualpipe/pipeline/observer.hpp"
@@ -26,11 +27,19 @@ class Observers {
       if (!error.empty()) throw Error(str("an observer threw at the beginning of step ", step, ": ", error));
     }
   }
+  /// Whether any rank has observers in the call that begins: then all ranks time their communication.
+  void set_observed(Communicator& communicator, bool observed) {
+    observed_ = observed;
+    if (OperationTimes* const times = OperationTimes::of(communicator)) times->time_operations(observed);
+  }
   /// Reports the intervals that were outstanding. Called before the vote, so that what an observer throws ends the step
-  /// on all ranks. With any observer the host waits for the device.
-  void finish(Communicator& communicator, const RunOutputs& outputs) const {
-    if (all_.empty()) return;
+  /// on all ranks. With an observer on any rank, the hosts of all ranks wait for their devices.
+  ///
+  /// @param world  all ranks of the call.
+  void finish(Communicator& communicator, Communicator& world, const RunOutputs& outputs) const {
+    if (!observed_) return;
     communicator.fence().synchronize();
+    if (OperationTimes* const times = OperationTimes::of(communicator)) times->share_times(world);
     outputs.recorder->finish();
   }
   /// Comes after the vote, so what an observer throws is kept.
@@ -47,6 +56,7 @@ class Observers {
  private:
   std::vector<std::shared_ptr<Observer>> all_;
   std::string kept_;
+  bool observed_ = false;
 };
 
 }  // namespace dualpipe::detail

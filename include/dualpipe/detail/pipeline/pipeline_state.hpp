@@ -81,6 +81,7 @@ class PipelineState {
     const int parts = ranks_.shape.expert;
     return parts > 1 && is_expert_(name) ? ranks_.replica() % parts : -1;
   }
+  DUALPIPE_DECL std::vector<std::string> tied_names(const std::string& name) const;
   const Schedule& schedule() const noexcept { return training_->schedule; }
   const std::map<int, Stage>& stages() const noexcept { return executor_->stages(); }
   bool feeds_inputs() const { return runs_stage(0); }
@@ -117,8 +118,13 @@ class PipelineState {
   /// Runs the plan of a call that does not train.
   DUALPIPE_DECL RunOutputs run_forward(const std::shared_ptr<const Plan>& plan, RunInputs& inputs,
                                        const torch::nn::Module& module);
-  /// Which gradients of this rank are not finite; empty: all are. Waits for the device.
+  /// The gradients that this rank has found, those of inputs behind those of parameters_.
+  DUALPIPE_DECL Tensors gradients_of(const RunOutputs& outputs) const;
+  /// Which of gradients_of() are not finite; empty: all are. Waits for the device.
   DUALPIPE_DECL std::string finding_of_gradients(const FiniteCheck& check) const;
+  /// Collective among the ranks that feed inputs.
+  DUALPIPE_DECL Tensors gathered_input_gradients(const Plan& plan, const Batch& batch, const RunInputs& inputs,
+                                                 RunOutputs& outputs);
   DUALPIPE_DECL StepResult result(const StepVote& vote, RunOutputs outputs, const CallAgreement& agreed);
   /// Of a step that was committed ahead of its device.
   ///
@@ -143,7 +149,7 @@ class PipelineState {
   std::unique_ptr<Replicas> replicas_;
   std::unique_ptr<ArrivalMemory> arrivals_;
   Tensors parameters_;
-  std::vector<int> loss_ranks_;
+  std::vector<int> feeding_ranks_, loss_ranks_;
   std::optional<std::uint64_t> seed_;
   at::Generator generator_;  // what stages draw from, with a seed
   std::int64_t step_ = 0;

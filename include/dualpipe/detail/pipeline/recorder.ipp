@@ -26,8 +26,8 @@ void Recorder::record(Lane lane, const Step& step, const Pending& pending, std::
 }
 
 void Recorder::add(Late late) {
-  // What a device does comes in order, so all of it comes later.
-  if (late.begin.device == nullptr && known(late)) {
+  // What a device does comes in order, and its transfers have their times after share_times(): all of it comes later.
+  if (trace_ == nullptr && known(late)) {
     tell(late);
   } else {
     late_.push_back(std::move(late));

@@ -16,6 +16,7 @@
 #include "dualpipe/detail/config.hpp"
 #include "dualpipe/detail/pipeline/buffers.hpp"
 #include "dualpipe/detail/pipeline/recorder.hpp"
+#include "dualpipe/detail/pipeline/ties.hpp"
 #include "dualpipe/schedule/schedule.hpp"
 #include "dualpipe/stage/stage.hpp"
 #include "dualpipe/train/mesh.hpp"
@@ -27,7 +28,8 @@ namespace dualpipe::detail {
 DUALPIPE_DECL Tensors unique_parameters(const std::map<int, Stage>& stages);
 
 /// Keeps the copies of a stage equal: on the ranks of a pipeline that hold it, and on the ranks at these places in all
-/// replicas of the pipeline. Of an expert parameter only the ranks that hold the same part of the experts have copies.
+/// replicas of the pipeline. Of an expert parameter only the ranks that hold the same part of the experts have copies; of
+/// what stages tie, the ranks of all these stages.
 class Replicas {
  public:
   /// Collective: one sub-communicator for each distinct set of ranks that hold the same.
@@ -38,8 +40,8 @@ class Replicas {
   ///                   that several stages share is summed with the last of them.
   /// @param options    how buffers are combined and gradients added up, and whether each parameter has one owner among the
   ///                   ranks of its set, else every rank is; the same on all ranks.
-  /// @throws InvalidArgument  on every rank: a parameter shared by stages that different sets of ranks hold, or by ranks
-  ///                          that are threads of one process; a name that no buffer has, or a buffer that does not
+  /// @throws InvalidArgument  on every rank: a parameter that stages share or use as a part of one model, which different
+  ///                          sets of ranks hold, and do not tie; one shared by ranks that are threads of one process; a name that no buffer has, or a buffer that does not
   ///                          add up; where parameters have owners, ranks of a set that have other parameters or have
   ///                          frozen others.
   DUALPIPE_DECL Replicas(Communicator& world, const MeshShape& shape, const Schedule& schedule,
@@ -61,7 +63,8 @@ class Replicas {
   DUALPIPE_DECL void begin_sum(int stage);
   /// Whether a parameter of this rank is summed before the gradients of `stage` are complete.
   DUALPIPE_DECL bool summed_before(const at::Tensor& parameter, int stage) const;
-  /// Waits for all sums that were begun, and records when they were under way.
+  /// Sums the gradients of tied parameters as begin_sum() does those of a stage, as the last sums of all ranks: a tie of
+  /// the first stage is complete at the end only. Waits for all sums, and records when they were under way.
   DUALPIPE_DECL void finish_sums(Recorder& recorder);
   /// Collective: parameters and buffers of the lowest holder replace the others'.
   DUALPIPE_DECL void broadcast();
@@ -83,6 +86,7 @@ class Replicas {
   /// Parameters which this rank owns, or, where all ranks do, for which it is the lowest holder; over all ranks of all
   /// replicas every parameter of the model is counted once.
   const Tensors& counted_parameters() const noexcept { return counted_; }
+  const Ties& ties() const noexcept { return ties_; }
 
  private:
   /// A set of ranks that hold the same, with what they hold.
@@ -95,7 +99,8 @@ class Replicas {
     std::unordered_map<at::TensorImpl*, int> owners =
         {};                                ///< of the parameters, as ranks of the communicator; empty: all own them
     std::vector<std::string> names = {};   ///< "parameter 'weight' of stage 2", of the parameters, then of the buffers
-    std::map<int, Tensors> of_stage = {};  ///< the parameters that are summed with each stage
+    std::map<int, Tensors> of_stage = {};  ///< the parameters that are summed with each stage; not of ties
+    int tied_stage = -1;                   ///< of the group of a tie: a stage of it that this rank holds
   };
   /// What the ranks of a group have sent of gradients that this rank owns, all of one dtype.
   struct Shard {
@@ -119,6 +124,8 @@ class Replicas {
     int rank, other;
   };
 
+  /// Collective over the group: begins the sum of these parameters' gradients.
+  DUALPIPE_DECL void begin_sum(const Group& group, int stage, const Tensors& parameters);
   /// Collective. @throws InvalidArgument  on every rank: sets whose ranks would choose different owners.
   DUALPIPE_DECL void check_alike() const;
   /// Collective over the group: sends each gradient to its owner, and drops those that others own.
@@ -132,6 +139,7 @@ class Replicas {
   DUALPIPE_DECL void warn_of_lost_buffers();
 
   Communicator& world_;
+  Ties ties_;
   std::vector<Group> groups_;
   std::vector<int> sum_order_;
   GradientDtype gradients_;

@@ -37,17 +37,19 @@ void append_new(const torch::OrderedDict<std::string, at::Tensor>& tensors, std:
 
 /// Ranks of the world that hold the same.
 struct HolderSet {
-  std::vector<int> ranks;   ///< ascending
-  std::vector<int> stages;  ///< that they hold
-  bool experts = false;     ///< of these stages the parameters of experts, else the others
+  std::vector<int> ranks;             ///< ascending
+  std::vector<int> stages;            ///< that they hold
+  bool experts = false;               ///< of these stages the parameters of experts, else the others
+  std::vector<const Tie*> ties = {};  ///< that they hold, in place of stages
 };
 
 /// All sets, the same on every rank. The stages of one pipeline that the same places hold form one set, which all ranks
 /// at these places share. Where experts are told apart there is one more for each part of the experts.
 inline std::vector<HolderSet> holder_sets(const Schedule& schedule, const MeshShape& shape, bool tells_experts) {
   std::vector<std::pair<std::vector<int>, std::vector<int>>> by_places;  // places, stages
+  const std::vector<std::vector<int>> held = holders(schedule);
   for (int stage = 0; stage < schedule.num_stages; ++stage) {
-    const std::vector<int> places = holders(schedule, stage);
+    const std::vector<int>& places = held[stage];
     auto same =
         std::find_if(by_places.begin(), by_places.end(), [&](const auto& each) { return each.first == places; });
     if (same == by_places.end()) same = by_places.insert(by_places.end(), {places, {}});
@@ -69,11 +71,18 @@ inline std::vector<HolderSet> holder_sets(const Schedule& schedule, const MeshSh
   return sets;
 }
 
+/// Behind the others: one for each set of ranks that hold the stages of a tie.
+inline void add_tied_sets(const Ties& ties, std::vector<HolderSet>& sets) {
+  std::map<std::vector<int>, std::vector<const Tie*>> by_ranks;
+  for (const Tie& tie : ties.all()) by_ranks[tie.ranks].push_back(&tie);
+  for (auto& [ranks, tied] : by_ranks) sets.push_back({.ranks = ranks, .stages = {}, .ties = std::move(tied)});
+}
+
 /// The calling rank's communicator of each set of several ranks that it belongs to. `split` is collective, so every
 /// rank goes through all sets in one order; disjoint ones are made by one call, so that their communicators open side
 /// by side.
 inline std::vector<std::shared_ptr<Communicator>> make_holder_groups(Communicator& world,
-                                                                     const std::vector<HolderSet>& sets) {
+                                                                     const std::vector<HolderSet>& sets, bool shards) {
   std::vector<std::shared_ptr<Communicator>> groups(sets.size());
   std::vector<bool> made(sets.size(), false);
   for (std::size_t first = 0; first < sets.size(); ++first) {
@@ -89,7 +98,8 @@ inline std::vector<std::shared_ptr<Communicator>> make_holder_groups(Communicato
       taken.insert(ranks.begin(), ranks.end());
       if (std::find(ranks.begin(), ranks.end(), world.rank()) != ranks.end()) own = i;
     }
-    const auto group = world.split(own ? static_cast<int>(*own) : -1, world.rank());
+    const auto group =
+        world.split_for({.exchanges = shards, .sums = true}, own ? static_cast<int>(*own) : -1, world.rank());
     if (own) groups[*own] = group;
   }
   return groups;
@@ -129,6 +139,7 @@ struct ParameterPlace {
   int stage = 0;
   std::string address;  ///< with the process: ranks that are threads see what they share
   std::uint64_t digest = no_digest;
+  bool is_used = false;  ///< one that Stage::uses() names: its name is that of the whole model
   std::string name;
 };
 
@@ -138,10 +149,13 @@ inline std::string parameters_text(const std::map<int, Stage>& stages) {
   std::string text = process_identity() + '\n';
   for (const auto& [number, stage] : stages) {
     if (!stage.module()) continue;
+    const auto& used = stage.used_parts();
+    const bool is_used = std::any_of(
+        used.begin(), used.end(), [&module = stage.module()](const UsedParts& each) { return each.parts == module; });
     for (const auto& item : stage.module()->named_parameters())
       if (item.value().defined() && item.value().has_storage() && item.value().numel() > 0)
-        text +=
-            str(number, ' ', item.value().const_data_ptr(), ' ', digest_of_start(item.value()), ' ', item.key(), '\n');
+        text += str(number, ' ', item.value().const_data_ptr(), ' ', digest_of_start(item.value()), ' ', is_used, ' ',
+                    item.key(), '\n');
   }
   return text;
 }
@@ -154,7 +168,8 @@ inline std::vector<ParameterPlace> parameter_places(const std::vector<std::strin
     std::string process;
     std::getline(lines, process);
     ParameterPlace place{.rank = rank, .address = {}, .name = {}};
-    while (lines >> place.stage >> place.address >> place.digest && std::getline(lines >> std::ws, place.name)) {
+    while (lines >> place.stage >> place.address >> place.digest >> place.is_used &&
+           std::getline(lines >> std::ws, place.name)) {
       place.address = process + ' ' + place.address;
       places.push_back(place);
     }
@@ -163,15 +178,35 @@ inline std::vector<ParameterPlace> parameter_places(const std::vector<std::strin
 }
 
 inline constexpr const char* ways_to_tie =
-    "Kinds dualpipe, dualpipev and zbv keep the first and the last stage on the same ranks; else let the first of the "
+    "Stage::tie makes it one parameter of all these stages. Kinds dualpipe, dualpipev and zbv keep the first and the "
+    "last stage on the same ranks; else let the first of the "
     "stages return the weight with its outputs, and those between hand it on";
 
-inline void check_not_shared(const std::vector<ParameterPlace>& places, const Schedule& schedule) {
-  std::map<std::string, ParameterPlace> first_places;  // by address
+/// One parameter of the model for all stages that use it.
+///
+/// @param held  by stage: ranks.
+inline bool are_one(const ParameterPlace& a, const ParameterPlace& b, const std::vector<std::vector<int>>& held,
+                    const Ties& ties) {
+  const Tie* const tie = ties.find(a.stage, a.name);
+  return (tie != nullptr && tie == ties.find(b.stage, b.name)) || held[a.stage] == held[b.stage];
+}
+
+inline void check_not_shared(const std::vector<ParameterPlace>& places, const Schedule& schedule, const Ties& ties) {
+  const std::vector<std::vector<int>> held = holders(schedule);
+  std::map<std::string, ParameterPlace> first_places, first_uses;  // by address; by name
   for (const ParameterPlace& place : places) {
+    if (place.is_used) {
+      const ParameterPlace& first = first_uses.try_emplace(place.name, place).first->second;
+      DUALPIPE_CHECK(
+          are_one(first, place, held, ties), "stages ", first.stage, " and ", place.stage, " both use parameter '",
+          place.name,
+          "' of their modules, but different ranks hold them, and each would train its own copy. If it is one "
+          "parameter, say tie(\"",
+          place.name, "\") of both; if not, give the parts of these modules other names");
+    }
     const ParameterPlace& first = first_places.try_emplace(place.address, place).first->second;
-    DUALPIPE_CHECK(holders(schedule, place.stage) == holders(schedule, first.stage), "stages ", first.stage, " and ",
-                   place.stage, " share a parameter, '", first.name, "' of the one and '", place.name,
+    DUALPIPE_CHECK(are_one(first, place, held, ties), "stages ", first.stage, " and ", place.stage,
+                   " share a parameter, '", first.name, "' of the one and '", place.name,
                    "' of the other, but different ranks hold them, and each would train its own copy. ", ways_to_tie);
     DUALPIPE_CHECK(place.rank == first.rank, "ranks ", first.rank, " and ", place.rank,
                    " are threads of one process, and parameter '", place.name, "' of stage ", place.stage,
@@ -181,12 +216,13 @@ inline void check_not_shared(const std::vector<ParameterPlace>& places, const Sc
 }
 
 /// In processes of their own, tied stages look like stages that were seeded alike. Both are worth a word.
-inline void warn_of_equal(const std::vector<ParameterPlace>& places, const Schedule& schedule) {
+inline void warn_of_equal(const std::vector<ParameterPlace>& places, const Schedule& schedule, const Ties& ties) {
+  const std::vector<std::vector<int>> held = holders(schedule);
   std::map<std::pair<std::string, std::uint64_t>, int> first_stages;  // by name and digest
   for (const ParameterPlace& place : places) {
-    if (place.digest == no_digest) continue;
+    if (place.digest == no_digest || ties.find(place.stage, place.name) != nullptr) continue;
     const int first = first_stages.try_emplace({place.name, place.digest}, place.stage).first->second;
-    if (holders(schedule, place.stage) == holders(schedule, first)) continue;
+    if (held[place.stage] == held[first]) continue;
     TORCH_WARN("stages ", first, " and ", place.stage, " begin with equal values of a parameter of the same name, '",
                place.name,
                "', and different ranks hold them. If they were seeded alike: leave that to DualPipeOptions::seed, or "
@@ -280,19 +316,32 @@ Replicas::Replicas(Communicator& world, const MeshShape& shape, const Schedule& 
                    const DualPipeOptions& options)
     : world_(world), gradients_(options.gradient_dtype), shards_(options.shard_optimizer) {
   const auto places = parameter_places(all_gather_text(world, parameters_text(stages)));
-  check_not_shared(places, schedule);
-  if (world.rank() == 0) warn_of_equal(places, schedule);
+  ties_ = Ties(world, shape, schedule, stages, is_expert);
+  check_not_shared(places, schedule, ties_);
+  if (world.rank() == 0) warn_of_equal(places, schedule, ties_);
 
   const BufferReductions reductions = buffer_reductions(world, stages, options.buffers);
   const bool tells_experts = is_expert && shape.expert > 1;
-  const std::vector<HolderSet> sets = holder_sets(schedule, shape, tells_experts);
-  std::vector<std::shared_ptr<Communicator>> groups = make_holder_groups(world, sets);
+  std::vector<HolderSet> sets = holder_sets(schedule, shape, tells_experts);
+  add_tied_sets(ties_, sets);
+  std::vector<std::shared_ptr<Communicator>> groups = make_holder_groups(world, sets, shards_);
   std::unordered_set<at::TensorImpl*> seen_parameters, seen_buffers;
+  for (const Tie& tie : ties_.all())
+    if (tie.tensor.defined())
+      (tie.is_parameter ? seen_parameters : seen_buffers).insert(tie.tensor.unsafeGetTensorImpl());
   for (std::size_t i = 0; i < sets.size(); ++i) {
     const HolderSet& set = sets[i];
     if (std::find(set.ranks.begin(), set.ranks.end(), world.rank()) == set.ranks.end()) continue;
     Group mine{.number = static_cast<int>(i), .communicator = std::move(groups[i])};
     const auto collect = [&](bool buffers) {
+      for (const Tie* tie : set.ties) {
+        if (tie->is_parameter == buffers) continue;
+        (buffers ? mine.buffers : mine.parameters).push_back(tie->tensor);
+        const auto& [stage, name] = tie->places.front();
+        mine.names.push_back(str(buffers ? "buffer" : "parameter", " '", name, "' of stage ", stage, " (tied)"));
+        for (const auto& place : tie->places)
+          if (stages.contains(place.stage)) mine.tied_stage = place.stage;
+      }
       for (const int number : set.stages) {
         const auto& module = stages.at(number).module();
         if (!module) continue;
@@ -338,6 +387,7 @@ void Replicas::set_sum_order(const std::map<int, Stage>& stages, std::vector<int
   sum_order_ = std::move(sum_order);
   const auto summed = summed_with(stages, sum_order_);
   for (Group& group : groups_) {
+    if (group.tied_stage >= 0) continue;
     group.of_stage.clear();
     for (const auto& [stage, of_stage] : summed)
       for (const at::Tensor& parameter : group.parameters)
@@ -375,40 +425,42 @@ void Replicas::check_alike() const {
 void Replicas::begin_sum(int stage) {
   for (const Group& group : groups_) {
     const auto found = group.of_stage.find(stage);
-    if (found == group.of_stage.end()) continue;
-    Sum sum{stage, {}, {}, {}, {}, {}};
-    for (const at::Tensor& parameter : found->second)
-      if (parameter.requires_grad()) sum.parameters.push_back(parameter);
-    if (sum.parameters.empty()) continue;
-    sum.present = at::zeros({static_cast<std::int64_t>(sum.parameters.size())}, at::kInt);
-    Tensors gradients;
-    for (std::size_t i = 0; i < sum.parameters.size(); ++i) {
-      at::Tensor& gradient = sum.parameters[i].mutable_grad();
-      sum.present.mutable_data_ptr<int>()[i] = gradient.defined() ? 1 : 0;
-      if (!gradient.defined())
-        gradient = at::zeros_like(sum.parameters[i], gradient_type(sum.parameters[i], gradients_), {}, {}, {},
-                                  at::MemoryFormat::Contiguous);
-      else if (gradient.is_sparse())
-        gradient = gradient.to_dense();
-      else
-        gradient = gradient.contiguous();
-      gradients.push_back(gradient);
-    }
-    Communicator& hosts = group.communicator->control();
-    if (shards_) {
-      gradients.clear();
-      sum.counts = hosts.all_reduce({sum.present});
-      send_to_owners(group, sum);
-      sums_.push_back(std::move(sum));
-      continue;
-    }
+    if (found != group.of_stage.end()) begin_sum(group, stage, found->second);
+  }
+}
+
+void Replicas::begin_sum(const Group& group, int stage, const Tensors& parameters) {
+  Sum sum{stage, {}, {}, {}, {}, {}};
+  for (const at::Tensor& parameter : parameters)
+    if (parameter.requires_grad()) sum.parameters.push_back(parameter);
+  if (sum.parameters.empty()) return;
+  sum.present = at::zeros({static_cast<std::int64_t>(sum.parameters.size())}, at::kInt);
+  Tensors gradients;
+  for (std::size_t i = 0; i < sum.parameters.size(); ++i) {
+    at::Tensor& gradient = sum.parameters[i].mutable_grad();
+    sum.present.mutable_data_ptr<int>()[i] = gradient.defined() ? 1 : 0;
+    if (!gradient.defined())
+      gradient = at::zeros_like(sum.parameters[i], gradient_type(sum.parameters[i], gradients_), {}, {}, {},
+                                at::MemoryFormat::Contiguous);
+    else if (gradient.is_sparse())
+      gradient = gradient.to_dense();
+    else
+      gradient = gradient.contiguous();
+    gradients.push_back(gradient);
+  }
+  Communicator& hosts = group.communicator->control();
+  if (shards_) {
+    sum.counts = hosts.all_reduce({sum.present});
+    gradients.clear();
+    send_to_owners(group, sum);
+  } else {
     if (&hosts == group.communicator.get())
       gradients.push_back(sum.present);  // no message of its own
     else
       sum.counts = hosts.all_reduce({sum.present});
     sum.gradients = group.communicator->all_reduce(std::move(gradients));
-    sums_.push_back(std::move(sum));
   }
+  sums_.push_back(std::move(sum));
 }
 
 void Replicas::send_to_owners(const Group& group, Sum& sum) {
@@ -465,6 +517,8 @@ bool Replicas::summed_before(const at::Tensor& parameter, int stage) const {
 }
 
 void Replicas::finish_sums(Recorder& recorder) {
+  for (const Group& group : groups_)
+    if (group.tied_stage >= 0) begin_sum(group, group.tied_stage, group.parameters);
   for (Sum& sum : sums_) {
     if (sum.gradients) sum.gradients.wait();
     for (Shard& shard : sum.shards) add_shard(sum, shard);

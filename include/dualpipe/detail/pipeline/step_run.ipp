@@ -23,6 +23,11 @@ inline Tensors viewed(const Tensors& tensors) {
   return views;
 }
 
+/// For a GPU: a copy from other memory of the host can wait for everything that the device was given before.
+inline at::Tensor page_locked(const at::Tensor& input, at::Device device) {
+  return device.is_cuda() && input.is_cpu() ? input.contiguous().pin_memory() : input;
+}
+
 /// Runs the loss function, and adds its metrics to those of the run. A loss that is trained must have a graph: without one
 /// the step would train nothing.
 inline at::Tensor loss_with_metrics(RunContext& context, int micro_batch, const Tensors& outputs,
@@ -184,9 +189,12 @@ void StepRun::start_forward() {
   } else if (batch != nullptr) {
     // Copies: in-place code at the start of the first stage must not write into the caller's batch. The host does not
     // wait for a copy to a device, which reads the batch before the step is over.
-    for (const at::Tensor& input : batch->inputs)
-      inputs.push_back(input.detach().to(context_.communicator.device(), input.scalar_type(), /*non_blocking=*/true,
-                                         /*copy=*/true));
+    for (const at::Tensor& input : batch->inputs) {
+      inputs.push_back(page_locked(input.detach(), context_.communicator.device())
+                           .to(context_.communicator.device(), input.scalar_type(), /*non_blocking=*/true,
+                               /*copy=*/true));
+      if (run.training && input.requires_grad()) inputs.back().set_requires_grad(true);
+    }
   }
   StageLoss loss;
   if (context_.last(op) && run.loss)
@@ -201,8 +209,7 @@ void StepRun::start_forward() {
                        .generator = run.generator,
                        .random = run.random};
   if (context.random) context.random->micro_batch += op.micro_batch;
-  forward_ = std::make_unique<MicroBatch>(context_.stage_of(op), inputs, context, std::move(loss), received.has_value(),
-                                          std::move(shared));
+  forward_ = std::make_unique<MicroBatch>(context_.stage_of(op), inputs, context, std::move(loss), std::move(shared));
 }
 
 void StepRun::start_backward() {
@@ -278,7 +285,10 @@ void StepRun::end_forward() {
 void StepRun::end_backward() {
   const Op op = *backward_op_;
   Tensors gradients = backward_->finish_backward();
-  if (const auto result = output_of(op, context_.num_stages())) context_.mailbox.put(*result, std::move(gradients));
+  if (const auto result = output_of(op, context_.num_stages()))
+    context_.mailbox.put(*result, std::move(gradients));
+  else if (!gradients.empty())
+    context_.outputs.input_gradients[op.micro_batch] = std::move(gradients);
   input_part_over_ = true;
 }
 

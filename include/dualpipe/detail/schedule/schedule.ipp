@@ -58,6 +58,14 @@ std::vector<int> holders(const Schedule& schedule, int stage) {
   return ranks;
 }
 
+std::vector<std::vector<int>> holders(const Schedule& schedule) {
+  std::vector<std::vector<int>> all(std::max(0, schedule.num_stages));
+  for (int rank = 0; rank < std::ssize(schedule.ranks); ++rank)
+    for (const int stage : stages_of(schedule, rank))
+      if (stage >= 0 && stage < schedule.num_stages) all[stage].push_back(rank);
+  return all;
+}
+
 std::vector<int> stages_of(const Schedule& schedule, int rank) {
   DUALPIPE_CHECK(rank >= 0 && rank < std::ssize(schedule.ranks), "rank ", rank, " is not among the ",
                  schedule.ranks.size(), " ranks of schedule \"", schedule.name, "\"");

@@ -2,7 +2,6 @@
 
 #include "dualpipe/stage/partition.hpp"
 
-#include <torch/nn/module.h>
 #include <torch/nn/modules/container/sequential.h>
 
 #include <algorithm>
@@ -10,13 +9,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
-#include <map>
 #include <memory>
 #include <numeric>
 #include <optional>
 #include <set>
 #include <string_view>
 #include <utility>
+
+#include "dualpipe/detail/stage/module_parts.hpp"
 
 namespace dualpipe {
 namespace detail {
@@ -107,26 +107,6 @@ inline void check_layers(const std::vector<NamedLayer>& layers) {
   }
 }
 
-/// Holds the layers of a stage, or those below one level of their names.
-class ModuleLevel : public torch::nn::Module {
- public:
-  ModuleLevel() : torch::nn::Module("Stage") {}
-
-  void insert(const std::string& path, std::shared_ptr<torch::nn::Module> module) {
-    const auto dot = path.find('.');
-    if (dot == std::string::npos) {
-      register_module(path, std::move(module));
-      return;
-    }
-    auto& level = levels_[path.substr(0, dot)];
-    if (!level) level = register_module(path.substr(0, dot), std::make_shared<ModuleLevel>());
-    level->insert(path.substr(dot + 1), std::move(module));
-  }
-
- private:
-  std::map<std::string, std::shared_ptr<ModuleLevel>> levels_;
-};
-
 inline Stage made_with_seed(std::uint64_t seed, const std::string& layer, at::Device device,
                             const std::function<Stage()>& make) {
   const SeededDefaults scope(weights_seed(seed, layer), device);
@@ -141,11 +121,11 @@ inline StageFactory cut_layers(std::vector<NamedLayer> layers, std::vector<int> 
           int stage, const std::optional<std::uint64_t>& seed, at::Device device) {
         DUALPIPE_CHECK(stage >= 0 && stage < num_stages, "the model is split into stages 0 to ", num_stages - 1,
                        ", got stage ", stage);
-        auto module = std::make_shared<ModuleLevel>();
+        auto module = std::make_shared<ModuleLevel>("Stage");
         Stage result(module);
         for (int i = cuts[stage]; i < cuts[stage + 1]; ++i) {
           Stage layer = seed ? made_with_seed(*seed, layers[i].name, device, layers[i].make) : layers[i].make();
-          if (layer.module()) module->insert(layers[i].name, layer.module());
+          if (layer.module()) module->insert_module(layers[i].name, layer.module());
           result.append(layers[i].name, layer.layer(layers[i].name));
         }
         return result;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "dualpipe/detail/stage/module_parts.hpp"
 #include "dualpipe/stage/stage_run.hpp"
 
 namespace dualpipe {
@@ -94,6 +95,28 @@ Stage& Stage::append(const std::string& name, const Stage& next) {
     node.name = name + "." + node.name;
     add(std::move(node));
   }
+  own.used.insert(own.used.end(), theirs.used.begin(), theirs.used.end());
+  for (const auto& [part, tied] : theirs.ties) tie(name + "." + part, tied);
+  return *this;
+}
+
+Stage& Stage::uses(const std::vector<std::string>& parts) {
+  Description& own = change("uses is set");
+  DUALPIPE_CHECK(own.module != nullptr, "a stage without a module uses no parts of it; Stage(module) gives it one");
+  DUALPIPE_CHECK(
+      std::none_of(own.used.begin(), own.used.end(), [&](const UsedParts& used) { return used.parts == own.module; }),
+      "Stage::uses was called twice; name all parts in one call");
+  const auto whole = own.module;
+  own.module = detail::module_parts(whole, parts);
+  own.used.push_back({whole, own.module});
+  return *this;
+}
+
+Stage& Stage::tie(const std::string& part, const std::string& name) {
+  DUALPIPE_CHECK(!part.empty(), "Stage::tie needs the name of a parameter, a buffer or a module");
+  const std::string& tied = name.empty() ? part : name;
+  const auto [found, is_new] = change(detail::str("'", part, "' is tied")).ties.emplace(part, tied);
+  DUALPIPE_CHECK(is_new, "'", part, "' of a stage is tied twice, as '", found->second, "' and as '", tied, "'");
   return *this;
 }
 

@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "dualpipe/detail/stage/unused_parts.hpp"
+
 namespace dualpipe {
 namespace detail {
 
@@ -168,6 +170,7 @@ void StageRun::advance_forward(int index) {
   if (segment.begin == segment.end || !stage_->nodes()[segment.begin].communication) {
     std::unique_ptr<Beginning> kept = context_.training && stage_->recomputes(index) ? beginning() : nullptr;
     compute(segment.begin, segment.end);
+    prepare(index + 1);
     if (!kept) return;
     Node& node = nodes_.back();
     if (context_.step == 0) kept->leaves = node.graph.leaves();
@@ -213,12 +216,13 @@ void StageRun::compute(std::size_t begin, std::size_t end) {
   const std::vector<std::uint32_t> extras = detail::versions_of(context_.extras);
   values_ = entered.tensors;
   const detail::KeptStates generators = random_.kept_states();
+  const detail::UnusedPartsWatch unused(stage_->used_parts());
   Tensors added;
   context_.added_losses = &added;
   for (std::size_t i = begin; i < end; ++i) {
     node_name_ = stage_->nodes()[i].name;
     enter_layer(i, begin);
-    values_ = stage_->nodes()[i].compute(values_, context_);
+    unused.watch(context_.stage, [&] { values_ = stage_->nodes()[i].compute(values_, context_); });
   }
   context_.added_losses = nullptr;
   if (begin < end) leave_layer(end - 1);
@@ -226,7 +230,7 @@ void StageRun::compute(std::size_t begin, std::size_t end) {
   Tensors roots;
   if (loss_ && advanced()) {
     random_.begin("");
-    roots = {detail::compute_loss(loss_, values_, context_.stage)};
+    unused.watch(context_.stage, [&] { roots = {detail::compute_loss(loss_, values_, context_.stage)}; });
     loss_value_ = roots[0].detach();
   } else if (context_.training) {
     roots = values_;
@@ -248,8 +252,23 @@ void StageRun::compute(std::size_t begin, std::size_t end) {
   values_ = detail::detach_outputs(values_, context_.training);
 }
 
+void StageRun::prepare(int index) {
+  if (index >= num_nodes_) return;
+  const Stage::Segment segment = stage_->segment(index);
+  if (segment.begin == segment.end) return;
+  const auto& communication = stage_->nodes()[segment.begin].communication;
+  if (!communication) return;
+  Tensors moved;
+  for (const int position : communication->moves) {
+    if (position >= std::ssize(values_)) return;  // launch() reports it
+    moved.push_back(values_[position]);
+  }
+  context_.prepared = communication->collective->prepare(moved);
+}
+
 void StageRun::launch(const std::shared_ptr<const Communication>& communication) {
   auto launched = communication->collective->forward(detail::take_moved(values_, communication->moves), context_);
+  context_.prepared.reset();
   DUALPIPE_CHECK(launched.pending, "the collective launched nothing: its Pending is empty");
   pending_ = std::move(launched.pending);
   moving_ = communication.get();

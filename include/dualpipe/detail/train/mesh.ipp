@@ -32,7 +32,7 @@ Mesh::Mesh(std::shared_ptr<Communicator> world, const MeshShape& shape) : shape_
   // Every rank goes through the same splits. A group that would be another one again is that one.
   std::shared_ptr<Communicator> alone;
   if (expert == 1 || expert == data) alone = all.split(all.rank(), 0);
-  pipeline_ = data == 1 ? world_ : all.split(replica, place);
+  pipeline_ = data == 1 ? world_ : all.split_for({.exchanges = false}, replica, place);
   data_ = data == 1 ? alone : pipeline == 1 ? world_ : all.split(place, replica);
   const bool whole = expert == data, none = expert == 1;
   expert_ = none ? alone : whole ? data_ : all.split(place * (data / expert) + replica / expert, replica);

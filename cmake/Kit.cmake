@@ -1,0 +1,40 @@
+# What scripts/bundle packs: `kit` builds it, and `cmake --install BUILD --component kit --strip --prefix FOLDER` copies it. Programs find LibTorch by
+# the link `libtorch` beside their folder, which scripts/gpu-check makes; the libraries that LibTorch's wheel depends on lie beside that wheel.
+foreach(target dualpipe-run dualpipe-plan dualpipe-lm dualpipe-lm-cuda dualpipe-bench-gpu gpu_test gpu_rank_test)
+  if(TARGET ${target})
+    list(APPEND kit ${target})
+  else()
+    message(STATUS "dualpipe: without the target kit, as this build has no ${target}")
+    return()
+  endif()
+endforeach()
+add_custom_target(kit DEPENDS ${kit})
+
+get_target_property(root dualpipe::libtorch INTERFACE_INCLUDE_DIRECTORIES)
+list(GET root 0 root)
+get_filename_component(root "${root}/.." ABSOLUTE)
+get_filename_component(site "${root}/.." ABSOLUTE)
+set(run_path "$ORIGIN/../libtorch/lib")
+foreach(library "${DUALPIPE_NCCL_LIBRARY}" "${DUALPIPE_CUDART_LIBRARY}" "${DUALPIPE_CUPTI_LIBRARY}")
+  get_filename_component(folder "${library}" DIRECTORY)
+  file(REAL_PATH "${folder}" folder)
+  file(REAL_PATH "${site}" real_site)
+  cmake_path(IS_PREFIX real_site "${folder}" inside)
+  if(inside)
+    cmake_path(RELATIVE_PATH folder BASE_DIRECTORY "${real_site}")
+    list(APPEND run_path "$ORIGIN/../libtorch/../${folder}")
+  endif()
+endforeach()
+list(REMOVE_DUPLICATES run_path)
+
+# The tools need no LibTorch, and are part of the package as they are.
+set(linked ${kit})
+list(REMOVE_ITEM linked dualpipe-run dualpipe-plan)
+set_target_properties(${linked} PROPERTIES INSTALL_RPATH "${run_path}")
+install(TARGETS ${kit} RUNTIME DESTINATION bin COMPONENT kit EXCLUDE_FROM_ALL)
+install(PROGRAMS "${PROJECT_SOURCE_DIR}/scripts/gpu-check" "${PROJECT_SOURCE_DIR}/benchmarks/gpu/python_peers.py" DESTINATION .
+  COMPONENT kit EXCLUDE_FROM_ALL)
+# Which LibTorch gpu-check has to look for.
+dualpipe_libtorch_version(version "${root}")
+file(WRITE "${PROJECT_BINARY_DIR}/built-with.json" "{\"libtorch\": \"${version}\"}\n")
+install(FILES "${PROJECT_BINARY_DIR}/built-with.json" "${PROJECT_SOURCE_DIR}/LICENSE" DESTINATION . COMPONENT kit EXCLUDE_FROM_ALL)
