@@ -12,6 +12,7 @@
 #include "dualpipe/train/grad_scaler.hpp"
 #include "dualpipe/train/master_weights.hpp"
 #include "pipeline/noisy.hpp"
+#include "pipeline/tied.hpp"
 
 namespace dualpipe::test {
 namespace {
@@ -605,6 +606,50 @@ Found buffers_run(const Mesh& mesh, const std::string& kind) {
   return found;
 }
 
+// --- weights that stages of several ranks share, and stages that use parts of one model
+
+Batch tokens_of(int replica, int step) { return token_batch(2 * kMicroBatches, 200 + 20 * step + 2 * replica); }
+
+constexpr double kTiedNorm = 0.05;  // gradients are clipped to it
+
+Truth tied_truth(const Layout& layout) {
+  TiedModel model(stages_of(layout));
+  torch::optim::SGD optimizer(model->parameters(), torch::optim::SGDOptions(0.1).momentum(0.9));
+  Truth truth;
+  for (const int step : {0, 1}) {
+    optimizer.zero_grad();
+    std::vector<Batch> batches;
+    for (int replica = 0; replica < layout.mesh.data; ++replica) batches.push_back(tokens_of(replica, step));
+    tied_step(model, batches, kMicroBatches);
+    truth["norm in step " + std::to_string(step)] = {
+        number(torch::nn::utils::clip_grad_norm_(model->parameters(), kTiedNorm))};
+    for (const auto& item : model->named_parameters())
+      truth["gradient of " + item.key() + " in step " + std::to_string(step)] = {item.value().grad().clone()};
+    optimizer.step();
+  }
+  for (const auto& item : model->named_parameters()) truth[item.key()] = {item.value().detach()};
+  return truth;
+}
+
+Item tied(const std::string& name, StageFactory (*as_stages)(TiedModel model)) {
+  return {name, tied_truth, [as_stages](const Mesh& mesh, const std::string& kind) {
+            DualPipe pipe(mesh, options_of(kind), as_stages(TiedModel(stages_of(mesh, kind))));
+            torch::optim::SGD optimizer(pipe->parameters(), torch::optim::SGDOptions(0.1).momentum(0.9));
+            Found found;
+            for (const int step : {0, 1}) {
+              optimizer.zero_grad();
+              pipe->step(tokens_of(mesh.replica(), step), squared_error());
+              found["norm in step " + std::to_string(step)] = pipe->clip_grad_norm_(kTiedNorm);
+              for (const auto& item : pipe->named_parameters())
+                found["gradient of " + name_in_model(item.key()) + " in step " + std::to_string(step)] =
+                    item.value().grad().clone();
+              optimizer.step();
+            }
+            for (const auto& item : pipe->named_parameters()) found[name_in_model(item.key())] = item.value().detach();
+            return found;
+          }};
+}
+
 // --- gradients of inputs
 
 /// Calls its layer twice, for two tensors.
@@ -814,6 +859,8 @@ std::vector<Item> items() {
       {"float16", float16_truth, float16_run},
       {"recompute", recompute_truth, recompute_run},
       {"buffers", buffers_truth, buffers_run},
+      tied("tied weights", modules_as_stages),
+      tied("parts of one model", whole_model_as_stages),
       {"gradients of inputs", inputs_truth, inputs_run},
       {"generator and discriminator", gan_truth, gan_run},
   };
