@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compiles every source file of the library, the tools, the examples and the benchmarks with clang and without a precompiled header, and throws the
+"""Compiles every source file of the library, the tools and the examples with clang and without a precompiled header, and throws the
 result away: what g++ or the precompiled header lets pass is found.
 
 clang.py SOURCE_DIR BUILD_DIR [CMAKE_OPTION]...; configures BUILD_DIR for its compilation database, with each file by itself. Exits with 1 if a file does
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-FOLDERS = ("src", "examples", "benchmarks")
+FOLDERS = ("src", "examples")
 
 
 def find_clang():
