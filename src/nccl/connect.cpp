@@ -1,27 +1,16 @@
 #include <ATen/ATen.h>
 
 #include <cstdlib>
-#include <cstring>
 #include <utility>
 
 #include "dualpipe/comm/nccl.hpp"
+#include "dualpipe/detail/comm/agree.hpp"
 #include "nccl/communicator.hpp"
 #include "nccl/cuda.hpp"
 #include "nccl/rank_device.hpp"
 
 namespace dualpipe {
 namespace {
-
-/// The text of each rank, by rank.
-std::vector<std::string> gather(Communicator& control, const std::string& text) {
-  const detail::PlainTensors plain;
-  at::Tensor bytes = at::empty({static_cast<std::int64_t>(text.size())}, at::kByte);
-  std::memcpy(bytes.mutable_data_ptr(), text.data(), text.size());
-  std::vector<std::string> texts;
-  for (const at::Tensor& each : control.all_gather(bytes).take())
-    texts.emplace_back(static_cast<const char*>(each.const_data_ptr()), each.numel());
-  return texts;
-}
 
 void check_ctas(const NcclOptions& options) {
   for (const int each :
@@ -40,6 +29,7 @@ std::shared_ptr<Communicator> connect_nccl(const World& world, const NcclOptions
   check_ctas(options);
   const std::shared_ptr<Communicator> control = connect_sockets(world, options.connect);
 
+  const detail::PlainTensors plain;
   // All ranks throw the error of any rank.
   detail::RankDevice mine{.rank = world.rank, .local_rank = world.local_rank, .local_size = world.local_size};
   mine.wanted = options.device;
@@ -61,13 +51,13 @@ std::shared_ptr<Communicator> connect_nccl(const World& world, const NcclOptions
   } catch (const std::exception& error) {
     problem = detail::str("rank ", world.rank, ": ", error.what());
   }
-  const std::vector<std::string> problems = gather(*control, problem);
-  const std::vector<std::string> identities = gather(*control, mine.identity);
+  const std::vector<std::string> problems = detail::all_gather_text(*control, problem);
+  const std::vector<std::string> identities = detail::all_gather_text(*control, mine.identity);
   for (const std::string& each : problems) DUALPIPE_CHECK(each.empty(), each);
   const std::string shared = options.share_devices ? detail::sharing_obstacle(identities, detail::nccl_version(),
                                                                               std::getenv("NCCL_MULTI_RANK_GPU_ENABLE"))
                                                    : detail::sharing_problem(identities);
-  for (const std::string& each : gather(*control, shared)) DUALPIPE_CHECK(each.empty(), each);
+  for (const std::string& each : detail::all_gather_text(*control, shared)) DUALPIPE_CHECK(each.empty(), each);
 
   return detail::NcclCommunicator::world(
       control, detail::cuda_device(mine.index()), std::move(nccl),
