@@ -105,7 +105,8 @@ TEST_F(PlanCosts, ParametersAndMemoryOfEachStage) {
 
   const std::string compared = "compare dualpipe,dualpipev --ranks 2 --microbatches 4 --parameters 40,10,10,20";
   EXPECT_THAT(output(compared), HasSubstr("transfers  parameters\n"));
-  for (const auto& row : json_of(compared)["rows"])
+  const json rows = json_of(compared)["rows"];
+  for (const auto& row : rows)
     EXPECT_EQ(row["parameters"], row["schedule"] == "dualpipe" ? 80 : 60);  // all of the model, or two of its quarters
 
   expect_refused("simulate --ranks 2 --microbatches 4 --parameters 1,2,3", 1,
@@ -117,13 +118,14 @@ TEST_F(PlanCosts, ParametersAndMemoryOfEachStage) {
 
 TEST_F(PlanCosts, ShardedOptimizers) {
   const std::string sharded = "--ranks 8 --microbatches 20 --memory 0,0,18 --shard-optimizer ";
-  for (const auto& rank : json_of("simulate " + sharded)["memory"]) EXPECT_NEAR(rank["state"].get<double>(), 24, 1e-9);
+  const json ranks = json_of("simulate " + sharded)["memory"];
+  for (const auto& rank : ranks) EXPECT_NEAR(rank["state"].get<double>(), 24, 1e-9);
   EXPECT_THAT(
       output("simulate " + sharded + "--replicas 3"),
       HasSubstr("The optimizer, 66.7 % of the state, is sharded over the ranks that hold a stage in 3 replicas.\n"
                 "peak memory 16 on rank 0"));
-  for (const auto& row :
-       json_of("compare dualpipe,dualpipev " + sharded + "--replicas 2 --optimizer-share 0.5")["rows"])
+  const json rows = json_of("compare dualpipe,dualpipev " + sharded + "--replicas 2 --optimizer-share 0.5")["rows"];
+  for (const auto& row : rows)
     EXPECT_NEAR(row["peak_memory"].get<double>(), row["schedule"] == "dualpipe" ? 36 * (0.5 + 0.5 / 4) : 18 * 0.75,
                 1e-9);
   EXPECT_THAT(output("compare dualpipe " + sharded), HasSubstr("The optimizer, 66.7 % of the state, is sharded"));
