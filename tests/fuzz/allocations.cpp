@@ -14,16 +14,24 @@ std::atomic<std::size_t> count{0};
 std::atomic<std::size_t> held{0};
 std::atomic<std::size_t> peak{0};
 
-}  // namespace
-
-void* operator new(std::size_t size) {
+void* counted_malloc(std::size_t size) noexcept {
   void* const memory = std::malloc(std::max<std::size_t>(size, 1));
-  if (memory == nullptr) throw std::bad_alloc();
+  if (memory == nullptr) return nullptr;
   ++count;
   const std::size_t now = held += ::malloc_usable_size(memory);
   if (now > peak) peak = now;
   return memory;
 }
+
+}  // namespace
+
+void* operator new(std::size_t size) {
+  void* const memory = counted_malloc(size);
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
+void* operator new(std::size_t size, const std::nothrow_t&) noexcept { return counted_malloc(size); }
 
 void operator delete(void* memory) noexcept {
   held -= ::malloc_usable_size(memory);
