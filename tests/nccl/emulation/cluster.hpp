@@ -71,7 +71,7 @@ struct Member : std::enable_shared_from_this<Member> {
 
 /// A communicator, with all its ranks.
 struct Clique {
-  std::vector<std::shared_ptr<Member>> members;
+  std::vector<Member*> members;  ///< by rank; null: not yet opened. Cluster::members holds them
   /// Parts that have begun and wait for the other end, by sender and receiver.
   std::map<std::pair<int, int>, std::deque<Part*>> sends, receives;
   std::map<std::uint64_t, std::vector<Part*>> collectives;

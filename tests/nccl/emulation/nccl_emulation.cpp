@@ -248,22 +248,22 @@ class NcclEmulation::Nccl final : public detail::NcclApi {
     }
     if (rank < 0 || rank >= num_ranks || clique->members.size() != static_cast<std::size_t>(num_ranks))
       throw DeviceFailure("init: ranks disagree about their number");
-    auto& member = clique->members[static_cast<std::size_t>(rank)];
-    if (member) throw DeviceFailure("init: this rank exists already");
-    member = std::make_shared<Member>();
+    Member*& member = clique->members[static_cast<std::size_t>(rank)];
+    if (member != nullptr) throw DeviceFailure("init: this rank exists already");
+    member = cluster_->members.emplace_back(std::make_shared<Member>()).get();
     member->clique = clique;
     member->rank = rank;
     member->device = rank_;
     member->name = config.name;
-    cluster_->members.push_back(member);
     cluster_->communicators[static_cast<std::size_t>(rank_)].push_back(config.name);
     cluster_->changed.notify_all();
     const bool complete = cluster_->changed.wait_for(lock, cluster_->options.patience, [&] {
-      return std::all_of(clique->members.begin(), clique->members.end(), [](const auto& each) { return each; });
+      return std::all_of(clique->members.begin(), clique->members.end(),
+                         [](const Member* each) { return each != nullptr; });
     });
     if (!complete) throw DeviceFailure("init: some ranks never came");
-    cluster_->valid.insert(member.get());
-    return reinterpret_cast<NcclComm>(member.get());
+    cluster_->valid.insert(member);
+    return reinterpret_cast<NcclComm>(member);
   }
 
   void destroy(NcclComm comm) override {
