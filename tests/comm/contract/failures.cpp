@@ -157,9 +157,9 @@ TEST_P(Contract, ADeadlineNamesPeerAndOperation) {
           EXPECT_EQ(error.origin_rank(), 1);
           EXPECT_EQ(error.operation(), test.operation);
           EXPECT_THAT(error.what(), AllOf(HasSubstr("rank 0: " + test.operation), HasSubstr("waited for rank 1"),
-                                          HasSubstr("100 ms")));
+                                          HasSubstr("300 ms")));
         },
-        100ms);
+        300ms);
   }
 }
 
@@ -182,7 +182,7 @@ TEST_P(Contract, ADeadlineNamesTheRankForWhichAllWait) {
           EXPECT_EQ(error.origin_rank(), 3);
           EXPECT_THAT(error.what(), HasSubstr("rank 3 runs code of its own"));
         },
-        300ms);
+        600ms);
   }
 }
 
