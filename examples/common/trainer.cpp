@@ -387,8 +387,7 @@ void Trainer::report_routing() const {
   }
   if (tables.empty()) return;
   say("Bytes that went to each expert; the busiest, as a multiple of an equal share; and how often each bias was "
-      "raised "
-      "in all:\n");
+      "raised in all:\n");
   for (const auto& [router, table] : tables) say("%s", table.c_str());
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <map>
 #include <tuple>
+#include <utility>
 
 #include "nccl/context.hpp"
 
@@ -13,16 +14,13 @@ namespace {
 OperationKey key_of(const NcclOperation& operation, int rank) {
   const Request& request = operation.request;
   const Header& header = request.header;
-  const bool transfer = header.channel == Channel::transfer;
-  const bool sends = request.kind == Request::Kind::send;
-  return {header.group, operation.first_rank,
-          !transfer ? -1
-          : sends   ? rank
-                    : request.peer,
-          !transfer ? -1
-          : sends   ? request.peer
-                    : rank,
-          static_cast<std::int64_t>(header.sequence)};
+  std::int64_t from = -1, to = -1;
+  if (header.channel == Channel::transfer) {
+    from = rank;
+    to = request.peer;
+    if (request.kind != Request::Kind::send) std::swap(from, to);
+  }
+  return {header.group, operation.first_rank, from, to, static_cast<std::int64_t>(header.sequence)};
 }
 
 }  // namespace

@@ -63,8 +63,7 @@ std::string both_ready_obstacle(const char* launch_order, const char* connection
   if (connections == nullptr || std::string_view(connections) != "32")
     return str(
         "NcclOptions::start_when_both_ready needs CUDA_DEVICE_MAX_CONNECTIONS=32 in the environment: a transfer that "
-        "waits "
-        "holds up every stream that shares its hardware queue, the computing one too, and it is ",
+        "waits holds up every stream that shares its hardware queue, the computing one too, and it is ",
         connections == nullptr ? std::string("not set") : str("\"", connections, "\""));
   return "";
 }

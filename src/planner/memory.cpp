@@ -115,10 +115,12 @@ std::vector<RankMemory> memory(const Schedule& schedule, const MemoryCosts& cost
   check(costs, schedule.num_stages);
   std::vector<StageMemory> stages = costs.stages;
   stages.resize(std::max(0, schedule.num_stages), {costs.activation, costs.weight, costs.state});
-  const std::vector<std::vector<int>> held = holders(schedule);
-  for (int stage = 0; costs.sharded > 0 && stage < schedule.num_stages; ++stage) {
-    const double copies = static_cast<double>(held[stage].size()) * costs.replicas;
-    stages[stage].state *= copies > 0 ? 1 - costs.sharded + costs.sharded / copies : 1;
+  if (costs.sharded > 0) {
+    const std::vector<std::vector<int>> held = holders(schedule);
+    for (std::size_t stage = 0; stage < held.size(); ++stage) {
+      const double copies = static_cast<double>(held[stage].size()) * costs.replicas;
+      stages[stage].state *= copies > 0 ? 1 - costs.sharded + costs.sharded / copies : 1;
+    }
   }
   std::vector<RankMemory> result;
   result.reserve(schedule.ranks.size());

@@ -100,8 +100,9 @@ std::vector<double> parameters_of_ranks(const Schedule& schedule, const std::vec
   DUALPIPE_CHECK(std::ssize(sizes) == schedule.num_stages, "sizes of ", sizes.size(), " stages, but the schedule has ",
                  schedule.num_stages);
   std::vector<double> result(schedule.ranks.size(), 0);
-  for (int stage = 0; stage < schedule.num_stages; ++stage)
-    for (const int rank : holders(schedule, stage)) result[rank] += sizes[stage].parameters;
+  const std::vector<std::vector<int>> held = holders(schedule);
+  for (std::size_t stage = 0; stage < held.size(); ++stage)
+    for (const int rank : held[stage]) result[rank] += sizes[stage].parameters;
   return result;
 }
 

@@ -376,11 +376,15 @@ Truth bfloat16_truth(const Layout& layout) {
   return truth;
 }
 
-Found bfloat16_run(const Mesh& mesh, const std::string& kind) {
+DualPipeOptions options_in_16_bits(const std::string& kind) {
   DualPipeOptions options = options_of(kind);
   options.gradient_dtype = GradientDtype::float32;
   options.on_non_finite = OnNonFinite::skip;
-  DualPipe pipe(mesh, options, as_factory(layers_in(at::kBFloat16)));
+  return options;
+}
+
+Found bfloat16_run(const Mesh& mesh, const std::string& kind) {
+  DualPipe pipe(mesh, options_in_16_bits(kind), as_factory(layers_in(at::kBFloat16)));
   torch::optim::AdamW optimizer(pipe->parameters(), torch::optim::AdamWOptions(0.01));
   MasterWeights weights(pipe->parameters());
   Found found;
@@ -416,10 +420,7 @@ Truth float16_truth(const Layout& layout) {
 }
 
 Found float16_run(const Mesh& mesh, const std::string& kind) {
-  DualPipeOptions options = options_of(kind);
-  options.gradient_dtype = GradientDtype::float32;
-  options.on_non_finite = OnNonFinite::skip;
-  DualPipe pipe(mesh, options, as_factory(layers_in(at::kHalf)));
+  DualPipe pipe(mesh, options_in_16_bits(kind), as_factory(layers_in(at::kHalf)));
   torch::optim::AdamW optimizer(pipe->parameters(), torch::optim::AdamWOptions(0.01));
   MasterWeights weights(pipe->parameters());
   GradScaler scaler(mesh.world(), {.scale = kScale});

@@ -17,6 +17,7 @@
 #include "dualpipe/train/sharded_optimizer.hpp"
 #include "pipeline/network.hpp"
 #include "pipeline/pipeline.hpp"
+#include "pipeline/same_bits.hpp"
 
 namespace dualpipe::test {
 namespace {
@@ -112,20 +113,6 @@ std::vector<Weights> one_process(const MakeOptimizer& make, int num_stages, int 
   return result;
 }
 
-/// Expects the same bits for one key on all ranks, which are threads.
-class Alike {
- public:
-  void expect(const std::string& key, const at::Tensor& tensor) {
-    const std::lock_guard lock(mutex_);
-    const auto [first, is_new] = first_.try_emplace(key, tensor.detach().clone());
-    EXPECT_TRUE(torch::equal(first->second, tensor)) << key;
-  }
-
- private:
-  std::mutex mutex_;
-  std::map<std::string, at::Tensor> first_;
-};
-
 struct Case {
   std::string kind;
   int num_ranks;  // of a pipeline
@@ -143,7 +130,7 @@ TEST_P(Sharded, WeightsEqualOneProcessAndAllHolders) {
   for (const auto& [name, make] : optimizers()) {
     SCOPED_TRACE(name);
     const auto truth = one_process(make, num_stages, num_micro_batches, num_replicas, kSteps);
-    Alike alike;
+    SameBits alike;
     run_ranks(num_ranks * num_replicas, [&, kind = kind, num_ranks = num_ranks, num_replicas = num_replicas,
                                          network = network, &make = make](std::shared_ptr<Communicator> comm) {
       const Mesh mesh(over(network, comm), {.pipeline = num_ranks, .data = num_replicas});

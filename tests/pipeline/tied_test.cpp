@@ -6,7 +6,6 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,6 +13,7 @@
 #include "dualpipe/schedule/generate.hpp"
 #include "dualpipe/train/sharded_optimizer.hpp"
 #include "pipeline/pipeline.hpp"
+#include "pipeline/same_bits.hpp"
 #include "pipeline/tied.hpp"
 
 namespace dualpipe::test {
@@ -64,20 +64,6 @@ TiedTruth tied_truth(int num_stages, int num_micro_batches, int num_replicas) {
   for (const auto& item : model->named_parameters()) truth.weights[item.key()] = item.value().detach();
   return truth;
 }
-
-/// The same bits under one name on all ranks, which are threads.
-class SameBits {
- public:
-  void expect(const std::string& name, const at::Tensor& tensor) {
-    const std::lock_guard lock(mutex_);
-    const auto [first, is_new] = first_.try_emplace(name, tensor.detach().clone());
-    EXPECT_TRUE(torch::equal(first->second, tensor)) << name;
-  }
-
- private:
-  std::mutex mutex_;
-  std::map<std::string, at::Tensor> first_;
-};
 
 class Tied : public ::testing::TestWithParam<TiedCase> {};
 

@@ -169,9 +169,7 @@ CostModel CostOptions::of(int num_ranks, int num_stages) const {
                  " stages, here there are ", num_stages);
   if (parameter_bytes) {
     DUALPIPE_CHECK(std::isfinite(*parameter_bytes) && *parameter_bytes >= 0,
-                   "--parameter-bytes must be finite and not "
-                   "negative, got ",
-                   *parameter_bytes);
+                   "--parameter-bytes must be finite and not negative, got ", *parameter_bytes);
     DUALPIPE_CHECK(!model.sizes.empty(),
                    "--parameter-bytes needs to know how many parameters each stage has: "
                    "--parameters N,N,..., or a costs file or trace that says it");

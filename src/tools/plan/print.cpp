@@ -70,9 +70,10 @@ std::string text_of_stages(const Schedule& schedule, const CostModel& model) {
   };
   if (has_sizes) add(rows[0], {"parameters", "bytes"});
   if (has_memory) add(rows[0], {"activation", "weight part", "state"});
+  const std::vector<std::vector<int>> held = holders(schedule);
   for (int stage = 0; stage < schedule.num_stages; ++stage) {
     std::string ranks;
-    for (const int rank : holders(schedule, stage)) ranks += (ranks.empty() ? "" : ",") + std::to_string(rank);
+    for (const int rank : held[stage]) ranks += (ranks.empty() ? "" : ",") + std::to_string(rank);
     auto& row = rows.emplace_back(std::vector{std::to_string(stage), ranks});
     if (has_sizes) {
       const StageSize& size = model.sizes[stage];
@@ -94,8 +95,9 @@ std::string text_of_stages(const Schedule& schedule, const CostModel& model) {
 ordered_json json_of_stages(const Schedule& schedule, const CostModel& model) {
   ordered_json list;
   if (model.memory.stages.empty() && model.sizes.empty()) return list;
+  const std::vector<std::vector<int>> held = holders(schedule);
   for (int stage = 0; stage < schedule.num_stages; ++stage) {
-    ordered_json& row = list.emplace_back(ordered_json{{"stage", stage}, {"ranks", holders(schedule, stage)}});
+    ordered_json& row = list.emplace_back(ordered_json{{"stage", stage}, {"ranks", held[stage]}});
     if (!model.sizes.empty()) {
       row["parameters"] = model.sizes[stage].parameters;
       row["bytes"] = model.sizes[stage].bytes;

@@ -290,6 +290,7 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
   std::optional<BufferTransaction> buffers;
   std::string infinite;  // what is not finite, the same on all ranks
   bool dropped = false;
+  Tensors of_inputs;
   const auto body = [&] {
     const std::int64_t number = step_++;
     ++steps_run_;
@@ -306,7 +307,7 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
     });
     gradients->add_up();
     const FiniteCheck finite(options_.on_non_finite == OnNonFinite::keep ? Tensors() : gradients_of(outputs));
-    Tensors of_inputs = gathered_input_gradients(*plan, batch, inputs, outputs);
+    of_inputs = gathered_input_gradients(*plan, batch, inputs, outputs);
     observers_.finish(*communicator_, world(), outputs);
     if (options_.asynchronous) {
       const MemberHashes before = std::exchange(last_hashes_, std::move(hashes)).values();
@@ -317,9 +318,7 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
       check_hashes(all.hashes, ranks_.shape, number - 1, numbers());
       gradients->commit();
       buffers->commit();
-      StepResult ahead = result_ahead(std::move(all), std::move(outputs), agreed, std::move(end), number);
-      ahead.input_gradients = std::move(of_inputs);
-      return ahead;
+      return result_ahead(std::move(all), std::move(outputs), agreed, std::move(end), number);
     }
     communicator_->fence().synchronize();  // the only wait of the host for a device
     StepVote all = flight_.together(
@@ -331,14 +330,13 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
       gradients->commit();
       buffers->commit();
     }
-    StepResult over = result(all, std::move(outputs), agreed);
-    over.input_gradients = std::move(of_inputs);
-    return over;
+    return result(all, std::move(outputs), agreed);
   };
   StepResult found = observed(body, &dropped);
   DUALPIPE_CHECK(!dropped || options_.on_non_finite == OnNonFinite::skip, "step ", step_, " is not finite: ", infinite,
                  ". Gradients and buffers are what they were before it. With DualPipeOptions::on_non_finite = skip "
                  "step() leaves such steps out and says so, with keep it hands out their gradients");
+  found.input_gradients = std::move(of_inputs);
   found.skipped = dropped;
   return found;
 }
@@ -454,7 +452,7 @@ Batch PipelineState::broadcast_batch(const Batch& batch) {
   return health_.watched([&] {
     return flight_.together("broadcast_batch", [&] {
       agree_on_call(mine);
-      return sent_batch(*communicator_, batch, holders(schedule(), 0), loss_ranks_);
+      return sent_batch(*communicator_, batch, feeding_ranks_, loss_ranks_);
     });
   });
 }

@@ -40,10 +40,10 @@ class Replicas {
   ///                   that several stages share is summed with the last of them.
   /// @param options    how buffers are combined and gradients added up, and whether each parameter has one owner among the
   ///                   ranks of its set, else every rank is; the same on all ranks.
-  /// @throws InvalidArgument  on every rank: a parameter that stages share or use as a part of one model, which different
-  ///                          sets of ranks hold, and do not tie; one shared by ranks that are threads of one process; a name that no buffer has, or a buffer that does not
-  ///                          add up; where parameters have owners, ranks of a set that have other parameters or have
-  ///                          frozen others.
+  /// @throws InvalidArgument  on every rank: a parameter that stages share, or use as a part of one model, which different
+  ///                          sets of ranks hold and do not tie; one shared by ranks that are threads of one process; a
+  ///                          name that no buffer has, or a buffer that does not add up; where parameters have owners,
+  ///                          ranks of a set that have other parameters or have frozen others.
   DUALPIPE_DECL Replicas(Communicator& world, const MeshShape& shape, const Schedule& schedule,
                          const std::map<int, Stage>& stages, const IsExpert& is_expert,
                          const std::vector<int>& sum_order, const DualPipeOptions& options);

@@ -179,8 +179,8 @@ inline std::vector<ParameterPlace> parameter_places(const std::vector<std::strin
 
 inline constexpr const char* ways_to_tie =
     "Stage::tie makes it one parameter of all these stages. Kinds dualpipe, dualpipev and zbv keep the first and the "
-    "last stage on the same ranks; else let the first of the "
-    "stages return the weight with its outputs, and those between hand it on";
+    "last stage on the same ranks; else let the first of the stages return the weight with its outputs, and those "
+    "between hand it on";
 
 /// One parameter of the model for all stages that use it.
 ///

@@ -103,6 +103,7 @@ Ties::Ties(Communicator& world, const MeshShape& shape, const Schedule& schedule
     }
     ++rank;
   }
+  const std::vector<std::vector<int>> held = holders(schedule);
   for (const auto& [name, types] : by_name) {
     const auto& [first, type] = *types.begin();
     DUALPIPE_CHECK(types.size() > 1 || schedule.num_stages == 1, "'", first.name, "' of stage ", first.stage,
@@ -118,7 +119,7 @@ Ties::Ties(Communicator& world, const MeshShape& shape, const Schedule& schedule
                      place.name, "' of stage ", place.stage,
                      " is a part of experts, of which ranks have different ones, so it cannot be tied");
       tie.places.push_back(place);
-      for (const int holder : holders(schedule, place.stage))
+      for (const int holder : held[place.stage])
         for (int replica = 0; replica < shape.data; ++replica) {
           const int holding = shape.rank_of(holder, replica);
           ranks.insert(holding);

@@ -47,10 +47,10 @@ inline std::vector<TimedReduction> timed_reductions(const Schedule& schedule, co
         if (reduction.ranks.empty() || reduction.ranks.back() != rank) reduction.ranks.push_back(rank);
         ready = std::max(ready, flow.begin[rank][at] + flow.duration[rank][at]);
       });
-  const std::vector<std::vector<int>> held = held_as != nullptr ? holders(*held_as) : std::vector<std::vector<int>>{};
-  for (int stage = 0; stage < schedule.num_stages; ++stage) {
-    all[stage].reduction.stage = stage;
-    if (held_as != nullptr) all[stage].reduction.ranks = held[stage];
+  for (int stage = 0; stage < schedule.num_stages; ++stage) all[stage].reduction.stage = stage;
+  if (held_as != nullptr) {
+    const std::vector<std::vector<int>> held = holders(*held_as);
+    for (int stage = 0; stage < schedule.num_stages; ++stage) all[stage].reduction.ranks = held[stage];
   }
   std::erase_if(all, [&](const TimedReduction& each) {
     return static_cast<std::int64_t>(each.reduction.ranks.size()) * num_replicas < 2;
