@@ -7,11 +7,6 @@
 namespace dualpipe {
 namespace {
 
-const bool poisoned = [] {
-  testing::poison_freed_memory();
-  return true;
-}();
-
 contract::BackEnd nccl(std::string name, bool communicator_per_edge, bool start_when_both_ready = false) {
   const auto run = [communicator_per_edge, start_when_both_ready](int num_ranks, std::chrono::milliseconds timeout,
                                                                   const contract::Body& body) {

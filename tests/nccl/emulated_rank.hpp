@@ -17,6 +17,12 @@
 
 namespace dualpipe::test {
 
+/// In all programs of these tests a read of host memory that was given back finds NaN.
+inline const bool host_memory_is_poisoned = [] {
+  testing::poison_freed_memory();
+  return true;
+}();
+
 /// One rank of a test over the emulation.
 struct EmulatedRank {
   std::shared_ptr<Communicator> communicator;

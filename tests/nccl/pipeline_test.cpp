@@ -22,11 +22,6 @@ namespace {
 using ::testing::HasSubstr;
 using namespace std::chrono_literals;
 
-const bool poisoned = [] {
-  testing::poison_freed_memory();
-  return true;
-}();
-
 struct Setting {
   int num_ranks = 2;
   int num_micro_batches = 4;
@@ -162,7 +157,7 @@ class Durations {
 /// Two replicas; with `communicates` each stage also has collectives over them, which double what it computes.
 void expect_replicas_equal_one_process(const std::string& kind, bool communicates, bool one_at_a_time) {
   SCOPED_TRACE(kind + (communicates ? ", with collectives" : "") + (one_at_a_time ? ", one transfer at a time" : ""));
-  constexpr int kRanks = 2, kReplicas = 2, kMicroBatches = 4;
+  constexpr int kPipeline = 2, kReplicas = 2;
   const double factor = communicates ? kReplicas : 1;
   const Model model = [factor](int stage) {
     Layer module(stage);
@@ -172,18 +167,18 @@ void expect_replicas_equal_one_process(const std::string& kind, bool communicate
   const auto batch_of = [](int replica) { return random_batch(2 * kMicroBatches, 10 + replica); };
   std::vector<Reference> truths;
   for (int replica = 0; replica < kReplicas; ++replica)
-    truths.push_back(reference(model, kind == "dualpipev" ? 2 * kRanks : kRanks, batch_of(replica), kMicroBatches,
+    truths.push_back(reference(model, kind == "dualpipev" ? 2 * kPipeline : kPipeline, batch_of(replica), kMicroBatches,
                                squared_error(), 1.0 / (kReplicas * kMicroBatches)));
   Reference sum = truths[0];
   for (auto& [stage, gradients] : sum.gradients)
     for (auto& [name, gradient] : gradients) gradient = gradient + truths[1].gradients.at(stage).at(name);
 
-  const testing::NcclEmulation emulation(kRanks * kReplicas, {.one_transfer_at_a_time = one_at_a_time});
+  const testing::NcclEmulation emulation(kPipeline * kReplicas, {.one_transfer_at_a_time = one_at_a_time});
   std::atomic<int> timed_events{0};
   Durations durations;
   const auto body = [&](const EmulatedRank& rank) {
     const auto lagging = std::make_shared<LaggingCommunicator>(rank.communicator, std::make_shared<AsyncRank>(rank));
-    const Mesh mesh(lagging, {.pipeline = kRanks, .data = kReplicas, .expert = kReplicas});
+    const Mesh mesh(lagging, {.pipeline = kPipeline, .data = kReplicas, .expert = kReplicas});
     const auto stages = [&](int number) {
       Layer module(number);
       Stage stage(module);
@@ -211,7 +206,7 @@ void expect_replicas_equal_one_process(const std::string& kind, bool communicate
               std::ssize(pipe->local_stages()));
     durations.add(mesh.replica(), tracer->last());
   };
-  run_emulated(emulation, kRanks * kReplicas, {.timeout = 30s}, body,
+  run_emulated(emulation, kPipeline * kReplicas, {.timeout = 30s}, body,
                [&](int rank, std::shared_ptr<detail::DeviceApi>& device, std::shared_ptr<detail::NcclApi>&) {
                  device = std::make_shared<OtherClock>(device, rank, timed_events);
                });
@@ -228,17 +223,17 @@ TEST(EmulatedPipeline, ReplicasTrainAsOneProcess) {
 }
 
 TEST(EmulatedPipeline, AShardedOptimizerTrainsAsOneProcess) {
-  constexpr int kRanks = 2, kReplicas = 2, kMicroBatches = 4;
+  constexpr int kPipeline = 2, kReplicas = 2;
   constexpr double kRate = 0.1;
   const auto batch_of = [](int replica) { return random_batch(2 * kMicroBatches, 10 + replica); };
   std::vector<Reference> truths;
   for (int replica = 0; replica < kReplicas; ++replica)
-    truths.push_back(
-        reference(layer, kRanks, batch_of(replica), kMicroBatches, squared_error(), 1.0 / (kReplicas * kMicroBatches)));
-  const testing::NcclEmulation emulation(kRanks * kReplicas);
-  run_emulated(emulation, kRanks * kReplicas, {.timeout = 30s}, [&](const EmulatedRank& rank) {
+    truths.push_back(reference(layer, kPipeline, batch_of(replica), kMicroBatches, squared_error(),
+                               1.0 / (kReplicas * kMicroBatches)));
+  const testing::NcclEmulation emulation(kPipeline * kReplicas);
+  run_emulated(emulation, kPipeline * kReplicas, {.timeout = 30s}, [&](const EmulatedRank& rank) {
     const auto lagging = std::make_shared<LaggingCommunicator>(rank.communicator, std::make_shared<AsyncRank>(rank));
-    const Mesh mesh(lagging, {.pipeline = kRanks, .data = kReplicas});
+    const Mesh mesh(lagging, {.pipeline = kPipeline, .data = kReplicas});
     DualPipe pipe(mesh, {.num_micro_batches = kMicroBatches, .shard_optimizer = true}, as_factory(layer));
     ShardedOptimizer optimizer(pipe, std::make_unique<torch::optim::SGD>(pipe->owned_parameters(), kRate));
     const std::vector<std::string> connected = emulation.connections(lagging->rank());
@@ -552,7 +547,6 @@ TEST(EmulatedTrace, NodesAndCollectivesToo) {
 
 /// In a step with slow kernels, of all ranks.
 int kernels_beside_waiting_transfers(bool start_when_both_ready) {
-  constexpr int kRanks = 4;
   const Batch batch = random_batch(4 * kRanks, 3);
   const testing::NcclEmulation emulation(kRanks, {.seed = 3});
   run_emulated(emulation, kRanks, {.timeout = 30s, .start_when_both_ready = start_when_both_ready},

@@ -14,9 +14,6 @@ namespace {
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 
-constexpr int kRanks = 4;
-constexpr int kMicroBatches = 8;
-
 /// Trains one step with every kind of placement (mirrored, folded, straight) and compares with one process.
 void expect_as_in_one_process(const Model& model, Batch batch = random_batch(16, 31),
                               const LossFn& loss = squared_error()) {

@@ -18,9 +18,6 @@ namespace {
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 
-constexpr int kRanks = 4;
-constexpr int kMicroBatches = 8;
-
 /// What the ranks of a run say, by the name of a call.
 class Findings {
  public:

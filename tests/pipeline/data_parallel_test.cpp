@@ -390,7 +390,6 @@ TEST(DataParallelSums, RunInTheirPlacesUnderTheRestOfTheStep) {
 
 /// Stages 0 and 3 use one weight, which is complete only when both are.
 TEST(DataParallelSums, OfAParameterThatTwoStagesShareComeWithTheLastOfThem) {
-  constexpr int kRanks = 4, kMicroBatches = 8;
   for (const std::string kind : {"dualpipe", "dualpipev", "zbv"}) {
     const int num_stages = make_schedule({kind, kRanks, kMicroBatches}).num_stages;
     std::vector<Layer> model;
@@ -418,7 +417,6 @@ TEST(DataParallelSums, OfAParameterThatTwoStagesShareComeWithTheLastOfThem) {
 }
 
 TEST(DataParallelSums, AParameterOfAnotherStageThatIsNotRegisteredIsAnError) {
-  constexpr int kRanks = 4, kMicroBatches = 8;
   const auto step = [&](int owner, int user) {
     std::vector<std::string> texts(kRanks);
     run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
@@ -457,7 +455,7 @@ class Experts : public ::testing::TestWithParam<std::string> {};
 
 TEST_P(Experts, GradientsAreSummedOverTheRanksThatHoldTheSame) {
   const std::string kind = GetParam();
-  constexpr int kPipeline = 2, kReplicas = 4, kParts = 2, kMicroBatches = 4;
+  constexpr int kPipeline = 2, kReplicas = 4, kParts = 2;
   const int num_stages = make_schedule({kind, kPipeline, kMicroBatches}).num_stages;
   const auto part_model = [](int part) -> Model {
     return [part](int stage) -> Piece {

@@ -20,7 +20,6 @@ using ::testing::Each;
 using ::testing::HasSubstr;
 using Call = std::function<void(DualPipe&)>;
 
-constexpr int kRanks = 4;
 constexpr int kOdd = 2;  // the rank that does something else
 
 DualPipe pipe_of(const std::shared_ptr<Communicator>& comm) {

@@ -17,8 +17,6 @@
 namespace dualpipe::test {
 namespace {
 
-constexpr int kMicroBatches = 8;
-
 Schedule schedule_of(const Layout& layout) {
   return make_schedule({.kind = layout.kind, .num_ranks = layout.mesh.pipeline, .num_micro_batches = kMicroBatches});
 }

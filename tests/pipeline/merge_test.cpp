@@ -15,8 +15,6 @@ namespace {
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 
-constexpr int kRanks = 4;
-constexpr int kMicroBatches = 8;
 constexpr Merge kStack{Merge::How::stack};
 constexpr Merge kList{Merge::How::list};
 

@@ -535,13 +535,13 @@ TEST(AllToAll, RefusesSplitsThatDoNotFit) {
 }
 
 TEST(AllToAll, RowsOfSeveralKindsBringTheirNumbersThereAndBack) {
-  constexpr int kRanks = 3, kKinds = 2;
-  run_ranks(kRanks, [](std::shared_ptr<Communicator> group) {
+  constexpr int kMembers = 3, kKinds = 2;
+  run_ranks(kMembers, [](std::shared_ptr<Communicator> group) {
     const std::int64_t me = group->rank();
     const auto count = [](std::int64_t from, std::int64_t to, std::int64_t kind) { return (from + 2 * to + kind) % 3; };
     const auto table = [&](bool sends) {
-      Tensor all = torch::zeros({kRanks, kKinds}, torch::kLong);
-      for (std::int64_t r = 0; r < kRanks; ++r)
+      Tensor all = torch::zeros({kMembers, kKinds}, torch::kLong);
+      for (std::int64_t r = 0; r < kMembers; ++r)
         for (std::int64_t kind = 0; kind < kKinds; ++kind)
           all[r][kind] = sends ? count(me, r, kind) : count(r, me, kind);
       return all;
@@ -550,7 +550,7 @@ TEST(AllToAll, RowsOfSeveralKindsBringTheirNumbersThereAndBack) {
     // A row is sender, receiver and kind.
     const auto rows_of = [&](const Tensor& numbers, bool sends) {
       Tensors all{torch::zeros({0, 3}, torch::kLong)};
-      for (std::int64_t r = 0; r < kRanks; ++r)
+      for (std::int64_t r = 0; r < kMembers; ++r)
         for (std::int64_t kind = 0; kind < kKinds; ++kind)
           all.push_back(torch::tensor({sends ? me : r, sends ? r : me, kind}, torch::kLong)
                             .expand({numbers[r][kind].item<std::int64_t>(), 3}));

@@ -20,6 +20,9 @@
 namespace dualpipe::test {
 
 constexpr int kWidth = 6;
+// Of tests that say nothing else.
+constexpr int kRanks = 4;
+constexpr int kMicroBatches = 8;
 
 inline at::TensorOptions f64() { return torch::dtype(torch::kDouble); }
 

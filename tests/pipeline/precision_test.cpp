@@ -27,8 +27,6 @@ namespace {
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 
-constexpr int kMicroBatches = 8;
-
 struct Kind {
   std::string name;
   int num_ranks;

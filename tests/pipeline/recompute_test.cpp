@@ -27,8 +27,6 @@ namespace {
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 
-constexpr int kMicroBatches = 8;
-
 /// Two layers with running statistics between them, as three nodes.
 Stage normed(int number, const std::function<void(Stage&)>& after_first, bool recompute) {
   Layer first(2 * number), second(2 * number + 1);

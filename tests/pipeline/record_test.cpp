@@ -28,9 +28,6 @@ using planner::Record;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 
-constexpr int kRanks = 4;
-constexpr int kMicroBatches = 8;
-
 Record read_record(const std::filesystem::path& path) { return planner::from_record(detail::read_file(path)); }
 
 std::vector<Record> records_in(const TemporaryFolder& folder, int num_ranks) {

@@ -23,9 +23,6 @@ using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
-constexpr int kRanks = 4;
-constexpr int kMicroBatches = 8;
-
 /// The one text of the InvalidArgument that all ranks throw in their constructors; "" if none throws.
 std::string construction(const std::string& kind, int num_ranks, const StageFactory& factory) {
   std::mutex mutex;

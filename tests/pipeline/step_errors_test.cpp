@@ -19,9 +19,6 @@ using ::testing::AllOf;
 using ::testing::ContainsRegex;
 using ::testing::HasSubstr;
 
-constexpr int kRanks = 4;
-constexpr int kMicroBatches = 8;
-
 /// Two pipelines of four ranks. What the second one does fails there, on rank 5 of the world if it is stage 2 that does
 /// with micro-batch 5; the first one waits.
 class SecondPipeline {

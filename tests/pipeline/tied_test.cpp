@@ -122,33 +122,33 @@ INSTANTIATE_TEST_SUITE_P(Kinds, Tied,
                                   std::to_string(each.param.num_replicas);
                          });
 
-constexpr int kRanks = 2;
-constexpr int kMicroBatches = 4;
+constexpr int kTiedRanks = 2;
+constexpr int kTiedMicroBatches = 4;
 
 DualPipe tied_pipe(const std::shared_ptr<Communicator>& comm, const StageFactory& factory) {
-  return DualPipe(comm, {.num_micro_batches = kMicroBatches, .schedule = "1f1b"}, factory);
+  return DualPipe(comm, {.num_micro_batches = kTiedMicroBatches, .schedule = "1f1b"}, factory);
 }
 
 /// The text of what all ranks throw in their constructors.
 std::string refused(const std::function<StageFactory()>& factory, const std::string& kind = "1f1b",
-                    int num_ranks = kRanks) {
+                    int num_ranks = kTiedRanks) {
   return failure_on_all(num_ranks, [&](std::shared_ptr<Communicator> comm) {
-    DualPipe(comm, {.num_micro_batches = kMicroBatches, .schedule = kind}, factory());
+    DualPipe(comm, {.num_micro_batches = kTiedMicroBatches, .schedule = kind}, factory());
   });
 }
 
 TEST(TiedWeights, SparseGradientsAndFrozenWeights) {
   for (const bool frozen : {false, true}) {
     const auto make = [&] {
-      TiedModel model(kRanks);
+      TiedModel model(kTiedRanks);
       model->wte->options.sparse(true);
       model->wte->weight.requires_grad_(!frozen);
       return model;
     };
     TiedModel truth = make();
     const Batch batch = token_batch(8, 5);
-    tied_step(truth, {batch}, kMicroBatches);
-    run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    tied_step(truth, {batch}, kTiedMicroBatches);
+    run_ranks(kTiedRanks, [&](std::shared_ptr<Communicator> comm) {
       TiedModel model = make();
       DualPipe pipe = tied_pipe(comm, whole_model_as_stages(model));
       pipe->step(batch, squared_error());
@@ -161,18 +161,18 @@ TEST(TiedWeights, SparseGradientsAndFrozenWeights) {
 
 TEST(TiedWeights, Float32GradientsOfBfloat16) {
   const auto make = [] {
-    TiedModel model(kRanks);
+    TiedModel model(kTiedRanks);
     model->to(at::kBFloat16);
     return model;
   };
   Batch batch = token_batch(8, 5);
   batch.targets[0] = batch.targets[0].to(at::kBFloat16);
   TiedModel truth = make();
-  tied_step(truth, {batch}, kMicroBatches);
+  tied_step(truth, {batch}, kTiedMicroBatches);
   for (const bool shards : {false, true})
-    run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    run_ranks(kTiedRanks, [&](std::shared_ptr<Communicator> comm) {
       DualPipe pipe(comm,
-                    {.num_micro_batches = kMicroBatches,
+                    {.num_micro_batches = kTiedMicroBatches,
                      .schedule = "1f1b",
                      .gradient_dtype = GradientDtype::float32,
                      .shard_optimizer = shards},
@@ -280,8 +280,8 @@ TEST(UsedParts, StagesHaveTheseUnderTheirNames) {
 }
 
 TEST(UsedParts, WhatIsNotNamedTakesNoPart) {
-  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
-    TiedModel model(kRanks);
+  run_ranks(kTiedRanks, [&](std::shared_ptr<Communicator> comm) {
+    TiedModel model(kTiedRanks);
     DualPipe pipe = tied_pipe(comm, whole_model_as_stages(model));
     const int other = 1 - comm->rank();
     const auto before = model->layers[other]->weight.detach().clone();
@@ -296,7 +296,7 @@ TEST(UsedParts, WhatIsNotNamedTakesNoPart) {
 
 TEST(UsedParts, OneNameOfTwoRanksHasToBeTied) {
   const auto untied = []() -> StageFactory {
-    TiedModel model(kRanks);
+    TiedModel model(kTiedRanks);
     return [model](int number) {
       return Stage(model).uses({"blocks." + std::to_string(number), "wte"}).compute("part", [](const at::Tensor& x) {
         return x;
@@ -311,8 +311,8 @@ TEST(UsedParts, OneNameOfTwoRanksHasToBeTied) {
 std::string undeclared(const std::function<at::Tensor(TiedModel&, const at::Tensor&)>& use, bool trains,
                        const std::function<at::Tensor(TiedModel&, const at::Tensor&)>& in_loss = nullptr) {
   std::string text;
-  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
-    TiedModel model(kRanks);
+  run_ranks(kTiedRanks, [&](std::shared_ptr<Communicator> comm) {
+    TiedModel model(kTiedRanks);
     model->layers[0]->bias.requires_grad_(false);
     DualPipe pipe = tied_pipe(comm, [&](int number) {
       return Stage(model).uses({"blocks." + std::to_string(number)}).compute("part", [=](const at::Tensor& x) mutable {

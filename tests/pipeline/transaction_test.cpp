@@ -15,9 +15,6 @@ namespace {
 
 using ::testing::HasSubstr;
 
-constexpr int kRanks = 4;
-constexpr int kMicroBatches = 8;
-
 DualPipe make_pipe(const std::shared_ptr<Communicator>& comm, const Model& model = layer) {
   return DualPipe(comm, DualPipeOptions{.num_micro_batches = kMicroBatches}, as_factory(model));
 }

@@ -18,7 +18,7 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 
-std::string error_of(const std::string& text) {
+std::string csv_error(const std::string& text) {
   return test::error_of([&] { from_csv(text); });
 }
 
@@ -63,10 +63,10 @@ TEST(Csv, SkipsWhatTorchsLoweringAdds) {
   EXPECT_EQ(
       from_csv("0UNSHARD,0F0,0SEND_F0,0RECV_B0,0B0,0RESHARD,0REDUCE_GRAD\r\n1UNSHARD,1RECV_F0,1F0,1B0,1SEND_B0\r\n"),
       plain);
-  EXPECT_THAT(error_of("0F0,SEND_F0,0B0\n"), HasSubstr("cell 2: \"SEND_F0\" has no stage"));
-  EXPECT_THAT(error_of("0F0,0SEND_X0,0B0\n"), HasSubstr("cell 2: \"0SEND_X0\" has no pass"));
-  EXPECT_THAT(error_of("0F0,0SEND_F0x,0B0\n"), HasSubstr("cell 2: \"0SEND_F0x\" has no pass"));
-  EXPECT_THAT(error_of("0UNSHARD\n"), HasSubstr("no ops"));
+  EXPECT_THAT(csv_error("0F0,SEND_F0,0B0\n"), HasSubstr("cell 2: \"SEND_F0\" has no stage"));
+  EXPECT_THAT(csv_error("0F0,0SEND_X0,0B0\n"), HasSubstr("cell 2: \"0SEND_X0\" has no pass"));
+  EXPECT_THAT(csv_error("0F0,0SEND_F0x,0B0\n"), HasSubstr("cell 2: \"0SEND_F0x\" has no pass"));
+  EXPECT_THAT(csv_error("0UNSHARD\n"), HasSubstr("no ops"));
 }
 
 TEST(Csv, ReadsPairs) {
@@ -98,7 +98,7 @@ TEST(Csv, CellsInQuotesAndAByteOrderMark) {
     EXPECT_EQ(from_csv(text), plain) << text;
     EXPECT_EQ(from_csv("\xef\xbb\xbf" + text), plain) << text;
   }
-  EXPECT_THAT(error_of("\xef\xbb\xbf\r\n"), HasSubstr("no ops"));
+  EXPECT_THAT(csv_error("\xef\xbb\xbf\r\n"), HasSubstr("no ops"));
 }
 
 TEST(Csv, OlderNotationWhereEveryBHasItsW) {
@@ -144,7 +144,7 @@ TEST(Csv, MixedNotationsNameTheCell) {
       {"0F0,0BW0,0W0\n", "row 1 (rank 0), cell 2: the backward has its 0W0, unlike what other cells say" + hint},
       {"0F0,0BW\n", "row 1 (rank 0), cell 2: \"0B\" has no micro-batch"},
   };
-  for (const auto& [text, reason] : cases) EXPECT_THAT(error_of(text), HasSubstr(reason)) << text;
+  for (const auto& [text, reason] : cases) EXPECT_THAT(csv_error(text), HasSubstr(reason)) << text;
   // With an I no B is an input part; what is wrong with 0W0 is for check() to say.
   EXPECT_EQ(from_csv("0F0,0B0,0W0,0F1,0I1,0W1\n").ranks[0][1].op.pass, Pass::Backward);
   EXPECT_EQ(from_csv("0F0,0F1,0B0,0W1\n").ranks[0][2].op.pass, Pass::Backward);
@@ -187,16 +187,16 @@ TEST(Csv, BadCellsAreNamedByRowAndCell) {
       {"\n\n", "no ops"},
       {",,,\r\n,,,\r\n", "no ops"},
   };
-  for (const auto& [text, reason] : cases) EXPECT_THAT(error_of(text), HasSubstr(reason)) << text;
+  for (const auto& [text, reason] : cases) EXPECT_THAT(csv_error(text), HasSubstr(reason)) << text;
 }
 
 // A table over stages and micro-batches must not become larger than the file.
 TEST(Csv, NumbersThatTheFileCannotFillAreRefused) {
-  EXPECT_THAT(error_of("0F0,0B0\n2000000000F0,1B0\n"),
+  EXPECT_THAT(csv_error("0F0,0B0\n2000000000F0,1B0\n"),
               HasSubstr("row 2 (rank 1), cell 1: stage 2000000000 in a schedule of only 4 ops"));
-  EXPECT_THAT(error_of("0F0,0B0,,0F2147483647\n"),
+  EXPECT_THAT(csv_error("0F0,0B0,,0F2147483647\n"),
               HasSubstr("row 1 (rank 0), cell 4: micro-batch 2147483647 in a schedule of only 3 ops"));
-  EXPECT_THAT(error_of("1F0\n"), HasSubstr("stage 1 in a schedule of only 1 op;"));
+  EXPECT_THAT(csv_error("1F0\n"), HasSubstr("stage 1 in a schedule of only 1 op;"));
 }
 
 TEST(Csv, AMillionCellsAreRead) {

@@ -31,7 +31,7 @@ std::string golden(const std::string& file) {
   return {std::istreambuf_iterator<char>(in), {}};
 }
 
-std::string error_of(const ScheduleSpec& spec) {
+std::string spec_error(const ScheduleSpec& spec) {
   return test::error_of([&] { make_schedule(spec); });
 }
 
@@ -169,7 +169,7 @@ TEST_P(Kind, IsValidWhereItIsTakenAndRefusedElsewhere) {
   for (const auto& [P, N] : sizes()) {
     SCOPED_TRACE(detail::str(GetParam(), " ", P, " x ", N));
     if (!takes(GetParam(), P, N)) {
-      EXPECT_NE(error_of({.kind = GetParam(), .num_ranks = P, .num_micro_batches = N}), "no InvalidArgument");
+      EXPECT_NE(spec_error({.kind = GetParam(), .num_ranks = P, .num_micro_batches = N}), "no InvalidArgument");
       continue;
     }
     const Schedule schedule = make(GetParam(), P, N);
@@ -199,17 +199,18 @@ TEST_P(Kind, SharesTheWorkEqually) {
 }
 
 TEST_P(Kind, RefusesNumbersBelowOne) {
-  EXPECT_THAT(error_of({.kind = GetParam(), .num_ranks = 0, .num_micro_batches = 4}),
+  EXPECT_THAT(spec_error({.kind = GetParam(), .num_ranks = 0, .num_micro_batches = 4}),
               HasSubstr("ranks must be at least 1, got 0"));
-  EXPECT_THAT(error_of({.kind = GetParam(), .num_ranks = -2, .num_micro_batches = 4}), HasSubstr("got -2"));
-  EXPECT_THAT(error_of({.kind = GetParam(), .num_ranks = 2, .num_micro_batches = 0}),
+  EXPECT_THAT(spec_error({.kind = GetParam(), .num_ranks = -2, .num_micro_batches = 4}), HasSubstr("got -2"));
+  EXPECT_THAT(spec_error({.kind = GetParam(), .num_ranks = 2, .num_micro_batches = 0}),
               HasSubstr("micro-batches must be at least 1, got 0"));
-  EXPECT_THAT(error_of({.kind = GetParam(), .num_ranks = 2, .num_micro_batches = -6}), HasSubstr("got -6"));
+  EXPECT_THAT(spec_error({.kind = GetParam(), .num_ranks = 2, .num_micro_batches = -6}), HasSubstr("got -6"));
 }
 
 TEST_P(Kind, RefusesWhatWouldFillTheMemory) {
   for (const auto& [P, N] : {Size{2147483646, 2147483646}, {2, 2147483646}, {2147483646, 2}, {1 << 20, 1 << 21}})
-    EXPECT_THAT(error_of({.kind = GetParam(), .num_ranks = P, .num_micro_batches = N}), HasSubstr("the most supported"))
+    EXPECT_THAT(spec_error({.kind = GetParam(), .num_ranks = P, .num_micro_batches = N}),
+                HasSubstr("the most supported"))
         << P << " x " << N;
 }
 
@@ -289,19 +290,20 @@ TEST(Interleaved, TakesAnyNumberOfMicroBatches) {
 }
 
 TEST(MakeSchedule, SaysWhatWouldWork) {
-  EXPECT_THAT(error_of({.kind = "dualpipe", .num_ranks = 3, .num_micro_batches = 12}),
+  EXPECT_THAT(spec_error({.kind = "dualpipe", .num_ranks = 3, .num_micro_batches = 12}),
               HasSubstr("DualPipe needs an even number of ranks, got 3; dualpipev takes odd numbers"));
-  EXPECT_THAT(error_of({.kind = "dualpipe", .num_ranks = 4, .num_micro_batches = 9}),
+  EXPECT_THAT(spec_error({.kind = "dualpipe", .num_ranks = 4, .num_micro_batches = 9}),
               AllOf(HasSubstr("even number of micro-batches"), HasSubstr("got 9"), HasSubstr("dualpipev")));
-  EXPECT_THAT(error_of({.kind = "dualpipe", .num_ranks = 8, .num_micro_batches = 12}),
+  EXPECT_THAT(spec_error({.kind = "dualpipe", .num_ranks = 8, .num_micro_batches = 12}),
               AllOf(HasSubstr("8 ranks needs at least 14"), HasSubstr("got 12"), HasSubstr("1f1b")));
-  EXPECT_THAT(error_of({.kind = "dualpipev", .num_ranks = 3, .num_micro_batches = 4}),
+  EXPECT_THAT(spec_error({.kind = "dualpipev", .num_ranks = 3, .num_micro_batches = 4}),
               AllOf(HasSubstr("3 ranks needs at least 5"), HasSubstr("got 4"), HasSubstr("zbv")));
-  EXPECT_THAT(error_of({.kind = "interleaved", .num_ranks = 2, .num_micro_batches = 4, .chunks_per_rank = 1}),
+  EXPECT_THAT(spec_error({.kind = "interleaved", .num_ranks = 2, .num_micro_batches = 4, .chunks_per_rank = 1}),
               AllOf(HasSubstr("at least 2 chunks per rank, got 1"), HasSubstr("1f1b")));
-  EXPECT_THAT(error_of({.kind = "interleaved", .num_ranks = 2, .num_micro_batches = 4, .chunks_per_rank = 2147483647}),
-              HasSubstr("the most supported"));
-  EXPECT_THAT(error_of({.kind = "pipedream", .num_ranks = 2, .num_micro_batches = 4}),
+  EXPECT_THAT(
+      spec_error({.kind = "interleaved", .num_ranks = 2, .num_micro_batches = 4, .chunks_per_rank = 2147483647}),
+      HasSubstr("the most supported"));
+  EXPECT_THAT(spec_error({.kind = "pipedream", .num_ranks = 2, .num_micro_batches = 4}),
               AllOf(HasSubstr("\"pipedream\""), HasSubstr("dualpipe, dualpipev, 1f1b, zb1p, gpipe, interleaved, zbv")));
 }
 

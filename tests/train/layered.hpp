@@ -17,7 +17,6 @@
 namespace dualpipe::test {
 
 constexpr int kLayers = 8;
-constexpr int kMicroBatches = 8;
 
 inline std::vector<NamedLayer> layered_layers() {
   std::vector<NamedLayer> layers;
