@@ -15,6 +15,19 @@
 
 namespace dualpipe::detail {
 
+#ifdef NDEBUG
+inline c10::ArrayRef<const c10::IValue> inputs_of(const at::RecordFunction& operation) { return operation.inputs(); }
+#else
+// Without NDEBUG, inputs() first reads a flag that is there only if LibTorch was compiled without it too, and as a rule
+// it was not. So the member behind it is read. An explicit instantiation may name it (C++20, [temp.spec.general]).
+template <auto member>
+struct InputsOf {
+  friend c10::ArrayRef<const c10::IValue> inputs_of(const at::RecordFunction& operation) { return operation.*member; }
+};
+c10::ArrayRef<const c10::IValue> inputs_of(const at::RecordFunction& operation);
+template struct InputsOf<&at::RecordFunction::inputs_>;
+#endif
+
 /// Notices operations of the calling thread that take a parameter or buffer which is in a stage's whole module, but not
 /// among the parts that the stage uses. Gradients would not show it: a frozen weight has none, nor has an evaluation.
 class UnusedPartsWatch {
@@ -79,7 +92,7 @@ class UnusedPartsWatch {
   static std::unique_ptr<at::ObserverContext> look(const at::RecordFunction& operation) {
     auto* const state = dynamic_cast<State*>(c10::ThreadLocalDebugInfo::get(kind()));
     if (state == nullptr || !state->found.empty()) return nullptr;
-    for (const c10::IValue& input : operation.inputs()) {
+    for (const c10::IValue& input : inputs_of(operation)) {
       if (input.isTensor()) {
         look_at(*state, input.toTensor());
       } else if (input.isList()) {
