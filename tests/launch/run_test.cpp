@@ -1,9 +1,15 @@
 // dualpipe-run as its users see it: commands, output, exit codes, signals.
+#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <poll.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
+#include <array>
 #include <chrono>
 #include <fstream>
+#include <optional>
 #include <set>
 #include <string>
 
@@ -184,6 +190,76 @@ TEST(Run, EndsWithItsReader) {
   Process pipeline({"/bin/sh", "-c", std::string(DUALPIPE_RUN) + " -n 2 -- yes | head -n 3"});
   EXPECT_EQ(pipeline.wait(), 0);
   EXPECT_EQ(sorted_lines(pipeline.out()).size(), 3u);
+}
+
+/// A launch whose stdout is read only when the test says so.
+class PausedReader {
+ public:
+  /// `ranks` may wait for the file $go.
+  explicit PausedReader(const std::string& ranks) {
+    EXPECT_EQ(::mkfifo(fifo_.c_str(), 0600), 0);
+    reader_ = ::open(fifo_.c_str(), O_RDONLY | O_NONBLOCK);
+    run_.emplace(std::vector<std::string>{"/bin/sh", "-c",
+                                          "exec " DUALPIPE_RUN " -q -n 2 --wait-before-term 0.1 -- sh -c '" + ranks +
+                                              "' > " + fifo_},
+                 std::vector<std::pair<std::string, std::string>>{{"go", go_}});
+  }
+  ~PausedReader() { ::close(reader_); }
+
+  Process& run() { return *run_; }
+  void go() const { std::ofstream out(go_); }
+  /// Until the launcher can write no more.
+  void wait_until_full() const {
+    pollfd writer{.fd = ::open(fifo_.c_str(), O_WRONLY | O_NONBLOCK), .events = POLLOUT, .revents = 0};
+    while (::poll(&writer, 1, 0) != 0) std::this_thread::sleep_for(5ms);
+    ::close(writer.fd);
+  }
+  bool wait_for_error(const std::string& text) const {
+    const auto deadline = std::chrono::steady_clock::now() + 60s;
+    while (run_->err().find(text) == std::string::npos && std::chrono::steady_clock::now() < deadline)
+      std::this_thread::sleep_for(5ms);
+    return run_->err().find(text) != std::string::npos;
+  }
+  std::string read_all() const {
+    ::fcntl(reader_, F_SETFL, 0);
+    std::string text;
+    std::array<char, 1 << 16> buffer;
+    for (ssize_t size; (size = ::read(reader_, buffer.data(), buffer.size())) > 0;) text.append(buffer.data(), size);
+    return text;
+  }
+
+ private:
+  test::TemporaryFolder folder_;
+  const std::string fifo_ = folder_ / "fifo", go_ = folder_ / "go";
+  int reader_ = -1;
+  std::optional<Process> run_;
+};
+
+TEST(Run, NoticesAFailureWhileItsReaderPauses) {
+  PausedReader paused(R"([ $RANK = 0 ] && exec yes; while [ ! -e "$go" ]; do sleep 0.02; done; exit 7)");
+  paused.wait_until_full();
+  paused.go();
+  EXPECT_TRUE(paused.wait_for_error("rank 1 failed first: exit code 7")) << paused.run().err();
+  EXPECT_THAT(paused.read_all(), ::testing::StartsWith("[0] y\n[0] y\n"));
+  EXPECT_EQ(paused.run().wait(), 7);
+}
+
+TEST(Run, CanBeEndedWhileItsReaderPauses) {
+  PausedReader paused("echo pid $$ >&2; exec yes");
+  paused.wait_until_full();
+  while (pids(paused.run().err()).size() < 2) std::this_thread::sleep_for(5ms);
+  paused.run().signal(SIGTERM);
+  EXPECT_EQ(paused.run().wait(), 128 + SIGTERM);
+  expect_gone(pids(paused.run().err()));
+}
+
+TEST(Run, AReaderThatPausesLosesNothing) {
+  PausedReader paused("i=0; while [ $i -lt 20000 ]; do echo line $i; i=$((i+1)); done");
+  paused.wait_until_full();
+  const auto lines = sorted_lines(paused.read_all());
+  EXPECT_EQ(paused.run().wait(), 0);
+  ASSERT_EQ(lines.size(), 40000u);
+  EXPECT_EQ(std::set(lines.begin(), lines.end()).size(), 40000u);
 }
 
 TEST(Run, GivesPipedInputToRankZero) {

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <iterator>
 #include <list>
 #include <map>
@@ -29,6 +30,7 @@
 #include "launch/failure_report.hpp"
 #include "tools/run/lines.hpp"
 #include "tools/run/origin.hpp"
+#include "tools/run/output.hpp"
 #include "tools/run/private_folder.hpp"
 #include "tools/run/spawn.hpp"
 
@@ -121,7 +123,10 @@ class Launcher {
     note_endings();  // those that ended before
     io_.run();
     end_groups();
-    return report();
+    for (Stream& stream : streams_) write_out(stream.target, stream.labeller.finish());
+    report();
+    flush();
+    return unwritable_ && exit_code_ == 0 ? 1 : *exit_code_;
   }
 
  private:
@@ -141,7 +146,7 @@ class Launcher {
     Stream(asio::io_context& io, int fd, int to, std::string label)
         : pipe(io, fd), target(to), labeller(std::move(label), is_terminal(to)) {}
     asio::posix::stream_descriptor pipe;
-    int target;
+    const int target;
     LineLabeller labeller;
     std::array<char, 1 << 16> buffer;
   };
@@ -190,31 +195,28 @@ class Launcher {
   }
 
   void read_more(Stream& stream) {
-    stream.pipe.async_read_some(
-        asio::buffer(stream.buffer), [this, &stream](const asio::error_code& error, std::size_t size) {
-          if (error == asio::error::operation_aborted) return;
-          if (!error) {
-            write_out(stream.target, stream.labeller.feed({stream.buffer.data(), size}, LineLabeller::Clock::now()));
-            return read_more(stream);
-          }
-          write_out(stream.target, stream.labeller.finish());
-          streams_.remove_if([&](const Stream& other) { return &other == &stream; });
-          stop_when_over();
-        });
+    if (flushing_) return;
+    stream.pipe.async_read_some(asio::buffer(stream.buffer), [this, &stream](const asio::error_code& error,
+                                                                             std::size_t size) {
+      if (error == asio::error::operation_aborted) return;
+      // A slow reader slows the ranks down, as their own terminal would.
+      if (!error)
+        return write_out(stream.target, stream.labeller.feed({stream.buffer.data(), size}, LineLabeller::Clock::now()),
+                         [this, &stream] { read_more(stream); });
+      write_out(stream.target, stream.labeller.finish(), [this, &stream] {
+        streams_.remove_if([&](const Stream& other) { return &other == &stream; });
+        stop_when_over();
+      });
+    });
   }
 
-  /// Waits for a slow reader, which slows the ranks down as their own terminal would.
-  void write_out(int target, std::string_view text) {
-    while (!text.empty()) {
-      const ssize_t written = ::write(target, text.data(), text.size());
-      if (written >= 0) {
-        text.remove_prefix(written);
-      } else if (errno == EAGAIN) {
-        ::usleep(1000);  // somebody else made our stdout non-blocking
-      } else if (errno != EINTR) {
-        return cannot_write(target, errno);
-      }
-    }
+  /// @param then  runs once the reader has taken the text, or it is lost.
+  void write_out(int target, std::string text, std::function<void()> then = [] {}) {
+    (target == STDOUT_FILENO ? output_ : error_)
+        .write(std::move(text), [this, target, then = std::move(then)](int error) {
+          if (error != 0) cannot_write(target, error);
+          then();
+        });
   }
 
   void cannot_write(int target, int error) {
@@ -238,7 +240,10 @@ class Launcher {
   }
 
   void forward(int signal) {
-    if (draining_) return io_.stop();
+    if (draining_) {
+      gives_up_ = true;
+      return io_.stop();
+    }
     if (signal == SIGUSR1 || signal == SIGUSR2) return signal_ranks(signal);
     interrupt("ended by " + signal_name(signal), interrupted_ ? SIGKILL : signal);  // asked twice: at once
   }
@@ -320,12 +325,24 @@ class Launcher {
   void drain() {
     if (draining_) return;
     draining_ = true;
-    after(kTimeToDrain, [this] {
+    after_draining([this] {
       end_groups();
-      after(kTimeToDrain, [this] { io_.stop(); });
+      after_draining([this] { io_.stop(); });
     });
     stop_when_over();
   }
+
+  /// While our own reader takes nothing, that time is not over, but the user learns how the ranks have ended.
+  template <class Action>
+  void after_draining(Action action) {
+    after(kTimeToDrain, [this, action] {
+      if (!is_waiting_for_a_reader() || interrupted_) return action();
+      report();
+      after_draining(action);
+    });
+  }
+
+  bool is_waiting_for_a_reader() const { return output_.is_waiting() || error_.is_waiting(); }
 
   void stop_when_over() {
     if (draining_ && streams_.empty()) io_.stop();
@@ -339,12 +356,22 @@ class Launcher {
     }
   }
 
-  int report() {
-    for (Stream& stream : streams_) write_out(stream.target, stream.labeller.finish());
+  /// What our readers have not taken yet; after an interruption not for long.
+  void flush() {
+    flushing_ = true;
+    const auto end = std::chrono::steady_clock::now() + kTimeToDrain;
+    while (is_waiting_for_a_reader() && !gives_up_ && (!interrupted_ || std::chrono::steady_clock::now() < end)) {
+      io_.restart();
+      io_.run_one();  // no longer than an output waits to look again
+    }
+  }
+
+  /// Once.
+  void report() {
+    if (exit_code_) return;
     const bool ended_for_it = unwritable_ && interrupted_ == unwritable_;
-    const int exit_code = ended_for_it ? 1 : report_failure();
+    exit_code_ = ended_for_it ? 1 : report_failure();
     if (unwritable_) say(*unwritable_);
-    return unwritable_ && exit_code == 0 ? 1 : exit_code;
   }
 
   /// @return the launcher's exit code.
@@ -409,13 +436,17 @@ class Launcher {
   std::vector<int> handled_;
   std::optional<tcp::socket> port_;
   std::vector<Rank> ranks_;
-  std::list<Stream> streams_;                  // that are open
+  std::list<Stream> streams_;  // that are open
+  Output output_{io_, STDOUT_FILENO}, error_{io_, STDERR_FILENO};
   const Rank* first_failed_ = nullptr;         // by the order in which they ended
   std::optional<std::int64_t> ended_from_ns_;  // when the launcher began to end ranks because another one had failed
   std::optional<std::string> interrupted_;     // by what
   bool failed_uninterrupted_ = false;          // the interruption came after the failure
   std::optional<std::string> unwritable_;      // output that is lost
   bool draining_ = false;
+  std::optional<int> exit_code_;  // once it has been reported why
+  bool flushing_ = false;         // nothing of the ranks is read any more
+  bool gives_up_ = false;         // what our own readers have not taken
 };
 
 }  // namespace
