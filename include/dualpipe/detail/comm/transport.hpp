@@ -17,6 +17,7 @@
 #include "dualpipe/detail/comm/activity.hpp"
 #include "dualpipe/detail/comm/message.hpp"
 #include "dualpipe/detail/comm/step_end.hpp"
+#include "dualpipe/detail/comm/stopwatch.hpp"
 
 namespace dualpipe::detail {
 
@@ -36,7 +37,7 @@ class TransportListener {
 /// what is still queued (for at most two seconds), then the goodbye.
 class Transport {
  public:
-  using Clock = std::chrono::steady_clock;
+  using Clock = Stopwatch::Clock;
 
   /// @param device  where the tensors are that travel.
   DUALPIPE_DECL Transport(int rank, int size, std::chrono::milliseconds timeout, std::int32_t epoch,
@@ -97,10 +98,10 @@ class Transport {
   virtual void spread(int origin, const std::string& reason) noexcept = 0;
   /// Votes for the next step of a group. @return the step, counted from 1
   virtual std::uint64_t vote(std::int64_t group, const std::vector<int>& members, std::string ballot) = 0;
-  /// Returns when the step is no longer open, when a rank that has not voted has left, or at `until`. After a failure it
-  /// is open no longer.
+  /// Returns when the step is no longer open, when a rank that has not voted has left, or at `limit` on `watch`. After
+  /// a failure it is open no longer.
   virtual StepEnd wait_for_step(std::int64_t group, const std::vector<int>& members, std::uint64_t step,
-                                Clock::time_point until) = 0;
+                                Stopwatch& watch, Clock::duration limit) = 0;
   /// Ranks whose votes for the step have not come.
   virtual std::vector<int> missing_votes(std::int64_t group, const std::vector<int>& members,
                                          std::uint64_t step) const = 0;
@@ -118,14 +119,15 @@ class Transport {
   DUALPIPE_DECL void departed(int peer);
   /// Another rank has aborted: as abort(), without spread().
   DUALPIPE_DECL void failed(int origin, const std::string& reason) noexcept;
+  /// This process was stopped for about this `time`, which does not count in what activity() tells.
+  DUALPIPE_DECL void was_stopped(Clock::duration time);
 
   /// What this rank does. Any thread.
   DUALPIPE_DECL RankActivity activity() const;
 
  private:
-  /// Of a wait that began at `begin`: a warning comes after half of it.
-  Clock::time_point deadline(Clock::time_point begin) const { return begin + timeout_; }
-  Clock::time_point half_time(Clock::time_point begin) const { return begin + timeout_ / 2; }
+  /// When a wait warns.
+  Clock::duration half_time() const { return timeout_ / 2; }
   DUALPIPE_DECL void warn_of_wait(const Request& request, const std::vector<int>& missing) const;
 
   /// As in MPI: messages without a receive, or receives without a message.
@@ -183,7 +185,7 @@ class Transport {
   std::optional<Failure> failure_;
   std::optional<Wait> wait_;
   std::string last_wait_;
-  Clock::time_point wait_changed_ = std::chrono::steady_clock::now();
+  Clock::time_point wait_changed_ = Clock::now();
   std::weak_ptr<TransportListener> listener_;
   std::atomic<bool> has_listener_{false};
 };
