@@ -20,6 +20,8 @@ using namespace std::chrono_literals;
 constexpr std::chrono::milliseconds silence_limit = 10s;
 /// How long a rank that leaves waits for the others to know why, or to leave as well.
 constexpr std::chrono::milliseconds give_up_limit = 1s, leave_limit = 2s;
+/// How long rank 0 tells those who come why it has given up, at most: they would look for it until their deadline.
+constexpr std::chrono::milliseconds stay_limit = 1500ms;
 constexpr std::chrono::milliseconds shortest_period = 5ms, longest_period = 500ms;
 /// Between two tries to listen at an address that is taken.
 constexpr std::chrono::milliseconds pause_between_tries = 50ms;
@@ -192,8 +194,10 @@ class MeetingHost final : public Meeting {
     } catch (...) {
       // They find their connections closed.
     }
-    drain(give_up_limit,
-          [this] { return all_closed() && (!listener_.is_open() || std::ssize(came_) >= world_.size - 1); });
+    const auto told_until = Clock::now() + give_up_limit;
+    drain(std::min(stay_limit, std::max(give_up_limit, options_.timeout)), [this, told_until] {
+      return (all_closed() || Clock::now() >= told_until) && (!listener_.is_open() || have_all_come());
+    });
   }
 
   std::string session_key() const override { return session_key_of(world_, hexadecimal(session_)); }
@@ -227,7 +231,8 @@ class MeetingHost final : public Meeting {
           if (fits) ended(rank, why);
         });
     all_.push_back(line);
-    came_.insert(rank);
+    if (rank > 0) came_.insert(rank);
+    expected_size_ = std::max(expected_size_, contact.size);
     line->start();
     if (farewell_) return line->send(farewell_);
     if (contact.size != world_.size)
@@ -300,6 +305,9 @@ class MeetingHost final : public Meeting {
     }
   }
 
+  /// As far as this rank knows: by the largest WORLD_SIZE of all.
+  bool have_all_come() const { return std::ssize(came_) >= expected_size_ - 1 && !listener_.is_being_called(); }
+
   bool all_closed() const {
     return std::none_of(all_.begin(), all_.end(), [](const auto& line) { return line->is_open(); });
   }
@@ -309,6 +317,7 @@ class MeetingHost final : public Meeting {
   std::vector<std::shared_ptr<Line>> lines_;      ///< by rank; null: has not come
   std::vector<std::shared_ptr<Line>> all_;        ///< also of those that cannot take part
   std::set<int> came_;
+  int expected_size_ = world_.size;
   std::string taken_place_;  ///< that this rank waits for; empty: none
   bool leaving_ = false;
   Line::Frame farewell_;  ///< also for those who come while this rank gives up

@@ -184,6 +184,16 @@ TEST(Meeting, WorldsOfDifferentSizesAreOneErrorEverywhere) {
   EXPECT_THAT(errors, Each("rank 0: rank 2 has WORLD_SIZE 8, rank 0 has 3: start all ranks with one WORLD_SIZE"));
 }
 
+TEST(Meeting, ASmallerWorldOfRankZeroIsOneErrorEverywhere) {
+  const StorePtr store = c10::make_intrusive<c10d::HashStore>();
+  const auto errors = errors_of(4, [&](int rank) {
+    if (rank == 3) std::this_thread::sleep_for(300ms);  // the others have come by then, more than rank 0 expects
+    connect_sockets(world_of(rank, rank == 0 ? 2 : 4), options_with(store));
+  });
+  EXPECT_THAT(errors, Each(errors[0]));
+  EXPECT_THAT(errors[0], HasSubstr("has WORLD_SIZE 4, rank 0 has 2: start all ranks with one WORLD_SIZE"));
+}
+
 TEST(Meeting, TwoProcessesOfOneRankAreNamed) {
   const StorePtr store = c10::make_intrusive<c10d::HashStore>();
   const auto errors =
