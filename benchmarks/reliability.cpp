@@ -339,6 +339,21 @@ std::vector<Fault> all_faults(const Flags& flags) {
            },
        .culprit = Culprit::last,
        .says = {"rank {culprit} has WORLD_SIZE"}},
+      {.name = "world-size-0",
+       .injected = "rank 0 has half the WORLD_SIZE of the others",
+       .promise = at_once,
+       .body =
+           [](const Rank& rank) {
+             World world = rank.world;
+             if (rank.is_culprit()) {
+               world.size /= 2;
+               rank.strike();
+             }
+             connect_sockets(world, rank.options);
+           },
+       .culprit = Culprit::first,
+       .says = {", rank 0 has"},
+       .named_by_text = true},
       {.name = "port-taken",
        .injected = "two nodes; a process at rank 0's port that never answers",
        .promise = timeout,
@@ -349,6 +364,8 @@ std::vector<Fault> all_faults(const Flags& flags) {
              connect_sockets(rank.world, rank.options);
            },
        .culprit = Culprit::first,
+       // On its node the others come to rank 0, which cannot listen; those of the other node find somebody silent there.
+       .says = {testing::TwoNodes::address(0) + ":29500", "MASTER_PORT"},
        .short_timeout = true,
        .two_nodes = true},
       {.name = "descriptors",

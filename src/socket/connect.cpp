@@ -230,6 +230,7 @@ std::vector<Connection> connect_all(asio::io_context& io, const World& world, co
     return CommError(world.rank, "rendezvous", str("rank ", world.rank, ": cannot connect: ", message_of(error)));
   };
   try {
+    meeting->join();
     ConnectionBuilder builder(own, world, *meeting, route, encryption);
     auto contacts = builder.build();
     meeting->leave();

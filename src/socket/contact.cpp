@@ -171,6 +171,11 @@ bool Listener::accept_one(Door& door) {
   return false;
 }
 
+bool Listener::is_being_called() const {
+  return std::any_of(handshakes_.begin(), handshakes_.end(),
+                     [](const auto& handshake) { return !handshake->is_over(); });
+}
+
 void Listener::forget_ended() {
   handshakes_.remove_if([](const auto& handshake) { return handshake->is_over(); });
 }

@@ -66,6 +66,9 @@ class Listener {
   void listen_here(const std::string& name);
   /// @return the port. @throws asio::system_error  the address is taken or not of this host.
   std::uint16_t listen_at(const asio::ip::tcp::endpoint& endpoint);
+  bool is_open() const { return !doors_.empty(); }
+  /// Somebody has called and is not admitted so far.
+  bool is_being_called() const;
   /// Nobody can call any more; handshakes end.
   void close() noexcept;
 

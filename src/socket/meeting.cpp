@@ -20,7 +20,11 @@ using namespace std::chrono_literals;
 constexpr std::chrono::milliseconds silence_limit = 10s;
 /// How long a rank that leaves waits for the others to know why, or to leave as well.
 constexpr std::chrono::milliseconds give_up_limit = 1s, leave_limit = 2s;
-constexpr std::chrono::milliseconds shortest_period = 5ms, longest_period = 1s;
+/// How long rank 0 tells those who come why it has given up, at most: they would look for it until their deadline.
+constexpr std::chrono::milliseconds stay_limit = 1500ms;
+constexpr std::chrono::milliseconds shortest_period = 5ms, longest_period = 500ms;
+/// Between two tries to listen at an address that is taken.
+constexpr std::chrono::milliseconds pause_between_tries = 50ms;
 
 std::chrono::milliseconds period_of(const ConnectOptions& options) {
   auto period = std::min<std::chrono::milliseconds>(longest_period, options.timeout / 20);
@@ -80,7 +84,7 @@ std::vector<std::string> Meeting::all_gather(const std::string& mine, const std:
 }
 
 void Meeting::wait_until(const std::function<bool()>& condition, const std::function<std::string()>& what,
-                         const std::function<CommError()>& late) {
+                         const std::function<CommError()>& late, std::chrono::milliseconds look_every) {
   io_.restart();
   while (!condition()) {
     if (failure_) throw *failure_;
@@ -91,7 +95,7 @@ void Meeting::wait_until(const std::function<bool()>& condition, const std::func
       TORCH_WARN("rank ", world_.rank, " waits for ", what(), ", and gives up in ",
                  std::chrono::duration_cast<std::chrono::seconds>(deadline_ - now).count(), " s");
     }
-    io_.run_one_until(warned_ ? deadline_ : std::min(deadline_, warn_at_));
+    io_.run_one_until(std::min({now + look_every, deadline_, warned_ ? deadline_ : warn_at_}));
   }
 }
 
@@ -125,9 +129,10 @@ void Meeting::fail_as_told(const nlohmann::json& failed) {
 }
 
 std::string Meeting::waits_for(const Status& status) const {
-  return str("rank ", status.missing.empty() ? "0" : list(status.missing), " to ",
-             status.lacks.empty() ? "start" : "go on", " (communicator '", options_.name, "', epoch ", options_.epoch,
-             ")");
+  std::string text = "rank 0 to go on";
+  if (!status.missing.empty())
+    text = str("rank ", list(status.missing), status.lacks.empty() ? " to start" : ", which " + status.lacks);
+  return str(text, " (communicator '", options_.name, "', epoch ", options_.epoch, ")");
 }
 
 std::string Meeting::silence_of(int rank) const {
@@ -163,12 +168,15 @@ class MeetingHost final : public Meeting {
         session_(random_bytes()),
         said_(world.size),
         lines_(world.size),
-        listener_(io, introduction, world.size, [this](Contact contact) { admit(std::move(contact)); }) {
-    MeetingPlace(world, options, deadline, route).open(io, listener_);
-  }
+        place_(world, options, deadline, route),
+        listener_(io, introduction, world.size, [this](Contact contact) { admit(std::move(contact)); }) {}
   ~MeetingHost() override {
     listener_.close();
     for (const auto& line : all_) line->close();
+  }
+
+  void join() override {
+    place_.open(listener_, [this](const std::string& place, const auto& free) { wait_for_place(place, free); });
   }
 
   void leave() override {
@@ -186,7 +194,10 @@ class MeetingHost final : public Meeting {
     } catch (...) {
       // They find their connections closed.
     }
-    drain(give_up_limit, [this] { return all_closed() && std::ssize(came_) >= world_.size - 1; });
+    const auto told_until = Clock::now() + give_up_limit;
+    drain(std::min(stay_limit, std::max(give_up_limit, options_.timeout)), [this, told_until] {
+      return (all_closed() || Clock::now() >= told_until) && (!listener_.is_open() || have_all_come());
+    });
   }
 
   std::string session_key() const override { return session_key_of(world_, hexadecimal(session_)); }
@@ -196,6 +207,18 @@ class MeetingHost final : public Meeting {
   }
 
  private:
+  void wait_for_place(const std::string& place, const std::function<bool()>& free) {
+    if (free()) return;
+    taken_place_ = place;
+    const auto late = [&] {
+      return CommError(0, "rendezvous",
+                       str("rank 0: cannot listen at ", place, ", which was taken for ", options_.timeout.count(),
+                           " ms: does another job use the same MASTER_PORT? Choose another one"));
+    };
+    wait_until(free, [&] { return place + ", which is taken,"; }, late, pause_between_tries);
+    taken_place_.clear();
+  }
+
   void admit(Contact contact) {
     const int rank = contact.rank;
     const bool fits = contact.size == world_.size && rank > 0 && rank < world_.size && lines_[rank] == nullptr;
@@ -208,7 +231,8 @@ class MeetingHost final : public Meeting {
           if (fits) ended(rank, why);
         });
     all_.push_back(line);
-    came_.insert(rank);
+    if (rank > 0) came_.insert(rank);
+    expected_size_ = std::max(expected_size_, contact.size);
     line->start();
     if (farewell_) return line->send(farewell_);
     if (contact.size != world_.size)
@@ -259,7 +283,12 @@ class MeetingHost final : public Meeting {
     return ranks;
   }
 
-  nlohmann::json status_message() const { return {{"missing", missing()}, {"lacks", status_.lacks}}; }
+  nlohmann::json status_message() const {
+    if (taken_place_.empty()) return {{"missing", missing()}, {"lacks", status_.lacks}};
+    return {
+        {"missing", {0}},
+        {"lacks", str("cannot listen at ", taken_place_, ", which is taken (by a job with the same MASTER_PORT?)")}};
+  }
 
   std::string waits_for() const override { return Meeting::waits_for({missing(), status_.lacks}); }
 
@@ -276,6 +305,9 @@ class MeetingHost final : public Meeting {
     }
   }
 
+  /// As far as this rank knows: by the largest WORLD_SIZE of all.
+  bool have_all_come() const { return std::ssize(came_) >= expected_size_ - 1 && !listener_.is_being_called(); }
+
   bool all_closed() const {
     return std::none_of(all_.begin(), all_.end(), [](const auto& line) { return line->is_open(); });
   }
@@ -285,8 +317,11 @@ class MeetingHost final : public Meeting {
   std::vector<std::shared_ptr<Line>> lines_;      ///< by rank; null: has not come
   std::vector<std::shared_ptr<Line>> all_;        ///< also of those that cannot take part
   std::set<int> came_;
+  int expected_size_ = world_.size;
+  std::string taken_place_;  ///< that this rank waits for; empty: none
   bool leaving_ = false;
   Line::Frame farewell_;  ///< also for those who come while this rank gives up
+  MeetingPlace place_;
   Listener listener_;
 };
 
@@ -300,11 +335,10 @@ class MeetingGuest final : public Meeting {
         caller_(std::make_shared<Caller>(
             io, introduction,
             [place = std::make_shared<MeetingPlace>(world, options, deadline, route)] { return place->places(); },
-            [this](Contact contact) { connected(std::move(contact)); })) {
+            [this](Contact contact) { connected(std::move(contact)); })) {}
+
+  void join() override {
     caller_->start();
-  }
-  /// Returns when rank 0 has let this rank in.
-  void join() {
     wait_until([this] { return !session_.empty(); }, [this] { return waits_for(); }, [this] { return late(); });
   }
   ~MeetingGuest() override {
@@ -399,9 +433,7 @@ std::unique_ptr<Meeting> meet(asio::io_context& io, const World& world, const Co
   const Introduction introduction{
       .own = greeting_of(world, options), .key = world.secret, .encryption = encryption, .check = check};
   if (world.rank == 0) return std::make_unique<MeetingHost>(io, world, options, deadline, route, introduction);
-  auto guest = std::make_unique<MeetingGuest>(io, world, options, deadline, route, introduction);
-  guest->join();
-  return guest;
+  return std::make_unique<MeetingGuest>(io, world, options, deadline, route, introduction);
 }
 
 }  // namespace dualpipe::detail

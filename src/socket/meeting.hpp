@@ -30,6 +30,10 @@ class Meeting {
   Meeting(const Meeting&) = delete;
   Meeting& operator=(const Meeting&) = delete;
 
+  /// Before anything else. Rank 0 returns when it listens, the others when it has let them in.
+  /// @throws CommError  as wait_until(); rank 0 cannot listen.
+  virtual void join() = 0;
+
   /// Collective: what all ranks say, by rank.
   ///
   /// @param lacks  completes "rank 2 …" for ranks that have not come so far until the deadline.
@@ -40,9 +44,11 @@ class Meeting {
   ///
   /// @param what  completes "rank 3 waits for …".
   /// @param late  what is thrown at the deadline.
+  /// @param look_every  longest time between two calls of `condition`.
   /// @throws CommError  that; or the same on all ranks: one has died, has been silent, or has given up.
   void wait_until(const std::function<bool()>& condition, const std::function<std::string()>& what,
-                  const std::function<CommError()>& late);
+                  const std::function<CommError()>& late,
+                  std::chrono::milliseconds look_every = std::chrono::minutes(1));
 
   /// All have what they need; returns when nobody looks at this rank any more.
   virtual void leave() = 0;
@@ -103,10 +109,9 @@ class Meeting {
   bool was_stopped_ = false;  ///< this process, since the last pulse: silence of others means nothing
 };
 
-/// Rank 0 returns when it listens, the others when it has let them in.
+/// Of this rank, which has not joined so far.
 ///
 /// @param io  has no other work.
-/// @throws CommError  as Meeting::wait_until(), or rank 0 cannot listen.
 std::unique_ptr<Meeting> meet(asio::io_context& io, const World& world, const ConnectOptions& options,
                               Meeting::Clock::time_point deadline, Route route, Encryption* encryption);
 

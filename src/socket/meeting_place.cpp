@@ -19,8 +19,6 @@ namespace {
 using namespace std::chrono_literals;
 using asio::ip::tcp;
 
-/// Between two tries to listen at an address that is taken.
-constexpr auto pause_between_tries = 50ms;
 /// Longest time of one look at a store or for the name of a host; others may follow.
 constexpr auto look_limit = 5s;
 constexpr std::size_t longest_unix_name = 100;  // of the 107 bytes that Linux allows
@@ -36,6 +34,22 @@ std::vector<tcp::endpoint> resolve(const std::string& name, int port, std::chron
   });
   if (!found) throw std::runtime_error("nobody tells its address");
   return *found;
+}
+
+/// Repeats `action` while its address is taken. @return any other error
+template <class Action>
+asio::error_code until_free(const std::string& place, const MeetingPlace::Wait& wait, const Action& action) {
+  asio::error_code problem;
+  wait(place, [&] {
+    try {
+      action();
+      problem = {};
+    } catch (const asio::system_error& error) {
+      problem = error.code();
+    }
+    return problem != asio::error::address_in_use;
+  });
+  return problem;
 }
 
 bool is_loopback(const std::string& address) {
@@ -90,46 +104,35 @@ std::vector<tcp::endpoint> MeetingPlace::listening_endpoints() const {
   return endpoints;
 }
 
-template <class Action>
-void MeetingPlace::until_free(asio::io_context& io, const std::string& place, const Action& action) const {
-  for (;;) {
-    try {
-      return action();
-    } catch (const asio::system_error& error) {
-      if (error.code() != asio::error::address_in_use) throw;
-      if (Clock::now() >= deadline_)
-        throw failure(str("cannot listen at ", place, ", which was taken for ", options_.timeout.count(),
-                          " ms: does another job use the same MASTER_PORT? Choose another one"));
-    }
-    io.restart();
-    io.run_for(pause_between_tries);
-  }
-}
-
-std::vector<tcp::endpoint> MeetingPlace::listen(asio::io_context& io, Listener& listener) const {
+std::vector<tcp::endpoint> MeetingPlace::listen(const std::vector<tcp::endpoint>& endpoints, Listener& listener,
+                                                const Wait& wait) const {
   std::vector<tcp::endpoint> bound;
-  std::string problem;
+  std::string problems;
   const auto try_at = [&](tcp::endpoint endpoint) {
     if (!bound.empty()) endpoint.port(bound.front().port());
-    try {
-      until_free(io, str(endpoint), [&] { endpoint.port(listener.listen_at(endpoint)); });
+    const auto problem = until_free(str(endpoint), wait, [&] { endpoint.port(listener.listen_at(endpoint)); });
+    if (!problem)
       bound.push_back(endpoint);
-    } catch (const asio::system_error& error) {  // not an address of this host, no IPv6 here
-      problem += str(problem.empty() ? "" : ", ", endpoint, " (", error.code().message(), ")");
-    }
+    else  // not an address of this host, no IPv6 here
+      problems += str(problems.empty() ? "" : ", ", endpoint, " (", problem.message(), ")");
   };
-  for (const tcp::endpoint& endpoint : listening_endpoints()) try_at(endpoint);
+  for (const tcp::endpoint& endpoint : endpoints) try_at(endpoint);
   // All addresses of this host.
   if (bound.empty()) try_at({tcp::v6(), listening_port()});
   if (bound.empty()) try_at({tcp::v4(), listening_port()});
   if (bound.empty())
-    throw failure(str("cannot listen at ", problem,
+    throw failure(str("cannot listen at ", problems,
                       "; MASTER_ADDR must name the host of rank 0 and MASTER_PORT a port that it may use"));
   return bound;
 }
 
-void MeetingPlace::open(asio::io_context& io, Listener& listener) {
-  if (!unix_name_.empty()) until_free(io, "its Unix domain socket", [&] { listener.listen_here(unix_name_); });
+void MeetingPlace::open(Listener& listener, const Wait& wait) {
+  // Names are looked up first: a rank that has let in others beats.
+  const std::vector<tcp::endpoint> wanted = is_local() ? std::vector<tcp::endpoint>() : listening_endpoints();
+  if (!unix_name_.empty()) {
+    const auto problem = until_free("its Unix domain socket", wait, [&] { listener.listen_here(unix_name_); });
+    if (problem) throw asio::system_error(problem, "cannot listen at its Unix domain socket");
+  }
   nlohmann::json place = {{"unix", unix_name_}, {"addresses", nlohmann::json::array()}, {"port", 0}};
   if (!is_local()) {
     if (world_.secret.empty() && route_ == Route::best) {
@@ -137,7 +140,7 @@ void MeetingPlace::open(asio::io_context& io, Listener& listener) {
           "the job has no secret, so whoever reaches its ports can take part: the network must be trusted. "
           "DUALPIPE_SECRET_FILE names a file with a secret, the same on all hosts");
     }
-    const std::vector<tcp::endpoint> endpoints = listen(io, listener);
+    const std::vector<tcp::endpoint> endpoints = listen(wanted, listener, wait);
     place["port"] = endpoints.front().port();
     for (const tcp::endpoint& endpoint : endpoints)
       if (!endpoint.address().is_unspecified()) place["addresses"].push_back(endpoint.address().to_string());

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -25,9 +26,12 @@ class MeetingPlace {
   /// Keeps references to `world` and `options`.
   MeetingPlace(const World& world, const ConnectOptions& options, Clock::time_point deadline, Route route);
 
-  /// Rank 0: listens, and tells the others where. Ranks are let in while it waits for a port.
-  /// @throws CommError  the place is taken until the deadline, or the store has failed.
-  void open(asio::io_context& io, Listener& listener);
+  /// Returns when `free` does so with true; `place` is what it tries to listen at.
+  using Wait = std::function<void(const std::string& place, const std::function<bool()>& free)>;
+  /// Rank 0: listens, and tells the others where.
+  /// @param wait  lets in meanwhile who comes to the places that are open. May throw.
+  /// @throws CommError  it cannot listen, or the store has failed.
+  void open(Listener& listener, const Wait& wait);
   /// The other ranks: where rank 0 may be. Blocks for names of hosts and for the store.
   std::vector<Place> places();
 
@@ -37,11 +41,9 @@ class MeetingPlace {
   Clock::time_point look_deadline() const;
   std::uint16_t listening_port() const { return static_cast<std::uint16_t>(uses_store_ ? 0 : world_.master_port); }
   std::vector<asio::ip::tcp::endpoint> listening_endpoints() const;
-  /// @return the endpoints that it listens at.
-  std::vector<asio::ip::tcp::endpoint> listen(asio::io_context& io, Listener& listener) const;
-  /// Repeats `action` while an address is taken.
-  template <class Action>
-  void until_free(asio::io_context& io, const std::string& place, const Action& action) const;
+  /// At these, or at all addresses of this host. @return the endpoints that it listens at.
+  std::vector<asio::ip::tcp::endpoint> listen(const std::vector<asio::ip::tcp::endpoint>& endpoints, Listener& listener,
+                                              const Wait& wait) const;
   std::string store_key() const;
   c10::intrusive_ptr<c10d::Store> store();
   std::vector<Place> places_in_store();

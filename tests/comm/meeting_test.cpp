@@ -42,6 +42,7 @@ void meet(const World& world, const ConnectOptions& options, const std::function
   asio::io_context io;
   const auto meeting = detail::meet(io, world, options, Meeting::Clock::now() + options.timeout, Route::best, nullptr);
   try {
+    meeting->join();
     body(*meeting);
     meeting->leave();
   } catch (const CommError& error) {
@@ -183,6 +184,16 @@ TEST(Meeting, WorldsOfDifferentSizesAreOneErrorEverywhere) {
   EXPECT_THAT(errors, Each("rank 0: rank 2 has WORLD_SIZE 8, rank 0 has 3: start all ranks with one WORLD_SIZE"));
 }
 
+TEST(Meeting, ASmallerWorldOfRankZeroIsOneErrorEverywhere) {
+  const StorePtr store = c10::make_intrusive<c10d::HashStore>();
+  const auto errors = errors_of(4, [&](int rank) {
+    if (rank == 3) std::this_thread::sleep_for(300ms);  // the others have come by then, more than rank 0 expects
+    connect_sockets(world_of(rank, rank == 0 ? 2 : 4), options_with(store));
+  });
+  EXPECT_THAT(errors, Each(errors[0]));
+  EXPECT_THAT(errors[0], HasSubstr("has WORLD_SIZE 4, rank 0 has 2: start all ranks with one WORLD_SIZE"));
+}
+
 TEST(Meeting, TwoProcessesOfOneRankAreNamed) {
   const StorePtr store = c10::make_intrusive<c10d::HashStore>();
   const auto errors =
@@ -278,21 +289,58 @@ TEST(Meeting, JobsAtOnePortDoNotMeet) {
   }
 }
 
-TEST(Meeting, APortThatIsTakenBySomebodySilentObeysTheTimeout) {
-  const int port = free_port();
+/// Takes a port at all addresses, and never answers there. @return a descriptor
+int silent_at(int port) {
   const int fd = ::socket(AF_INET, SOCK_STREAM, 0);
   sockaddr_in address{};
   address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
   address.sin_port = htons(static_cast<std::uint16_t>(port));
-  ASSERT_EQ(::bind(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address), 0);
-  ASSERT_EQ(::listen(fd, 10), 0);
+  if (::bind(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0 || ::listen(fd, 10) != 0)
+    throw Error("cannot listen");
+  return fd;
+}
+
+/// One by which others would know this host; a loopback address if it has no other.
+std::string address_of_this_host() {
+  World world;
+  world.master_port = 1;
+  return detail::own_addresses(world).front();
+}
+
+TEST(Meeting, APortThatIsTakenBySomebodySilentObeysTheTimeout) {
+  const int port = free_port();
+  const int fd = silent_at(port);
   const auto errors =
       errors_of(2, [&](int rank) { detail::connect_sockets(world_at(port, rank, 2), {.timeout = 500ms}, Route::tcp); });
   ::close(fd);
   EXPECT_THAT(errors[0], AllOf(HasSubstr(str("cannot listen at 127.0.0.1:", port)), HasSubstr("taken for 500 ms"),
                                HasSubstr("MASTER_PORT")));
   EXPECT_THAT(errors[1], HasSubstr(str("rank 0 cannot be reached within 500 ms at 127.0.0.1:", port, " (no answer)")));
+}
+
+/// In meetings to which ranks may come from other hosts. Those of this host come through the Unix domain socket.
+TEST(Meeting, WhileRankZeroWaitsForItsPortTheOthersAreHeardAndTold) {
+  const std::string address = address_of_this_host();
+  if (asio::ip::make_address(address).is_loopback()) GTEST_SKIP() << "this host has no other address";
+  const int port = free_port();
+  const int fd = silent_at(port);
+  const auto world = [&](int rank) {
+    World result = world_at(port, rank, 3);
+    result.master_address = address;
+    return result;
+  };
+  auto errors = errors_of(3, [&](int rank) {
+    if (rank == 2)
+      meet(world(rank), {.timeout = 60s}, [](Meeting&) { throw CommError(2, "rendezvous", "rank 2 has no disk"); });
+    connect_sockets(world(rank), {.timeout = 60s});
+  });
+  EXPECT_THAT(errors, Each("rank 2 has no disk"));
+  errors = errors_of(3, [&](int rank) { connect_sockets(world(rank), {.timeout = rank == 0 ? 500ms : 60s}); });
+  EXPECT_THAT(errors,
+              Each(StartsWith(str("rank 0: cannot listen at ", address, ":", port, ", which was taken for 500"))));
+  errors = errors_of(3, [&](int rank) { connect_sockets(world(rank), {.timeout = rank == 0 ? 60s : 500ms}); });
+  EXPECT_THAT(errors, Each(HasSubstr(str("rank 0 cannot listen at ", address, ":", port, ", which is taken"))));
+  ::close(fd);
 }
 
 // ---- strangers
