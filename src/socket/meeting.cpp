@@ -391,11 +391,14 @@ class MeetingGuest final : public Meeting {
 
   CommError late() const override {
     if (line_) return Meeting::late({missing(), status_.lacks});
-    return {0, "rendezvous",
-            str("rank ", world_.rank, ": rank 0 cannot be reached within ", options_.timeout.count(), " ms at ",
-                caller_->outcomes(),
-                ": it has not started or has ended, or MASTER_ADDR and MASTER_PORT (dualpipe-run: --rendezvous) do not "
-                "name its host and a port that this host reaches there")};
+    const std::string outcomes = caller_->outcomes();
+    const bool accepts = outcomes.find("(no answer)") != std::string::npos;
+    return {
+        0, "rendezvous",
+        str("rank ", world_.rank, ": rank 0 cannot be reached within ", options_.timeout.count(), " ms at ", outcomes,
+            ": it has not started or has ended", accepts ? " or is stopped" : "",
+            ", or MASTER_ADDR and MASTER_PORT (dualpipe-run: --rendezvous) do not name its host and a port that this "
+            "host reaches there")};
   }
 
   /// The others, as rank 0 last said.
@@ -422,13 +425,11 @@ class MeetingGuest final : public Meeting {
 
 std::unique_ptr<Meeting> meet(asio::io_context& io, const World& world, const ConnectOptions& options,
                               Meeting::Clock::time_point deadline, Route route, Encryption* encryption) {
-  // Whoever is on this host can come through the Unix domain socket, where the kernel tells whose process it is.
-  const bool only_far_callers_by_tcp = world.secret.empty() && route == Route::best;
+  // Whoever is on this host can use the Unix domain socket, where the kernel tells whose process it is.
+  const bool only_far_ones_by_tcp = world.secret.empty() && route == Route::best;
   const auto check = [=, is_host = world.rank == 0](const Greeting& theirs, const Ends& ends) -> std::string {
-    if (!is_host) return theirs.rank == 0 ? "" : str("rank ", theirs.rank, " answers");
-    return only_far_callers_by_tcp && ends.are_far() && is_of_this_host(ends.other)
-               ? "a process of this host that does not come through the Unix domain socket"
-               : "";
+    if (!is_host && theirs.rank != 0) return str("rank ", theirs.rank, " answers");
+    return only_far_ones_by_tcp && ends.are_far() && is_of_this_host(ends.other) ? not_by_tcp : "";
   };
   const Introduction introduction{
       .own = greeting_of(world, options), .key = world.secret, .encryption = encryption, .check = check};
