@@ -153,15 +153,19 @@ TEST(Meeting, SaysWhereARankCannotBeReached) {
 
 TEST(Meeting, NamesARankThatSaysSomethingMalformed) {
   const std::string good = host_text("elsewhere");
-  for (const std::vector<std::string>& said :
-       std::vector<std::vector<std::string>>{{""},
-                                             {"{"},
-                                             {"[]"},
-                                             {R"({"host": 7})"},
-                                             {R"({"host": "a", "unix": "b", "rank 0": "nowhere"})"},
-                                             {good, "7"},
-                                             {good, R"({"address": "nowhere", "port": 1})"},
-                                             {good, R"({"address": "127.0.0.1"})"}}) {
+  for (const std::vector<std::string>& said : std::vector<std::vector<std::string>>{
+           {""},
+           {"{"},
+           {"[]"},
+           {R"({"host": 7})"},
+           {R"({"host": "a", "unix": "b", "rank 0": "nowhere"})"},
+           {nlohmann::json({{"host", "a"}, {"unix", std::string(200, 'b')}, {"rank 0", ""}}).dump()},
+           {good, "7"},
+           {good, R"({"address": "nowhere", "port": 1})"},
+           {good, R"({"address": "127.0.0.1"})"},
+           {good, R"({"address": "127.0.0.1", "port": -1})"},
+           {good, R"({"address": "127.0.0.1", "port": 65536})"},
+           {good, R"({"address": "127.0.0.1", "port": 0.5})"}}) {
     const StorePtr store = c10::make_intrusive<c10d::HashStore>();
     const auto errors = errors_of(2, [&](int rank) {
       if (rank == 1) connect_sockets(world_of(1, 2), options_with(store));
@@ -456,8 +460,8 @@ TEST(Meeting, WithoutASecretRankZeroOfThisHostAnswersThroughTheUnixSocketOnly) {
   options.store = {};
   world.master_address = address_of_this_host();
   world.master_port = stranger.port();
-  if (!asio::ip::make_address(world.master_address).is_loopback())
-    EXPECT_THAT(error_of(world, options), HasSubstr("(on this host"));
+  if (asio::ip::make_address(world.master_address).is_loopback()) return;  // this host has no other address
+  EXPECT_THAT(error_of(world, options), HasSubstr("(on this host"));
   EXPECT_FALSE(stranger.has_somebody_come());
 }
 
