@@ -98,9 +98,7 @@ class ConnectionBuilder {
     };
     try {
       action(nlohmann::json::parse(text));
-    } catch (const nlohmann::json::exception& error) {
-      throw malformed(error.what());
-    } catch (const asio::system_error& error) {
+    } catch (const std::exception& error) {
       throw malformed(error.what());
     }
   }
@@ -114,6 +112,7 @@ class ConnectionBuilder {
       read(rank, all[rank], [&](const nlohmann::json& json) {
         ranks_[rank].host = json.at("host").get<std::string>();
         ranks_[rank].unix_name = json.at("unix").get<std::string>();
+        unix_endpoint(ranks_[rank].unix_name);  // throws if it is too long
         const auto seen = json.at("rank 0").get<std::string>();
         if (!seen.empty()) ranks_[rank].sees_host_at = asio::ip::make_address(seen);
       });
@@ -144,8 +143,9 @@ class ConnectionBuilder {
     for (int rank = 0; rank < world_.rank; ++rank)
       read(rank, all[rank], [&](const nlohmann::json& json) {
         const auto address = json.at("address").get<std::string>();
-        if (!address.empty())
-          ranks_[rank].endpoint = {asio::ip::make_address(address), json.at("port").get<std::uint16_t>()};
+        const nlohmann::json& port = json.at("port");
+        if (!port.is_number_unsigned() || port > 65535) throw std::runtime_error("no port: " + port.dump());
+        if (!address.empty()) ranks_[rank].endpoint = {asio::ip::make_address(address), port.get<std::uint16_t>()};
       });
   }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <stdexcept>
 #include <utility>
 
 #include "dualpipe/error.hpp"
@@ -37,6 +38,12 @@ std::string list(const std::vector<int>& ranks) {
   std::string text;
   for (const int rank : ranks) text += str(text.empty() ? "" : ", ", rank);
   return text;
+}
+
+/// What comes from others may be anything.
+std::int64_t integer_in(const nlohmann::json& json) {
+  if (!json.is_number_integer()) throw std::runtime_error("no integer: " + json.dump());
+  return json.get<std::int64_t>();
 }
 
 Greeting greeting_of(const World& world, const ConnectOptions& options) {
@@ -125,7 +132,9 @@ Line::Frame Meeting::failure_frame(const CommError& error) {
 }
 
 void Meeting::fail_as_told(const nlohmann::json& failed) {
-  fail(failed.at("origin").get<int>(), failed.at("reason").get<std::string>());
+  const std::int64_t origin = integer_in(failed.at("origin"));
+  // Ranks of a larger world than this one's are unknown here.
+  fail(is_rank(origin) ? static_cast<int>(origin) : -1, failed.at("reason").get<std::string>());
 }
 
 std::string Meeting::waits_for(const Status& status) const {
@@ -374,12 +383,19 @@ class MeetingGuest final : public Meeting {
     if (message.contains("session")) {
       session_ = message.at("session").get<std::string>();
     } else if (message.contains("all")) {
-      result_ = message.at("all").get<std::vector<std::string>>();
+      auto all = message.at("all").get<std::vector<std::string>>();
+      if (std::ssize(all) != world_.size) throw std::runtime_error(str("words of ", all.size(), " ranks"));
+      result_ = std::move(all);
     } else if (message.contains("failed")) {
       fail_as_told(message.at("failed"));
       line_->close();
     } else {
-      status_ = {message.at("missing").get<std::vector<int>>(), message.at("lacks").get<std::string>()};
+      Status status{{}, message.at("lacks").get<std::string>()};
+      for (const nlohmann::json& rank : message.at("missing")) {
+        if (!is_rank(integer_in(rank))) throw std::runtime_error(str("no rank: ", rank.dump()));
+        status.missing.push_back(rank.get<int>());
+      }
+      status_ = std::move(status);
     }
   }
 
@@ -391,11 +407,14 @@ class MeetingGuest final : public Meeting {
 
   CommError late() const override {
     if (line_) return Meeting::late({missing(), status_.lacks});
-    return {0, "rendezvous",
-            str("rank ", world_.rank, ": rank 0 cannot be reached within ", options_.timeout.count(), " ms at ",
-                caller_->outcomes(),
-                ": it has not started or has ended, or MASTER_ADDR and MASTER_PORT (dualpipe-run: --rendezvous) do not "
-                "name its host and a port that this host reaches there")};
+    const std::string outcomes = caller_->outcomes();
+    const bool accepts = outcomes.find("(no answer)") != std::string::npos;
+    return {
+        0, "rendezvous",
+        str("rank ", world_.rank, ": rank 0 cannot be reached within ", options_.timeout.count(), " ms at ", outcomes,
+            ": it has not started or has ended", accepts ? " or is stopped" : "",
+            ", or MASTER_ADDR and MASTER_PORT (dualpipe-run: --rendezvous) do not name its host and a port that this "
+            "host reaches there")};
   }
 
   /// The others, as rank 0 last said.
@@ -422,13 +441,11 @@ class MeetingGuest final : public Meeting {
 
 std::unique_ptr<Meeting> meet(asio::io_context& io, const World& world, const ConnectOptions& options,
                               Meeting::Clock::time_point deadline, Route route, Encryption* encryption) {
-  // Whoever is on this host can come through the Unix domain socket, where the kernel tells whose process it is.
-  const bool only_far_callers_by_tcp = world.secret.empty() && route == Route::best;
+  // Whoever is on this host can use the Unix domain socket, where the kernel tells whose process it is.
+  const bool only_far_ones_by_tcp = world.secret.empty() && route == Route::best;
   const auto check = [=, is_host = world.rank == 0](const Greeting& theirs, const Ends& ends) -> std::string {
-    if (!is_host) return theirs.rank == 0 ? "" : str("rank ", theirs.rank, " answers");
-    return only_far_callers_by_tcp && ends.are_far() && is_of_this_host(ends.other)
-               ? "a process of this host that does not come through the Unix domain socket"
-               : "";
+    if (!is_host && theirs.rank != 0) return str("rank ", theirs.rank, " answers");
+    return only_far_ones_by_tcp && ends.are_far() && is_of_this_host(ends.other) ? not_by_tcp : "";
   };
   const Introduction introduction{
       .own = greeting_of(world, options), .key = world.secret, .encryption = encryption, .check = check};

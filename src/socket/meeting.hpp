@@ -3,6 +3,7 @@
 #include <asio/io_context.hpp>
 #include <asio/steady_timer.hpp>
 #include <chrono>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -82,6 +83,7 @@ class Meeting {
   /// What a rank that gives up sends, and what is done with it.
   static Line::Frame failure_frame(const CommError& error);
   void fail_as_told(const nlohmann::json& failed);
+  bool is_rank(std::int64_t number) const { return number >= 0 && number < world_.size; }
   /// Runs handlers until `condition` or for `patience`.
   void drain(std::chrono::milliseconds patience, const std::function<bool()>& condition) noexcept;
   CommError late(const Status& status) const;

@@ -90,6 +90,13 @@ bool MeetingPlace::is_local() const {
          (!uses_store_ || world_.local_size == world_.size);
 }
 
+/// Nobody is called in vain: somebody silent there would keep this rank from looking at the Unix domain socket.
+Place MeetingPlace::place_at(const std::string& name, const tcp::endpoint& endpoint) const {
+  if (route_ == Route::best && world_.secret.empty() && is_of_this_host(endpoint.address()))
+    return {name, std::nullopt, not_by_tcp};
+  return {name, endpoint, ""};
+}
+
 /// The master's own addresses, but for loopback addresses, which a host's own name often is there.
 std::vector<tcp::endpoint> MeetingPlace::listening_endpoints() const {
   std::vector<tcp::endpoint> endpoints;
@@ -192,12 +199,15 @@ std::vector<Place> MeetingPlace::places_in_store() {
   if (unix_name.size() > longest_unix_name) throw std::runtime_error("it holds no place to meet at");
   if (!unix_name.empty() && route_ == Route::best)
     places.push_back({"its Unix domain socket", unix_endpoint(unix_name), ""});
+  // Whoever writes into the store could name another user's process of this host, where all ranks are.
+  const bool by_unix_only = is_local() && world_.secret.empty();
   const std::int64_t port = place.at("port");
   for (const std::string address : place.at("addresses")) {
     if (port < 1 || port > 65535) throw std::runtime_error("it holds no place to meet at");
     const tcp::endpoint endpoint(asio::ip::make_address(address), static_cast<std::uint16_t>(port));
-    places.push_back({str(endpoint), endpoint, ""});
+    if (!by_unix_only) places.push_back(place_at(str(endpoint), endpoint));
   }
+  if (places.empty()) throw std::runtime_error("it holds no place to meet at");
   return places;
 }
 
@@ -215,7 +225,7 @@ std::vector<Place> MeetingPlace::places() {
   if (is_local()) return places;
   try {
     for (const tcp::endpoint& endpoint : resolve(world_.master_address, world_.master_port, look_deadline()))
-      places.push_back({name, endpoint, ""});
+      places.push_back(place_at(name, endpoint));
   } catch (const std::exception& error) {
     const auto* system = dynamic_cast<const asio::system_error*>(&error);
     places.push_back({name, std::nullopt, system != nullptr ? system->code().message() : error.what()});

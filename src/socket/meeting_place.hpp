@@ -14,6 +14,12 @@
 
 namespace dualpipe::detail {
 
+/// Why a process of this host is not talked to by TCP if the job has no secret.
+inline constexpr const char* not_by_tcp =
+    "on this host, where only the Unix domain socket tells whose process answers; a rank 0 in a container behind a "
+    "port "
+    "of this host needs a secret: DUALPIPE_SECRET_FILE names a file with one";
+
 /// Where rank 0 waits for the others: at an abstract Unix domain socket for those of its host, and at a TCP port where
 /// ranks may come from elsewhere. The port is the world's master port, or one that rank 0 chooses and tells in a c10d
 /// store: that of the caller, or the launcher's. Of the store only this one value is used; it proves nothing, so what it
@@ -37,6 +43,7 @@ class MeetingPlace {
 
  private:
   bool is_local() const;
+  Place place_at(const std::string& name, const asio::ip::tcp::endpoint& endpoint) const;
   /// Of the next look at a store or for the name of a host.
   Clock::time_point look_deadline() const;
   std::uint16_t listening_port() const { return static_cast<std::uint16_t>(uses_store_ ? 0 : world_.master_port); }

@@ -153,15 +153,19 @@ TEST(Meeting, SaysWhereARankCannotBeReached) {
 
 TEST(Meeting, NamesARankThatSaysSomethingMalformed) {
   const std::string good = host_text("elsewhere");
-  for (const std::vector<std::string>& said :
-       std::vector<std::vector<std::string>>{{""},
-                                             {"{"},
-                                             {"[]"},
-                                             {R"({"host": 7})"},
-                                             {R"({"host": "a", "unix": "b", "rank 0": "nowhere"})"},
-                                             {good, "7"},
-                                             {good, R"({"address": "nowhere", "port": 1})"},
-                                             {good, R"({"address": "127.0.0.1"})"}}) {
+  for (const std::vector<std::string>& said : std::vector<std::vector<std::string>>{
+           {""},
+           {"{"},
+           {"[]"},
+           {R"({"host": 7})"},
+           {R"({"host": "a", "unix": "b", "rank 0": "nowhere"})"},
+           {nlohmann::json({{"host", "a"}, {"unix", std::string(200, 'b')}, {"rank 0", ""}}).dump()},
+           {good, "7"},
+           {good, R"({"address": "nowhere", "port": 1})"},
+           {good, R"({"address": "127.0.0.1"})"},
+           {good, R"({"address": "127.0.0.1", "port": -1})"},
+           {good, R"({"address": "127.0.0.1", "port": 65536})"},
+           {good, R"({"address": "127.0.0.1", "port": 0.5})"}}) {
     const StorePtr store = c10::make_intrusive<c10d::HashStore>();
     const auto errors = errors_of(2, [&](int rank) {
       if (rank == 1) connect_sockets(world_of(1, 2), options_with(store));
@@ -315,7 +319,8 @@ TEST(Meeting, APortThatIsTakenBySomebodySilentObeysTheTimeout) {
   ::close(fd);
   EXPECT_THAT(errors[0], AllOf(HasSubstr(str("cannot listen at 127.0.0.1:", port)), HasSubstr("taken for 500 ms"),
                                HasSubstr("MASTER_PORT")));
-  EXPECT_THAT(errors[1], HasSubstr(str("rank 0 cannot be reached within 500 ms at 127.0.0.1:", port, " (no answer)")));
+  EXPECT_THAT(errors[1], HasSubstr(str("rank 0 cannot be reached within 500 ms at 127.0.0.1:", port,
+                                       " (no answer): it has not started or has ended or is stopped")));
 }
 
 /// In meetings to which ranks may come from other hosts. Those of this host come through the Unix domain socket.
@@ -391,6 +396,104 @@ TEST(Meeting, WhoHasAnotherSecretIsNotLetIn) {
     });
     EXPECT_THAT(errors[0], HasSubstr("no sign of rank 1"));
     EXPECT_THAT(errors[1], AllOf(HasSubstr("rank 0 cannot be reached"), ::testing::Not(HasSubstr("the secret of"))));
+  }
+}
+
+/// Plays rank 0 of a job without a secret, at a port of this host, and sends those who come what a test wants.
+class FalseRankZero {
+ public:
+  FalseRankZero(const World& world, const ConnectOptions& options, std::vector<nlohmann::json> messages)
+      : messages_(std::move(messages)),
+        listener_(io_, introduction(world, options), 1, [this](detail::Contact contact) {
+          came_ = true;
+          const auto ignore = [](const auto&) {};
+          line_ = std::make_shared<detail::Line>(std::move(contact.socket), ignore, ignore);
+          line_->start();
+          for (const nlohmann::json& message : messages_) line_->send(message);
+        }) {
+    port_ = listener_.listen_at({asio::ip::tcp::v4(), 0});
+    thread_ = std::jthread([this] { io_.run(); });
+  }
+  ~FalseRankZero() {
+    io_.stop();
+    thread_.join();
+  }
+  int port() const { return port_; }
+  bool has_somebody_come() const { return came_; }
+
+ private:
+  static detail::Introduction introduction(const World& world, const ConnectOptions& options) {
+    detail::Greeting greeting;
+    greeting.size = world.size;
+    greeting.meeting =
+        detail::authentication_code("", {"meeting", world.run_id, options.name, std::to_string(options.epoch)});
+    return {.own = greeting, .key = "", .check = [](const auto&, const auto&) { return std::string(); }};
+  }
+
+  asio::io_context io_;
+  const std::vector<nlohmann::json> messages_;
+  std::shared_ptr<detail::Line> line_;
+  std::atomic<bool> came_{false};
+  detail::Listener listener_;
+  int port_ = 0;
+  std::jthread thread_;
+};
+
+std::string error_of(const World& world, const ConnectOptions& options, Route route = Route::best) {
+  return errors_of(1, [&](int) { detail::connect_sockets(world, options, route); }).front();
+}
+
+TEST(Meeting, WithoutASecretRankZeroOfThisHostAnswersThroughTheUnixSocketOnly) {
+  World world = world_of(1, 2);
+  ConnectOptions options{.timeout = 300ms};
+  const FalseRankZero stranger(world, options, {});
+  // The place is in a store, and all ranks are on this host.
+  options.store = c10::make_intrusive<c10d::HashStore>();
+  options.store->set("dualpipe//dualpipe/0/rank 0",
+                     nlohmann::json({{"unix", ""}, {"port", stranger.port()}, {"addresses", {"127.0.0.1"}}}).dump());
+  EXPECT_THAT(error_of(world, options), HasSubstr("at the store (it holds no place to meet at)"));
+  EXPECT_FALSE(stranger.has_somebody_come());
+  // Ranks may be elsewhere.
+  world.local_size = 1;
+  EXPECT_THAT(error_of(world, options), AllOf(HasSubstr(str("127.0.0.1:", stranger.port(), " (on this host")),
+                                              HasSubstr("DUALPIPE_SECRET_FILE")));
+  options.store = {};
+  world.master_address = address_of_this_host();
+  world.master_port = stranger.port();
+  if (asio::ip::make_address(world.master_address).is_loopback()) return;  // this host has no other address
+  EXPECT_THAT(error_of(world, options), HasSubstr("(on this host"));
+  EXPECT_FALSE(stranger.has_somebody_come());
+}
+
+TEST(Meeting, NamesARankZeroThatSendsSomethingMalformed) {
+  const nlohmann::json session = {{"session", std::string(64, '0')}};
+  for (const std::string text :
+       {"7", "{}", R"({"session": 7})", R"({"all": []})", R"({"all": ["", "", ""]})", R"({"all": [1, 2]})",
+        R"({"missing": [2], "lacks": ""})", R"({"missing": [-1], "lacks": ""})", R"({"missing": [0.5], "lacks": ""})",
+        R"({"missing": [1e30], "lacks": ""})", R"({"missing": [0]})", R"({"failed": {"origin": "0", "reason": ""}})",
+        R"({"failed": {"origin": 1e30, "reason": ""}})", R"({"failed": {"origin": 0}})"}) {
+    World world = world_of(1, 2);
+    const ConnectOptions options{.timeout = 60s};
+    const FalseRankZero rank_zero(world, options, {session, nlohmann::json::parse(text)});
+    world.master_port = rank_zero.port();
+    EXPECT_THAT(error_of(world, options, Route::tcp), HasSubstr("sends something malformed")) << text;
+  }
+}
+
+TEST(Meeting, AnOriginOutsideOfTheWorldIsUnknown) {
+  World world = world_of(1, 2);
+  const ConnectOptions options{.timeout = 60s};
+  for (const std::int64_t origin : {std::int64_t{-7}, std::int64_t{2}, std::int64_t{1'000'000'000'000}}) {
+    const nlohmann::json failed = {{"failed", {{"origin", origin}, {"reason", "no disk"}}}};
+    const FalseRankZero rank_zero(world, options, {failed});
+    world.master_port = rank_zero.port();
+    try {
+      detail::connect_sockets(world, options, Route::tcp);
+      ADD_FAILURE();
+    } catch (const CommError& error) {
+      EXPECT_STREQ(error.what(), "no disk");
+      EXPECT_EQ(error.origin_rank(), -1);
+    }
   }
 }
 
