@@ -38,8 +38,8 @@ void read_head(const wire::Prefix& prefix, std::string_view head) {
       return;
     }
     case wire::Kind::goodbye: {
-      const Word word = wire::read_goodbye(head);
-      require(wire::read_goodbye(head_of(wire::goodbye_frame(word))) == word, "a goodbye comes back");
+      const wire::Goodbye goodbye = wire::read_goodbye(head);
+      require(wire::read_goodbye(head_of(wire::goodbye_frame(goodbye))).word == goodbye.word, "a goodbye comes back");
       return;
     }
     case wire::Kind::answer: {
