@@ -108,7 +108,7 @@ class SocketTransport final : public Transport, public PeerOwner {
       Stopwatch watch;
       leaving_ = true;
       waiting(true);  // reads and drops what peers still send, so that they can finish sending
-      if (!has_failed()) steps_.say_goodbye();
+      if (!has_failed()) steps_.say_goodbye(is_unwound());
       // The kernel has usually taken everything already.
       while (!flushed() && watch.elapsed() < farewell_limit) std::this_thread::sleep_for(1ms);
     } catch (...) {
@@ -197,9 +197,9 @@ class SocketTransport final : public Transport, public PeerOwner {
     failed(origin, reason);
   }
 
-  void said_goodbye(Peer& peer, const Word& word) override {
-    steps_.goodbye_arrived(peer.rank(), word);
-    departed(peer.rank());
+  void said_goodbye(Peer& peer, const wire::Goodbye& goodbye) override {
+    departed(peer.rank(), goodbye.unwound);  // first: who misses its vote says how it left
+    steps_.goodbye_arrived(peer.rank(), goodbye.word);
   }
 
   void lost(Peer& peer, const std::string& why, bool suspected) override {

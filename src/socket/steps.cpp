@@ -86,12 +86,12 @@ void Steps::speak() {
   changed_.notify_all();
 }
 
-void Steps::say_goodbye() {
+void Steps::say_goodbye(bool unwound) {
   const std::lock_guard lock(mutex_);
   if (failure_) return;
   said_goodbye_ = true;
   for (const auto& peer : peers_)
-    if (peer) peer->say_goodbye(protocol_.word());
+    if (peer) peer->say_goodbye({protocol_.word(), unwound});
 }
 
 std::optional<std::pair<int, std::string>> Steps::failure() const {

@@ -43,7 +43,9 @@ class Steps {
   void failed(int origin, const std::string& reason) noexcept;
 
   /// Unless something has failed. Nothing is said afterwards.
-  void say_goodbye();
+  ///
+  /// @param unwound  by an exception.
+  void say_goodbye(bool unwound);
   /// Origin and reason of the first failure.
   std::optional<std::pair<int, std::string>> failure() const;
 

@@ -74,9 +74,9 @@ void read_head(const wire::Prefix& prefix, std::string_view head, Listeners& lis
       return;
     }
     case wire::Kind::goodbye: {
-      const Word word = wire::read_goodbye(head);
-      require(wire::read_goodbye(head_of(wire::goodbye_frame(word))) == word, "a goodbye comes back");
-      for (Listener& listener : listeners) listener.hear(word, true);
+      const wire::Goodbye goodbye = wire::read_goodbye(head);
+      require(wire::read_goodbye(head_of(wire::goodbye_frame(goodbye))).word == goodbye.word, "a goodbye comes back");
+      for (Listener& listener : listeners) listener.hear(goodbye.word, true);
       return;
     }
     case wire::Kind::answer: {

@@ -106,7 +106,7 @@ class LocalTransport final : public Transport, public std::enable_shared_from_th
       : Transport(rank, size, timeout, /*epoch=*/0, device) {}
   ~LocalTransport() override {
     if (has_failed() || ranks_ == nullptr) return;
-    for_others([this](LocalTransport& other) { other.departed(rank()); });
+    for_others([this](LocalTransport& other) { other.departed(rank(), is_unwound()); });
     steps_->leave(rank());
   }
   /// Once, before any thread uses one of the `ranks`.

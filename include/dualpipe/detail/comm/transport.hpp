@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <exception>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -116,7 +117,11 @@ class Transport {
   /// A message has arrived with its tensors.
   DUALPIPE_DECL void deliver(int from, Message message);
   /// `peer` has said goodbye, and everything it had sent was delivered: operations that still need it fail.
-  DUALPIPE_DECL void departed(int peer);
+  ///
+  /// @param unwound  as is_unwound() was there.
+  DUALPIPE_DECL void departed(int peer, bool unwound);
+  /// For a destructor: whether an exception is the reason. The others hear of it in their errors.
+  static bool is_unwound() noexcept { return std::uncaught_exceptions() > 0; }
   /// Another rank has aborted: as abort(), without spread().
   DUALPIPE_DECL void failed(int origin, const std::string& reason) noexcept;
   /// This process was stopped for about this `time`, which does not count in what activity() tells.
@@ -165,7 +170,7 @@ class Transport {
   DUALPIPE_DECL std::vector<int> missing_of(std::span<const std::shared_ptr<Request>> requests) const;  // mutex held
   /// The error of a rank that waits no longer.
   DUALPIPE_DECL CommError overdue(const Request& request, const std::vector<int>& missing);
-  DUALPIPE_DECL CommError has_left(const Request& request, int peer) const;
+  DUALPIPE_DECL CommError has_left(const Request& request, int peer) const;  // mutex held
   /// Notes what the rank waits in, until end_wait().
   DUALPIPE_DECL void begin_wait(Wait wait);               // mutex held
   DUALPIPE_DECL void end_wait();                          // mutex held
@@ -182,6 +187,7 @@ class Transport {
   std::condition_variable changed_;
   std::map<QueueKey, MatchQueue> queues_;
   std::vector<bool> departed_;
+  std::vector<bool> unwound_;  ///< of those that have departed
   std::optional<Failure> failure_;
   std::optional<Wait> wait_;
   std::string last_wait_;

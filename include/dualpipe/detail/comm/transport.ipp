@@ -21,7 +21,8 @@ Transport::Transport(int rank, int size, std::chrono::milliseconds timeout, std:
       timeout_(std::min<std::chrono::milliseconds>(timeout, std::chrono::hours(24 * 365))),
       epoch_(epoch),
       device_(device),
-      departed_(size, false) {
+      departed_(size, false),
+      unwound_(size, false) {
   DUALPIPE_CHECK(timeout.count() > 0, "the timeout of a communicator must be positive, got ", timeout.count(), " ms");
 }
 
@@ -111,10 +112,11 @@ void Transport::complete(const std::shared_ptr<Request>& request) {
   notify();
 }
 
-void Transport::departed(int peer) {
+void Transport::departed(int peer, bool unwound) {
   {
     const std::lock_guard lock(mutex_);
     departed_[peer] = true;
+    unwound_[peer] = unwound;
   }
   notify();
 }
@@ -199,7 +201,12 @@ std::vector<std::string> Transport::commit(std::int64_t group, const std::vector
   }
   std::optional<CommError> own;
   if (end.outcome == StepOutcome::open) {
-    own = end.has_left ? has_left(whole, end.missing.front()) : overdue(whole, end.missing);
+    if (end.has_left) {
+      const std::lock_guard lock(mutex_);
+      own = has_left(whole, end.missing.front());
+    } else {
+      own = overdue(whole, end.missing);
+    }
     abort(own->origin_rank(), own->what());
     watch = {};
     end = wait_for_step(group, members, step, watch, timeout_);  // it may have ended since
@@ -297,7 +304,9 @@ CommError Transport::overdue(const Request& request, const std::vector<int>& mis
 
 CommError Transport::has_left(const Request& request, int peer) const {
   return {peer, request.operation(),
-          report(request, str("rank ", peer, " has left, having destroyed its communicator"))};
+          report(request,
+                 str("rank ", peer, " has left, having destroyed its communicator",
+                     unwound_[peer] ? " while an exception unwound it; its own output or launcher tells which" : ""))};
 }
 
 void Transport::begin_wait(Wait wait) {
