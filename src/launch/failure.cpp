@@ -1,11 +1,14 @@
 #include "dualpipe/launch/failure.hpp"
 
 #include <chrono>
+#include <cstdlib>
+#include <filesystem>
 #include <iostream>
 #include <string>
 
 #include "dualpipe/detail/files.hpp"
 #include "dualpipe/error.hpp"
+#include "launch/failed_file.hpp"
 #include "launch/failure_report.hpp"
 
 namespace dualpipe {
@@ -29,6 +32,20 @@ detail::FailureReport report_of(const World& world, const std::exception& error)
 }
 
 }  // namespace
+
+std::string detail::failed_file() {
+  const char* path = std::getenv("DUALPIPE_FAILED_FILE");
+  return path == nullptr ? "" : path;
+}
+
+std::optional<detail::FailureReport> detail::failure_in(const std::string& failed_file) noexcept {
+  try {
+    if (failed_file.empty() || !std::filesystem::exists(failed_file)) return std::nullopt;
+    return failure_report_from(read_file(failed_file));
+  } catch (const std::exception&) {
+    return std::nullopt;  // a rank that has met another learns what happens to it without the file
+  }
+}
 
 void report_failure(const World& world, const std::exception& error) noexcept {
   try {

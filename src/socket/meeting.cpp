@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "dualpipe/error.hpp"
+#include "launch/failed_file.hpp"
 #include "socket/host.hpp"
 #include "socket/meeting_place.hpp"
 
@@ -65,6 +66,7 @@ Meeting::Meeting(asio::io_context& io, const World& world, const ConnectOptions&
       options_(options),
       limit_(deadline - Clock::now()),
       period_(period_of(options)),
+      failed_file_(failed_file()),
       timer_(io) {
   timer_.expires_after(period_);
   beat_regularly();
@@ -76,9 +78,20 @@ void Meeting::beat_regularly() {
     const auto now = Clock::now();
     was_stopped_ = now - timer_.expiry() > period_;
     pulse();
+    look_for_dead();
     timer_.expires_at(now + period_);
     beat_regularly();
   });
+}
+
+void Meeting::look_for_dead() {
+  const auto report = failure_in(failed_file_);
+  if (!report || !is_rank(report->rank) || report->rank == world_.rank) return;
+  const std::string name = str("rank ", report->rank);
+  std::string reason = report->message;
+  if (reason.starts_with(name + ": ")) reason.erase(0, name.size() + 2);
+  dead_ = report->rank;
+  fail(is_rank(report->origin) ? report->origin : report->rank, name + " ended before it met the others: " + reason);
 }
 
 std::vector<std::string> Meeting::all_gather(const std::string& mine, const std::string& lacks) {
@@ -315,7 +328,10 @@ class MeetingHost final : public Meeting {
   }
 
   /// As far as this rank knows: by the largest WORLD_SIZE of all.
-  bool have_all_come() const { return std::ssize(came_) >= expected_size_ - 1 && !listener_.is_being_called(); }
+  bool have_all_come() const {
+    const int others = expected_size_ - 1 - (dead_ && !came_.contains(*dead_) ? 1 : 0);
+    return std::ssize(came_) >= others && !listener_.is_being_called();
+  }
 
   bool all_closed() const {
     return std::none_of(all_.begin(), all_.end(), [](const auto& line) { return line->is_open(); });

@@ -20,7 +20,8 @@ namespace dualpipe::detail {
 
 /// The ranks before they are connected with each other: all but rank 0 call rank 0, and what one says goes through it to
 /// all. From the first connection on every rank beats, so that a rank that is killed, or that falls silent, is named on
-/// all others; and one that gives up says why.
+/// all others; and one that gives up says why. Of a rank that ends before its first connection the launcher tells those
+/// of its node.
 ///
 /// Everything happens on the thread that calls the functions, while they wait. Keeps references to the arguments of
 /// meet().
@@ -100,15 +101,18 @@ class Meeting {
 
  private:
   void beat_regularly();
+  void look_for_dead();
 
   const Clock::duration limit_;
   Stopwatch watch_;
   const std::chrono::milliseconds period_;
+  const std::string failed_file_;
   bool warned_ = false;
   std::optional<CommError> failure_;
   asio::steady_timer timer_;
 
  protected:
+  std::optional<int> dead_;   ///< a rank of this node that has ended
   bool was_stopped_ = false;  ///< this process, since the last pulse: silence of others means nothing
 };
 

@@ -18,6 +18,8 @@
 #include <regex>
 
 #include "comm/socket_tests.hpp"
+#include "dualpipe/detail/files.hpp"
+#include "launch/failed_file.hpp"
 #include "socket/connect.hpp"
 #include "socket/contact.hpp"
 #include "socket/host.hpp"
@@ -176,6 +178,47 @@ TEST(Meeting, NamesARankThatSaysSomethingMalformed) {
     });
     EXPECT_EQ(errors[0], errors[1]);
     EXPECT_THAT(errors[1], HasSubstr("rank 1: rank 0 has said something malformed")) << ::testing::PrintToString(said);
+  }
+}
+
+/// As the launcher of the node of ranks 2 and 3 tells it.
+TEST(Meeting, ARankThatEndsBeforeItComesIsNamedOnAll) {
+  const test::TemporaryFolder folder;
+  const std::string file = folder.path() / "failed";
+  const auto report = [](int rank) {
+    return detail::to_json({.message = str("rank ", rank, ": killed by SIGKILL (signal 9)"),
+                            .rank = rank,
+                            .origin = rank,
+                            .operation = {},
+                            .time_ns = 0});
+  };
+  ::setenv("DUALPIPE_FAILED_FILE", file.c_str(), 1);
+  // These say nothing about this world.
+  for (const std::string& text : {std::string("{"), report(4), report(-1)}) {
+    detail::write_file(file, text);
+    const StorePtr store = c10::make_intrusive<c10d::HashStore>();
+    EXPECT_THAT(errors_of(2, [&](int rank) { connect_and_sum(world_of(rank, 2), options_with(store)); }), Each(""))
+        << text;
+  }
+  std::filesystem::remove(file);
+  const StorePtr store = c10::make_intrusive<c10d::HashStore>();
+  std::vector<int> origins(4, -1);
+  const auto errors = errors_of(4, [&](int rank) {
+    if (rank == 3) {
+      std::this_thread::sleep_for(200ms);  // the others have met by then
+      return detail::write_file(file, report(3));
+    }
+    try {
+      connect_sockets(world_of(rank, 4), options_with(store));
+    } catch (const CommError& error) {
+      origins[rank] = error.origin_rank();
+      throw;
+    }
+  });
+  ::unsetenv("DUALPIPE_FAILED_FILE");
+  for (const int rank : {0, 1, 2}) {
+    EXPECT_EQ(errors[rank], "rank 3 ended before it met the others: killed by SIGKILL (signal 9)");
+    EXPECT_EQ(origins[rank], 3);
   }
 }
 
