@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "dualpipe/detail/comm/message_communicator.hpp"
+#include "dualpipe/detail/comm/stopwatch.hpp"
 #include "nccl/api.hpp"
 #include "nccl/operation.hpp"
 #include "nccl/start_flags.hpp"
@@ -109,7 +110,7 @@ class NcclContext {
   struct EventPool;
   struct Watched {
     std::shared_ptr<NcclOperation> operation;
-    Clock::time_point deadline;
+    Clock::duration deadline{};  ///< by ran_
   };
   using Queue = std::deque<std::shared_ptr<NcclOperation>>;
   static constexpr auto poll_period = std::chrono::microseconds(100);
@@ -149,9 +150,11 @@ class NcclContext {
   Queue in_flight_;  // launched, not known to have finished; keeps operations that nobody waits for
 
   std::mutex watch_mutex_;
+  Stopwatch stopwatch_;
+  Clock::duration ran_{};  ///< of it, when the watchdog looked last
   std::vector<Watched> watched_;
   const Request* calling_ = nullptr;  ///< the operation for which NCCL is being called
-  Clock::time_point called_;
+  Clock::duration called_{};          ///< by ran_
 
   std::mutex comms_mutex_;
   std::vector<NcclComm> comms_;

@@ -18,7 +18,7 @@ void NcclContext::call_nccl(NcclOperation& operation) {
   const auto note = [this](const Request* calling) {
     const std::lock_guard lock(watch_mutex_);
     calling_ = calling;
-    called_ = Clock::now();
+    called_ = ran_;
   };
   note(&operation.request);
   try {
@@ -33,7 +33,7 @@ void NcclContext::call_nccl(NcclOperation& operation) {
 
 void NcclContext::watch(std::shared_ptr<NcclOperation> operation) {
   const std::lock_guard lock(watch_mutex_);
-  watched_.push_back({std::move(operation), Clock::now() + timeout_});
+  watched_.push_back({std::move(operation), ran_ + timeout_});
 }
 
 bool NcclContext::next_period() {
@@ -86,9 +86,9 @@ void NcclContext::forget_finished() {
 }
 
 void NcclContext::check_deadlines() {
-  const auto now = Clock::now();
   const std::lock_guard lock(watch_mutex_);
-  if (calling_ != nullptr && now - called_ >= timeout_) {
+  ran_ = stopwatch_.elapsed();
+  if (calling_ != nullptr && ran_ - called_ >= timeout_) {
     transport().abort(
         transport().rank(),
         str("rank ", transport().rank(), ": ", calling_->describe(),
@@ -98,7 +98,7 @@ void NcclContext::check_deadlines() {
     return;
   }
   for (const auto& [operation, deadline] : watched_) {
-    if (now < deadline) continue;
+    if (ran_ < deadline) continue;
     transport().abort(
         operation->blamed_rank,
         str("rank ", transport().rank(), ": ", operation->request.describe(), ": waited for ",
