@@ -49,11 +49,12 @@ MetricsWriter::MetricsWriter(std::string path, std::int64_t last_step) : path_(s
   if (last_step >= 0 && std::filesystem::exists(path_, ignored)) {
     const std::string text = detail::read_file(path_);
     const std::string_view kept = lines_until(text, path_, last_step);
-    if (kept.size() < text.size()) detail::write_file(path_, kept);
+    // As a new file, a resumed one replaces a symbolic link.
+    if (kept.size() < text.size() || std::filesystem::is_symlink(path_, ignored)) detail::write_file(path_, kept);
   } else {
     detail::write_file(path_, "");
   }
-  file_ = ::open(path_.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC);
+  file_ = ::open(path_.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC | O_NOFOLLOW);
   if (file_ < 0) throw_metrics_error(path_, errno);
 }
 

@@ -183,8 +183,10 @@ TEST(LocalOnADevice, MemoryChangesHandsOnlyBetweenThreadsWithOneStream) {
                   at::Tensor tensor = on_device(3, 5);
                   address[0] = tensor.const_data_ptr();
                   Pending sent = comm->send(1, {std::move(tensor)});
+                  comm->barrier().wait();  // this thread has no reference left
                   sent.wait();
                 } else {
+                  comm->barrier().wait();
                   const at::Tensor got = comm->receive(0).take().at(0);
                   address[1] = got.const_data_ptr();
                   EXPECT_TRUE(torch::equal(got.cpu(), torch::full({3}, 5.0F)));

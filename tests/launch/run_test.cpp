@@ -28,14 +28,17 @@ using testing::Process;
 using testing::shell;
 using testing::sorted_lines;
 
-/// Whether a process runs; a zombie that its new parent has not noticed does not.
-bool exists(const std::string& pid) {
+/// As in /proc: R, S, T, Z and others; a space if there is no such process.
+char state_of(const std::string& pid) {
   std::ifstream in("/proc/" + pid + "/stat");
   std::string text;
   std::getline(in, text);
   const std::size_t name_end = text.rfind(')');
-  return name_end != std::string::npos && text.compare(name_end + 2, 1, "Z") != 0;
+  return name_end == std::string::npos ? ' ' : text.at(name_end + 2);
 }
+
+/// Whether a process runs; a zombie that its new parent has not noticed does not.
+bool exists(const std::string& pid) { return state_of(pid) != ' ' && state_of(pid) != 'Z'; }
 
 /// The words that ranks printed after "pid".
 std::vector<std::string> pids(const std::string& out) {
@@ -165,6 +168,32 @@ TEST(Run, ForwardsSignals) {
   run.signal(SIGTERM);
   EXPECT_EQ(run.wait(), 0) << "the ranks ended in order";
   EXPECT_THAT(run.out(), AllOf(HasSubstr("[0] bye"), HasSubstr("[1] bye")));
+}
+
+TEST(Run, IsSuspendedWithItsRanks) {
+  Process suspended(shell(2, "echo pid $$; while :; do sleep 0.02; done"));
+  while (pids(suspended.out()).size() < 2) std::this_thread::sleep_for(5ms);
+  std::vector<std::string> all = pids(suspended.out());
+  all.push_back(std::to_string(suspended.pid()));
+  suspended.signal(SIGTSTP);
+  for (const std::string& pid : all)
+    while (state_of(pid) != 'T') std::this_thread::sleep_for(5ms);
+  suspended.signal(SIGCONT);
+  for (const std::string& pid : all)
+    while (state_of(pid) == 'T') std::this_thread::sleep_for(5ms);
+  suspended.signal(SIGTERM);
+  EXPECT_EQ(suspended.wait(), 128 + SIGTERM);
+}
+
+TEST(Run, TellsRanksWhoHasFailed) {
+  Process run(shell(3,
+                    "[ $RANK = 1 ] && kill -9 $$; while [ ! -e $DUALPIPE_FAILED_FILE ]; do sleep 0.02; done; "
+                    "cat $DUALPIPE_FAILED_FILE"));
+  EXPECT_EQ(run.wait(), 128 + SIGKILL);
+  for (const std::string rank : {"[0] ", "[2] "})
+    EXPECT_THAT(run.out(), HasSubstr(rank + "{\"message\":{\"extraInfo\":{\"timestamp\":"));
+  for (const std::string part : {"\"message\":\"rank 1: killed by SIGKILL (signal 9)\"", "\"origin\":1", "\"rank\":1"})
+    EXPECT_THAT(run.out(), HasSubstr(part));
 }
 
 TEST(Run, ReportsAnInterruption) {

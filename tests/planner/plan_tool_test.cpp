@@ -1,6 +1,8 @@
 // dualpipe-plan as a user meets it: a process with arguments, two outputs and an exit code.
 #include "plan_tool.hpp"
 
+#include <unistd.h>
+
 #include <nlohmann/json.hpp>
 #include <string>
 
@@ -186,6 +188,16 @@ TEST_F(PlanTool, OutputAppearsWholeAndReportReadsATraceBack) {
   EXPECT_THAT(output("report trace.json"), HasSubstr("hidden"));
   EXPECT_EQ(run("show --ranks 2 --microbatches 4 --output /dev/null").code, 0);
   EXPECT_FALSE(fs::is_regular_file("/dev/null"));
+}
+
+TEST_F(PlanTool, OutputDoesNotFollowALinkOfAnotherUser) {
+  if (::geteuid() != 0) GTEST_SKIP() << "only root can make a link of another user";
+  write("precious", "of the user");
+  fs::create_symlink("precious", folder_ / "link.svg");
+  ASSERT_EQ(::lchown((folder_ / "link.svg").c_str(), 65534, 65534), 0);
+  EXPECT_EQ(run("show --ranks 2 --microbatches 4 --format svg --output link.svg").code, 0);
+  EXPECT_EQ(read(folder_ / "precious"), "of the user");
+  EXPECT_TRUE(fs::is_regular_file(fs::symlink_status(folder_ / "link.svg")));
 }
 
 TEST_F(PlanTool, SearchWritesAFasterScheduleThatIsSimulatedAsSaid) {

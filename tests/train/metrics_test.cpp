@@ -60,6 +60,11 @@ TEST(Metrics, AResumedRunCutsWhatCameLater) {
   folder.write("run.jsonl", whole);
   MetricsWriter again(path);
   EXPECT_EQ(detail::read_file(path), "") << "a run that begins anew";
+  folder.write("of another run", whole);
+  std::filesystem::create_symlink("of another run", folder / "link.jsonl");
+  MetricsWriter(folder / "link.jsonl", 5).write({.step = 6});
+  EXPECT_EQ(detail::read_file(folder / "of another run"), whole);
+  EXPECT_THAT(detail::read_file(folder / "link.jsonl"), ::testing::StartsWith(whole));
   MetricsWriter(folder / "new.jsonl", 7).write({.step = 8});
   EXPECT_THAT(detail::read_file(folder / "new.jsonl"), HasSubstr("\"step\":8"));
 }

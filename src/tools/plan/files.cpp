@@ -1,5 +1,8 @@
 #include "tools/plan/files.hpp"
 
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -10,6 +13,15 @@
 #include "dualpipe/error.hpp"
 
 namespace dualpipe::planner::tool {
+namespace {
+
+/// Whether another user has put it there.
+bool is_of_a_stranger(const std::string& path) {
+  struct stat status{};
+  return ::lstat(path.c_str(), &status) == 0 && status.st_uid != ::geteuid() && status.st_uid != 0;
+}
+
+}  // namespace
 
 void write_output(const std::string& text, const std::string& path) {
   if (path.empty()) {
@@ -19,6 +31,7 @@ void write_output(const std::string& text, const std::string& path) {
   }
   namespace fs = std::filesystem;
   std::error_code error;
+  if (is_of_a_stranger(path)) return detail::write_file(path, text);  // a link or a pipe would lead elsewhere
   if (fs::exists(path, error) && !fs::is_regular_file(path, error)) return detail::write_device(path, text);
   // A symbolic link stays, its target is replaced.
   fs::path target = path;

@@ -107,7 +107,7 @@ class Launcher {
  public:
   explicit Launcher(const Options& options) : options_(options), signals_(io_), patience_(io_) {
     ::signal(SIGPIPE, SIG_IGN);  // a closed stdout is an error of write()
-    for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGCHLD}) {
+    for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGTSTP, SIGCHLD}) {
       struct sigaction before{};
       ::sigaction(signal, nullptr, &before);
       if (before.sa_handler == SIG_IGN && signal != SIGCHLD) continue;  // as nohup asks, for the ranks as well
@@ -176,6 +176,7 @@ class Launcher {
     const int rank = options_.node_rank * options_.ranks + local_rank;
     const std::filesystem::path error_file = guard_.folder() / ("error" + std::to_string(rank) + ".json");
     variables["DUALPIPE_ERROR_FILE"] = error_file;
+    variables["DUALPIPE_FAILED_FILE"] = failed_file();
     Command command;
     command.arguments = options_.program;
     command.environment = rank_environment(options_, local_rank, std::move(variables));
@@ -245,7 +246,15 @@ class Launcher {
       return io_.stop();
     }
     if (signal == SIGUSR1 || signal == SIGUSR2) return signal_ranks(signal);
+    if (signal == SIGTSTP) return suspend();
     interrupt("ended by " + signal_name(signal), interrupted_ ? SIGKILL : signal);  // asked twice: at once
+  }
+
+  /// Ranks are process groups of their own, to which a terminal says nothing.
+  void suspend() {
+    signal_ranks(SIGSTOP);
+    ::raise(SIGSTOP);  // returns when somebody continues the launcher
+    signal_ranks(SIGCONT);
   }
 
   void interrupt(const std::string& cause, int signal) {
@@ -289,6 +298,7 @@ class Launcher {
       if (!rank.ending->failed()) continue;
       rank.ended_ns = now;
       rank.report = report_of(rank);
+      if (first_failed_ == nullptr) tell_ranks_of(rank);
       // Of two that are found together the one that was killed is the cause, the other reacted.
       if (first_failed_ == nullptr || (!failed_before && rank.ending->killed && !first_failed_->ending->killed))
         first_failed_ = &rank;
@@ -304,6 +314,21 @@ class Launcher {
           kill_after_grace();
         });
     }
+  }
+
+  std::filesystem::path failed_file() const { return guard_.folder() / "failed.json"; }
+
+  /// Those that it had not met yet learn of it by this file only.
+  void tell_ranks_of(const Rank& failed) const {
+    const detail::FailureReport report{.message = name(failed) + ": " + failed.ending->describe(),
+                                       .rank = failed.rank,
+                                       .origin = failed.rank,
+                                       .operation = {},
+                                       .time_ns = failed.ended_ns};
+    const std::filesystem::path file = failed_file(), unfinished = file.string() + ".unfinished";
+    std::ofstream(unfinished, std::ios::binary) << detail::to_json(report);
+    std::error_code ignored;  // without it they find out later
+    std::filesystem::rename(unfinished, file, ignored);
   }
 
   /// After a failure.
