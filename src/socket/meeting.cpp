@@ -142,12 +142,16 @@ void Meeting::fail_by_end(int rank, const std::string& why) {
                              : " cannot be reached any more while the ranks were meeting: " + why));
 }
 
-Line::Frame Meeting::failure_frame(const CommError& error) {
-  return Line::frame_of({{"failed", {{"origin", error.origin_rank()}, {"reason", error.what()}}}});
+Line::Frame Meeting::failure_frame(const CommError& error) const {
+  nlohmann::json failed = {{"origin", error.origin_rank()}, {"reason", error.what()}};
+  if (dead_) failed["dead"] = *dead_;
+  return Line::frame_of({{"failed", failed}});
 }
 
 void Meeting::fail_as_told(const nlohmann::json& failed) {
   const std::int64_t origin = integer_in(failed.at("origin"));
+  const std::int64_t dead = failed.contains("dead") ? integer_in(failed.at("dead")) : -1;
+  if (is_rank(dead)) dead_ = static_cast<int>(dead);
   // Ranks of a larger world than this one's are unknown here.
   fail(is_rank(origin) ? static_cast<int>(origin) : -1, failed.at("reason").get<std::string>());
 }
