@@ -3,9 +3,11 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <stdexcept>
+#include <tuple>
 #include <utility>
 
 #include "dualpipe/error.hpp"
@@ -140,12 +142,16 @@ void Meeting::fail_by_end(int rank, const std::string& why) {
                              : " cannot be reached any more while the ranks were meeting: " + why));
 }
 
-Line::Frame Meeting::failure_frame(const CommError& error) {
-  return Line::frame_of({{"failed", {{"origin", error.origin_rank()}, {"reason", error.what()}}}});
+Line::Frame Meeting::failure_frame(const CommError& error) const {
+  nlohmann::json failed = {{"origin", error.origin_rank()}, {"reason", error.what()}};
+  if (dead_) failed["dead"] = *dead_;
+  return Line::frame_of({{"failed", failed}});
 }
 
 void Meeting::fail_as_told(const nlohmann::json& failed) {
   const std::int64_t origin = integer_in(failed.at("origin"));
+  const std::int64_t dead = failed.contains("dead") ? integer_in(failed.at("dead")) : -1;
+  if (is_rank(dead)) dead_ = static_cast<int>(dead);
   // Ranks of a larger world than this one's are unknown here.
   fail(is_rank(origin) ? static_cast<int>(origin) : -1, failed.at("reason").get<std::string>());
 }
@@ -254,7 +260,7 @@ class MeetingHost final : public Meeting {
         });
     all_.push_back(line);
     if (rank > 0) came_.insert(rank);
-    expected_size_ = std::max(expected_size_, contact.size);
+    ++sizes_[contact.size];
     line->start();
     if (farewell_) return line->send(farewell_);
     if (contact.size != world_.size)
@@ -327,9 +333,13 @@ class MeetingHost final : public Meeting {
     }
   }
 
-  /// As far as this rank knows: by the largest WORLD_SIZE of all.
+  /// As far as this rank knows: by the WORLD_SIZE that most have, the larger one of two.
   bool have_all_come() const {
-    const int others = expected_size_ - 1 - (dead_ && !came_.contains(*dead_) ? 1 : 0);
+    const auto fewer = [](const auto& a, const auto& b) {
+      return std::tie(a.second, a.first) < std::tie(b.second, b.first);
+    };
+    const int size = std::max_element(sizes_.begin(), sizes_.end(), fewer)->first;
+    const int others = size - 1 - (dead_ && !came_.contains(*dead_) ? 1 : 0);
     return std::ssize(came_) >= others && !listener_.is_being_called();
   }
 
@@ -342,8 +352,8 @@ class MeetingHost final : public Meeting {
   std::vector<std::shared_ptr<Line>> lines_;      ///< by rank; null: has not come
   std::vector<std::shared_ptr<Line>> all_;        ///< also of those that cannot take part
   std::set<int> came_;
-  int expected_size_ = world_.size;
-  std::string taken_place_;  ///< that this rank waits for; empty: none
+  std::map<int, int> sizes_{{world_.size, 1}};  ///< how many ranks have each WORLD_SIZE
+  std::string taken_place_;                     ///< that this rank waits for; empty: none
   bool leaving_ = false;
   Line::Frame farewell_;  ///< also for those who come while this rank gives up
   MeetingPlace place_;

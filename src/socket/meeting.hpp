@@ -83,7 +83,7 @@ class Meeting {
   /// The connection to a rank has ended; `why` as Line says it.
   void fail_by_end(int rank, const std::string& why);
   /// What a rank that gives up sends, and what is done with it.
-  static Line::Frame failure_frame(const CommError& error);
+  Line::Frame failure_frame(const CommError& error) const;
   void fail_as_told(const nlohmann::json& failed);
   bool is_rank(std::int64_t number) const { return number >= 0 && number < world_.size; }
   /// Runs handlers until `condition` or for `patience`.
@@ -112,7 +112,7 @@ class Meeting {
   asio::steady_timer timer_;
 
  protected:
-  std::optional<int> dead_;   ///< a rank of this node that has ended
+  std::optional<int> dead_;   ///< a rank that has ended before it came
   bool was_stopped_ = false;  ///< this process, since the last pulse: silence of others means nothing
 };
 
