@@ -6,8 +6,11 @@ namespace dualpipe::detail {
 
 std::uint64_t CommitProtocol::vote(std::int64_t group, const std::vector<int>& members, std::string ballot) {
   Voting& voting = groups_[group];
-  voting.members = members;
-  voting.name = {group, *std::min_element(members.begin(), members.end())};
+  if (voting.members.empty()) {
+    voting.members = members;
+    voting.name = {group, *std::min_element(members.begin(), members.end())};
+    state_.over.erase(voting.name);  // nonsense from a peer: no step is over without this rank's vote
+  }
   const Vote vote{group, ++voting.step, std::move(ballot)};
   for (const int member : members)
     if (is_here(member)) outbox_.push_back({member, vote});
@@ -85,7 +88,8 @@ void CommitProtocol::merge(const Word& word) {
     const auto found = groups_.find(group.number);
     if (found != groups_.end() && found->second.name == group) {
       Voting& voting = found->second;
-      if (last.ballots.size() != voting.members.size()) continue;  // nonsense from a peer
+      // Nonsense from a peer: no step is over without this rank's vote, and each member has voted.
+      if (last.step > voting.step || last.ballots.size() != voting.members.size()) continue;
       for (auto& [member, votes] : voting.arrived)
         while (!votes.empty() && votes.front().step <= last.step) votes.pop_front();
     }

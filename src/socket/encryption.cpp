@@ -23,6 +23,7 @@
 #include <thread>
 #include <utility>
 
+#include "dualpipe/detail/comm/stopwatch.hpp"
 #include "dualpipe/error.hpp"
 #include "socket/blocked_signals.hpp"
 
@@ -189,9 +190,8 @@ class Encryption::Pumps {
 
   /// The ends of this process are closed: what was written to them is sent, then the pumps end.
   ~Pumps() {
-    const auto limit = std::chrono::steady_clock::now() + farewell_limit;
-    while (!all_ended() && std::chrono::steady_clock::now() < limit)
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    Stopwatch watch;
+    while (!all_ended() && watch.elapsed() < farewell_limit) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     io_.stop();
     thread_.join();
   }

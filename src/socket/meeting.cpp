@@ -66,8 +66,7 @@ Meeting::Meeting(asio::io_context& io, const World& world, const ConnectOptions&
     : io_(io),
       world_(world),
       options_(options),
-      deadline_(deadline),
-      warn_at_(Clock::now() + std::min(silence_limit, options.timeout / 4)),
+      limit_(deadline - Clock::now()),
       period_(period_of(options)),
       failed_file_(failed_file()),
       timer_(io) {
@@ -110,14 +109,15 @@ void Meeting::wait_until(const std::function<bool()>& condition, const std::func
   io_.restart();
   while (!condition()) {
     if (failure_) throw *failure_;
-    const auto now = Clock::now();
-    if (now >= deadline_) throw late();
-    if (!warned_ && now >= warn_at_) {
+    const auto left = limit_ - watch_.elapsed();  // looked at in every period
+    if (left <= 0s) throw late();
+    const auto left_at_warning = limit_ - std::min<Clock::duration>(silence_limit, options_.timeout / 4);
+    if (!warned_ && left <= left_at_warning) {
       warned_ = true;
       TORCH_WARN("rank ", world_.rank, " waits for ", what(), ", and gives up in ",
-                 std::chrono::duration_cast<std::chrono::seconds>(deadline_ - now).count(), " s");
+                 std::chrono::duration_cast<std::chrono::seconds>(left).count(), " s");
     }
-    io_.run_one_until(std::min({now + look_every, deadline_, warned_ ? deadline_ : warn_at_}));
+    io_.run_one_for(std::min<Clock::duration>(look_every, warned_ ? left : left - left_at_warning));
   }
 }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "dualpipe/comm/socket.hpp"
+#include "dualpipe/detail/comm/stopwatch.hpp"
 #include "socket/connect.hpp"
 #include "socket/contact.hpp"
 #include "socket/line.hpp"
@@ -95,7 +96,6 @@ class Meeting {
   asio::io_context& io_;
   const World& world_;
   const ConnectOptions& options_;
-  const Clock::time_point deadline_;
   Status status_;
   std::optional<std::vector<std::string>> result_;  ///< of the round that has ended last
 
@@ -103,7 +103,8 @@ class Meeting {
   void beat_regularly();
   void look_for_dead();
 
-  const Clock::time_point warn_at_;
+  const Clock::duration limit_;
+  Stopwatch watch_;
   const std::chrono::milliseconds period_;
   const std::string failed_file_;
   bool warned_ = false;

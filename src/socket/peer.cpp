@@ -70,7 +70,7 @@ void Peer::send(const Message& message, std::shared_ptr<Request> request) {
 
 void Peer::send(const Vote& vote) { enqueue({wire::vote_frame(vote)}); }
 
-void Peer::say_goodbye(const Word& word) { enqueue({wire::goodbye_frame(word)}); }
+void Peer::say_goodbye(const wire::Goodbye& goodbye) { enqueue({wire::goodbye_frame(goodbye)}); }
 
 void Peer::beat() {
   {
@@ -241,9 +241,9 @@ bool Peer::parse_frame() {
   begin_ += head_end;
   switch (prefix.kind) {
     case wire::Kind::goodbye: {
-      const Word word = wire::read_goodbye(head);
+      const wire::Goodbye goodbye = wire::read_goodbye(head);
       over_ = true;
-      owner_.said_goodbye(*this, word);
+      owner_.said_goodbye(*this, goodbye);
       return true;
     }
     case wire::Kind::vote:

@@ -28,7 +28,7 @@ class PeerOwner {
   virtual void told_of_failure(Peer& peer, wire::Failure failure) = 0;
   virtual void asked(Peer& peer) = 0;
   virtual void answered(Peer& peer, RankActivity activity) = 0;
-  virtual void said_goodbye(Peer& peer, const Word& word) = 0;
+  virtual void said_goodbye(Peer& peer, const wire::Goodbye& goodbye) = 0;
   /// Nothing more comes from the peer; `why` completes "rank 2 …".
   ///
   /// @param suspected  false: its process has closed the connection without a goodbye; true: it may live.
@@ -57,7 +57,7 @@ class Peer : public std::enable_shared_from_this<Peer> {
   /// Any thread. Calls PeerOwner::sent() unless the connection breaks before.
   void send(const Message& message, std::shared_ptr<Request> request);
   void send(const Vote& vote);
-  void say_goodbye(const Word& word);
+  void say_goodbye(const wire::Goodbye& goodbye);
   /// Drops what is queued, but for a message already sent in part, and sends this.
   void tell(const wire::Failure& failure);
   /// Tells the peer that this rank lives, unless something is under way that does.

@@ -21,6 +21,7 @@
 #include <utility>
 
 #include "dualpipe/detail/comm/message_communicator.hpp"
+#include "dualpipe/detail/comm/stopwatch.hpp"
 #include "dualpipe/detail/error_text.hpp"
 #include "socket/blocked_signals.hpp"
 #include "socket/connect.hpp"
@@ -104,12 +105,12 @@ class SocketTransport final : public Transport, public PeerOwner {
   ~SocketTransport() override {
     if (!thread_) return;
     try {
-      const auto deadline = std::chrono::steady_clock::now() + farewell_limit;
+      Stopwatch watch;
       leaving_ = true;
       waiting(true);  // reads and drops what peers still send, so that they can finish sending
-      if (!has_failed()) steps_.say_goodbye();
+      if (!has_failed()) steps_.say_goodbye(is_unwound());
       // The kernel has usually taken everything already.
-      while (!flushed() && std::chrono::steady_clock::now() < deadline) std::this_thread::sleep_for(1ms);
+      while (!flushed() && watch.elapsed() < farewell_limit) std::this_thread::sleep_for(1ms);
     } catch (...) {
       // Peers see the connection end without a goodbye.
     }
@@ -130,10 +131,10 @@ class SocketTransport final : public Transport, public PeerOwner {
     return steps_.vote(group, members, std::move(ballot));
   }
 
-  StepEnd wait_for_step(std::int64_t group, const std::vector<int>& /*members*/, std::uint64_t step,
-                        Clock::time_point until) override {
+  StepEnd wait_for_step(std::int64_t group, const std::vector<int>& /*members*/, std::uint64_t step, Stopwatch& watch,
+                        Clock::duration limit) override {
     waiting(true);
-    StepEnd end = steps_.wait(group, step, until);
+    StepEnd end = steps_.wait(group, step, watch, limit);
     waiting(false);
     // The other operations may not have heard of it yet.
     if (const auto failure = steps_.failure()) failed(failure->first, failure->second);
@@ -152,7 +153,7 @@ class SocketTransport final : public Transport, public PeerOwner {
     answers_.erase(rank);
     peer.ask();
     waiting(true);
-    answers_changed_.wait_for(lock, answer_limit, [&] { return answers_.contains(rank); });
+    Stopwatch().wait(answers_changed_, lock, answer_limit, [&] { return answers_.contains(rank); });
     waiting(false);
     const auto answer = answers_.find(rank);
     return answer == answers_.end() ? std::nullopt : std::optional(answer->second);
@@ -196,9 +197,9 @@ class SocketTransport final : public Transport, public PeerOwner {
     failed(origin, reason);
   }
 
-  void said_goodbye(Peer& peer, const Word& word) override {
-    steps_.goodbye_arrived(peer.rank(), word);
-    departed(peer.rank());
+  void said_goodbye(Peer& peer, const wire::Goodbye& goodbye) override {
+    departed(peer.rank(), goodbye.unwound);  // first: who misses its vote says how it left
+    steps_.goodbye_arrived(peer.rank(), goodbye.word);
   }
 
   void lost(Peer& peer, const std::string& why, bool suspected) override {
@@ -237,10 +238,11 @@ class SocketTransport final : public Transport, public PeerOwner {
   void watch(Clock::time_point due) {
     const auto now = Clock::now();
     const auto interval = liveness_ / 5;
-    const bool was_stopped = now - due > interval;  // this process, which says nothing about the others
+    const bool stopped = now - due > interval;  // this process, which says nothing about the others
+    if (stopped) was_stopped(now - due);
     for_peers([&](Peer& peer) {
       if (peer.is_over()) return;
-      if (was_stopped || peer.is_paused()) peer.listen_anew();
+      if (stopped || peer.is_paused()) peer.listen_anew();
       if (peer.is_paused()) peer.resume();  // a word may stand behind what nobody takes
       if (now - peer.last_heard() > liveness_) {
         if (silent_.insert(peer.rank()).second)

@@ -9,16 +9,16 @@ std::uint64_t Steps::vote(std::int64_t group, const std::vector<int>& members, s
   return step;
 }
 
-StepEnd Steps::wait(std::int64_t group, std::uint64_t step, std::chrono::steady_clock::time_point deadline) {
+StepEnd Steps::wait(std::int64_t group, std::uint64_t step, Stopwatch& watch, Stopwatch::Clock::duration limit) {
   std::unique_lock lock(mutex_);
   StepEnd end;
   const auto ended = [&] {
     end = protocol_.end(group, step);
     return end.outcome != StepOutcome::open;
   };
-  changed_.wait_until(lock, deadline, [&] { return ended() || end.has_left || failure_; });
+  watch.wait(changed_, lock, limit, [&] { return ended() || end.has_left || failure_; });
   // After a failure every rank answers, is dead, or is found silent.
-  if (failure_ && !changed_.wait_for(lock, patience_, ended)) {
+  if (failure_ && !Stopwatch().wait(changed_, lock, patience_, ended)) {
     protocol_.give_up();
     speak();
     ended();
@@ -86,12 +86,12 @@ void Steps::speak() {
   changed_.notify_all();
 }
 
-void Steps::say_goodbye() {
+void Steps::say_goodbye(bool unwound) {
   const std::lock_guard lock(mutex_);
   if (failure_) return;
   said_goodbye_ = true;
   for (const auto& peer : peers_)
-    if (peer) peer->say_goodbye(protocol_.word());
+    if (peer) peer->say_goodbye({protocol_.word(), unwound});
 }
 
 std::optional<std::pair<int, std::string>> Steps::failure() const {

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "dualpipe/detail/comm/stopwatch.hpp"
 #include "socket/commit.hpp"
 #include "socket/peer.hpp"
 
@@ -27,9 +28,9 @@ class Steps {
 
   /// @return the step, for wait()
   std::uint64_t vote(std::int64_t group, const std::vector<int>& members, std::string ballot);
-  /// Returns when the step is no longer open, when a rank that has not voted has left, or at the deadline. After a
-  /// failure it is open no longer.
-  StepEnd wait(std::int64_t group, std::uint64_t step, std::chrono::steady_clock::time_point deadline);
+  /// Returns when the step is no longer open, when a rank that has not voted has left, or at `limit` on `watch`.
+  /// After a failure it is open no longer.
+  StepEnd wait(std::int64_t group, std::uint64_t step, Stopwatch& watch, Stopwatch::Clock::duration limit);
 
   /// Ranks of the step whose votes have not come.
   std::vector<int> missing(std::int64_t group, std::uint64_t step) const;
@@ -42,7 +43,9 @@ class Steps {
   void failed(int origin, const std::string& reason) noexcept;
 
   /// Unless something has failed. Nothing is said afterwards.
-  void say_goodbye();
+  ///
+  /// @param unwound  by an exception.
+  void say_goodbye(bool unwound);
   /// Origin and reason of the first failure.
   std::optional<std::pair<int, std::string>> failure() const;
 

@@ -165,9 +165,10 @@ std::string failure_frame(const Failure& failure) {
   return out.finish(Kind::failure, 0);
 }
 
-std::string goodbye_frame(const Word& word) {
+std::string goodbye_frame(const Goodbye& goodbye) {
   Writer out;
-  put_word(out, word);
+  out.put(goodbye.unwound);
+  put_word(out, goodbye.word);
   return out.finish(Kind::goodbye, 0);
 }
 
@@ -249,11 +250,13 @@ RankActivity read_answer(std::string_view head) {
   return activity;
 }
 
-Word read_goodbye(std::string_view head) {
+Goodbye read_goodbye(std::string_view head) {
   Reader in(head);
-  Word word = get_word(in);
+  Goodbye goodbye;
+  goodbye.unwound = in.get<char>() != 0;
+  goodbye.word = get_word(in);
   in.finish();
-  return word;
+  return goodbye;
 }
 
 Tensors allocate(const Header& header, std::uint64_t payload_bytes) {

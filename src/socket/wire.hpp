@@ -15,7 +15,7 @@
 namespace dualpipe::detail::wire {
 
 /// Raised with every change of this format: ranks with different formats refuse each other.
-constexpr std::uint32_t protocol_version = 4;
+constexpr std::uint32_t protocol_version = 5;
 constexpr std::uint64_t protocol_magic = 0x4455'414c'5049'5045;  // "DUALPIPE"
 
 /// The bytes are not what a rank of this version sends.
@@ -47,11 +47,16 @@ struct Failure {
   Word word;
 };
 
+struct Goodbye {
+  Word word;
+  bool unwound = false;  ///< by an exception
+};
+
 /// Prefix and head of a frame, ready to be sent.
 std::string message_frame(const Header& header, std::uint64_t payload_bytes);
 std::string vote_frame(const Vote& vote);
 std::string failure_frame(const Failure& failure);
-std::string goodbye_frame(const Word& word);
+std::string goodbye_frame(const Goodbye& goodbye);
 std::string beat_frame();
 std::string question_frame();
 std::string answer_frame(const RankActivity& activity);
@@ -61,7 +66,7 @@ Prefix read_prefix(std::string_view bytes);  ///< of sizeof(Prefix) bytes
 Header read_header(std::string_view head);
 Vote read_vote(std::string_view head);
 Failure read_failure(std::string_view head);
-Word read_goodbye(std::string_view head);
+Goodbye read_goodbye(std::string_view head);
 RankActivity read_answer(std::string_view head);
 /// Fresh memory for the tensors that `header` announces. @throws Malformed  they do not have `payload_bytes` in all.
 Tensors allocate(const Header& header, std::uint64_t payload_bytes);

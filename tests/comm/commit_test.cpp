@@ -296,6 +296,33 @@ INSTANTIATE_TEST_SUITE_P(, Commit,
                                   std::to_string(c.faults.cuts) + "Cuts";
                          });
 
+/// What a rogue or broken peer says of a group must not come out of end(): pipelines take ballots by rank.
+TEST(CommitProtocol, AStepIsOverOnlyWithThisRanksVoteAndABallotOfEachMember) {
+  const auto word = [](std::uint64_t step, std::size_t num_ballots) {
+    return Word{.over = {{{0, 0}, {step, std::vector<std::string>(num_ballots, "x")}}}, .lost = {}, .suspected = {}};
+  };
+  for (const std::size_t num_ballots : {0, 1, 2, 3, 9}) {
+    for (const bool failing : {false, true}) {
+      SCOPED_TRACE(testing::Message() << num_ballots << " ballots" << (failing ? ", in a failure" : ""));
+      CommitProtocol protocol(0, 3);
+      const auto hear = [&](const Word& of) {
+        if (failing) {
+          protocol.word_arrived(1, of);
+        } else {
+          protocol.goodbye_arrived(1, of);
+        }
+      };
+      hear(word(1, num_ballots));
+      EXPECT_EQ(protocol.vote(0, {0, 1, 2}, ""), 1u);
+      EXPECT_NE(protocol.end(0, 1).outcome, StepOutcome::over) << "the group was not known";
+      hear(word(2, num_ballots));
+      EXPECT_NE(protocol.end(0, 1).outcome, StepOutcome::over) << "this rank has not voted for step 2";
+      hear(word(1, num_ballots));
+      EXPECT_EQ(protocol.end(0, 1).outcome == StepOutcome::over, num_ballots == 3);
+    }
+  }
+}
+
 TEST(CommitProtocol, VotesForStepsThatCannotHaveBegunAreRefused) {
   CommitProtocol protocol(0, 3);
   EXPECT_FALSE(protocol.vote_arrived(1, {.group = 0, .step = 2, .ballot = ""}));

@@ -6,7 +6,9 @@
 #include <atomic>
 #include <map>
 #include <optional>
+#include <stdexcept>
 #include <thread>
+#include <utility>
 
 #include "comm/contract.hpp"
 #include "dualpipe/detail/comm/activity.hpp"
@@ -130,6 +132,23 @@ TEST(LocalHandOver, TheReceiverTooLearnsOfAWriteUnderWay) {
   } catch (const CommError& error) {
     EXPECT_EQ(error.origin_rank(), 0);
     EXPECT_THAT(error.what(), AllOf(HasSubstr("receive from rank 0"), HasSubstr("in place")));
+  }
+}
+
+TEST(LocalCommunicators, SayThatAnExceptionUnwindsARank) {
+  auto ranks = local_communicators(2);
+  try {
+    const Ptr unwound = std::exchange(ranks[1], nullptr);
+    throw std::runtime_error("a learning rate of NaN");
+  } catch (const std::runtime_error&) {
+  }
+  try {
+    ranks[0]->receive(1).wait();
+    FAIL();
+  } catch (const CommError& error) {
+    EXPECT_EQ(error.origin_rank(), 1);
+    EXPECT_THAT(error.what(),
+                HasSubstr("rank 1 has left, having destroyed its communicator while an exception unwound it"));
   }
 }
 

@@ -185,6 +185,23 @@ TEST(Sockets, AFloodPassesWhenItIsTaken) {
   EXPECT_THAT(errors, ::testing::Each(""));
 }
 
+TEST(Sockets, SayThatAnExceptionUnwindsARank) {
+  const StorePtr store = c10::make_intrusive<c10d::HashStore>();
+  for (const bool in_step : {false, true}) {
+    const auto errors = errors_of(3, [&](int rank) {
+      const Ptr comm = connect_sockets(world_of(rank, 3), options_with(store));
+      comm->barrier().wait();
+      if (rank == 1) throw Error("a learning rate of NaN");
+      if (in_step) comm->commit("");
+      comm->receive(1).wait();
+    });
+    EXPECT_EQ(errors[1], "a learning rate of NaN");
+    for (const int rank : {0, 2})
+      EXPECT_THAT(errors[rank],
+                  HasSubstr("rank 1 has left, having destroyed its communicator while an exception unwound it"));
+  }
+}
+
 TEST(Sockets, ManyTensorsTravelInOneMessage) {
   const StorePtr store = c10::make_intrusive<c10d::HashStore>();
   const auto errors = errors_of(2, [&](int rank) {

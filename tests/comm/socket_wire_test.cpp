@@ -48,7 +48,11 @@ TEST(SocketWire, FailuresAndVotesComeBackAndLongReasonsAreCut) {
   EXPECT_EQ(read_failure(head_of(frame)).origin, 5);
   EXPECT_EQ(read_failure(head_of(frame)).reason, "why");
   EXPECT_EQ(read_failure(head_of(frame)).word, word);
-  EXPECT_EQ(read_goodbye(head_of(goodbye_frame(word))), word);
+  for (const bool unwound : {false, true}) {
+    const Goodbye goodbye = read_goodbye(head_of(goodbye_frame({word, unwound})));
+    EXPECT_EQ(goodbye.word, word);
+    EXPECT_EQ(goodbye.unwound, unwound);
+  }
   const Vote vote = read_vote(head_of(vote_frame({-2, 9, "ballot"})));
   EXPECT_EQ(std::make_tuple(vote.group, vote.step, vote.ballot), std::make_tuple(-2, 9u, std::string("ballot")));
   EXPECT_LT(failure_frame({5, std::string(10 << 20, 'x'), {}}).size(), 1u << 20);

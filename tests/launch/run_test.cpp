@@ -2,7 +2,8 @@
 #include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <poll.h>
+#include <stdlib.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -221,27 +222,37 @@ TEST(Run, EndsWithItsReader) {
   EXPECT_EQ(sorted_lines(pipeline.out()).size(), 3u);
 }
 
+enum class Target { pipe, terminal };
+
 /// A launch whose stdout is read only when the test says so.
 class PausedReader {
  public:
   /// `ranks` may wait for the file $go.
-  explicit PausedReader(const std::string& ranks) {
-    EXPECT_EQ(::mkfifo(fifo_.c_str(), 0600), 0);
-    reader_ = ::open(fifo_.c_str(), O_RDONLY | O_NONBLOCK);
-    run_.emplace(std::vector<std::string>{"/bin/sh", "-c",
-                                          "exec " DUALPIPE_RUN " -q -n 2 --wait-before-term 0.1 -- sh -c '" + ranks +
-                                              "' > " + fifo_},
-                 std::vector<std::pair<std::string, std::string>>{{"go", go_}});
+  explicit PausedReader(const std::string& ranks, Target target = Target::pipe) {
+    std::string path = folder_ / "fifo";
+    if (target == Target::pipe) {
+      EXPECT_EQ(::mkfifo(path.c_str(), 0600), 0);
+      reader_ = ::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    } else {
+      reader_ = ::posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC);
+      EXPECT_EQ(::grantpt(reader_) + ::unlockpt(reader_), 0);
+      path = ::ptsname(reader_);
+    }
+    run_.emplace(
+        std::vector<std::string>{
+            "/bin/sh", "-c", "exec " DUALPIPE_RUN " -q -n 2 --wait-before-term 0.1 -- sh -c '" + ranks + "' > " + path},
+        std::vector<std::pair<std::string, std::string>>{{"go", go_}});
   }
   ~PausedReader() { ::close(reader_); }
 
   Process& run() { return *run_; }
   void go() const { std::ofstream out(go_); }
-  /// Until the launcher can write no more.
+  /// Until the launcher can write no more, as nothing is added for a while.
   void wait_until_full() const {
-    pollfd writer{.fd = ::open(fifo_.c_str(), O_WRONLY | O_NONBLOCK), .events = POLLOUT, .revents = 0};
-    while (::poll(&writer, 1, 0) != 0) std::this_thread::sleep_for(5ms);
-    ::close(writer.fd);
+    for (int before = 0, bytes = 0; bytes == 0 || bytes != before; std::this_thread::sleep_for(100ms)) {
+      before = bytes;
+      ::ioctl(reader_, FIONREAD, &bytes);
+    }
   }
   bool wait_for_error(const std::string& text) const {
     const auto deadline = std::chrono::steady_clock::now() + 60s;
@@ -259,7 +270,7 @@ class PausedReader {
 
  private:
   test::TemporaryFolder folder_;
-  const std::string fifo_ = folder_ / "fifo", go_ = folder_ / "go";
+  const std::string go_ = folder_ / "go";
   int reader_ = -1;
   std::optional<Process> run_;
 };
@@ -270,6 +281,16 @@ TEST(Run, NoticesAFailureWhileItsReaderPauses) {
   paused.go();
   EXPECT_TRUE(paused.wait_for_error("rank 1 failed first: exit code 7")) << paused.run().err();
   EXPECT_THAT(paused.read_all(), ::testing::StartsWith("[0] y\n[0] y\n"));
+  EXPECT_EQ(paused.run().wait(), 7);
+}
+
+TEST(Run, NoticesAFailureWhileItsTerminalPauses) {
+  PausedReader paused(R"([ $RANK = 0 ] && exec yes; while [ ! -e "$go" ]; do sleep 0.02; done; exit 7)",
+                      Target::terminal);
+  paused.wait_until_full();
+  paused.go();
+  EXPECT_TRUE(paused.wait_for_error("rank 1 failed first: exit code 7")) << paused.run().err();
+  paused.run().signal(SIGTERM);
   EXPECT_EQ(paused.run().wait(), 7);
 }
 

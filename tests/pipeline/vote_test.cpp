@@ -91,6 +91,18 @@ TEST(Vote, ABallotOfAnotherKindIsAnErrorOnAllRanks) {
   }
 }
 
+TEST(Vote, AnotherNumberOfBallotsThanRanksIsAnError) {
+  const std::string ballot = detail::packed_ballot({}, {}, {}, {});
+  const auto unpack = [&](std::size_t number) {
+    detail::unpacked(std::vector<std::string>(number, ballot), 2, torch::zeros({4}), torch::zeros({4}));
+  };
+  EXPECT_NO_THROW(unpack(2));
+  for (const std::size_t number : {0, 1, 3}) {
+    SCOPED_TRACE(number);
+    EXPECT_THAT([&] { unpack(number); }, ::testing::ThrowsMessage<Error>(HasSubstr("ballots of 2 ranks")));
+  }
+}
+
 TEST(Vote, ValuesThatDifferAreNamedWithTheStep) {
   const std::vector<detail::MemberHashes> hashes{{{{}, 4, {}}}, {{{}, {}, {}}}, {{{}, 5, {}}}};
   EXPECT_THAT(error_of([&] { detail::check_hashes(hashes, {.pipeline = 3}, 11, {0, 1, 2}); }),

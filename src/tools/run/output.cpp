@@ -1,11 +1,13 @@
 #include "tools/run/output.hpp"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <chrono>
 #include <climits>
+#include <string>
 #include <string_view>
 #include <utility>
 
@@ -14,8 +16,8 @@ namespace {
 
 using namespace std::chrono_literals;
 
-/// The target may be a file or shared with other programs, so it is neither given to an event loop nor made
-/// non-blocking, but looked at again and again.
+/// The target may be a file, and others may share it, so it is neither given to an event loop nor made non-blocking, but
+/// looked at again and again.
 constexpr auto kPause = 5ms;
 
 /// How much to write at once: what a pipe that is writable takes without waiting, and of it whole lines, as other
@@ -31,7 +33,16 @@ bool is_writable(int target) {
   return ::poll(&waited, 1, 0) != 0;  // where it fails, writing tells why
 }
 
+/// A terminal that is writable may take less than a line, and then blocks until it is not paused any more.
+int open_terminal(int target) {
+  if (!::isatty(target)) return -1;
+  return ::open(("/proc/self/fd/" + std::to_string(target)).c_str(), O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+}
+
 }  // namespace
+
+Output::Output(asio::io_context& io, int target)
+    : terminal_(open_terminal(target)), target_(terminal_.get() >= 0 ? terminal_.get() : target), retry_(io) {}
 
 void Output::write(std::string text, Handler handler) {
   queue_.push_back({std::move(text), 0, std::move(handler)});
@@ -53,7 +64,7 @@ int Output::write_some(Item& item) const {
 void Output::write_more() {
   while (!queue_.empty()) {
     const int error = write_some(queue_.front());
-    if (error == EAGAIN || error == EINTR) {  // a terminal that is paused meanwhile blocks until a signal comes
+    if (error == EAGAIN || error == EINTR) {
       retry_.expires_after(kPause);
       retry_.async_wait([this](const asio::error_code& ended) {
         if (!ended) write_more();

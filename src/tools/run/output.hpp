@@ -7,6 +7,8 @@
 #include <functional>
 #include <string>
 
+#include "tools/run/spawn.hpp"
+
 namespace dualpipe::run {
 
 /// Standard output or standard error of the launcher. What its reader does not take yet waits here, not the launcher:
@@ -16,7 +18,7 @@ class Output {
   /// With 0 when the text has been written, else with the errno with which it was lost.
   using Handler = std::function<void(int error)>;
 
-  Output(asio::io_context& io, int target) : target_(target), retry_(io) {}
+  Output(asio::io_context& io, int target);
 
   void write(std::string text, Handler handler);
   bool is_waiting() const { return !queue_.empty(); }
@@ -31,6 +33,7 @@ class Output {
   void write_more();
   int write_some(Item& item) const;
 
+  const Descriptor terminal_;  ///< the target once more, non-blocking for this process alone; else none
   const int target_;
   asio::steady_timer retry_;
   std::deque<Item> queue_;

@@ -18,6 +18,7 @@
 
 #include "dualpipe/detail/comm/message_communicator.hpp"
 #include "dualpipe/detail/comm/shared_values.hpp"
+#include "dualpipe/detail/comm/stopwatch.hpp"
 #include "dualpipe/detail/error_text.hpp"
 
 namespace dualpipe {
@@ -40,13 +41,13 @@ class LocalSteps {
     changed_.notify_all();
     return step;
   }
-  /// Returns when the step is no longer open, when a rank that has not voted has left, or at the deadline.
-  StepEnd wait(std::int64_t number, const std::vector<int>& members, std::uint64_t step,
-               std::chrono::steady_clock::time_point deadline) {
+  /// Returns when the step is no longer open, when a rank that has not voted has left, or at `limit` on `watch`.
+  StepEnd wait(std::int64_t number, const std::vector<int>& members, std::uint64_t step, Stopwatch& watch,
+               Stopwatch::Clock::duration limit) {
     std::unique_lock lock(mutex_);
     const Group& group = group_of(number, members);
     StepEnd end;
-    changed_.wait_until(lock, deadline, [&] {
+    watch.wait(changed_, lock, limit, [&] {
       end = end_of(group, members, step);
       return end.outcome != StepOutcome::open || end.has_left;
     });
@@ -105,7 +106,7 @@ class LocalTransport final : public Transport, public std::enable_shared_from_th
       : Transport(rank, size, timeout, /*epoch=*/0, device) {}
   ~LocalTransport() override {
     if (has_failed() || ranks_ == nullptr) return;
-    for_others([this](LocalTransport& other) { other.departed(rank()); });
+    for_others([this](LocalTransport& other) { other.departed(rank(), is_unwound()); });
     steps_->leave(rank());
   }
   /// Once, before any thread uses one of the `ranks`.
@@ -133,9 +134,9 @@ class LocalTransport final : public Transport, public std::enable_shared_from_th
   std::uint64_t vote(std::int64_t group, const std::vector<int>& members, std::string ballot) override {
     return steps_->vote(group, members, rank(), std::move(ballot));
   }
-  StepEnd wait_for_step(std::int64_t group, const std::vector<int>& members, std::uint64_t step,
-                        Clock::time_point until) override {
-    return steps_->wait(group, members, step, until);
+  StepEnd wait_for_step(std::int64_t group, const std::vector<int>& members, std::uint64_t step, Stopwatch& watch,
+                        Clock::duration limit) override {
+    return steps_->wait(group, members, step, watch, limit);
   }
 
   std::vector<int> missing_votes(std::int64_t group, const std::vector<int>& members,

@@ -30,8 +30,11 @@ class SharedValues {
   std::shared_ptr<Slot> slot_of(const std::string& key) {
     const std::lock_guard lock(mutex_);
     // Nobody uses these, and nobody can begin to meanwhile.
-    std::erase_if(slots_,
-                  [](const auto& entry) { return entry.second.use_count() == 1 && entry.second->value.expired(); });
+    std::erase_if(slots_, [](const auto& entry) {
+      if (entry.second.use_count() != 1) return false;
+      const std::lock_guard last_use(entry.second->mutex);  // a count that is read orders nothing
+      return entry.second->value.expired();
+    });
     std::shared_ptr<Slot>& slot = slots_[key];
     if (slot == nullptr) slot = std::make_shared<Slot>();
     return slot;

@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <exception>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -17,6 +18,7 @@
 #include "dualpipe/detail/comm/activity.hpp"
 #include "dualpipe/detail/comm/message.hpp"
 #include "dualpipe/detail/comm/step_end.hpp"
+#include "dualpipe/detail/comm/stopwatch.hpp"
 
 namespace dualpipe::detail {
 
@@ -36,7 +38,7 @@ class TransportListener {
 /// what is still queued (for at most two seconds), then the goodbye.
 class Transport {
  public:
-  using Clock = std::chrono::steady_clock;
+  using Clock = Stopwatch::Clock;
 
   /// @param device  where the tensors are that travel.
   DUALPIPE_DECL Transport(int rank, int size, std::chrono::milliseconds timeout, std::int32_t epoch,
@@ -97,10 +99,10 @@ class Transport {
   virtual void spread(int origin, const std::string& reason) noexcept = 0;
   /// Votes for the next step of a group. @return the step, counted from 1
   virtual std::uint64_t vote(std::int64_t group, const std::vector<int>& members, std::string ballot) = 0;
-  /// Returns when the step is no longer open, when a rank that has not voted has left, or at `until`. After a failure it
-  /// is open no longer.
+  /// Returns when the step is no longer open, when a rank that has not voted has left, or at `limit` on `watch`. After
+  /// a failure it is open no longer.
   virtual StepEnd wait_for_step(std::int64_t group, const std::vector<int>& members, std::uint64_t step,
-                                Clock::time_point until) = 0;
+                                Stopwatch& watch, Clock::duration limit) = 0;
   /// Ranks whose votes for the step have not come.
   virtual std::vector<int> missing_votes(std::int64_t group, const std::vector<int>& members,
                                          std::uint64_t step) const = 0;
@@ -115,17 +117,22 @@ class Transport {
   /// A message has arrived with its tensors.
   DUALPIPE_DECL void deliver(int from, Message message);
   /// `peer` has said goodbye, and everything it had sent was delivered: operations that still need it fail.
-  DUALPIPE_DECL void departed(int peer);
+  ///
+  /// @param unwound  as is_unwound() was there.
+  DUALPIPE_DECL void departed(int peer, bool unwound);
+  /// For a destructor: whether an exception is the reason. The others hear of it in their errors.
+  static bool is_unwound() noexcept { return std::uncaught_exceptions() > 0; }
   /// Another rank has aborted: as abort(), without spread().
   DUALPIPE_DECL void failed(int origin, const std::string& reason) noexcept;
+  /// This process was stopped for about this `time`, which does not count in what activity() tells.
+  DUALPIPE_DECL void was_stopped(Clock::duration time);
 
   /// What this rank does. Any thread.
   DUALPIPE_DECL RankActivity activity() const;
 
  private:
-  /// Of a wait that began at `begin`: a warning comes after half of it.
-  Clock::time_point deadline(Clock::time_point begin) const { return begin + timeout_; }
-  Clock::time_point half_time(Clock::time_point begin) const { return begin + timeout_ / 2; }
+  /// When a wait warns.
+  Clock::duration half_time() const { return timeout_ / 2; }
   DUALPIPE_DECL void warn_of_wait(const Request& request, const std::vector<int>& missing) const;
 
   /// As in MPI: messages without a receive, or receives without a message.
@@ -163,7 +170,7 @@ class Transport {
   DUALPIPE_DECL std::vector<int> missing_of(std::span<const std::shared_ptr<Request>> requests) const;  // mutex held
   /// The error of a rank that waits no longer.
   DUALPIPE_DECL CommError overdue(const Request& request, const std::vector<int>& missing);
-  DUALPIPE_DECL CommError has_left(const Request& request, int peer) const;
+  DUALPIPE_DECL CommError has_left(const Request& request, int peer) const;  // mutex held
   /// Notes what the rank waits in, until end_wait().
   DUALPIPE_DECL void begin_wait(Wait wait);               // mutex held
   DUALPIPE_DECL void end_wait();                          // mutex held
@@ -180,10 +187,11 @@ class Transport {
   std::condition_variable changed_;
   std::map<QueueKey, MatchQueue> queues_;
   std::vector<bool> departed_;
+  std::vector<bool> unwound_;  ///< of those that have departed
   std::optional<Failure> failure_;
   std::optional<Wait> wait_;
   std::string last_wait_;
-  Clock::time_point wait_changed_ = std::chrono::steady_clock::now();
+  Clock::time_point wait_changed_ = Clock::now();
   std::weak_ptr<TransportListener> listener_;
   std::atomic<bool> has_listener_{false};
 };

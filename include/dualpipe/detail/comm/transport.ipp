@@ -21,7 +21,8 @@ Transport::Transport(int rank, int size, std::chrono::milliseconds timeout, std:
       timeout_(std::min<std::chrono::milliseconds>(timeout, std::chrono::hours(24 * 365))),
       epoch_(epoch),
       device_(device),
-      departed_(size, false) {
+      departed_(size, false),
+      unwound_(size, false) {
   DUALPIPE_CHECK(timeout.count() > 0, "the timeout of a communicator must be positive, got ", timeout.count(), " ms");
 }
 
@@ -111,10 +112,11 @@ void Transport::complete(const std::shared_ptr<Request>& request) {
   notify();
 }
 
-void Transport::departed(int peer) {
+void Transport::departed(int peer, bool unwound) {
   {
     const std::lock_guard lock(mutex_);
     departed_[peer] = true;
+    unwound_[peer] = unwound;
   }
   notify();
 }
@@ -137,7 +139,7 @@ bool Transport::succeeded(std::span<const std::shared_ptr<Request>> requests) co
 }
 
 void Transport::wait(std::span<const std::shared_ptr<Request>> requests, const Request& whole) {
-  const auto begin = Clock::now();
+  Stopwatch watch;
   std::unique_lock lock(mutex_);
   const Request* gone = nullptr;
   const auto over = [&] {
@@ -151,12 +153,12 @@ void Transport::wait(std::span<const std::shared_ptr<Request>> requests, const R
   } else {
     begin_wait({.operation = whole.describe(), .requests = {requests.begin(), requests.end()}});
     waiting(true);
-    if (!changed_.wait_until(lock, half_time(begin), over)) {
+    if (!watch.wait(changed_, lock, half_time(), over)) {
       const std::vector<int> missing = missing_of(requests);
       lock.unlock();
       warn_of_wait(whole, missing);
       lock.lock();
-      changed_.wait_until(lock, deadline(begin), over);
+      watch.wait(changed_, lock, timeout_, over);
     }
     waiting(false);
   }
@@ -190,18 +192,24 @@ std::vector<std::string> Transport::commit(std::int64_t group, const std::vector
     const std::lock_guard lock(mutex_);
     begin_wait({.operation = whole.describe(), .group = group, .members = members, .step = step});
   }
-  const auto begin = Clock::now();
+  Stopwatch watch;
   const auto is_open = [](const StepEnd& end) { return end.outcome == StepOutcome::open && !end.has_left; };
-  StepEnd end = wait_for_step(group, members, step, half_time(begin));
+  StepEnd end = wait_for_step(group, members, step, watch, half_time());
   if (is_open(end)) {
     warn_of_wait(whole, end.missing);
-    end = wait_for_step(group, members, step, deadline(begin));
+    end = wait_for_step(group, members, step, watch, timeout_);
   }
   std::optional<CommError> own;
   if (end.outcome == StepOutcome::open) {
-    own = end.has_left ? has_left(whole, end.missing.front()) : overdue(whole, end.missing);
+    if (end.has_left) {
+      const std::lock_guard lock(mutex_);
+      own = has_left(whole, end.missing.front());
+    } else {
+      own = overdue(whole, end.missing);
+    }
     abort(own->origin_rank(), own->what());
-    end = wait_for_step(group, members, step, deadline(Clock::now()));  // it may have ended since
+    watch = {};
+    end = wait_for_step(group, members, step, watch, timeout_);  // it may have ended since
   }
   {
     const std::lock_guard lock(mutex_);
@@ -296,24 +304,31 @@ CommError Transport::overdue(const Request& request, const std::vector<int>& mis
 
 CommError Transport::has_left(const Request& request, int peer) const {
   return {peer, request.operation(),
-          report(request, str("rank ", peer, " has left, having destroyed its communicator"))};
+          report(request,
+                 str("rank ", peer, " has left, having destroyed its communicator",
+                     unwound_[peer] ? " while an exception unwound it; its own output or launcher tells which" : ""))};
 }
 
 void Transport::begin_wait(Wait wait) {
   wait_ = std::move(wait);
-  wait_changed_ = std::chrono::steady_clock::now();
+  wait_changed_ = Clock::now();
 }
 
 void Transport::end_wait() {
   if (!wait_) return;
   last_wait_ = std::move(wait_->operation);
   wait_.reset();
-  wait_changed_ = std::chrono::steady_clock::now();
+  wait_changed_ = Clock::now();
+}
+
+void Transport::was_stopped(Clock::duration time) {
+  const std::lock_guard lock(mutex_);
+  wait_changed_ = std::min(wait_changed_ + time, Clock::now());  // it may have changed since
 }
 
 RankActivity Transport::activity() const {
   const std::lock_guard lock(mutex_);
-  const std::chrono::duration<double> since = std::chrono::steady_clock::now() - wait_changed_;
+  const std::chrono::duration<double> since = Clock::now() - wait_changed_;
   // A rank that knows of a failure elsewhere is not where it began.
   if (failure_ && failure_->origin != rank_)
     return {

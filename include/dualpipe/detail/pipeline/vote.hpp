@@ -81,9 +81,12 @@ inline std::string packed_ballot(const MemberHashes& hashes, const RunOutputs& o
 }
 
 /// @param losses, sums  of the result, zeros.
+/// @throws Error            there is not one ballot of each of the `num_ranks`.
 /// @throws InvalidArgument  the same on all ranks: one has committed something else than a step of the pipeline, or loss
 ///                          functions return different numbers of metrics.
-inline StepVote unpacked(const std::vector<std::string>& ballots, at::Tensor losses, at::Tensor sums) {
+inline StepVote unpacked(const std::vector<std::string>& ballots, int num_ranks, at::Tensor losses, at::Tensor sums) {
+  if (std::ssize(ballots) != num_ranks)
+    throw Error(str("the communicator ends a step with ", ballots.size(), " ballots of ", num_ranks, " ranks"));
   StepVote result{.losses = std::move(losses), .sums = std::move(sums), .hashes = {}, .findings = {}};
   const auto check = [](bool right) {
     DUALPIPE_CHECK(right,
@@ -163,8 +166,8 @@ inline StepVote vote(Communicator& communicator, const RunOutputs& outputs, cons
   if (!outputs.metrics.empty() || !outputs.added_losses.empty())
     sums = sums_of(outputs, count, communicator.device()).cpu();
   at::Tensor all = at::zeros({count.all()}, at::kDouble), all_sums = at::zeros({count.num_sums()}, at::kDouble);
-  return unpacked(communicator.commit(packed_ballot(hashes, outputs, losses, sums, finding)), std::move(all),
-                  std::move(all_sums));
+  return unpacked(communicator.commit(packed_ballot(hashes, outputs, losses, sums, finding)), communicator.size(),
+                  std::move(all), std::move(all_sums));
 }
 
 /// As vote(), but the hosts do not wait for their devices.
@@ -182,8 +185,8 @@ inline StepVote vote_ahead(Communicator& communicator, const RunOutputs& outputs
   at::Tensor on_host = numbers.to(at::kCPU, /*non_blocking=*/true);
   at::Tensor sums_on_host = sums.to(at::kCPU, /*non_blocking=*/true);
   end = communicator.fence();
-  StepVote result = unpacked(communicator.commit(packed_ballot(hashes, outputs, {}, {})), at::empty({0}, at::kDouble),
-                             at::empty({0}, at::kDouble));
+  StepVote result = unpacked(communicator.commit(packed_ballot(hashes, outputs, {}, {})), communicator.size(),
+                             at::empty({0}, at::kDouble), at::empty({0}, at::kDouble));
   result.losses = std::move(on_host);
   result.sums = std::move(sums_on_host);
   return result;
