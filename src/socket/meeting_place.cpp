@@ -21,6 +21,9 @@ using asio::ip::tcp;
 
 /// Longest time of one look at a store or for the name of a host; others may follow.
 constexpr auto look_limit = 5s;
+/// Left to it also at the deadline, so that what the last look finds is not silence; and after it if the job was
+/// suspended, as that time is not counted.
+constexpr auto shortest_look = 500ms;
 constexpr std::size_t longest_unix_name = 100;  // of the 107 bytes that Linux allows
 
 /// @throws std::runtime_error  the name is unknown, or nobody has answered in time.
@@ -81,7 +84,8 @@ CommError MeetingPlace::failure(const std::string& what) const {
 }
 
 MeetingPlace::Clock::time_point MeetingPlace::look_deadline() const {
-  return std::min(deadline_, Clock::now() + look_limit);
+  const auto now = Clock::now();
+  return std::clamp<Clock::time_point>(deadline_, now + shortest_look, now + look_limit);
 }
 
 /// Whether all ranks are on this host for certain.
