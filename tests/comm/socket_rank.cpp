@@ -150,15 +150,14 @@ void suspended(const World& world) {
   const auto comm = connect_sockets(world, {.timeout = 5s, .liveness = 2s});
   exchange(comm, 2);
   const std::string pid = std::to_string(::getpid());
-  const std::string command = "(kill -STOP " + pid + "; sleep 7; kill -CONT " + pid + ") </dev/null &";
+  const std::string command = "(sleep 1; kill -STOP " + pid + "; sleep 7; kill -CONT " + pid + ") </dev/null &";
   require(std::system(command.c_str()) == 0, "no shell");
-  const auto end = std::chrono::steady_clock::now() + 8s;
+  const auto end = std::chrono::steady_clock::now() + 9s;
   // All go on until the last has had enough.
   for (bool over = false; !over;) {
     const double more = std::chrono::steady_clock::now() < end ? 1 : 0;
     over = comm->all_reduce({at::full({1}, more, at::kDouble)}).take().at(0).item<double>() == 0;
     comm->commit("");
-    std::this_thread::sleep_for(10ms);
   }
   std::cout << "fine" << std::endl;
 }
