@@ -172,7 +172,7 @@ TEST(Run, ForwardsSignals) {
 }
 
 TEST(Run, IsSuspendedWithItsRanks) {
-  Process suspended(shell(2, "echo pid $$; while :; do sleep 0.02; done"));
+  Process suspended(shell(2, "echo pid $$; exec sleep 1000"));  // a shell that starts a child would not stop with it
   while (pids(suspended.out()).size() < 2) std::this_thread::sleep_for(5ms);
   std::vector<std::string> all = pids(suspended.out());
   all.push_back(std::to_string(suspended.pid()));
