@@ -258,6 +258,16 @@ std::string seconds_text(double seconds) {
   return text;
 }
 
+/// `size` is what the culprit takes for the number of ranks.
+void connect_with_other_size(const Rank& rank, int size) {
+  World world = rank.world;
+  if (rank.is_culprit()) {
+    world.size = size;
+    rank.strike();
+  }
+  connect_sockets(world, rank.options);
+}
+
 std::vector<Fault> all_faults(const Flags& flags) {
   const std::string at_once = "2 s";
   const std::string liveness = "liveness + 2 s, here " + seconds_text(flags.liveness + 2);
@@ -328,29 +338,13 @@ std::vector<Fault> all_faults(const Flags& flags) {
       {.name = "world-size",
        .injected = "the last rank has another WORLD_SIZE",
        .promise = at_once,
-       .body =
-           [](const Rank& rank) {
-             World world = rank.world;
-             if (rank.is_culprit()) {
-               ++world.size;
-               rank.strike();
-             }
-             connect_sockets(world, rank.options);
-           },
+       .body = [](const Rank& rank) { connect_with_other_size(rank, rank.world.size + 1); },
        .culprit = Culprit::last,
        .says = {"rank {culprit} has WORLD_SIZE"}},
       {.name = "world-size-0",
        .injected = "rank 0 has half the WORLD_SIZE of the others",
        .promise = at_once,
-       .body =
-           [](const Rank& rank) {
-             World world = rank.world;
-             if (rank.is_culprit()) {
-               world.size /= 2;
-               rank.strike();
-             }
-             connect_sockets(world, rank.options);
-           },
+       .body = [](const Rank& rank) { connect_with_other_size(rank, rank.world.size / 2); },
        .culprit = Culprit::first,
        .says = {", rank 0 has"},
        .named_by_text = true},

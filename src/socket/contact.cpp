@@ -219,6 +219,10 @@ std::string Caller::outcomes() const {
   return text;
 }
 
+bool Caller::lacks_answers() const {
+  return std::any_of(outcomes_.begin(), outcomes_.end(), [](const auto& each) { return each.second == no_answer; });
+}
+
 void Caller::call_next() {
   if (left_.empty()) {
     left_ = places_();
@@ -232,7 +236,7 @@ void Caller::call_next() {
 }
 
 void Caller::connect(const Place& place) {
-  outcomes_.emplace(place.name, "no answer");
+  outcomes_.emplace(place.name, no_answer);
   const Stream protocol(place.endpoint->protocol());
   connecting_ = std::make_shared<StreamSocket>(io_, protocol, new_socket(protocol));
   timer_.expires_after(connect_limit);
@@ -245,7 +249,7 @@ void Caller::connect(const Place& place) {
     self->timer_.cancel();
     self->connecting_.reset();
     if (error)
-      return self->call_again(place.name, error == asio::error::operation_aborted ? "no answer" : error.message());
+      return self->call_again(place.name, error == asio::error::operation_aborted ? no_answer : error.message());
     const auto done = [self, name = place.name](Contact contact, const std::string& problem) {
       if (self->closed_) return;
       if (!problem.empty()) return self->call_again(name, problem);

@@ -108,6 +108,8 @@ class Caller : public std::enable_shared_from_this<Caller> {
   void close() noexcept;
   /// "its Unix domain socket (Connection refused), 10.0.0.1:29500 (no answer)"
   std::string outcomes() const;
+  /// Whether one of these is "no answer".
+  bool lacks_answers() const;
 
  private:
   void call_next();

@@ -60,7 +60,7 @@ void Handshake::start() {
   timer_.expires_after(handshake_limit);
   timer_.async_wait([weak = weak_from_this()](const asio::error_code& error) {
     const auto self = weak.lock();
-    if (!error && self && !self->over_) self->give_up("no answer");
+    if (!error && self && !self->over_) self->give_up(no_answer);
   });
   if (const std::string stranger = stranger_at(socket_); !stranger.empty()) return give_up(stranger);
   own_.nonce = random_bytes();

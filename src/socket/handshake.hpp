@@ -15,6 +15,9 @@
 
 namespace dualpipe::detail {
 
+/// The outcome of a call that nobody answers, whether or not somebody accepts it.
+inline constexpr const char* no_answer = "no answer";
+
 /// The other end has closed the connection, or died. If it had not read all by then, that is a reset.
 inline bool closed_by_peer(const asio::error_code& error) {
   return error == asio::error::eof || error == asio::error::connection_reset;

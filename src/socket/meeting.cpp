@@ -12,8 +12,8 @@
 
 #include "dualpipe/error.hpp"
 #include "launch/failed_file.hpp"
-#include "socket/host.hpp"
 #include "socket/meeting_place.hpp"
+#include "socket/secrets.hpp"
 
 namespace dualpipe::detail {
 namespace {
@@ -433,12 +433,10 @@ class MeetingGuest final : public Meeting {
 
   CommError late() const override {
     if (line_) return Meeting::late({missing(), status_.lacks});
-    const std::string outcomes = caller_->outcomes();
-    const bool accepts = outcomes.find("(no answer)") != std::string::npos;
     return {
         0, "rendezvous",
-        str("rank ", world_.rank, ": rank 0 cannot be reached within ", options_.timeout.count(), " ms at ", outcomes,
-            ": it has not started or has ended", accepts ? " or is stopped" : "",
+        str("rank ", world_.rank, ": rank 0 cannot be reached within ", options_.timeout.count(), " ms at ",
+            caller_->outcomes(), ": it has not started or has ended", caller_->lacks_answers() ? " or is stopped" : "",
             ", or MASTER_ADDR and MASTER_PORT (dualpipe-run: --rendezvous) do not name its host and a port that this "
             "host reaches there")};
   }
@@ -467,11 +465,9 @@ class MeetingGuest final : public Meeting {
 
 std::unique_ptr<Meeting> meet(asio::io_context& io, const World& world, const ConnectOptions& options,
                               Meeting::Clock::time_point deadline, Route route, Encryption* encryption) {
-  // Whoever is on this host can use the Unix domain socket, where the kernel tells whose process it is.
-  const bool only_far_ones_by_tcp = world.secret.empty() && route == Route::best;
-  const auto check = [=, is_host = world.rank == 0](const Greeting& theirs, const Ends& ends) -> std::string {
-    if (!is_host && theirs.rank != 0) return str("rank ", theirs.rank, " answers");
-    return only_far_ones_by_tcp && ends.are_far() && is_of_this_host(ends.other) ? not_by_tcp : "";
+  const auto check = [&world, route](const Greeting& theirs, const Ends& ends) -> std::string {
+    if (world.rank != 0 && theirs.rank != 0) return str("rank ", theirs.rank, " answers");
+    return ends.are_far() && !may_use_tcp(world, route, ends.other) ? not_by_tcp : "";
   };
   const Introduction introduction{
       .own = greeting_of(world, options), .key = world.secret, .encryption = encryption, .check = check};

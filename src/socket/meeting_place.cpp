@@ -21,8 +21,8 @@ using asio::ip::tcp;
 
 /// Longest time of one look at a store or for the name of a host; others may follow.
 constexpr auto look_limit = 5s;
-/// Left to it also at the deadline, so that what the last look finds is not silence; and after it if the job was
-/// suspended, as that time is not counted.
+/// Shortest time of one look: the last one before the deadline is answered too, and so is one behind it, where the job
+/// was suspended meanwhile.
 constexpr auto shortest_look = 500ms;
 constexpr std::size_t longest_unix_name = 100;  // of the 107 bytes that Linux allows
 
@@ -63,6 +63,10 @@ bool is_loopback(const std::string& address) {
 
 }  // namespace
 
+bool may_use_tcp(const World& world, Route route, const asio::ip::address& address) {
+  return route != Route::best || !world.secret.empty() || !is_of_this_host(address);
+}
+
 MeetingPlace::MeetingPlace(const World& world, const ConnectOptions& options, Clock::time_point deadline, Route route)
     : world_(world),
       options_(options),
@@ -96,8 +100,7 @@ bool MeetingPlace::is_local() const {
 
 /// Nobody is called in vain: somebody silent there would keep this rank from looking at the Unix domain socket.
 Place MeetingPlace::place_at(const std::string& name, const tcp::endpoint& endpoint) const {
-  if (route_ == Route::best && world_.secret.empty() && is_of_this_host(endpoint.address()))
-    return {name, std::nullopt, not_by_tcp};
+  if (!may_use_tcp(world_, route_, endpoint.address())) return {name, std::nullopt, not_by_tcp};
   return {name, endpoint, ""};
 }
 

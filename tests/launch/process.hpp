@@ -83,12 +83,11 @@ class Process {
   std::string err() const { return read("err"); }
   /// Whether `text` came on stdout in time.
   bool wait_for_output(const std::string& text, std::chrono::milliseconds timeout = std::chrono::seconds(60)) const {
-    const auto deadline = std::chrono::steady_clock::now() + timeout;
-    while (out().find(text) == std::string::npos) {
-      if (std::chrono::steady_clock::now() > deadline) return false;
-      std::this_thread::sleep_for(std::chrono::milliseconds(5));
-    }
-    return true;
+    return wait_for("out", text, timeout);
+  }
+  /// Whether `text` came on stderr in time.
+  bool wait_for_error(const std::string& text, std::chrono::milliseconds timeout = std::chrono::seconds(60)) const {
+    return wait_for("err", text, timeout);
   }
 
  private:
@@ -97,6 +96,14 @@ class Process {
     for (std::string& text : texts) result.push_back(text.data());
     result.push_back(nullptr);
     return result;
+  }
+  bool wait_for(const char* name, const std::string& text, std::chrono::milliseconds timeout) const {
+    const auto deadline = std::chrono::steady_clock::now() + timeout;
+    while (read(name).find(text) == std::string::npos) {
+      if (std::chrono::steady_clock::now() > deadline) return false;
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    return true;
   }
   std::string read(const char* name) const {
     std::ifstream in(folder_ / name, std::ios::binary);

@@ -254,12 +254,6 @@ class PausedReader {
       ::ioctl(reader_, FIONREAD, &bytes);
     }
   }
-  bool wait_for_error(const std::string& text) const {
-    const auto deadline = std::chrono::steady_clock::now() + 60s;
-    while (run_->err().find(text) == std::string::npos && std::chrono::steady_clock::now() < deadline)
-      std::this_thread::sleep_for(5ms);
-    return run_->err().find(text) != std::string::npos;
-  }
   std::string read_all() const {
     ::fcntl(reader_, F_SETFL, 0);
     std::string text;
@@ -279,7 +273,7 @@ TEST(Run, NoticesAFailureWhileItsReaderPauses) {
   PausedReader paused(R"([ $RANK = 0 ] && exec yes; while [ ! -e "$go" ]; do sleep 0.02; done; exit 7)");
   paused.wait_until_full();
   paused.go();
-  EXPECT_TRUE(paused.wait_for_error("rank 1 failed first: exit code 7")) << paused.run().err();
+  EXPECT_TRUE(paused.run().wait_for_error("rank 1 failed first: exit code 7")) << paused.run().err();
   EXPECT_THAT(paused.read_all(), ::testing::StartsWith("[0] y\n[0] y\n"));
   EXPECT_EQ(paused.run().wait(), 7);
 }
@@ -289,7 +283,7 @@ TEST(Run, NoticesAFailureWhileItsTerminalPauses) {
                       Target::terminal);
   paused.wait_until_full();
   paused.go();
-  EXPECT_TRUE(paused.wait_for_error("rank 1 failed first: exit code 7")) << paused.run().err();
+  EXPECT_TRUE(paused.run().wait_for_error("rank 1 failed first: exit code 7")) << paused.run().err();
   paused.run().signal(SIGTERM);
   EXPECT_EQ(paused.run().wait(), 7);
 }

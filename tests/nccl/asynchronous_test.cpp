@@ -206,7 +206,8 @@ TEST(Asynchronous, ChangesNothingOnTheCpu) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A receive of a known signature is launched before its header comes; the header is compared all the same: one communicator
+// A receive of a known signature is launched before its header comes; the header is compared all the same:
+// one communicator
 
 constexpr std::int64_t num_elements = 500;
 

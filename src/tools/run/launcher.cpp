@@ -320,12 +320,12 @@ class Launcher {
 
   /// Those that it had not met yet learn of it by this file only.
   void tell_ranks_of(const Rank& failed) const {
-    detail::FailureReport report{.message = name(failed) + ": " + failed.ending->describe(),
-                                 .rank = failed.rank,
-                                 .origin = failed.rank,
-                                 .operation = {},
-                                 .time_ns = failed.ended_ns};
-    if (failed.report) report = *failed.report;
+    const detail::FailureReport report =
+        failed.report.value_or(detail::FailureReport{.message = name(failed) + ": " + failed.ending->describe(),
+                                                     .rank = failed.rank,
+                                                     .origin = failed.rank,
+                                                     .operation = {},
+                                                     .time_ns = failed.ended_ns});
     const std::filesystem::path file = failed_file(), unfinished = file.string() + ".unfinished";
     std::ofstream(unfinished, std::ios::binary) << detail::to_json(report);
     std::error_code ignored;  // without it they find out later
