@@ -207,7 +207,8 @@ std::size_t processes_of(uid_t user) {
 TEST_F(RunResources, TooFewProcessesAreOneError) {
   if (::geteuid() != 0) GTEST_SKIP() << "needs a user without other processes";
   if (sanitized) GTEST_SKIP() << "sanitizers need descriptors and threads of their own";
-  constexpr uid_t nobody_else = 53531;
+  // A user of this process alone: the same test may run twice on a machine.
+  const uid_t nobody_else = 1'000'000 + static_cast<uid_t>(::getpid());
   fs::permissions(temporary_.path(), fs::perms::all);
   bool succeeded = false;
   for (int limit = 1; !succeeded && limit < 20; ++limit) {
