@@ -1,4 +1,5 @@
 // Ranks that do different things are found when they meet, and told both calls.
+#include <ATen/CPUGeneratorImpl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
@@ -9,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "dualpipe/detail/pipeline/call_statement.hpp"
 #include "pipeline/pipeline.hpp"
 
 namespace dualpipe::test {
@@ -107,13 +109,31 @@ TEST(DifferentCalls, ARankThatMakesAPipelineIsToldSo) {
 }
 
 TEST(DifferentCalls, ARankThatUsesTheCommunicatorItselfIsToldSo) {
-  const std::vector<std::pair<std::string, std::function<void(Communicator&)>>> uses = {
+  std::vector<std::pair<std::string, std::function<void(Communicator&)>>> uses = {
       {"barrier", [](Communicator& comm) { comm.barrier().wait(); }},
       {"all_reduce(sum)", [](Communicator& comm) { comm.all_reduce({torch::zeros({2})}).wait(); }},
       {"something else with the communicator", [](Communicator& comm) { comm.all_gather(torch::zeros({2})).wait(); }},
       {"something else with the communicator",
        [](Communicator& comm) { comm.all_gather(torch::zeros({2}, torch::kLong)).wait(); }},
   };
+  // Numbers as a call sends them, that mean nothing or that begin alike.
+  const auto counts = [](std::int64_t parameters, std::int64_t weights) {
+    torch::Tensor numbers = torch::zeros({32}, torch::kLong);
+    numbers[0] = detail::CallStatement::mark;
+    numbers[15] = parameters;
+    numbers[16] = weights;
+    return numbers;
+  };
+  constexpr std::int64_t many = std::int64_t{1} << 62;
+  const torch::Tensor random =
+      torch::randint(0, 30000, {512}, at::make_generator<at::CPUGeneratorImpl>(7), torch::kLong);
+  for (const torch::Tensor& numbers :
+       {torch::full({15}, 50000, torch::kLong), torch::full({64}, 50000, torch::kLong),
+        torch::zeros({64}, torch::kLong), torch::ones({64}, torch::kLong), torch::ones({1}, torch::kLong).expand({64}),
+        torch::full({64}, detail::CallStatement::mark, torch::kLong), counts(many, 0), counts(-1, 0), counts(0, many),
+        counts(0, -1), counts(0, 16), random})
+    uses.emplace_back("calls step(), but rank 2 does something else with the communicator",
+                      [numbers](Communicator& comm) { comm.all_gather(numbers).wait(); });
   for (const auto& [name, use] : uses) {
     SCOPED_TRACE(name);
     auto texts = errors_of_ranks([&](std::shared_ptr<Communicator> comm) {

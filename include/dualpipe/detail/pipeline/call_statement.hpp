@@ -14,6 +14,7 @@ namespace dualpipe::detail {
 /// What a rank tells all others when a collective call begins, so that all of them throw what one of them finds wrong
 /// before anything else is sent.
 struct CallStatement {
+  static constexpr std::int64_t mark = 0x6475616c70697065;  ///< begins the message, which other tensors do not
   enum class Call : std::int64_t {
     step,
     evaluate,

@@ -15,23 +15,27 @@
 
 namespace dualpipe::detail {
 
-inline const char* call_name(CallStatement::Call call) {
-  constexpr std::array names{"step()",
-                             "evaluate()",
-                             "predict()",
-                             "predict() for all ranks",
-                             "broadcast_batch()",
-                             "clip_grad_norm_()",
-                             "ShardedOptimizer::step()"};
-  return names.at(static_cast<std::size_t>(call));
-}
+/// By CallStatement::Call.
+constexpr std::array call_names{"step()",
+                                "evaluate()",
+                                "predict()",
+                                "predict() for all ranks",
+                                "broadcast_batch()",
+                                "clip_grad_norm_()",
+                                "ShardedOptimizer::step()"};
 
-constexpr std::int64_t min_statement = 15;  // numbers, of a rank without parameters
+inline const char* call_name(CallStatement::Call call) { return call_names.at(static_cast<std::size_t>(call)); }
+
+constexpr std::int64_t min_statement = 17;  // numbers, of a rank without parameters
 
 /// A statement as numbers, without the text of its finding.
 inline at::Tensor packed_statement(const CallStatement& statement) {
-  std::vector<std::int64_t> numbers{static_cast<std::int64_t>(statement.call), statement.finding.empty() ? 0 : 1,
-                                    statement.observed ? 1 : 0, statement.step, statement.num_micro_batches};
+  std::vector<std::int64_t> numbers{CallStatement::mark,
+                                    static_cast<std::int64_t>(statement.call),
+                                    statement.finding.empty() ? 0 : 1,
+                                    statement.observed ? 1 : 0,
+                                    statement.step,
+                                    statement.num_micro_batches};
   for (const CallStatement::Part* part : {&statement.inputs, &statement.targets, &statement.extras})
     numbers.insert(numbers.end(),
                    {part->needed ? 1 : 0, part->passed ? 1 : 0, static_cast<std::int64_t>(part->digest)});
@@ -48,12 +52,19 @@ inline at::Tensor packed_statement(const CallStatement& statement) {
   return packed;
 }
 
-/// The reverse. Returns whether there is a finding.
-inline bool unpack_statement(const at::Tensor& packed, CallStatement& statement) {
+/// The reverse. Another rank may have sent anything.
+///
+/// @param finding  whether there is one.
+/// @return         whether it is a statement.
+inline bool unpack_statement(const at::Tensor& packed, CallStatement& statement, bool& finding) {
+  if (packed.scalar_type() != at::kLong || packed.numel() < min_statement || !packed.is_contiguous()) return false;
   const auto* next = packed.const_data_ptr<std::int64_t>();
   const auto* const end = next + packed.numel();
-  statement.call = static_cast<CallStatement::Call>(*next++);
-  const bool finding = *next++ != 0;
+  if (*next++ != CallStatement::mark) return false;
+  const std::int64_t call = *next++;
+  if (call < 0 || call >= std::ssize(call_names)) return false;
+  statement.call = static_cast<CallStatement::Call>(call);
+  finding = *next++ != 0;
   statement.observed = *next++ != 0;
   statement.step = *next++;
   statement.num_micro_batches = *next++;
@@ -62,13 +73,17 @@ inline bool unpack_statement(const at::Tensor& packed, CallStatement& statement)
     part->passed = *next++ != 0;
     part->digest = static_cast<std::uint64_t>(*next++);
   }
-  for (std::int64_t count = *next++; count > 0; --count) {
+  std::int64_t count = *next++;
+  if (count < 0 || count > (end - next - 1) / 2) return false;  // behind them comes the number of weights
+  for (; count > 0; --count) {
     const int group = static_cast<int>(*next++);
     statement.trainable[group] = static_cast<std::uint64_t>(*next++);
   }
-  for (std::int64_t count = *next++; count > 0; --count) statement.weights.push_back(std::bit_cast<double>(*next++));
+  count = *next++;
+  if (count < 0 || count > end - next) return false;
+  for (; count > 0; --count) statement.weights.push_back(std::bit_cast<double>(*next++));
   statement.sizes.assign(next, end);
-  return finding;
+  return true;
 }
 
 /// The packed statements of all ranks, by rank.
@@ -83,18 +98,18 @@ inline Tensors gather_statements(Communicator& communicator, const CallStatement
 
 std::vector<CallStatement> exchange_statements(Communicator& communicator, const CallStatement& mine) {
   const Tensors packed = gather_statements(communicator, mine);
-  const int me = communicator.rank();
-  for (int rank = 0; rank < static_cast<int>(packed.size()); ++rank)
-    DUALPIPE_CHECK(packed[rank].scalar_type() == at::kLong && packed[rank].numel() >= min_statement, "rank ",
-                   communicator.world_rank(me), " calls ", call_name(mine.call), ", but rank ",
-                   communicator.world_rank(rank),
+  std::vector<CallStatement> statements(packed.size());
+  bool any_finding = false;
+  for (std::size_t rank = 0; rank < packed.size(); ++rank) {
+    bool finding = false;
+    DUALPIPE_CHECK(unpack_statement(packed[rank], statements[rank], finding), "rank ",
+                   communicator.world_rank(communicator.rank()), " calls ", call_name(mine.call), ", but rank ",
+                   communicator.world_rank(static_cast<int>(rank)),
                    " does something else with the communicator, as making a DualPipe or calling all_gather(); all "
                    "ranks call the same in the same order");
-  std::vector<CallStatement> statements(packed.size());
-  bool finding = false;
-  for (std::size_t rank = 0; rank < packed.size(); ++rank)
-    if (unpack_statement(packed[rank], statements[rank])) finding = true;
-  if (!finding) return statements;
+    any_finding = any_finding || finding;
+  }
+  if (!any_finding) return statements;
   std::vector<std::string> findings = all_gather_text(communicator, mine.finding);
   for (std::size_t rank = 0; rank < findings.size(); ++rank) statements[rank].finding = std::move(findings[rank]);
   return statements;
