@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <filesystem>
 #include <string>
 #include <thread>
@@ -139,6 +140,35 @@ TEST(Records, OfARankThatDoesNotCallWhatTheOthersDoNameIt) {
   EXPECT_EQ(report.stragglers, (std::vector<int>{1})) << report.verdict;
   EXPECT_EQ(report.ranks[0].now, "clip_grad_norm_");
   EXPECT_THAT(report.verdict, AllOf(HasSubstr("it ran code outside of the pipeline for"), HasSubstr("s, since vote")));
+}
+
+TEST(Records, OfARankThatHangsAfterErrorsThatAllHaveCaughtNameIt) {
+  const TemporaryFolder folder;
+  std::atomic<bool> failed{false};
+  const auto body = [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe(comm, {.num_micro_batches = 4, .record_to = folder.path()}, as_factory(layer));
+    const Batch batch = random_batch(8, 3);
+    const bool hangs = comm->rank() == 1;
+    pipe->step(batch, squared_error());
+    for (const torch::Tensor& parameter : pipe->parameters()) parameter.mutable_grad().fill_(INFINITY);
+    EXPECT_THROW(pipe->clip_grad_norm_(1, /*error_if_nonfinite=*/true), InvalidArgument);
+    EXPECT_THROW(pipe->broadcast_batch({}), InvalidArgument);
+    const auto differ = [&] {
+      if (hangs)
+        pipe->clip_grad_norm_(1);
+      else
+        pipe->step(batch, squared_error());
+    };
+    EXPECT_THROW(differ(), InvalidArgument);
+    if (hangs) wait_until([&] { return failed.load(); });
+    EXPECT_THROW(pipe->step(batch, squared_error()), CommError);
+    failed = true;
+  };
+  run_ranks(2, body, {.timeout = std::chrono::milliseconds(500)});
+  const planner::StragglerReport report = planner::find_straggler(records_in(folder, 2));
+  EXPECT_EQ(report.stragglers, (std::vector<int>{1})) << report.verdict;
+  EXPECT_EQ(report.ranks[0].now, "begin of step()");
+  EXPECT_THAT(report.verdict, AllOf(HasSubstr("Rank 1 was behind"), HasSubstr("s, since clip_grad_norm_")));
 }
 
 TEST(Records, OfAJobThatHangsAreWrittenByAnotherThread) {

@@ -10,6 +10,7 @@
 
 #include "dualpipe/comm/pending.hpp"
 #include "dualpipe/detail/config.hpp"
+#include "dualpipe/error.hpp"
 #include "dualpipe/schedule/op.hpp"
 
 namespace dualpipe::detail {
@@ -60,11 +61,18 @@ class FlightRecorder {
   DUALPIPE_DECL void end(Id id, std::int64_t bytes = -1);
   /// issue() and begin().
   DUALPIPE_DECL Id start(Operation operation);
-  /// Runs a collective of all ranks, which all record in the same order. What it throws leaves it begun.
+  /// Runs a collective of all ranks, which all record in the same order. What it throws leaves it begun, but for an
+  /// InvalidArgument: all ranks have come to that, and go on.
   template <class Body>
   auto together(const char* name, const Body& body) {
-    const Ended ended(*this, start({.kind = Kind::together, .name = name, .number = ++together_}));
-    return body();
+    const Id id = start({.kind = Kind::together, .name = name, .number = ++together_});
+    const Ended ended(*this, id);
+    try {
+      return body();
+    } catch (const InvalidArgument&) {
+      end(id);
+      throw;
+    }
   }
 
   /// "rank 2 did last: …", a line for each of the `count` last operations, oldest first; empty if there was none.
