@@ -59,6 +59,11 @@ class RecordReader {
     DUALPIPE_CHECK(value.is_string(), where_, ": \"", key, "\" must be a string, got ", brief(value));
     return value.get<std::string>();
   }
+  bool flag(const char* key) const {
+    const json& value = (*this)[key];
+    DUALPIPE_CHECK(value.is_boolean(), where_, ": \"", key, "\" must be true or false, got ", brief(value));
+    return value.get<bool>();
+  }
   const json& list(const char* key) const {
     const json& value = (*this)[key];
     DUALPIPE_CHECK(value.is_array(), where_, ": \"", key, "\" must be a list, got ", brief(value));
@@ -176,21 +181,27 @@ std::string doing(const RankProgress& rank) {
          (rank.last.empty() ? "" : ", since " + rank.last);
 }
 
-/// What the rank's own failure says, without what it heard from others.
-std::string own_failure(const Record* record) {
-  if (record == nullptr || record->failure.empty()) return {};
-  if (record->failure.find("failed because of rank") != std::string::npos) return {};
-  return ". It failed: " + shown(record->failure.substr(0, record->failure.find('\n')));
+/// The first line of what the rank threw.
+std::string thrown_text(const Record& record) { return shown(record.failure.substr(0, record.failure.find('\n'))); }
+
+/// Ranks that threw themselves, the first to leave its record first.
+std::vector<const Record*> records_that_threw(const std::map<int, const Record*>& by_rank) {
+  std::vector<const Record*> threw;
+  for (const auto& [rank, record] : by_rank)
+    if (record->threw) threw.push_back(record);
+  std::stable_sort(threw.begin(), threw.end(),
+                   [](const Record* a, const Record* b) { return a->unix_ns < b->unix_ns; });
+  return threw;
 }
 
-std::string verdict(const StragglerReport& report, const std::map<int, const Record*>& by_rank) {
+/// Who waits for whom.
+std::string waiting(const StragglerReport& report) {
   std::map<int, const RankProgress*> ranks;
   for (const RankProgress& rank : report.ranks) ranks[rank.rank] = &rank;
   if (report.stragglers.size() == 1) {
     const int rank = report.stragglers.front();
-    const auto record = by_rank.find(rank);
     return detail::str("Rank ", rank, " was behind: others wait for it, directly or not, and it waits for nobody; ",
-                       doing(*ranks.at(rank)), own_failure(record == by_rank.end() ? nullptr : record->second), ".");
+                       doing(*ranks.at(rank)), ".");
   }
   if (report.stragglers.size() > 1) {
     std::string text =
@@ -212,6 +223,20 @@ std::string verdict(const StragglerReport& report, const std::map<int, const Rec
   return detail::str("Which rank was behind is not known: ", listed(unclear), unclear.size() == 1 ? " waits" : " wait",
                      " in what several ranks do together, and all that have "
                      "a record have come to it.");
+}
+
+std::string verdict(const StragglerReport& report, const std::map<int, const Record*>& by_rank) {
+  const std::vector<const Record*> threw = records_that_threw(by_rank);
+  if (threw.empty()) return waiting(report);
+  const Record& first = *threw.front();
+  std::vector<int> others;
+  for (const Record* record : threw)
+    if (record != &first) others.push_back(record->rank);
+  std::sort(others.begin(), others.end());
+  const std::string also = others.empty() ? "" : "; so did " + listed(others);
+  if (others.empty() && report.stragglers == std::vector{first.rank})
+    return waiting(report) + " It failed: " + thrown_text(first) + ".";
+  return detail::str("Rank ", first.rank, " failed: ", thrown_text(first), also, ". ", waiting(report));
 }
 
 }  // namespace
@@ -236,6 +261,7 @@ Record from_record(std::string_view text) {
   record.num_micro_batches = members.index("micro_batches");
   record.step = members.number("step");
   record.failure = members.text("failure");
+  record.threw = members.has("threw") && members.flag("threw");
   record.written_ns = members.number("written_ns");
   record.unix_ns = members.number("unix_ns");
   for (const json& operation : members.list("operations"))

@@ -211,9 +211,14 @@ TEST(Records, OfAStageThatThrowsNameItsRankAndWhatItSaid) {
   };
   run_ranks(kRanks, body);
   const std::vector<Record> records = records_in(folder, kRanks);
-  for (const Record& record : records) EXPECT_THAT(record.failure, HasSubstr("no heads"));
+  for (const Record& record : records) {
+    EXPECT_THAT(record.failure, HasSubstr("no heads"));
+    EXPECT_EQ(record.threw, record.rank == 1);
+  }
   const planner::StragglerReport report = planner::find_straggler(records);
   EXPECT_THAT(report.ranks[1].now, HasSubstr("2F5"));
+  EXPECT_THAT(report.verdict, AllOf(::testing::StartsWith("Rank 1 "),
+                                    HasSubstr(" failed: rank 1: forward of stage 2, micro-batch 5: no heads.")));
 }
 
 TEST(Records, ThatCannotBeWrittenAreAnErrorBeforeAndANoteAfterwards) {
@@ -265,8 +270,9 @@ TEST(Records, AreARingOfTheLastOperations) {
 
 TEST(Records, QuoteAnyText) {
   FlightRecorder recorder(0, {0});
-  recorder.set_failure("a \"quote\", a \\, a\ttab,\na line and \xff");
-  recorder.set_failure("another");
+  recorder.set_failure("a \"quote\", a \\, a\ttab,\na line and \xff", /*threw=*/false);
+  recorder.set_failure("another", /*threw=*/true);
+  EXPECT_FALSE(planner::from_record(recorder.to_json()).threw);
   EXPECT_EQ(planner::from_record(recorder.to_json()).failure, "a \"quote\", a \\, a\ttab,\na line and ?");
   EXPECT_EQ(recorder.last_lines(), "");
 }

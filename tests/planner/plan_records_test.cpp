@@ -12,11 +12,11 @@ using testing::HasSubstr;
 
 /// Begins the record of a rank of three, whose clock showed `written` ms when it was `since_1970` ms.
 std::string record(int rank, int written, int since_1970, const std::string& operations,
-                   const std::string& failure = "") {
+                   const std::string& failure = "", bool threw = false) {
   return R"({"format":"dualpipe record","version":1,"rank":)" + std::to_string(rank) +
          R"(,"ranks":[0,1,2],"run":77,"schedule":"1f1b","stages":3,"micro_batches":4,"step":3,"failure":")" + failure +
-         R"(","written_ns":)" + std::to_string(written) + R"(000000,"unix_ns":)" + std::to_string(since_1970) +
-         R"(000000,"operations":[)" + operations + "]}";
+         R"(","threw":)" + (threw ? "true" : "false") + R"(,"written_ns":)" + std::to_string(written) +
+         R"(000000,"unix_ns":)" + std::to_string(since_1970) + R"(000000,"operations":[)" + operations + "]}";
 }
 
 /// Times in ms; -1: it has not come so far.
@@ -80,10 +80,29 @@ TEST_F(PlanRecords, NameTheRankThatHangs) {
 TEST_F(PlanRecords, NameTheRankThatThrew) {
   write_hang();
   write("records/rank-1.json", record(1, 6000, 6000, begins + operation(compute("(1F1;1B0)OVERLAP_F_B"), 1020, 1020),
-                                      "rank 1: forward of stage 1, micro-batch 1: boom\\n  cells"));
+                                      "rank 1: forward of stage 1, micro-batch 1: boom\\n  cells", true));
   EXPECT_THAT(output("report records"),
               HasSubstr("Rank 1 was behind: others wait for it, directly or not, and it waits for nobody; it was in "
                         "compute 1F1&1B0 for 4.980 s. It failed: rank 1: forward of stage 1, micro-batch 1: boom.\n"));
+}
+
+TEST_F(PlanRecords, NameTheRankThatThrewWhoeverWaits) {
+  const auto write_record = [&](int rank, const std::string& operations, const std::string& failure, bool threw) {
+    write("records/rank-" + std::to_string(rank) + ".json",
+          record(rank, 6000 - rank, 6000 - rank, begins + operations, failure, threw));
+  };
+  const std::string heard = "rank 0: failed because of rank 2: forward of stage 2: no heads";
+  const std::string thrown = "forward of stage 2: no heads\\n  cells";
+  for (int rank = 0; rank < 2; ++rank) write_record(rank, operation(compute("0F1"), 1020, 1020), heard, false);
+  write_record(2, operation(compute("2F0"), 1020, 1020), thrown, true);
+  EXPECT_THAT(output("report records"),
+              HasSubstr("\nRank 2 failed: forward of stage 2: no heads. No rank waits for another.\n"));
+  write_record(0, operation(receive("1I0", 1), 1020, 1020), heard, false);
+  EXPECT_THAT(output("report records"),
+              HasSubstr("\nRank 2 failed: forward of stage 2: no heads. Rank 1 was behind: others wait for it"));
+  write_record(1, operation(receive("2I0", 2), 1020, 1020), "no tails", true);
+  EXPECT_THAT(output("report records"),
+              HasSubstr("\nRank 2 failed: forward of stage 2: no heads; so did rank 1. Rank 2 was behind: "));
 }
 
 TEST_F(PlanRecords, NameARankThatHasNotComeToWhatRanksDoTogether) {
@@ -146,6 +165,7 @@ TEST_F(PlanRecords, ThatAreWrong) {
   refused(with("\"peer\":2", "\"peer\":-2"), "operation 1: \"peer\" must be a whole number from 0 on, got -2");
   refused(with("\"run\":77", "\"run\":18446744073709551615"), "\"run\" must be a whole number from 0 on");
   refused(with("2I0", "2X0"), "operation 1: ");
+  refused(with("\"threw\":false", "\"threw\":1"), "\"threw\" must be true or false, got 1");
   refused(with("\"do\":\"receive\"", "\"do\":\"sleep\""), "operation 1: \"do\" is \"sleep\"");
   refused(with("\"schedule\":\"1f1b\",", ""), "the record lacks \"schedule\"");
   write("records/rank-1.json", good);

@@ -40,6 +40,7 @@ struct Record {
   int num_micro_batches = 0;
   std::int64_t step = 0;        ///< training steps before
   std::string failure;          ///< why the pipeline has ended; empty: it has not
+  bool threw = false;           ///< `failure` is an exception of this rank itself, no CommError
   std::int64_t written_ns = 0;  ///< now, by the rank's own clock
   std::int64_t unix_ns = 0;     ///< now, in nanoseconds since 1970
   std::vector<Operation> operations;
@@ -67,7 +68,7 @@ struct RankProgress {
 struct StragglerReport {
   std::vector<RankProgress> ranks;  ///< ascending
   std::vector<int> stragglers;      ///< ranks for which others wait and that wait for nobody
-  std::string verdict;              ///< one sentence
+  std::string verdict;              ///< one line; first the ranks that threw, and what
 };
 
 /// Follows who waits for whom. Clocks of several hosts are compared by their time since 1970.

@@ -53,7 +53,9 @@ class FlightRecorder {
   DUALPIPE_DECL void describe(std::string schedule, int num_stages, int num_micro_batches, std::int64_t run);
   DUALPIPE_DECL void set_step(std::int64_t step);
   /// Why the pipeline has ended; the first reason counts.
-  DUALPIPE_DECL void set_failure(const std::string& reason);
+  ///
+  /// @param threw  an exception of this rank itself, no CommError.
+  DUALPIPE_DECL void set_failure(const std::string& reason, bool threw);
 
   /// Given to the communicator, and not waited for yet.
   DUALPIPE_DECL Id issue(Operation operation);
@@ -111,6 +113,7 @@ class FlightRecorder {
   std::int64_t run_ = 0;
   std::int64_t step_ = 0;
   std::string failure_;
+  bool threw_ = false;
   std::vector<Operation> ring_;
   Id next_ = 0;
 };

@@ -75,9 +75,11 @@ void FlightRecorder::set_step(std::int64_t step) {
   step_ = step;
 }
 
-void FlightRecorder::set_failure(const std::string& reason) {
+void FlightRecorder::set_failure(const std::string& reason, bool threw) {
   const std::lock_guard lock(mutex_);
-  if (failure_.empty()) failure_ = reason;
+  if (!failure_.empty()) return;
+  failure_ = reason;
+  threw_ = threw;
 }
 
 FlightRecorder::Id FlightRecorder::issue(Operation operation) {
@@ -149,7 +151,7 @@ std::string FlightRecorder::to_json() const {
   for (std::size_t i = 0; i < ranks_.size(); ++i) out << (i > 0 ? "," : "") << ranks_[i];
   out << "],\"run\":" << run_ << ",\"schedule\":" << json_quoted(schedule_) << ",\"stages\":" << num_stages_
       << ",\"micro_batches\":" << num_micro_batches_ << ",\"step\":" << step_
-      << ",\"failure\":" << json_quoted(failure_);
+      << ",\"failure\":" << json_quoted(failure_) << ",\"threw\":" << (threw_ ? "true" : "false");
   lock.unlock();
   out << ",\"written_ns\":" << now_ns() << ",\"unix_ns\":" << wall_clock_ns() << ",\"operations\":[";
   const char* separator = "\n";

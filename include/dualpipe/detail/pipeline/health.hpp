@@ -37,7 +37,7 @@ class Health {
       if (!text.starts_with("rank ")) text = str("rank ", communicator_->world_rank(communicator_->rank()), ": ", text);
       if (const std::string last = recorder_.last_lines(); !last.empty())
         text += (text.ends_with('\n') ? "  " : "\n  ") + last;
-      const std::string note = failed(text);
+      const std::string note = failed(text, /*threw=*/true);
       std::throw_with_nested(Error(text + note));
     }
   }
@@ -70,16 +70,16 @@ class Health {
  private:
   /// What is being handled.
   [[noreturn]] void rethrow(const CommError& error) {
-    const std::string note = failed(error.what());
+    const std::string note = failed(error.what(), /*threw=*/false);
     if (note.empty()) throw;
     std::throw_with_nested(CommError(error.origin_rank(), error.operation(), error.what() + note));
   }
   /// @return  to be added to the error of this rank; the others have theirs by then.
-  std::string failed(std::string reason) {
+  std::string failed(std::string reason, bool threw) {
     if (!reason_.empty()) return {};  // what follows from it is no news
     reason_ = reason.empty() ? "an exception without a text" : std::move(reason);
     communicator_->abort(reason_);
-    recorder_.set_failure(reason_);
+    recorder_.set_failure(reason_, threw);
     if (record_path_.empty()) return {};
     try {
       write_file(record_path_, recorder_.to_json());
