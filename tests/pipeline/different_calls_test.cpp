@@ -120,8 +120,8 @@ TEST(DifferentCalls, ARankThatUsesTheCommunicatorItselfIsToldSo) {
   const auto counts = [](std::int64_t parameters, std::int64_t weights) {
     torch::Tensor numbers = torch::zeros({32}, torch::kLong);
     numbers[0] = detail::CallStatement::mark;
-    numbers[15] = parameters;
-    numbers[16] = weights;
+    numbers[16] = parameters;
+    numbers[17] = weights;
     return numbers;
   };
   constexpr std::int64_t many = std::int64_t{1} << 62;
@@ -131,7 +131,7 @@ TEST(DifferentCalls, ARankThatUsesTheCommunicatorItselfIsToldSo) {
        {torch::full({15}, 50000, torch::kLong), torch::full({64}, 50000, torch::kLong),
         torch::zeros({64}, torch::kLong), torch::ones({64}, torch::kLong), torch::ones({1}, torch::kLong).expand({64}),
         torch::full({64}, detail::CallStatement::mark, torch::kLong), counts(many, 0), counts(-1, 0), counts(0, many),
-        counts(0, -1), counts(0, 16), random})
+        counts(0, -1), counts(0, 15), random})
     uses.emplace_back("calls step(), but rank 2 does something else with the communicator",
                       [numbers](Communicator& comm) { comm.all_gather(numbers).wait(); });
   for (const auto& [name, use] : uses) {

@@ -171,6 +171,28 @@ TEST(Records, OfARankThatHangsAfterErrorsThatAllHaveCaughtNameIt) {
   EXPECT_THAT(report.verdict, AllOf(HasSubstr("Rank 1 was behind"), HasSubstr("s, since clip_grad_norm_")));
 }
 
+TEST(Records, NumberWhatRanksDoTogetherAlikeAfterAStepWithInputGradients) {
+  const TemporaryFolder folder;
+  Batch batch = random_batch(16, 3);
+  run_ranks(kRanks, [&](std::shared_ptr<Communicator> comm) {
+    DualPipe pipe(comm, {.num_micro_batches = kMicroBatches, .schedule = "1f1b"}, as_factory(layer));
+    Batch with = batch;
+    with.inputs = {batch.inputs[0].detach().clone().requires_grad_()};
+    EXPECT_EQ(pipe->step(with, squared_error()).input_gradients.size(), pipe->feeds_inputs() ? 1 : 0);
+    pipe->step(batch, squared_error());
+    comm->barrier().wait();
+    pipe->write_record(folder / ("rank-" + std::to_string(comm->rank()) + ".json"));
+  });
+  std::vector<std::vector<std::string>> together;
+  for (const Record& record : records_in(folder, kRanks)) {
+    std::vector<std::string>& names = together.emplace_back();
+    for (const Record::Operation& operation : record.operations)
+      if (operation.kind == Record::Kind::together) names.push_back(detail::str(operation.number, ' ', operation.name));
+  }
+  EXPECT_THAT(together.front(), ::testing::Contains(HasSubstr("gradients of inputs")));
+  EXPECT_THAT(together, ::testing::Each(together.front()));
+}
+
 TEST(Records, OfAJobThatHangsAreWrittenByAnotherThread) {
   const TemporaryFolder folder;
   std::atomic<bool> hangs{false}, written{false};

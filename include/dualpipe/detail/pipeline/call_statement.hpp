@@ -34,6 +34,7 @@ struct CallStatement {
   Call call = Call::step;
   std::string finding = {};            ///< why this rank cannot take part; empty: it can
   bool observed = false;               ///< the rank has observers
+  bool input_gradients = false;        ///< the rank has inputs whose gradients the step is to give
   std::int64_t step = 0;               ///< number of steps before
   std::int64_t num_micro_batches = 0;  ///< of this rank's batch, 0: it has none
   Part inputs, targets, extras;
@@ -55,6 +56,7 @@ DUALPIPE_DECL std::string other_batch(const char* name, int rank, int first, std
 /// What the statements of all ranks say together.
 struct CallAgreement {
   bool observed = false;                 ///< some rank has observers
+  bool input_gradients = false;          ///< those of some rank are to be given
   std::int64_t num_micro_batches = 0;    ///< 0: no rank has a batch
   std::vector<std::int64_t> sizes = {};  ///< as in CallStatement, of the replica; empty: no rank knows
   /// Of the micro-batches of all replicas, those of replica d from d * num_micro_batches on; empty: no rank has any.

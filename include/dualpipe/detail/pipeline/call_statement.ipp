@@ -26,16 +26,14 @@ constexpr std::array call_names{"step()",
 
 inline const char* call_name(CallStatement::Call call) { return call_names.at(static_cast<std::size_t>(call)); }
 
-constexpr std::int64_t min_statement = 17;  // numbers, of a rank without parameters
+constexpr std::int64_t min_statement = 18;  // numbers, of a rank without parameters
 
 /// A statement as numbers, without the text of its finding.
 inline at::Tensor packed_statement(const CallStatement& statement) {
-  std::vector<std::int64_t> numbers{CallStatement::mark,
-                                    static_cast<std::int64_t>(statement.call),
-                                    statement.finding.empty() ? 0 : 1,
-                                    statement.observed ? 1 : 0,
-                                    statement.step,
-                                    statement.num_micro_batches};
+  std::vector<std::int64_t> numbers{
+      CallStatement::mark,        static_cast<std::int64_t>(statement.call), statement.finding.empty() ? 0 : 1,
+      statement.observed ? 1 : 0, statement.input_gradients ? 1 : 0,         statement.step,
+      statement.num_micro_batches};
   for (const CallStatement::Part* part : {&statement.inputs, &statement.targets, &statement.extras})
     numbers.insert(numbers.end(),
                    {part->needed ? 1 : 0, part->passed ? 1 : 0, static_cast<std::int64_t>(part->digest)});
@@ -66,6 +64,7 @@ inline bool unpack_statement(const at::Tensor& packed, CallStatement& statement,
   statement.call = static_cast<CallStatement::Call>(call);
   finding = *next++ != 0;
   statement.observed = *next++ != 0;
+  statement.input_gradients = *next++ != 0;
   statement.step = *next++;
   statement.num_micro_batches = *next++;
   for (CallStatement::Part* part : {&statement.inputs, &statement.targets, &statement.extras}) {
@@ -199,6 +198,7 @@ CallAgreement agreement(const std::vector<CallStatement>& statements, const Mesh
                    " steps behind it, rank ", numbers[rank], " has ", statement.step,
                    "; all ranks call set_step() with the same number");
     agreed.observed = agreed.observed || statement.observed;
+    agreed.input_gradients = agreed.input_gradients || statement.input_gradients;
     if (statement.num_micro_batches > 0) {
       if (counted < 0) counted = rank;
       DUALPIPE_CHECK(statement.num_micro_batches == statements[counted].num_micro_batches,

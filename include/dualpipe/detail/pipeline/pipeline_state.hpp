@@ -122,7 +122,7 @@ class PipelineState {
   DUALPIPE_DECL Tensors gradients_of(const RunOutputs& outputs) const;
   /// Which of gradients_of() are not finite; empty: all are. Waits for the device.
   DUALPIPE_DECL std::string finding_of_gradients(const FiniteCheck& check) const;
-  /// Collective among the ranks that feed inputs.
+  /// Called by all ranks. Collective among those that feed inputs; empty on the others.
   DUALPIPE_DECL Tensors gathered_input_gradients(const Plan& plan, const Batch& batch, const RunInputs& inputs,
                                                  RunOutputs& outputs);
   DUALPIPE_DECL StepResult result(const StepVote& vote, RunOutputs outputs, const CallAgreement& agreed);

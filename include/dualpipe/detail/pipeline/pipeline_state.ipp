@@ -213,7 +213,9 @@ CallAgreement PipelineState::enter(Call call, const Batch& batch, const LossFn* 
                        .trains = trains,
                        .sizes = predicts};
     inputs.micro_batches = prepare(batch, use, mine);
-    if (trains) mine.trainable = replicas_->trainable();
+    if (!trains) return;
+    mine.input_gradients = wants_input_gradients(inputs.micro_batches);
+    mine.trainable = replicas_->trainable();
   });
   constexpr std::array names{"begin of step()", "begin of evaluate()", "begin of predict()", "begin of predict()"};
   const auto statements = health_.guarded([&] {
@@ -307,7 +309,7 @@ StepResult PipelineState::step(const Batch& batch, const LossFn& loss, const tor
     });
     gradients->add_up();
     const FiniteCheck finite(options_.on_non_finite == OnNonFinite::keep ? Tensors() : gradients_of(outputs));
-    of_inputs = gathered_input_gradients(*plan, batch, inputs, outputs);
+    if (agreed.input_gradients) of_inputs = gathered_input_gradients(*plan, batch, inputs, outputs);
     observers_.finish(*communicator_, world(), outputs);
     if (options_.asynchronous) {
       const MemberHashes before = std::exchange(last_hashes_, std::move(hashes)).values();
@@ -351,8 +353,8 @@ Tensors PipelineState::gradients_of(const RunOutputs& outputs) const {
 
 Tensors PipelineState::gathered_input_gradients(const Plan& plan, const Batch& batch, const RunInputs& inputs,
                                                 RunOutputs& outputs) {
-  if (!feeds_inputs() || !wants_input_gradients(inputs.micro_batches)) return {};
   return flight_.together("gradients of inputs", [&] {
+    if (!feeds_inputs() || !wants_input_gradients(inputs.micro_batches)) return Tensors();
     const std::vector<Tensors> all =
         gather_from(*communicator_, plan, /*stage=*/0, feeding_ranks_, std::move(outputs.input_gradients));
     return input_gradients(batch, inputs.micro_batches, all, options_);
