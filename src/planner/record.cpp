@@ -103,12 +103,12 @@ Operation read_operation(const json& object, std::size_t index) {
   return operation;
 }
 
-/// As a terminal may see it, of bounded length.
+/// As a terminal may see it, of bounded length. Ranks write ASCII.
 std::string shown(std::string text) {
   constexpr std::size_t longest = 400;
   if (text.size() > longest) text = text.substr(0, longest) + "...";
   for (char& c : text)
-    if (static_cast<unsigned char>(c) < 0x20) c = '?';
+    if (c < ' ' || c > '~') c = '?';
   return text;
 }
 
@@ -256,7 +256,7 @@ Record from_record(std::string_view text) {
                      std::set<int>(record.ranks.begin(), record.ranks.end()).size() == record.ranks.size(),
                  "the record: \"ranks\" must name rank ", record.rank, ", and each rank once");
   record.run = members.number("run");
-  record.schedule = members.text("schedule");
+  record.schedule = shown(members.text("schedule"));
   record.num_stages = members.index("stages");
   record.num_micro_batches = members.index("micro_batches");
   record.step = members.number("step");

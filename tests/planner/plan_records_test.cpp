@@ -1,4 +1,6 @@
 // dualpipe-plan report of records that were written by hand: which rank was behind.
+#include <sys/stat.h>
+
 #include <nlohmann/json.hpp>
 #include <string>
 
@@ -170,6 +172,20 @@ TEST_F(PlanRecords, ThatAreWrong) {
   refused(with("\"schedule\":\"1f1b\",", ""), "the record lacks \"schedule\"");
   write("records/rank-1.json", good);
   expect_refused("report records --format svg", 1, "a report of records is text or json, not svg");
+}
+
+TEST_F(PlanRecords, WriteNothingButTextOnATerminal) {
+  write_hang();
+  std::string text = read(folder_ / "records/rank-0.json");
+  text.replace(text.find("1f1b"), 4, R"(\u001b[2J\u009bx)");
+  write("records/rank-0.json", text);
+  EXPECT_THAT(output("report records"), testing::StartsWith("?[2J??x: records of 3 ranks"));
+}
+
+TEST_F(PlanRecords, AreRegularFiles) {
+  write_hang();
+  ASSERT_EQ(mkfifo((folder_ / "records" / "rank-7.json").c_str(), 0600), 0);
+  expect_refused("report records", 1, "records/rank-7.json is no regular file, so no record; remove it");
 }
 
 TEST_F(PlanRecords, AreNoTraces) {

@@ -94,6 +94,8 @@ std::vector<std::string> with_records_of_folders(const std::vector<std::string>&
     for (fs::directory_iterator entry(path, error), end; !error && entry != end; entry.increment(error))
       if (is_record_name(entry->path())) records.push_back(entry->path().string());
     DUALPIPE_CHECK(!error, "cannot read ", path, ": ", error.message());
+    for (const std::string& record : records)
+      DUALPIPE_CHECK(fs::is_regular_file(record, error), record, " is no regular file, so no record; remove it");
     DUALPIPE_CHECK(!records.empty(), "there is no record in ", path, ": no file rank-<number>.json");
     std::sort(records.begin(), records.end(), [](const std::string& a, const std::string& b) {
       return std::pair(a.size(), a) < std::pair(b.size(), b);
