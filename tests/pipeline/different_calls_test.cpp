@@ -34,6 +34,7 @@ const std::map<std::string, Call>& calls() {
       {"evaluate()", [](DualPipe& pipe) { pipe->evaluate(random_batch(16, 3), squared_error()); }},
       {"predict()", [](DualPipe& pipe) { pipe->predict(random_batch(16, 3)); }},
       {"clip_grad_norm_()", [](DualPipe& pipe) { pipe->clip_grad_norm_(1.0); }},
+      {"broadcast_parameters()", [](DualPipe& pipe) { pipe->broadcast_parameters(); }},
   };
   return all;
 }

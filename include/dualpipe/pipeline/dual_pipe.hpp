@@ -165,6 +165,8 @@ class DualPipeImpl : public torch::nn::Module {
   DUALPIPE_DECL torch::Tensor clip_grad_norm_(double max_norm, bool error_if_nonfinite = false);
   /// Collective. Parameters and buffers of the lowest holder of each stage replace the others'. Done by the
   /// constructor; call it after loading weights by hand.
+  ///
+  /// @throws InvalidArgument  on every rank, nothing has changed: ranks call different methods.
   DUALPIPE_DECL void broadcast_parameters();
   /// The number of steps that lie behind the model, 0 for a new one: StageContext::step, and random numbers with
   /// DualPipeOptions::seed, go on from there. load_checkpoint() calls it. The same on all ranks, which the next call

@@ -22,7 +22,8 @@ struct CallStatement {
     predict_everywhere,
     broadcast_batch,
     clip_grad_norm,
-    optimizer_step
+    optimizer_step,
+    broadcast_parameters
   };
   /// A member of Batch on one rank.
   struct Part {

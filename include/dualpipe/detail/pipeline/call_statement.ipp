@@ -22,7 +22,8 @@ constexpr std::array call_names{"step()",
                                 "predict() for all ranks",
                                 "broadcast_batch()",
                                 "clip_grad_norm_()",
-                                "ShardedOptimizer::step()"};
+                                "ShardedOptimizer::step()",
+                                "broadcast_parameters()"};
 
 inline const char* call_name(CallStatement::Call call) { return call_names.at(static_cast<std::size_t>(call)); }
 

@@ -68,9 +68,7 @@ class PipelineState {
   /// @param finding           why this rank cannot; empty: it can.
   /// @throws InvalidArgument  on every rank, what one of them found; nothing was changed.
   DUALPIPE_DECL void update_parameters(const std::string& finding, const std::function<void()>& update);
-  void broadcast_parameters() {
-    health_.watched([&] { flight_.together("broadcast of parameters", [&] { replicas_->broadcast(); }); });
-  }
+  DUALPIPE_DECL void broadcast_parameters();
   void set_step(std::int64_t step) { step_ = step, calls_ = 0; }
   void write_record(const std::string& path) const { write_file(path, flight_.to_json()); }
   DUALPIPE_DECL void add_observer(std::shared_ptr<Observer> observer);

@@ -459,6 +459,17 @@ Batch PipelineState::broadcast_batch(const Batch& batch) {
   });
 }
 
+void PipelineState::broadcast_parameters() {
+  CallStatement mine;
+  mine.call = Call::broadcast_parameters;
+  health_.watched([&] {
+    flight_.together("broadcast of parameters", [&] {
+      agree_on_call(mine);
+      replicas_->broadcast();
+    });
+  });
+}
+
 at::Tensor PipelineState::clip_grad_norm(double max_norm, bool error_if_nonfinite) {
   CallStatement mine;
   mine.call = Call::clip_grad_norm;
