@@ -158,8 +158,8 @@ void check_together(const std::vector<Record>& records, bool incomplete, std::ma
   for (const int rank : first.ranks)
     if (!by_rank.contains(rank)) missing.push_back(rank);
   DUALPIPE_CHECK(missing.empty() || incomplete, "there is no record of ", listed(missing), " of ", first.ranks.size(),
-                 " ranks; one that was killed, or whose own code never returned, leaves none: --incomplete goes on "
-                 "without");
+                 " ranks; one that was killed, that failed outside of the pipeline, as in an optimizer, or whose own "
+                 "code never returned leaves none: --incomplete goes on without");
 }
 
 /// Ranks that wait for each other, from one that can be reached from `start`; empty if there are none.
@@ -175,7 +175,8 @@ std::vector<int> cycle_from(int start, const std::map<int, const RankProgress*>&
 }
 
 std::string doing(const RankProgress& rank) {
-  if (!rank.recorded) return "there is no record of it";
+  if (!rank.recorded)
+    return "there is no record of it, as of a rank that was killed, failed outside of the pipeline or never returned";
   if (!rank.now.empty()) return "it was in " + rank.now + " for " + seconds_text(rank.seconds);
   return "it ran code outside of the pipeline for " + seconds_text(rank.seconds) +
          (rank.last.empty() ? "" : ", since " + rank.last);

@@ -138,10 +138,12 @@ TEST_F(PlanRecords, OfRanksThatDoNotWait) {
 TEST_F(PlanRecords, OfWhichOneIsMissing) {
   write_hang();
   fs::remove(folder_ / "records" / "rank-1.json");
-  expect_refused("report records", 1, "there is no record of rank 1 of 3 ranks");
+  expect_refused("report records", 1,
+                 "there is no record of rank 1 of 3 ranks; one that was killed, that failed outside of the pipeline");
   EXPECT_THAT(output("report records --incomplete"),
               HasSubstr("Rank 1 was behind: others wait for it, directly or not, and it waits for nobody; there is no "
-                        "record of it.\n"));
+                        "record of it, as of a rank that was killed, failed outside of the pipeline or never "
+                        "returned.\n"));
 }
 
 TEST_F(PlanRecords, ThatAreWrong) {
