@@ -16,14 +16,14 @@
 namespace dualpipe::detail {
 
 /// By CallStatement::Call.
-constexpr std::array call_names{"step()",
-                                "evaluate()",
-                                "predict()",
-                                "predict() for all ranks",
-                                "broadcast_batch()",
-                                "clip_grad_norm_()",
-                                "ShardedOptimizer::step()",
-                                "broadcast_parameters()"};
+inline constexpr std::array call_names{"step()",
+                                       "evaluate()",
+                                       "predict()",
+                                       "predict() for all ranks",
+                                       "broadcast_batch()",
+                                       "clip_grad_norm_()",
+                                       "ShardedOptimizer::step()",
+                                       "broadcast_parameters()"};
 
 inline const char* call_name(CallStatement::Call call) { return call_names.at(static_cast<std::size_t>(call)); }
 
