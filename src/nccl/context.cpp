@@ -179,9 +179,9 @@ CommStream NcclContext::open(MessageCommunicator& control, const std::string& na
 }
 
 NcclComm NcclContext::init(int num_ranks, const NcclId& id, int rank, const NcclConfig& config) {
-  const auto deadline = Clock::now() + timeout_;
-  const std::optional<NcclComm> comm = result_until(
-      deadline, [nccl = nccl_, num_ranks, id, rank, config] { return nccl->init(num_ranks, id, rank, config); });
+  Stopwatch watch;
+  const std::optional<NcclComm> comm = result_within(
+      watch, timeout_, [nccl = nccl_, num_ranks, id, rank, config] { return nccl->init(num_ranks, id, rank, config); });
   if (!comm)
     throw DeviceFailure(str("NCCL has not connected ", num_ranks, " ranks within the timeout of ", timeout_.count(),
                             " ms, though all of them were here before: one has stopped since, or cannot be reached by "

@@ -222,10 +222,9 @@ std::vector<Connection> moved_to(asio::io_context& io, std::vector<std::optional
 }  // namespace
 
 std::vector<Connection> connect_all(asio::io_context& io, const World& world, const ConnectOptions& options,
-                                    std::chrono::steady_clock::time_point deadline, Route route,
-                                    Encryption* encryption) {
+                                    Route route, Encryption* encryption) {
   asio::io_context own{1};  // pending handlers end with it
-  const auto meeting = meet(own, world, options, deadline, route, encryption);
+  const auto meeting = meet(own, world, options, route, encryption);
   const auto failed = [&](const std::exception& error) {
     return CommError(world.rank, "rendezvous", str("rank ", world.rank, ": cannot connect: ", message_of(error)));
   };

@@ -36,8 +36,7 @@ struct Connection {
 /// @param encryption  of what crosses hosts; null: none.
 /// @throws CommError  the same on all ranks that have met: one did not come or answer in time, has died, or has failed.
 std::vector<Connection> connect_all(asio::io_context& io, const World& world, const ConnectOptions& options,
-                                    std::chrono::steady_clock::time_point deadline, Route route,
-                                    Encryption* encryption);
+                                    Route route, Encryption* encryption);
 
 /// connect_sockets() with a choice of route: tests on one host use TCP too.
 std::shared_ptr<Communicator> connect_sockets(const World& world, const ConnectOptions& options, Route route);

@@ -238,7 +238,13 @@ void Caller::call_next() {
 void Caller::connect(const Place& place) {
   outcomes_.emplace(place.name, no_answer);
   const Stream protocol(place.endpoint->protocol());
-  connecting_ = std::make_shared<StreamSocket>(io_, protocol, new_socket(protocol));
+  try {
+    connecting_ = std::make_shared<StreamSocket>(io_, protocol, new_socket(protocol));
+  } catch (const asio::system_error& error) {
+    // A kernel without IPv6: another place may do.
+    if (error.code() != asio::error::address_family_not_supported) throw;
+    return call_again(place.name, error.what());
+  }
   timer_.expires_after(connect_limit);
   timer_.async_wait([socket = std::weak_ptr(connecting_)](const asio::error_code& error) {
     if (const auto late = socket.lock(); !error && late) late->close();

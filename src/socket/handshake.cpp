@@ -13,7 +13,7 @@ namespace dualpipe::detail {
 namespace {
 
 /// Longest time of one handshake.
-constexpr auto handshake_limit = std::chrono::seconds(5);
+constexpr int limit_in_seconds = 5;
 
 static_assert(std::has_unique_object_representations_v<Greeting>, "its bytes travel");
 
@@ -57,14 +57,20 @@ auto Handshake::then(Next next) {
 }
 
 void Handshake::start() {
-  timer_.expires_after(handshake_limit);
-  timer_.async_wait([weak = weak_from_this()](const asio::error_code& error) {
-    const auto self = weak.lock();
-    if (!error && self && !self->over_) self->give_up(no_answer);
-  });
+  wait(limit_in_seconds);
   if (const std::string stranger = stranger_at(socket_); !stranger.empty()) return give_up(stranger);
   own_.nonce = random_bytes();
   side_ == Side::caller ? greet() : read_greeting();
+}
+
+/// One by one: a process that was stopped meanwhile loses one of them at most, and then sees what has come.
+void Handshake::wait(int seconds) {
+  if (seconds == 0) return give_up(no_answer);
+  timer_.expires_after(std::chrono::seconds(1));
+  timer_.async_wait([weak = weak_from_this(), seconds](const asio::error_code& error) {
+    const auto self = weak.lock();
+    if (!error && self && !self->over_) self->wait(seconds - 1);
+  });
 }
 
 void Handshake::give_up(const std::string& problem) {

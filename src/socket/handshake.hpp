@@ -67,6 +67,8 @@ class Handshake : public std::enable_shared_from_this<Handshake> {
   StreamSocket take() { return std::move(socket_); }
 
  private:
+  /// Gives up after so many seconds.
+  void wait(int seconds);
   void greet();
   void read_greeting();
   void greeted();

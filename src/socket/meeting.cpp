@@ -49,27 +49,25 @@ std::int64_t integer_in(const nlohmann::json& json) {
   return json.get<std::int64_t>();
 }
 
-Greeting greeting_of(const World& world, const ConnectOptions& options) {
-  Greeting greeting;
-  greeting.rank = world.rank;
-  greeting.size = world.size;
-  greeting.meeting =
+Introduction introduction_of(const World& world, const ConnectOptions& options, Route route, Encryption* encryption) {
+  Introduction introduction{.own = {}, .key = world.secret, .encryption = encryption, .check = {}};
+  introduction.own.rank = world.rank;
+  introduction.own.size = world.size;
+  introduction.own.meeting =
       authentication_code(world.secret, {"meeting", world.run_id, options.name, std::to_string(options.epoch)});
-  return greeting;
+  introduction.check = [&world, route](const Greeting& theirs, const Ends& ends) -> std::string {
+    if (world.rank != 0 && theirs.rank != 0) return str("rank ", theirs.rank, " answers");
+    return ends.are_far() && !may_use_tcp(world, route, ends.other) ? not_by_tcp : "";
+  };
+  return introduction;
 }
 
 }  // namespace
 
 // ---- what rank 0 and the others have in common
 
-Meeting::Meeting(asio::io_context& io, const World& world, const ConnectOptions& options, Clock::time_point deadline)
-    : io_(io),
-      world_(world),
-      options_(options),
-      limit_(deadline - Clock::now()),
-      period_(period_of(options)),
-      failed_file_(failed_file()),
-      timer_(io) {
+Meeting::Meeting(asio::io_context& io, const World& world, const ConnectOptions& options)
+    : io_(io), world_(world), options_(options), period_(period_of(options)), failed_file_(failed_file()), timer_(io) {
   timer_.expires_after(period_);
   beat_regularly();
 }
@@ -109,9 +107,9 @@ void Meeting::wait_until(const std::function<bool()>& condition, const std::func
   io_.restart();
   while (!condition()) {
     if (failure_) throw *failure_;
-    const auto left = limit_ - watch_.elapsed();  // looked at in every period
+    const auto left = options_.timeout - watch_.elapsed();  // looked at in every period
     if (left <= 0s) throw late();
-    const auto left_at_warning = limit_ - std::min<Clock::duration>(silence_limit, options_.timeout / 4);
+    const auto left_at_warning = options_.timeout - std::min(silence_limit, options_.timeout / 4);
     if (!warned_ && left <= left_at_warning) {
       warned_ = true;
       TORCH_WARN("rank ", world_.rank, " waits for ", what(), ", and gives up in ",
@@ -190,14 +188,15 @@ namespace {
 
 class MeetingHost final : public Meeting {
  public:
-  MeetingHost(asio::io_context& io, const World& world, const ConnectOptions& options, Clock::time_point deadline,
-              Route route, const Introduction& introduction)
-      : Meeting(io, world, options, deadline),
+  MeetingHost(asio::io_context& io, const World& world, const ConnectOptions& options, Route route,
+              Encryption* encryption)
+      : Meeting(io, world, options),
         session_(random_bytes()),
         said_(world.size),
         lines_(world.size),
-        place_(world, options, deadline, route),
-        listener_(io, introduction, world.size, [this](Contact contact) { admit(std::move(contact)); }) {}
+        place_(world, options, watch_, route),
+        listener_(io, introduction_of(world, options, route, encryption), world.size,
+                  [this](Contact contact) { admit(std::move(contact)); }) {}
   ~MeetingHost() override {
     listener_.close();
     for (const auto& line : all_) line->close();
@@ -205,6 +204,16 @@ class MeetingHost final : public Meeting {
 
   void join() override {
     place_.open(listener_, [this](const std::string& place, const auto& free) { wait_for_place(place, free); });
+  }
+
+  /// For a rank of the same node as rank 0, which has ended before it listened: tells those who look for it there.
+  /// @throws std::exception  cannot listen there; another rank may do the same.
+  void stand_in(const CommError& error) {
+    dead_ = 0;
+    place_.open(listener_, [](const std::string& place, const auto& free) {
+      if (!free()) throw std::runtime_error(place + " is taken");
+    });
+    give_up(error);
   }
 
   void leave() override {
@@ -243,7 +252,7 @@ class MeetingHost final : public Meeting {
                        str("rank 0: cannot listen at ", place, ", which was taken for ", options_.timeout.count(),
                            " ms: does another job use the same MASTER_PORT? Choose another one"));
     };
-    wait_until(free, [&] { return place + ", which is taken,"; }, late, pause_between_tries);
+    wait_until(free, [&] { return place + ", which is taken"; }, late, pause_between_tries);
     taken_place_.clear();
   }
 
@@ -364,12 +373,14 @@ class MeetingHost final : public Meeting {
 
 class MeetingGuest final : public Meeting {
  public:
-  MeetingGuest(asio::io_context& io, const World& world, const ConnectOptions& options, Clock::time_point deadline,
-               Route route, const Introduction& introduction)
-      : Meeting(io, world, options, deadline),
+  MeetingGuest(asio::io_context& io, const World& world, const ConnectOptions& options, Route route,
+               Encryption* encryption)
+      : Meeting(io, world, options),
+        route_(route),
+        encryption_(encryption),
         caller_(std::make_shared<Caller>(
-            io, introduction,
-            [place = std::make_shared<MeetingPlace>(world, options, deadline, route)] { return place->places(); },
+            io, introduction_of(world, options, route, encryption),
+            [place = std::make_shared<MeetingPlace>(world, options, watch_, route)] { return place->places(); },
             [this](Contact contact) { connected(std::move(contact)); })) {}
 
   void join() override {
@@ -384,6 +395,9 @@ class MeetingGuest final : public Meeting {
   void leave() override { line_->close(); }
 
   void give_up(const CommError& error) noexcept override {
+    if (!line_ && dead_ == 0) return stand_in(error);
+    // Rank 0 may be about to listen, and nobody else can tell it.
+    if (!line_ && dead_) drain(stay_limit, [this] { return line_ != nullptr; });
     if (!line_ || !line_->is_open()) return;
     try {
       line_->send(failure_frame(error));
@@ -403,6 +417,20 @@ class MeetingGuest final : public Meeting {
         std::move(contact.socket), [this](const nlohmann::json& message) { arrived(message); },
         [this](const std::string& why) { fail_by_end(0, why); });
     line_->start();
+    look_for_dead();  // the launcher may soon end this rank too
+  }
+
+  void stand_in(const CommError& error) noexcept {
+    try {
+      caller_->close();
+      World world = world_;
+      world.rank = 0;
+      ConnectOptions options = options_;
+      options.timeout = stay_limit;
+      MeetingHost(io_, world, options, route_, encryption_).stand_in(error);
+    } catch (...) {
+      // Another rank of this node tells them, or their own timeouts do.
+    }
   }
 
   void arrived(const nlohmann::json& message) {
@@ -458,21 +486,17 @@ class MeetingGuest final : public Meeting {
   std::string session_;
   Ends ends_;
   std::shared_ptr<Line> line_;  ///< null: not connected so far
+  const Route route_;
+  Encryption* const encryption_;
   const std::shared_ptr<Caller> caller_;
 };
 
 }  // namespace
 
-std::unique_ptr<Meeting> meet(asio::io_context& io, const World& world, const ConnectOptions& options,
-                              Meeting::Clock::time_point deadline, Route route, Encryption* encryption) {
-  const auto check = [&world, route](const Greeting& theirs, const Ends& ends) -> std::string {
-    if (world.rank != 0 && theirs.rank != 0) return str("rank ", theirs.rank, " answers");
-    return ends.are_far() && !may_use_tcp(world, route, ends.other) ? not_by_tcp : "";
-  };
-  const Introduction introduction{
-      .own = greeting_of(world, options), .key = world.secret, .encryption = encryption, .check = check};
-  if (world.rank == 0) return std::make_unique<MeetingHost>(io, world, options, deadline, route, introduction);
-  return std::make_unique<MeetingGuest>(io, world, options, deadline, route, introduction);
+std::unique_ptr<Meeting> meet(asio::io_context& io, const World& world, const ConnectOptions& options, Route route,
+                              Encryption* encryption) {
+  if (world.rank == 0) return std::make_unique<MeetingHost>(io, world, options, route, encryption);
+  return std::make_unique<MeetingGuest>(io, world, options, route, encryption);
 }
 
 }  // namespace dualpipe::detail

@@ -65,7 +65,7 @@ class Meeting {
   virtual Ends ends() const { return {}; }
 
  protected:
-  Meeting(asio::io_context& io, const World& world, const ConnectOptions& options, Clock::time_point deadline);
+  Meeting(asio::io_context& io, const World& world, const ConnectOptions& options);
 
   /// Who lacks what, as rank 0 sees it.
   struct Status {
@@ -78,6 +78,8 @@ class Meeting {
   virtual std::string waits_for() const = 0;
   virtual CommError late() const = 0;
   virtual void pulse() = 0;  ///< to beat and to look for silent ranks
+  /// Of this node, of whose end the launcher tells.
+  void look_for_dead();
 
   void fail(int origin, const std::string& reason);
   /// The connection to a rank has ended; `why` as Line says it.
@@ -96,15 +98,13 @@ class Meeting {
   asio::io_context& io_;
   const World& world_;
   const ConnectOptions& options_;
+  Stopwatch watch_;  ///< since the beginning
   Status status_;
   std::optional<std::vector<std::string>> result_;  ///< of the round that has ended last
 
  private:
   void beat_regularly();
-  void look_for_dead();
 
-  const Clock::duration limit_;
-  Stopwatch watch_;
   const std::chrono::milliseconds period_;
   const std::string failed_file_;
   bool warned_ = false;
@@ -119,7 +119,7 @@ class Meeting {
 /// Of this rank, which has not joined so far.
 ///
 /// @param io  has no other work.
-std::unique_ptr<Meeting> meet(asio::io_context& io, const World& world, const ConnectOptions& options,
-                              Meeting::Clock::time_point deadline, Route route, Encryption* encryption);
+std::unique_ptr<Meeting> meet(asio::io_context& io, const World& world, const ConnectOptions& options, Route route,
+                              Encryption* encryption);
 
 }  // namespace dualpipe::detail

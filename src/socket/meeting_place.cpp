@@ -10,7 +10,6 @@
 #include <utility>
 
 #include "dualpipe/detail/error_text.hpp"
-#include "socket/abandonable.hpp"
 #include "socket/host.hpp"
 
 namespace dualpipe::detail {
@@ -19,24 +18,19 @@ namespace {
 using namespace std::chrono_literals;
 using asio::ip::tcp;
 
-/// Longest time of one look at a store or for the name of a host; others may follow.
-constexpr auto look_limit = 5s;
-/// Shortest time of one look: the last one before the deadline is answered too, and so is one behind it, where the job
-/// was suspended meanwhile.
-constexpr auto shortest_look = 500ms;
+/// How long rank 0 waits for its own addresses.
+constexpr auto name_limit = 5s;
 constexpr std::size_t longest_unix_name = 100;  // of the 107 bytes that Linux allows
 
-/// @throws std::runtime_error  the name is unknown, or nobody has answered in time.
-std::vector<tcp::endpoint> resolve(const std::string& name, int port, std::chrono::steady_clock::time_point deadline) {
-  const auto found = result_until(deadline, [name, port] {
+/// What looks up the addresses of a host. @throws asio::system_error  the name is unknown.
+std::function<std::vector<tcp::endpoint>()> resolving(const std::string& name, int port) {
+  return [name, port] {
     asio::io_context io;
     std::vector<tcp::endpoint> endpoints;
     for (const auto& entry : tcp::resolver(io).resolve(name, std::to_string(port)))
       endpoints.push_back(entry.endpoint());
     return endpoints;
-  });
-  if (!found) throw std::runtime_error("nobody tells its address");
-  return *found;
+  };
 }
 
 /// Repeats `action` while its address is taken. @return any other error
@@ -67,10 +61,10 @@ bool may_use_tcp(const World& world, Route route, const asio::ip::address& addre
   return route != Route::best || !world.secret.empty() || !is_of_this_host(address);
 }
 
-MeetingPlace::MeetingPlace(const World& world, const ConnectOptions& options, Clock::time_point deadline, Route route)
+MeetingPlace::MeetingPlace(const World& world, const ConnectOptions& options, Stopwatch& watch, Route route)
     : world_(world),
       options_(options),
-      deadline_(deadline),
+      watch_(watch),
       route_(route),
       uses_store_(options.store || world.launcher_hosts_store),
       store_(options.store) {
@@ -87,11 +81,6 @@ CommError MeetingPlace::failure(const std::string& what) const {
   return {0, "rendezvous", str("rank ", world_.rank, ": ", what)};
 }
 
-MeetingPlace::Clock::time_point MeetingPlace::look_deadline() const {
-  const auto now = Clock::now();
-  return std::clamp<Clock::time_point>(deadline_, now + shortest_look, now + look_limit);
-}
-
 /// Whether all ranks are on this host for certain.
 bool MeetingPlace::is_local() const {
   return route_ == Route::best && is_loopback(world_.master_address) &&
@@ -105,10 +94,13 @@ Place MeetingPlace::place_at(const std::string& name, const tcp::endpoint& endpo
 }
 
 /// The master's own addresses, but for loopback addresses, which a host's own name often is there.
-std::vector<tcp::endpoint> MeetingPlace::listening_endpoints() const {
+std::vector<tcp::endpoint> MeetingPlace::listening_endpoints() {
   std::vector<tcp::endpoint> endpoints;
   try {
-    for (const tcp::endpoint& endpoint : resolve(world_.master_address, listening_port(), look_deadline())) {
+    const auto found = result_within(watch_, std::min<Stopwatch::Clock::duration>(name_limit, options_.timeout),
+                                     resolving(world_.master_address, listening_port()));
+    if (!found) return {};
+    for (const tcp::endpoint& endpoint : *found) {
       const bool known = std::find(endpoints.begin(), endpoints.end(), endpoint) != endpoints.end();
       if (!known && (!endpoint.address().is_loopback() || route_ == Route::tcp)) endpoints.push_back(endpoint);
     }
@@ -162,13 +154,12 @@ void MeetingPlace::open(Listener& listener, const Wait& wait) {
   if (!uses_store_) return;
   const bool tell_all = !is_local() && place["addresses"].empty();
   try {
-    const auto done =
-        result_until(deadline_, [store = store(), key = store_key(), place, tell_all, world = world_]() mutable {
-          if (tell_all) place["addresses"] = own_addresses(world);
-          store->set(key, place.dump());
-          return true;
-        });
-    if (!done) throw std::runtime_error("it does not answer");
+    const auto set = [store = store_, open = opening(), key = store_key(), place, tell_all, world = world_]() mutable {
+      if (tell_all) place["addresses"] = own_addresses(world);
+      (store ? store : open())->set(key, place.dump());
+      return true;
+    };
+    if (!result_within(watch_, options_.timeout, set)) throw std::runtime_error("it does not answer");
   } catch (const std::exception& error) {
     throw failure(str("the store failed: ", message_of(error)));
   }
@@ -178,24 +169,22 @@ std::string MeetingPlace::store_key() const {
   return str("dualpipe/", world_.run_id, "/", options_.name, "/", options_.epoch, "/rank 0");
 }
 
-c10::intrusive_ptr<c10d::Store> MeetingPlace::store() {
-  if (store_) return store_;
+std::function<MeetingPlace::StorePtr()> MeetingPlace::opening() const {
   c10d::TCPStoreOptions settings;
   settings.port = static_cast<std::uint16_t>(world_.master_port);
   settings.waitWorkers = false;
-  const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline_ - Clock::now());
-  settings.timeout = std::max<std::chrono::milliseconds>(left, 1ms);
-  const auto opened = result_until(deadline_, [address = world_.master_address, settings] {
+  settings.timeout = options_.timeout;  // who waits for it may be gone by then
+  return [address = world_.master_address, settings]() -> StorePtr {
     return c10::make_intrusive<c10d::TCPStore>(address, settings);
-  });
-  if (!opened)
-    throw std::runtime_error(
-        str("the launcher's store at ", world_.master_address, ":", world_.master_port, " does not answer"));
-  return store_ = *opened;
+  };
 }
 
 std::vector<Place> MeetingPlace::places_in_store() {
-  const auto text = result_until(look_deadline(), [store = store(), key = store_key()]() -> std::string {
+  if (!store_) store_ = opened_.look(opening()).value_or(nullptr);
+  if (!store_)
+    throw std::runtime_error(
+        str("the launcher's store at ", world_.master_address, ":", world_.master_port, " does not answer"));
+  const auto text = in_store_.look([store = store_, key = store_key()]() -> std::string {
     return store->check({key}) ? store->get_to_str(key) : "";
   });
   if (!text) throw std::runtime_error("it does not answer");
@@ -231,8 +220,9 @@ std::vector<Place> MeetingPlace::places() {
   if (!unix_name_.empty()) places.push_back({"the Unix domain socket for " + name, unix_endpoint(unix_name_), ""});
   if (is_local()) return places;
   try {
-    for (const tcp::endpoint& endpoint : resolve(world_.master_address, world_.master_port, look_deadline()))
-      places.push_back(place_at(name, endpoint));
+    const auto found = endpoints_.look(resolving(world_.master_address, world_.master_port));
+    if (!found) throw std::runtime_error("nobody tells its address");
+    for (const tcp::endpoint& endpoint : *found) places.push_back(place_at(name, endpoint));
   } catch (const std::exception& error) {
     const auto* system = dynamic_cast<const asio::system_error*>(&error);
     places.push_back({name, std::nullopt, system != nullptr ? system->code().message() : error.what()});

@@ -77,20 +77,21 @@ class IoThread {
 /// Ranks that are processes, each connected to each other.
 class SocketTransport final : public Transport, public PeerOwner {
  public:
-  SocketTransport(const World& world, const ConnectOptions& options, Clock::time_point deadline, Route route)
+  SocketTransport(const World& world, const ConnectOptions& options, Route route)
       : Transport(world.rank, world.size, options.timeout, options.epoch),
         liveness_(options.liveness),
         peers_(world.size),
         steps_(world.rank, peers_, liveness_ > 0ms ? 3 * liveness_ : patience_without_liveness) {
     if (world.size == 1) return;
     if (options.encryption) encryption_.emplace(world.secret);
-    for (Connection& connection :
-         connect_all(io_, world, options, deadline, route, encryption_ ? &*encryption_ : nullptr)) {
+    auto connections = connect_all(io_, world, options, route, encryption_ ? &*encryption_ : nullptr);
+    const auto due = Clock::now();  // before peers count as heard: also the time until the thread runs may be a stop
+    for (Connection& connection : connections) {
       auto& peer = peers_[connection.peer];
       peer = std::make_shared<Peer>(std::move(connection), *this);
       peer->start_reading();
     }
-    if (liveness_ > 0ms) asio::post(io_, [this] { watch(Clock::now()); });
+    if (liveness_ > 0ms) asio::post(io_, [this, due] { watch(due); });
     try {
       thread_.emplace(io_, [this](const std::string& reason) {
         Transport::abort(this->rank(), str("rank ", this->rank(), ": ", reason));
@@ -309,9 +310,8 @@ std::shared_ptr<Communicator> connect_sockets(const World& world, const ConnectO
   ConnectOptions within = options;  // the range of the clock
   within.timeout = std::min(options.timeout, longest_time);
   within.liveness = std::min(options.liveness, longest_time);
-  const auto deadline = Clock::now() + within.timeout;
   try {
-    return MessageCommunicator::world(std::make_shared<SocketTransport>(world, within, deadline, route));
+    return MessageCommunicator::world(std::make_shared<SocketTransport>(world, within, route));
   } catch (const Error&) {
     throw;
   } catch (const std::exception& error) {  // no descriptors, no memory, …

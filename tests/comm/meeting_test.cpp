@@ -42,7 +42,7 @@ using ::testing::StartsWith;
 /// A rank of `world` as far as the meeting goes, with the parts of connecting in a test's hands.
 void meet(const World& world, const ConnectOptions& options, const std::function<void(Meeting&)>& body) {
   asio::io_context io;
-  const auto meeting = detail::meet(io, world, options, Meeting::Clock::now() + options.timeout, Route::best, nullptr);
+  const auto meeting = detail::meet(io, world, options, Route::best, nullptr);
   try {
     meeting->join();
     body(*meeting);
@@ -366,6 +366,22 @@ TEST(Meeting, APortThatIsTakenBySomebodySilentObeysTheTimeout) {
                                        " (no answer): it has not started or has ended or is stopped")));
 }
 
+/// As under torchrun. Whoever looks for rank 0 there is neither kept from its own deadline nor asks ever more often.
+TEST(Meeting, ALaunchersStoreThatIsSilentIsCalledOnce) {
+  World world = world_at(free_port(), 1, 2);
+  world.launcher_hosts_store = true;
+  const int fd = silent_at(world.master_port);
+  const auto errors = errors_of(1, [&](int) { connect_sockets(world, {.timeout = 2500ms}); });
+  EXPECT_THAT(errors[0], HasSubstr(str("rank 0 cannot be reached within 2500 ms at the store (the launcher's store at "
+                                       "127.0.0.1:",
+                                       world.master_port, " does not answer)")));
+  ASSERT_EQ(::fcntl(fd, F_SETFL, O_NONBLOCK), 0);
+  int calls = 0;
+  for (int call; (call = ::accept(fd, nullptr, nullptr)) >= 0; ::close(call)) ++calls;
+  ::close(fd);
+  EXPECT_EQ(calls, 1);
+}
+
 /// In meetings to which ranks may come from other hosts. Those of this host come through the Unix domain socket.
 TEST(Meeting, WhileRankZeroWaitsForItsPortTheOthersAreHeardAndTold) {
   const std::string address = address_of_this_host();
@@ -579,6 +595,30 @@ TEST(Meeting, AnEndThatDiesWithUnreadBytesHasClosedItsConnection) {
   while (!why && io.run_one_for(10s) > 0) {
   }
   EXPECT_EQ(why, "");
+}
+
+/// As one with an IPv6 address is for a kernel without it.
+TEST(Meeting, APlaceOfAnUnknownKindIsPassedOver) {
+  asio::io_context io;
+  const auto check = [](const auto&, const auto&) { return std::string(); };
+  bool admitted = false, connected = false;
+  detail::Listener listener(io, {.own = {}, .key = "", .check = check}, 1, [&](detail::Contact) { admitted = true; });
+  const std::string name = detail::random_unix_name();
+  listener.listen_here(name);
+  const sockaddr unknown{.sa_family = 200, .sa_data = {}};
+  const auto caller = std::make_shared<detail::Caller>(
+      io, detail::Introduction{.own = {}, .key = "", .check = check},
+      [&] {
+        return std::vector<detail::Place>{
+            {"somewhere", asio::generic::stream_protocol::endpoint(&unknown, sizeof unknown), ""},
+            {"here", detail::unix_endpoint(name), ""}};
+      },
+      [&](detail::Contact) { connected = true; });
+  caller->start();
+  while (!(admitted && connected) && io.run_one_for(10s) > 0) {
+  }
+  EXPECT_TRUE(admitted && connected) << caller->outcomes();
+  EXPECT_THAT(caller->outcomes(), HasSubstr("somewhere (cannot make a socket: Address family not supported"));
 }
 
 TEST(Meeting, HandshakesProveTheKeyAndTheVersion) {

@@ -270,6 +270,27 @@ TEST_F(Nodes, AMeetingPlaceOutOfReachIsNamed) {
   EXPECT_THAT(error_with("node0:29501"), HasSubstr("within 4000 ms at node0:29501 (Network is unreachable)"));
 }
 
+/// Its launcher tells the other rank of its node, and that one those who look for rank 0.
+TEST_F(Nodes, ARankZeroThatEndsBeforeItListensIsNamedOnAll) {
+  start(dualpipe_run, {"sh", "-c", "[ $RANK = 0 ] && exit 3; exec " SOCKET_RANK " transfers"});
+  for (const int node : {0, 1}) {
+    EXPECT_NE(launches[node]->wait(30s), 0);
+    EXPECT_THAT(text(node), HasSubstr("rank 0 ended before it met the others: ")) << text(node);
+  }
+}
+
+/// Rank 3 comes last, and has little time: its launcher ends it.
+TEST_F(Nodes, ARankThatEndsBeforeItComesIsNamedByOneThatIsLate) {
+  start(dualpipe_run,
+        {"sh", "-c", "[ $RANK = 2 ] && exit 3; [ $RANK = 3 ] && sleep 2; exec " SOCKET_RANK " transfers"});
+  for (const int node : {0, 1}) {
+    EXPECT_NE(launches[node]->wait(30s), 0);
+    EXPECT_THAT(text(node), AllOf(HasSubstr("rank 2 ended before it met the others: "),
+                                  ::testing::Not(HasSubstr("rank 3 failed first"))))
+        << text(node);
+  }
+}
+
 TEST_F(Nodes, ANodeThatDoesNotComeIsNamed) {
   Process launch(nodes->on(0, join(dualpipe_run(0), {SOCKET_RANK, "endless"})));
   EXPECT_EQ(launch.wait(30s), 1);

@@ -14,6 +14,7 @@ namespace dualpipe::detail {
 class Stopwatch {
  public:
   using Clock = std::chrono::steady_clock;
+  static constexpr Clock::duration slice = std::chrono::milliseconds(100);
 
   /// Call it at least every `slice` while waiting.
   Clock::duration elapsed() {
@@ -36,7 +37,6 @@ class Stopwatch {
   }
 
  private:
-  static constexpr Clock::duration slice = std::chrono::milliseconds(100);
   static constexpr Clock::duration least_stop = std::chrono::seconds(1);
 
   Clock::time_point last_ = Clock::now();
