@@ -1,10 +1,12 @@
 #include "dualpipe/launch/failure.hpp"
 
+#include <charconv>
 #include <chrono>
 #include <cstdlib>
 #include <filesystem>
 #include <iostream>
 #include <string>
+#include <string_view>
 
 #include "dualpipe/detail/files.hpp"
 #include "dualpipe/error.hpp"
@@ -31,6 +33,20 @@ detail::FailureReport report_of(const World& world, const std::exception& error)
   return report;
 }
 
+/// A program that fails before it has read its world is of one rank as far as it knows, but not for its launcher.
+World as_launched(World world) {
+  const auto variable = [](const char* name) -> std::string_view {
+    const char* text = std::getenv(name);
+    return text == nullptr ? "" : text;
+  };
+  if (world.size != 1 || world.rank != 0 || !world.error_file.empty()) return world;
+  world.error_file =
+      variable(variable("TORCHELASTIC_RUN_ID").empty() ? "DUALPIPE_ERROR_FILE" : "TORCHELASTIC_ERROR_FILE");
+  const std::string_view rank = variable("RANK");
+  if (!world.error_file.empty()) std::from_chars(rank.data(), rank.data() + rank.size(), world.rank);
+  return world;
+}
+
 }  // namespace
 
 std::string detail::failed_file() {
@@ -47,8 +63,9 @@ std::optional<detail::FailureReport> detail::failure_in(const std::string& faile
   }
 }
 
-void report_failure(const World& world, const std::exception& error) noexcept {
+void report_failure(const World& known, const std::exception& error) noexcept {
   try {
+    const World world = as_launched(known);
     const detail::FailureReport report = report_of(world, error);
     std::cout.flush();
     std::cerr << report.message + "\n" << std::flush;

@@ -43,6 +43,21 @@ TEST_F(ReportFailure, NamesTheRank) {
   EXPECT_EQ(report(world, "rank 31: failed"), "rank 3: rank 31: failed\n");
 }
 
+/// As where World::from_env() has thrown.
+TEST_F(ReportFailure, OfAWorldThatWasNotReadIsThatOfTheLaunchersRank) {
+  const std::string file = (folder_ / "error.json").string();
+  ::setenv("RANK", "3", 1);
+  ::setenv("DUALPIPE_ERROR_FILE", file.c_str(), 1);
+  EXPECT_EQ(report(World(), "MASTER_PORT='x'"), "rank 3: MASTER_PORT='x'\n");
+  ::unsetenv("DUALPIPE_ERROR_FILE");
+  ::unsetenv("RANK");
+  const auto failure = detail::failure_report_from(text_of(file));
+  ASSERT_TRUE(failure);
+  EXPECT_EQ(failure->rank, 3);
+  EXPECT_EQ(failure->origin, 3);
+  EXPECT_EQ(failure->message, "rank 3: MASTER_PORT='x'");
+}
+
 TEST_F(ReportFailure, WritesWhatTorchrunReads) {
   World world;
   world.rank = 1;

@@ -306,6 +306,63 @@ TEST(Run, AReaderThatPausesLosesNothing) {
   EXPECT_EQ(std::set(lines.begin(), lines.end()).size(), 40000u);
 }
 
+/// All ranks have ended, and their last lines wait for the reader.
+class LastLines : public PausedReader {
+ public:
+  LastLines()
+      : PausedReader(
+            "trap : USR1 USR2; echo pid $$ >&2; i=0; while [ $i -lt 4000 ]; do echo line $i; i=$((i+1)); done") {
+    while (pids(run().err()).size() < 2) std::this_thread::sleep_for(5ms);
+    expect_gone(pids(run().err()));
+    wait_until_full();
+  }
+};
+
+TEST(Run, SignalsThatEndNothingLoseNothing) {
+  LastLines last;
+  for (const int signal : {SIGUSR1, SIGUSR2, SIGTSTP}) last.run().signal(signal);
+  while (state_of(std::to_string(last.run().pid())) != 'T') std::this_thread::sleep_for(5ms);
+  last.run().signal(SIGCONT);
+  const auto lines = sorted_lines(last.read_all());
+  EXPECT_EQ(last.run().wait(), 0);
+  EXPECT_EQ(lines.size(), 8000u);
+}
+
+TEST(Run, OutputThatIsGivenUpIsNoSuccess) {
+  LastLines last;
+  last.run().signal(SIGINT);
+  EXPECT_EQ(last.run().wait(), 128 + SIGINT);
+}
+
+/// A signal mask is inherited by programs.
+TEST(Run, HearsSignalsThatWereBlocked) {
+  const std::string blocked =
+      "import os, signal, sys\n"
+      "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD, signal.SIGTERM])\n"
+      "os.execv(sys.argv[1], sys.argv[1:])\n";
+  const auto command = [&](std::vector<std::string> arguments) {
+    arguments.insert(arguments.begin(), {"python3", "-c", blocked, DUALPIPE_RUN});
+    return arguments;
+  };
+  Process ends(command({"-n", "2", "--", "true"}));
+  EXPECT_EQ(ends.wait(), 0);
+  Process ended(command({"-n", "2", "--", "sh", "-c", "echo ready; exec sleep 1000"}));
+  ASSERT_TRUE(ended.wait_for_output("[0] ready"));
+  ASSERT_TRUE(ended.wait_for_output("[1] ready"));
+  ended.signal(SIGTERM);
+  EXPECT_EQ(ended.wait(), 128 + SIGTERM);
+}
+
+TEST(Run, StoppedRanksAreEndedAtOnce) {
+  Process run(shell(2, "echo pid $$; kill -STOP $$", {"--grace", "3600"}));
+  while (pids(run.out()).size() < 2) std::this_thread::sleep_for(5ms);
+  for (const std::string& pid : pids(run.out()))
+    while (state_of(pid) != 'T') std::this_thread::sleep_for(5ms);
+  run.signal(SIGTERM);
+  EXPECT_EQ(run.wait(), 128 + SIGKILL);
+  EXPECT_THAT(run.err(), HasSubstr("ended by SIGTERM"));
+}
+
 TEST(Run, GivesPipedInputToRankZero) {
   Process run({"/bin/sh", "-c", "echo words | " DUALPIPE_RUN " -n 2 -- cat"});
   EXPECT_EQ(run.wait(), 0);
@@ -360,6 +417,8 @@ TEST(Run, RefusesWrongUsage) {
       {{"-n", "2", "--rendezvous", "tcp://h:29500", "--", "true"}, "as in host0:29500"},
       {{"-n", "2", "--rendezvous", "fd00::1:29500", "--", "true"}, "[fd00::1]:29500"},
       {{"-n", "2", "--node-rank", "1", "--", "true"}, "--node-rank: needs --nnodes"},
+      {{"-n", "2", "--grace", "nan", "--", "true"}, "--grace: must be from 0 to 86400, got nan"},
+      {{"-n", "2", "--wait-before-term", "inf", "--", "true"}, "must be from 0 to 86400, got inf"},
   };
   for (const auto& [arguments, message] : cases) {
     Process run(launcher(arguments));

@@ -114,6 +114,11 @@ class Launcher {
       signals_.add(signal);
       handled_.push_back(signal);
     }
+    // Whoever started the launcher may have blocked them, and that is inherited.
+    sigset_t heard;
+    ::sigemptyset(&heard);
+    for (const int signal : handled_) ::sigaddset(&heard, signal);
+    ::pthread_sigmask(SIG_UNBLOCK, &heard, nullptr);
     handled_.push_back(SIGPIPE);
   }
 
@@ -126,7 +131,9 @@ class Launcher {
     for (Stream& stream : streams_) write_out(stream.target, stream.labeller.finish());
     report();
     flush();
-    return unwritable_ && exit_code_ == 0 ? 1 : *exit_code_;
+    if (exit_code_ != 0) return *exit_code_;
+    if (unwritable_) return 1;
+    return given_up_by_ && is_waiting_for_a_reader() ? 128 + *given_up_by_ : 0;
   }
 
  private:
@@ -241,12 +248,12 @@ class Launcher {
   }
 
   void forward(int signal) {
-    if (draining_) {
-      gives_up_ = true;
-      return io_.stop();
-    }
     if (signal == SIGUSR1 || signal == SIGUSR2) return signal_ranks(signal);
     if (signal == SIGTSTP) return suspend();
+    if (draining_) {
+      given_up_by_ = signal;
+      return io_.stop();
+    }
     interrupt("ended by " + signal_name(signal), interrupted_ ? SIGKILL : signal);  // asked twice: at once
   }
 
@@ -262,6 +269,7 @@ class Launcher {
     interrupted_ = cause;
     failed_uninterrupted_ ? end_ranks(signal) : signal_ranks(signal);
     kill_after_grace();
+    note_endings();  // all that are left may be stopped
   }
 
   void kill_after_grace() {
@@ -305,7 +313,9 @@ class Launcher {
     }
     if (all_ended) {
       drain();
-    } else if (first_failed_ != nullptr && (!interrupted_ || failed_uninterrupted_)) {
+    } else if (interrupted_ && !failed_uninterrupted_) {
+      if (all_left_are_stopped) signal_ranks(SIGKILL);
+    } else if (first_failed_ != nullptr) {
       if (all_left_are_stopped)
         end_ranks(SIGKILL);  // they would not hear of anything else
       else if (!failed_before)
@@ -386,7 +396,7 @@ class Launcher {
   void flush() {
     flushing_ = true;
     const auto end = std::chrono::steady_clock::now() + kTimeToDrain;
-    while (is_waiting_for_a_reader() && !gives_up_ && (!interrupted_ || std::chrono::steady_clock::now() < end)) {
+    while (is_waiting_for_a_reader() && !given_up_by_ && (!interrupted_ || std::chrono::steady_clock::now() < end)) {
       io_.restart();
       io_.run_one();  // no longer than an output waits to look again
     }
@@ -470,9 +480,9 @@ class Launcher {
   bool failed_uninterrupted_ = false;          // the interruption came after the failure
   std::optional<std::string> unwritable_;      // output that is lost
   bool draining_ = false;
-  std::optional<int> exit_code_;  // once it has been reported why
-  bool flushing_ = false;         // nothing of the ranks is read any more
-  bool gives_up_ = false;         // what our own readers have not taken
+  std::optional<int> exit_code_;    // once it has been reported why
+  bool flushing_ = false;           // nothing of the ranks is read any more
+  std::optional<int> given_up_by_;  // the signal that came while our own readers took nothing
 };
 
 }  // namespace

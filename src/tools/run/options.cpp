@@ -38,6 +38,18 @@ void set_rendezvous(const std::string& text, Options& options) {
   options.master_port = port;
 }
 
+/// CLI11's own range takes what is no number.
+CLI::Validator seconds() {
+  constexpr double most = 86400;
+  return {[](const std::string& text) {
+            double value = 0;
+            const bool fits = CLI::detail::lexical_cast(text, value) && value >= 0 && value <= most;
+            return fits ? std::string()
+                        : "must be from 0 to " + std::to_string(static_cast<int>(most)) + ", got " + text;
+          },
+          "SECONDS"};
+}
+
 /// Nodes of one run must agree on the id without having spoken to each other.
 std::string default_run_id(const Options& options) {
   if (options.nodes > 1) return options.master_address + ":" + std::to_string(options.master_port);
@@ -92,10 +104,10 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv, int
   app.add_option("--wait-before-term", wait_before_term,
                  "seconds from a failure to SIGTERM; none where all ranks that are left are stopped")
       ->capture_default_str()
-      ->check(CLI::Range(0.0, 86400.0));
-  app.add_option("--grace", grace, "seconds from SIGTERM to SIGKILL")
+      ->check(seconds());
+  app.add_option("--grace", grace, "seconds from SIGTERM to SIGKILL; none where all ranks that are left are stopped")
       ->capture_default_str()
-      ->check(CLI::Range(0.0, 86400.0));
+      ->check(seconds());
   app.add_flag("-q,--quiet", options.quiet, "say nothing but errors");
 
   // What follows "--" belongs to the program, whatever it looks like.
