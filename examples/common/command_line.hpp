@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "dualpipe/error.hpp"
 #include "options.hpp"
 
 namespace example {
@@ -31,7 +32,7 @@ class CommandLine {
       const bool fits = CLI::detail::lexical_cast(given, number) && number >= 0 && number <= most;
       return fits ? std::string() : dualpipe::detail::str("Value ", given, " not in range [0 - ", most, "]");
     };
-    return flag(name, value, "X", text)->check(in_range)->capture_default_str();
+    return flag(name, value, "X", text)->check(CLI::Validator(in_range, ""))->capture_default_str();
   }
 
   /// Reads the arguments, and the configuration file if they name one, into the options.
