@@ -37,9 +37,12 @@
 #include <vector>
 
 #include "dualpipe/comm/socket.hpp"
+#include "dualpipe/detail/files.hpp"
 #include "dualpipe/pipeline/dual_pipe.hpp"
 #include "dualpipe/pipeline/observer.hpp"
+#include "launch/failure_report.hpp"
 #include "launch/two_nodes.hpp"
+#include "temporary_folder.hpp"
 
 namespace {
 
@@ -249,7 +252,8 @@ struct Fault {
   bool last_is_absent = false;  ///< the last rank is never started
   bool short_timeout = false;   ///< Flags::timeout; otherwise it is a minute
   bool two_nodes = false;
-  bool cut = false;  ///< the cable, once all ranks are ready: the ranks of the other node are the culprits
+  bool told_by_launcher = false;  ///< that of the culprit's node tells its ranks that it has ended
+  bool cut = false;               ///< the cable, once all ranks are ready: the ranks of the other node are the culprits
 };
 
 std::string seconds_text(double seconds) {
@@ -292,8 +296,30 @@ std::vector<Fault> all_faults(const Flags& flags) {
     };
   };
   const std::string different = "ranks call different methods: rank 0 calls step(), rank {culprit} calls ";
+  const auto dies_early = [](const Rank& rank) {
+    if (rank.is_culprit()) rank.strike_by(SIGKILL);
+    connect_sockets(rank.world, rank.options);
+  };
   return {
       // The ranks meet.
+      {.name = "killed-early-0",
+       .injected = "two nodes; rank 0 is killed before it listens; its launcher tells the ranks of its node",
+       .promise = at_once,
+       .body = dies_early,
+       .culprit = Culprit::first,
+       .says = {"rank 0 ended before it met the others"},
+       .silent = true,
+       .two_nodes = true,
+       .told_by_launcher = true},
+      {.name = "killed-early-last",
+       .injected = "two nodes; the last rank is killed before it connects; its launcher tells the ranks of its node",
+       .promise = at_once,
+       .body = dies_early,
+       .culprit = Culprit::last,
+       .says = {"rank {culprit} ended before it met the others"},
+       .silent = true,
+       .two_nodes = true,
+       .told_by_launcher = true},
       {.name = "killed-meeting-0",
        .injected = "rank 0 is killed while all wait for the last rank",
        .promise = at_once,
@@ -640,6 +666,8 @@ class Job {
         self.world.local_size = size_ / 2;
         self.world.local_rank = rank % (size_ / 2);
       }
+      if (fault_.told_by_launcher && node_of(rank) == node_of(culprit()))
+        ::setenv("DUALPIPE_FAILED_FILE", failed_file().c_str(), 1);
       at::set_num_threads(1);
       fault_.body(self);
       return 0;
@@ -658,10 +686,21 @@ class Job {
       if (pids_[rank] > 0 && ::waitpid(pids_[rank], nullptr, WNOHANG) == pids_[rank]) {
         pids_[rank] = -1;
         ended_ns_[rank] = now_ns();
+        if (fault_.told_by_launcher && rank == culprit()) tell();
       }
       all = all && (pids_[rank] < 0 || !waited_for(rank));
     }
     return all;
+  }
+
+  std::string failed_file() const { return folder_ / "failed.json"; }
+  /// As dualpipe-run does.
+  void tell() const {
+    dualpipe::detail::write_file(failed_file(), dualpipe::detail::to_json({.message = "killed by SIGKILL (signal 9)",
+                                                                           .rank = culprit(),
+                                                                           .origin = culprit(),
+                                                                           .operation = {},
+                                                                           .time_ns = 0}));
   }
 
   std::string problem_of(int rank) const {
@@ -688,6 +727,7 @@ class Job {
   std::vector<std::int64_t> ended_ns_;  ///< by rank
   void* memory_ = nullptr;
   Seen* seen_ = nullptr;
+  test::TemporaryFolder folder_;
   int port_ = 0;
   std::int64_t struck_ns_ = 0, limit_ns_ = 0;
   bool is_cut_ = false;

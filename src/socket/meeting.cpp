@@ -210,6 +210,9 @@ class MeetingHost final : public Meeting {
   /// @throws std::exception  cannot listen there; another rank may do the same.
   void stand_in(const CommError& error) {
     dead_ = 0;
+    // The others of this node learn it as this rank did.
+    for (int rank = 1; rank < world_.local_size; ++rank)
+      if (rank != world_.local_rank) came_.insert(rank);
     place_.open(listener_, [](const std::string& place, const auto& free) {
       if (!free()) throw std::runtime_error(place + " is taken");
     });
