@@ -279,10 +279,14 @@ TEST_F(Nodes, ARankZeroThatEndsBeforeItListensIsNamedOnAll) {
   }
 }
 
-/// Rank 3 comes last, and has little time: its launcher ends it.
+/// Rank 3 comes last, and finds the word of its launcher, which leaves it the time.
 TEST_F(Nodes, ARankThatEndsBeforeItComesIsNamedByOneThatIsLate) {
-  start(dualpipe_run,
-        {"sh", "-c", "[ $RANK = 2 ] && exit 3; [ $RANK = 3 ] && sleep 2; exec " SOCKET_RANK " transfers"});
+  const auto patient = [](int node) {
+    Command command = dualpipe_run(node);
+    command.insert(command.begin() + 1, {"--wait-before-term", "60"});
+    return command;
+  };
+  start(patient, {"sh", "-c", "[ $RANK = 2 ] && exit 3; [ $RANK = 3 ] && sleep 2; exec " SOCKET_RANK " transfers"});
   for (const int node : {0, 1}) {
     EXPECT_NE(launches[node]->wait(30s), 0);
     EXPECT_THAT(text(node), AllOf(HasSubstr("rank 2 ended before it met the others: "),
