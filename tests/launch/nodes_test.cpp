@@ -270,23 +270,26 @@ TEST_F(Nodes, AMeetingPlaceOutOfReachIsNamed) {
   EXPECT_THAT(error_with("node0:29501"), HasSubstr("within 4000 ms at node0:29501 (Network is unreachable)"));
 }
 
+/// Leaves ranks that start slowly the time to hear of a failure.
+Command patient_dualpipe_run(int node) {
+  Command command = dualpipe_run(node);
+  command.insert(command.begin() + 1, {"--wait-before-term", "60"});
+  return command;
+}
+
 /// Its launcher tells the other rank of its node, and that one those who look for rank 0.
 TEST_F(Nodes, ARankZeroThatEndsBeforeItListensIsNamedOnAll) {
-  start(dualpipe_run, {"sh", "-c", "[ $RANK = 0 ] && exit 3; exec " SOCKET_RANK " transfers"});
+  start(patient_dualpipe_run, {"sh", "-c", "[ $RANK = 0 ] && exit 3; exec " SOCKET_RANK " transfers"});
   for (const int node : {0, 1}) {
     EXPECT_NE(launches[node]->wait(30s), 0);
     EXPECT_THAT(text(node), HasSubstr("rank 0 ended before it met the others: ")) << text(node);
   }
 }
 
-/// Rank 3 comes last, and finds the word of its launcher, which leaves it the time.
+/// Rank 3 comes last, and finds the word of its launcher.
 TEST_F(Nodes, ARankThatEndsBeforeItComesIsNamedByOneThatIsLate) {
-  const auto patient = [](int node) {
-    Command command = dualpipe_run(node);
-    command.insert(command.begin() + 1, {"--wait-before-term", "60"});
-    return command;
-  };
-  start(patient, {"sh", "-c", "[ $RANK = 2 ] && exit 3; [ $RANK = 3 ] && sleep 2; exec " SOCKET_RANK " transfers"});
+  start(patient_dualpipe_run,
+        {"sh", "-c", "[ $RANK = 2 ] && exit 3; [ $RANK = 3 ] && sleep 2; exec " SOCKET_RANK " transfers"});
   for (const int node : {0, 1}) {
     EXPECT_NE(launches[node]->wait(30s), 0);
     EXPECT_THAT(text(node), AllOf(HasSubstr("rank 2 ended before it met the others: "),
