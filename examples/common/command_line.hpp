@@ -27,7 +27,7 @@ class CommandLine {
     return flag(name, value, "N", text)->check(CLI::Range(least, 1'000'000).description(""));
   }
   CLI::Option* number(const std::string& name, double& value, const std::string& text, double most = 1e6) {
-    const auto in_range = [most](const std::string& given) {  // CLI11's own range takes what is no number
+    const auto in_range = [most](const std::string& given) {  // CLI11's own range lets NaN pass
       double number = 0;
       const bool fits = CLI::detail::lexical_cast(given, number) && number >= 0 && number <= most;
       return fits ? std::string() : dualpipe::detail::str("Value ", given, " not in range [0 - ", most, "]");

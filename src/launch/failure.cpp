@@ -2,14 +2,13 @@
 
 #include <charconv>
 #include <chrono>
-#include <cstdlib>
 #include <filesystem>
 #include <iostream>
 #include <string>
-#include <string_view>
 
 #include "dualpipe/detail/files.hpp"
 #include "dualpipe/error.hpp"
+#include "launch/environment.hpp"
 #include "launch/failed_file.hpp"
 #include "launch/failure_report.hpp"
 
@@ -35,24 +34,16 @@ detail::FailureReport report_of(const World& world, const std::exception& error)
 
 /// A program that fails before it has read its world is of one rank as far as it knows, but not for its launcher.
 World as_launched(World world) {
-  const auto variable = [](const char* name) -> std::string_view {
-    const char* text = std::getenv(name);
-    return text == nullptr ? "" : text;
-  };
   if (world.size != 1 || world.rank != 0 || !world.error_file.empty()) return world;
-  world.error_file =
-      variable(variable("TORCHELASTIC_RUN_ID").empty() ? "DUALPIPE_ERROR_FILE" : "TORCHELASTIC_ERROR_FILE");
-  const std::string_view rank = variable("RANK");
+  world.error_file = detail::error_file(detail::variable);
+  const std::string rank = detail::variable("RANK").value_or("");
   if (!world.error_file.empty()) std::from_chars(rank.data(), rank.data() + rank.size(), world.rank);
   return world;
 }
 
 }  // namespace
 
-std::string detail::failed_file() {
-  const char* path = std::getenv("DUALPIPE_FAILED_FILE");
-  return path == nullptr ? "" : path;
-}
+std::string detail::failed_file() { return variable("DUALPIPE_FAILED_FILE").value_or(""); }
 
 std::optional<detail::FailureReport> detail::failure_in(const std::string& failed_file) noexcept {
   try {

@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <charconv>
-#include <cstdlib>
 #include <string_view>
 #include <system_error>
 
 #include "dualpipe/error.hpp"
+#include "launch/environment.hpp"
 #include "launch/secret.hpp"
 
 namespace dualpipe {
@@ -81,11 +81,10 @@ World from_launcher(const World::Lookup& lookup) {
     // A restarted group meets at the same store as the one that failed, so the count belongs to the id.
     world.run_id = *id + "." + lookup("TORCHELASTIC_RESTART_COUNT").value_or("0");
     world.launcher_hosts_store = is_true(lookup("TORCHELASTIC_USE_AGENT_STORE"));
-    world.error_file = lookup("TORCHELASTIC_ERROR_FILE").value_or("");
   } else {
     world.run_id = lookup("DUALPIPE_RUN_ID").value_or("");
-    world.error_file = lookup("DUALPIPE_ERROR_FILE").value_or("");
   }
+  world.error_file = detail::error_file(lookup);
   return world;
 }
 
@@ -205,11 +204,6 @@ World World::from(const Lookup& lookup) {
   return world;
 }
 
-World World::from_env() {
-  return from([](const std::string& name) -> std::optional<std::string> {
-    const char* value = std::getenv(name.c_str());
-    return value ? std::optional<std::string>(value) : std::nullopt;
-  });
-}
+World World::from_env() { return from(detail::variable); }
 
 }  // namespace dualpipe

@@ -63,7 +63,7 @@ void Handshake::start() {
   side_ == Side::caller ? greet() : read_greeting();
 }
 
-/// One by one: a process that was stopped meanwhile loses one of them at most, and then sees what has come.
+/// Counts them one by one: a process that was stopped meanwhile loses one at most, and then sees what has come.
 void Handshake::wait(int seconds) {
   if (seconds == 0) return give_up(no_answer);
   timer_.expires_after(std::chrono::seconds(1));

@@ -78,7 +78,7 @@ class Meeting {
   virtual std::string waits_for() const = 0;
   virtual CommError late() const = 0;
   virtual void pulse() = 0;  ///< to beat and to look for silent ranks
-  /// Of this node, of whose end the launcher tells.
+  /// Fails if the launcher has told of a rank of this node that has ended.
   void look_for_dead();
 
   void fail(int origin, const std::string& reason);

@@ -173,7 +173,7 @@ std::function<MeetingPlace::StorePtr()> MeetingPlace::opening() const {
   c10d::TCPStoreOptions settings;
   settings.port = static_cast<std::uint16_t>(world_.master_port);
   settings.waitWorkers = false;
-  settings.timeout = options_.timeout;  // who waits for it may be gone by then
+  settings.timeout = options_.timeout;
   return [address = world_.master_address, settings]() -> StorePtr {
     return c10::make_intrusive<c10d::TCPStore>(address, settings);
   };

@@ -31,9 +31,9 @@ bool may_use_tcp(const World& world, Route route, const asio::ip::address& addre
 /// since some have none.
 class MeetingPlace {
  public:
-  /// Keeps references to all.
+  /// Keeps references to `world`, `options` and `watch`.
   ///
-  /// @param watch  of the timeout.
+  /// @param watch  runs since the beginning of the timeout.
   MeetingPlace(const World& world, const ConnectOptions& options, Stopwatch& watch, Route route);
 
   /// Returns when `free` does so with true; `place` is what it tries to listen at.
@@ -68,7 +68,7 @@ class MeetingPlace {
   const bool uses_store_;
   std::string unix_name_;  ///< empty: ranks of this host come by TCP as well
   StorePtr store_;
-  // Of the other ranks than rank 0.
+  // Used by the other ranks, not by rank 0.
   Lookup<StorePtr> opened_;
   Lookup<std::string> in_store_;
   Lookup<std::vector<asio::ip::tcp::endpoint>> endpoints_;

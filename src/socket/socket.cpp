@@ -85,7 +85,7 @@ class SocketTransport final : public Transport, public PeerOwner {
     if (world.size == 1) return;
     if (options.encryption) encryption_.emplace(world.secret);
     auto connections = connect_all(io_, world, options, route, encryption_ ? &*encryption_ : nullptr);
-    const auto due = Clock::now();  // before peers count as heard: also the time until the thread runs may be a stop
+    const auto due = Clock::now();  // before peers count as heard: this process may be stopped until the thread runs
     for (Connection& connection : connections) {
       auto& peer = peers_[connection.peer];
       peer = std::make_shared<Peer>(std::move(connection), *this);

@@ -38,7 +38,7 @@ void set_rendezvous(const std::string& text, Options& options) {
   options.master_port = port;
 }
 
-/// CLI11's own range takes what is no number.
+/// CLI11's own range lets NaN pass.
 CLI::Validator seconds() {
   constexpr double most = 86400;
   return {[](const std::string& text) {
