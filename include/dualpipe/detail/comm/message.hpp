@@ -10,12 +10,11 @@
 #include "dualpipe/comm/communicator.hpp"
 #include "dualpipe/detail/comm/message_tensors.hpp"
 #include "dualpipe/detail/config.hpp"
+#include "dualpipe/detail/host.hpp"
 
 // What travels between two ranks, and one end of it.
 namespace dualpipe::detail {
 
-/// Nanoseconds of std::chrono::steady_clock, which all processes of one host share.
-DUALPIPE_DECL std::int64_t now_ns() noexcept;
 inline double seconds_of(std::int64_t ns) { return static_cast<double>(ns) * 1e-9; }
 
 /// Messages of different channels never match.

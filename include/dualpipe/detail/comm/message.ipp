@@ -2,15 +2,9 @@
 
 #include "dualpipe/detail/comm/message.hpp"
 
-#include <chrono>
 #include <utility>
 
 namespace dualpipe::detail {
-
-std::int64_t now_ns() noexcept {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
 
 GroupHeaders::GroupHeaders(std::int64_t group, std::int32_t epoch, std::size_t num_ranks, bool tensors_follow)
     : group_(group), epoch_(epoch), tensors_follow_(tensors_follow), sends_(num_ranks, 0), receives_(num_ranks, 0) {}
