@@ -1,6 +1,6 @@
 #include "nccl/context.hpp"
-#include "socket/abandonable.hpp"
-#include "socket/blocked_signals.hpp"
+#include "contact/abandonable.hpp"
+#include "contact/blocked_signals.hpp"
 
 #include <ATen/ATen.h>
 #include <pthread.h>

@@ -7,7 +7,7 @@
 #include <span>
 #include <utility>
 
-#include "socket/blocked_signals.hpp"
+#include "contact/blocked_signals.hpp"
 
 namespace dualpipe::detail {
 namespace {

@@ -10,9 +10,9 @@
 #include <stdexcept>
 #include <utility>
 
+#include "contact/contact.hpp"
+#include "contact/host.hpp"
 #include "dualpipe/detail/error_text.hpp"
-#include "socket/contact.hpp"
-#include "socket/host.hpp"
 #include "socket/meeting.hpp"
 
 namespace dualpipe::detail {

@@ -10,10 +10,10 @@
 #include <tuple>
 #include <utility>
 
+#include "contact/secrets.hpp"
 #include "dualpipe/error.hpp"
 #include "launch/failed_file.hpp"
 #include "socket/meeting_place.hpp"
-#include "socket/secrets.hpp"
 
 namespace dualpipe::detail {
 namespace {

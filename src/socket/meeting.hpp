@@ -10,11 +10,11 @@
 #include <string>
 #include <vector>
 
+#include "contact/contact.hpp"
+#include "contact/line.hpp"
 #include "dualpipe/comm/socket.hpp"
 #include "dualpipe/detail/comm/stopwatch.hpp"
 #include "socket/connect.hpp"
-#include "socket/contact.hpp"
-#include "socket/line.hpp"
 
 namespace dualpipe::detail {
 

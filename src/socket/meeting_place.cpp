@@ -9,8 +9,8 @@
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 #include <utility>
 
+#include "contact/host.hpp"
 #include "dualpipe/detail/error_text.hpp"
-#include "socket/host.hpp"
 
 namespace dualpipe::detail {
 namespace {

@@ -7,11 +7,11 @@
 #include <string>
 #include <vector>
 
+#include "contact/abandonable.hpp"
+#include "contact/contact.hpp"
 #include "dualpipe/comm/socket.hpp"
 #include "dualpipe/detail/comm/stopwatch.hpp"
-#include "socket/abandonable.hpp"
 #include "socket/connect.hpp"
-#include "socket/contact.hpp"
 
 namespace dualpipe::detail {
 

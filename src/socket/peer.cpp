@@ -1,5 +1,5 @@
 #include "socket/peer.hpp"
-#include "socket/handshake.hpp"
+#include "contact/handshake.hpp"
 
 #include <linux/sockios.h>
 #include <sys/ioctl.h>

@@ -20,12 +20,12 @@
 #include <thread>
 #include <utility>
 
+#include "contact/blocked_signals.hpp"
+#include "contact/encryption.hpp"
 #include "dualpipe/detail/comm/message_communicator.hpp"
 #include "dualpipe/detail/comm/stopwatch.hpp"
 #include "dualpipe/detail/error_text.hpp"
-#include "socket/blocked_signals.hpp"
 #include "socket/connect.hpp"
-#include "socket/encryption.hpp"
 #include "socket/peer.hpp"
 #include "socket/steps.hpp"
 

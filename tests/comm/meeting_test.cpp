@@ -18,11 +18,11 @@
 #include <regex>
 
 #include "comm/socket_tests.hpp"
+#include "contact/contact.hpp"
+#include "contact/host.hpp"
 #include "dualpipe/detail/files.hpp"
 #include "launch/failed_file.hpp"
 #include "socket/connect.hpp"
-#include "socket/contact.hpp"
-#include "socket/host.hpp"
 #include "socket/meeting.hpp"
 #include "temporary_folder.hpp"
 

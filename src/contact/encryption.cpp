@@ -1,4 +1,4 @@
-#include "socket/encryption.hpp"
+#include "contact/encryption.hpp"
 
 #include <linux/sockios.h>
 #include <openssl/ssl.h>
@@ -23,9 +23,9 @@
 #include <thread>
 #include <utility>
 
+#include "contact/blocked_signals.hpp"
 #include "dualpipe/detail/comm/stopwatch.hpp"
 #include "dualpipe/error.hpp"
-#include "socket/blocked_signals.hpp"
 
 namespace dualpipe::detail {
 namespace {

@@ -1,4 +1,4 @@
-#include "socket/line.hpp"
+#include "contact/line.hpp"
 
 #include <asio/read.hpp>
 #include <asio/write.hpp>

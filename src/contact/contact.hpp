@@ -14,8 +14,8 @@
 #include <string>
 #include <vector>
 
-#include "socket/encryption.hpp"
-#include "socket/handshake.hpp"
+#include "contact/encryption.hpp"
+#include "contact/handshake.hpp"
 
 // How two ranks of a run come to a connection: one listens, the other calls. Everything here is used by the thread that
 // runs the io_context.

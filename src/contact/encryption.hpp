@@ -3,8 +3,8 @@
 #include <memory>
 #include <string>
 
+#include "contact/handshake.hpp"
 #include "socket/connect.hpp"
-#include "socket/handshake.hpp"
 
 namespace dualpipe::detail {
 

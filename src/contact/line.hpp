@@ -8,7 +8,7 @@
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 
-#include "socket/handshake.hpp"
+#include "contact/handshake.hpp"
 
 namespace dualpipe::detail {
 

@@ -1,4 +1,4 @@
-#include "socket/secrets.hpp"
+#include "contact/secrets.hpp"
 
 #include <openssl/crypto.h>
 #include <openssl/evp.h>

@@ -11,8 +11,8 @@
 #include <thread>
 #include <utility>
 
+#include "contact/blocked_signals.hpp"
 #include "dualpipe/detail/comm/stopwatch.hpp"
-#include "socket/blocked_signals.hpp"
 
 // Calls that may block for ever.
 namespace dualpipe::detail {

@@ -10,7 +10,7 @@
 #include <string>
 #include <string_view>
 
-#include "socket/secrets.hpp"
+#include "contact/secrets.hpp"
 #include "socket/wire.hpp"
 
 namespace dualpipe::detail {

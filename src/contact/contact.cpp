@@ -1,4 +1,4 @@
-#include "socket/contact.hpp"
+#include "contact/contact.hpp"
 
 #include <netinet/tcp.h>
 

@@ -1,4 +1,4 @@
-#include "socket/host.hpp"
+#include "contact/host.hpp"
 
 #include <ifaddrs.h>
 #include <net/if.h>

@@ -1,4 +1,4 @@
-#include "socket/handshake.hpp"
+#include "contact/handshake.hpp"
 
 #include <sys/socket.h>
 #include <unistd.h>
