@@ -19,6 +19,12 @@ function(dualpipe_library name)
   dualpipe_warnings(dualpipe_${name})
 endfunction()
 
+# dualpipe_asio(target): Asio. What it allocates by it sees from the headers that a file includes before; all files must see the same.
+function(dualpipe_asio target)
+  target_include_directories(${target} SYSTEM PRIVATE ${DUALPIPE_ASIO_INCLUDE})
+  target_compile_definitions(${target} PRIVATE ASIO_HAS_STD_ALIGNED_ALLOC)
+endfunction()
+
 # dualpipe_unity(target size alone...): compiles up to `size` of its source files as one; `alone` are large enough by themselves.
 function(dualpipe_unity target size)
   if(NOT DUALPIPE_UNITY)
