@@ -36,6 +36,7 @@
 #include <utility>
 #include <vector>
 
+#include "contact/stand_in.hpp"
 #include "dualpipe/comm/socket.hpp"
 #include "dualpipe/detail/files.hpp"
 #include "dualpipe/pipeline/dual_pipe.hpp"
@@ -303,7 +304,7 @@ std::vector<Fault> all_faults(const Flags& flags) {
   return {
       // The ranks meet.
       {.name = "killed-early-0",
-       .injected = "two nodes; rank 0 is killed before it listens; its launcher tells the ranks of its node",
+       .injected = "two nodes; rank 0 is killed before it listens; its launcher tells the others",
        .promise = at_once,
        .body = dies_early,
        .culprit = Culprit::first,
@@ -312,7 +313,7 @@ std::vector<Fault> all_faults(const Flags& flags) {
        .two_nodes = true,
        .told_by_launcher = true},
       {.name = "killed-early-last",
-       .injected = "two nodes; the last rank is killed before it connects; its launcher tells the ranks of its node",
+       .injected = "two nodes; the last rank is killed before it connects; its launcher tells the others",
        .promise = at_once,
        .body = dies_early,
        .culprit = Culprit::last,
@@ -560,6 +561,7 @@ class Job {
   Job(const Job&) = delete;
   Job& operator=(const Job&) = delete;
   ~Job() {
+    pids_.push_back(launcher_);
     for (const pid_t pid : pids_)
       if (pid > 0) {
         ::kill(pid, SIGKILL);
@@ -626,30 +628,40 @@ class Job {
   bool waited_for(int rank) const { return fault_.cut || !fault_.silent || rank != culprit(); }
 
   void start(int rank) {
+    pids_[rank] = forked([this, rank] { return be(rank); });
+  }
+
+  /// A process that runs `body`. @return its pid
+  template <class Body>
+  pid_t forked(const Body& body) const {
     std::fflush(nullptr);
     const pid_t parent = ::getpid();
     const pid_t pid = ::fork();  // without exec: LibTorch is loaded already, and has no threads yet
     if (pid < 0) throw std::runtime_error("no process to be had");
-    if (pid > 0) {
-      pids_[rank] = pid;
-      return;
-    }
+    if (pid > 0) return pid;
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (::getppid() != parent) ::_exit(1);
     if (!flags_.verbose && std::freopen("/dev/null", "w", stderr) == nullptr) ::_exit(1);
-    ::_exit(be(rank));
+    ::_exit(body());
+  }
+
+  World world_of(int rank) const {
+    World world;
+    world.rank = rank;
+    world.size = size_;
+    world.local_size = nodes_ ? size_ / 2 : size_;
+    world.local_rank = rank % world.local_size;
+    if (nodes_) world.master_address = testing::TwoNodes::address(0);
+    world.master_port = port_;
+    world.run_id = std::to_string(seed_);
+    return world;
   }
 
   /// In the process of the rank. @return its exit code
   int be(int rank) {
     Seen& seen = seen_[rank];
     Rank self;
-    self.world.rank = rank;
-    self.world.size = size_;
-    self.world.local_rank = rank;
-    self.world.local_size = size_;
-    self.world.master_port = port_;
-    self.world.run_id = std::to_string(seed_);
+    self.world = world_of(rank);
     self.options.timeout = fault_.short_timeout ? std::chrono::milliseconds(std::lround(flags_.timeout * 1e3)) : 60s;
     self.options.liveness = std::chrono::milliseconds(std::lround(flags_.liveness * 1e3));
     self.culprit = fault_.cut ? -1 : culprit();
@@ -660,12 +672,7 @@ class Job {
       seen.named = named;
     };
     try {
-      if (nodes_) {
-        nodes_->enter(node_of(rank));
-        self.world.master_address = testing::TwoNodes::address(0);
-        self.world.local_size = size_ / 2;
-        self.world.local_rank = rank % (size_ / 2);
-      }
+      if (nodes_) nodes_->enter(node_of(rank));
       if (fault_.told_by_launcher && node_of(rank) == node_of(culprit()))
         ::setenv("DUALPIPE_FAILED_FILE", failed_file().c_str(), 1);
       at::set_num_threads(1);
@@ -695,12 +702,19 @@ class Job {
 
   std::string failed_file() const { return folder_ / "failed.json"; }
   /// As dualpipe-run does.
-  void tell() const {
-    dualpipe::detail::write_file(failed_file(), dualpipe::detail::to_json({.message = "killed by SIGKILL (signal 9)",
-                                                                           .rank = culprit(),
-                                                                           .origin = culprit(),
-                                                                           .operation = {},
-                                                                           .time_ns = 0}));
+  void tell() {
+    const dualpipe::detail::FailureReport failure{.message = "killed by SIGKILL (signal 9)",
+                                                  .rank = culprit(),
+                                                  .origin = culprit(),
+                                                  .operation = {},
+                                                  .time_ns = 0};
+    dualpipe::detail::write_file(failed_file(), dualpipe::detail::to_json(failure));
+    launcher_ = forked([&] {
+      nodes_->enter(node_of(culprit()));
+      const dualpipe::detail::StandIn stand_in(world_of(culprit()), {}, failure, 10s);
+      while (!stand_in.is_over()) std::this_thread::sleep_for(1ms);
+      return 0;
+    });
   }
 
   std::string problem_of(int rank) const {
@@ -723,6 +737,7 @@ class Job {
   int size_;
   std::uint32_t seed_;
   const Flags& flags_;
+  pid_t launcher_ = -1;                 ///< that stands in for a rank
   std::vector<pid_t> pids_;             ///< by rank, -1: it has ended or was never started
   std::vector<std::int64_t> ended_ns_;  ///< by rank
   void* memory_ = nullptr;

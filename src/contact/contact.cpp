@@ -10,6 +10,8 @@
 #include <cerrno>
 #include <utility>
 
+#include "dualpipe/error.hpp"
+
 namespace dualpipe::detail {
 namespace {
 
@@ -29,6 +31,13 @@ bool concerns_one_connection(const asio::error_code& error) {
   constexpr std::array ours = {ECONNABORTED, ECONNRESET, EPROTO,      ENETDOWN, ENOPROTOOPT, EHOSTDOWN, ENONET,
                                EHOSTUNREACH, EOPNOTSUPP, ENETUNREACH, EPERM,    EAGAIN,      EINTR};
   return std::find(ours.begin(), ours.end(), error.value()) != ours.end();
+}
+
+/// Whether what has come begins TLS (RFC 8446, section 5.1: the type of a handshake record).
+bool begins_encryption(StreamSocket& socket) {
+  constexpr char handshake_record = 22;
+  char first = 0;
+  return ::recv(socket.native_handle(), &first, 1, MSG_PEEK | MSG_DONTWAIT) == 1 && first == handshake_record;
 }
 
 bool crosses_hosts(const StreamSocket& socket) { return socket.local_endpoint().protocol().family() != AF_UNIX; }
@@ -72,12 +81,21 @@ std::shared_ptr<Handshake> shake_hands(asio::io_context& io, StreamSocket socket
                                        const Introduction& introduction,
                                        std::function<void(Contact, const std::string& problem)> done) {
   Ends ends;
-  Broken broken;
+  const auto broken = std::make_shared<Broken>();
+  std::function<void(StreamSocket&)> spoken;
   if (crosses_hosts(socket)) {
     set_tcp_options(socket);
     ends = {address_of(socket.local_endpoint()), address_of(socket.remote_endpoint())};
-    if (introduction.encryption != nullptr)
-      broken = introduction.encryption->wrap(io, socket, side == Handshake::Side::listener);
+    const bool listens = side == Handshake::Side::listener;
+    const auto encrypt = [&io, broken, listens, encryption = introduction.encryption](StreamSocket& plain) {
+      *broken = encryption->wrap(io, plain, listens);
+    };
+    if (introduction.encryption != nullptr && !introduction.encryption_is_optional)
+      encrypt(socket);
+    else if (introduction.encryption != nullptr)
+      spoken = [encrypt](StreamSocket& plain) {
+        if (begins_encryption(plain)) encrypt(plain);
+      };
   }
   auto handshake = std::make_shared<Handshake>(
       io, std::move(socket), side, introduction.own, introduction.key,
@@ -85,13 +103,14 @@ std::shared_ptr<Handshake> shake_hands(asio::io_context& io, StreamSocket socket
       [ends, broken, done = std::move(done)](Handshake& over, const std::string& problem) {
         done({.rank = over.theirs().rank,
               .size = over.theirs().size,
+              .meeting = over.theirs().meeting,
               .socket = over.take(),
               .clock_offset_ns = ends.are_far() ? over.clock_offset_ns() : 0,
               .ends = ends,
-              .broken = broken},
+              .broken = *broken},
              problem);
       });
-  handshake->start();
+  handshake->start(spoken);
   return handshake;
 }
 

@@ -29,8 +29,9 @@ struct Ends {
 
 /// A connection whose two ends have made sure of each other.
 struct Contact {
-  int rank = -1;  ///< at the other end
-  int size = 0;   ///< of the world, as the other end has it
+  int rank = -1;         ///< at the other end
+  int size = 0;          ///< of the world, as the other end has it
+  Bytes32 meeting = {};  ///< what the other end meets for
   StreamSocket socket;
   std::int64_t clock_offset_ns = 0;  ///< added to the other end's clock it gives this one's
   Ends ends = {};
@@ -41,8 +42,9 @@ struct Contact {
 struct Introduction {
   Greeting own;
   std::string key;
-  Encryption* encryption = nullptr;  ///< of what crosses hosts; null: none
-  /// @return why the other end is not the one that is meant; empty if it is.
+  Encryption* encryption = nullptr;     ///< of what crosses hosts; null: none
+  bool encryption_is_optional = false;  ///< callers decide
+  /// @return why the other end is not the one that is meant, or does not meet here; empty if it is, and does.
   std::function<std::string(const Greeting& theirs, const Ends& ends)> check;
 };
 

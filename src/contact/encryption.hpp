@@ -1,12 +1,17 @@
 #pragma once
 
+#include <asio/io_context.hpp>
+#include <atomic>
 #include <memory>
 #include <string>
 
 #include "contact/handshake.hpp"
-#include "socket/connect.hpp"
 
 namespace dualpipe::detail {
+
+/// Of an encrypted connection: whether it has ended by another error than the end of the process at its other end. Null
+/// otherwise.
+using Broken = std::shared_ptr<const std::atomic<bool>>;
 
 /// Encrypts connections with TLS 1.3, whose key is the secret of the job; nothing else than the secret is needed, and
 /// nobody without it can take part or listen. One thread moves and encrypts the bytes: what is wrapped looks like a Unix

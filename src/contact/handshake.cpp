@@ -9,6 +9,9 @@
 #include <type_traits>
 #include <utility>
 
+#include "dualpipe/detail/host.hpp"
+#include "dualpipe/error.hpp"
+
 namespace dualpipe::detail {
 namespace {
 
@@ -56,11 +59,16 @@ auto Handshake::then(Next next) {
   };
 }
 
-void Handshake::start() {
+void Handshake::start(const std::function<void(StreamSocket&)>& spoken) {
   wait(limit_in_seconds);
   if (const std::string stranger = stranger_at(socket_); !stranger.empty()) return give_up(stranger);
   own_.nonce = random_bytes();
-  side_ == Side::caller ? greet() : read_greeting();
+  if (side_ == Side::caller) return greet();
+  if (!spoken) return read_greeting();
+  socket_.async_wait(StreamSocket::wait_read, then([spoken](Handshake& self) {
+                       spoken(self.socket_);
+                       self.read_greeting();
+                     }));
 }
 
 /// Counts them one by one: a process that was stopped meanwhile loses one at most, and then sees what has come.
@@ -105,8 +113,6 @@ void Handshake::greeted() {
   if (theirs_.version != own_.version)
     problem = str("it speaks protocol version ", theirs_.version, ", this rank ", own_.version,
                   ": start all ranks from one build");
-  else if (theirs_.meeting != own_.meeting)
-    problem = "another job or communicator answers there, or one with another DUALPIPE_SECRET_FILE";
   else
     problem = check_(theirs_);
   if (!problem.empty()) return give_up(problem);

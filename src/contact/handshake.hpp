@@ -10,13 +10,17 @@
 #include <string>
 #include <string_view>
 
+#include "contact/protocol.hpp"
 #include "contact/secrets.hpp"
-#include "socket/wire.hpp"
 
 namespace dualpipe::detail {
 
 /// The outcome of a call that nobody answers, whether or not somebody accepts it.
 inline constexpr const char* no_answer = "no answer";
+
+/// Why a connection to those who do not meet here is closed.
+inline constexpr const char* another_meeting =
+    "another job or communicator answers there, or one with another DUALPIPE_SECRET_FILE";
 
 /// The other end has closed the connection, or died. If it had not read all by then, that is a reset.
 inline bool closed_by_peer(const asio::error_code& error) {
@@ -55,7 +59,8 @@ class Handshake : public std::enable_shared_from_this<Handshake> {
   Handshake(asio::io_context& io, StreamSocket socket, Side side, const Greeting& own, std::string_view key,
             Check check, Done done);
 
-  void start();
+  /// @param spoken  of a listener: called when the caller has begun to speak; may put another socket in place of this.
+  void start(const std::function<void(StreamSocket& socket)>& spoken = {});
   /// Closes the connection.
   void give_up(const std::string& problem);
   bool is_over() const { return over_; }

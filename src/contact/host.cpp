@@ -11,6 +11,7 @@
 #include <cstring>
 #include <memory>
 
+#include "contact/secrets.hpp"
 #include "dualpipe/detail/host.hpp"
 
 namespace dualpipe::detail {
@@ -82,6 +83,30 @@ bool is_of_this_host(const asio::ip::address& address) {
   const std::vector<asio::ip::address> own = interface_addresses();
   return std::any_of(own.begin(), own.end(),
                      [&](const asio::ip::address& each) { return without_scope(each) == without_scope(address); });
+}
+
+bool is_loopback(const std::string& address) {
+  asio::error_code error;
+  const auto parsed = asio::ip::make_address(address, error);
+  return address == "localhost" || (!error && parsed.is_loopback());
+}
+
+std::vector<asio::ip::tcp::endpoint> resolve(const std::string& name, int port) {
+  asio::io_context io;
+  std::vector<asio::ip::tcp::endpoint> endpoints;
+  for (const auto& entry : asio::ip::tcp::resolver(io).resolve(name, std::to_string(port)))
+    endpoints.push_back(entry.endpoint());
+  return endpoints;
+}
+
+std::string meeting_name(const World& world, const std::string& communicator, int epoch) {
+  return "dualpipe." + hexadecimal(authentication_code(
+                           world.secret, {"place", world.master_address, std::to_string(world.master_port),
+                                          world.run_id, communicator, std::to_string(epoch)}));
+}
+
+bool may_use_tcp(const World& world, const asio::ip::address& address) {
+  return !world.secret.empty() || !is_of_this_host(address);
 }
 
 }  // namespace dualpipe::detail

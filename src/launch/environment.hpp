@@ -14,6 +14,16 @@ inline std::optional<std::string> variable(const std::string& name) {
   return value ? std::optional<std::string>(value) : std::nullopt;
 }
 
+/// Whether a launcher has given this process that rank. It need not know of others, as of a part of the ranks that a
+/// program connects with each other.
+inline bool is_launched_as(const World& world) {
+  const auto is = [](const std::string& name, int number) {
+    const std::optional<std::string> value = variable(name);
+    return !value || *value == std::to_string(number);
+  };
+  return is("RANK", world.rank) && is("WORLD_SIZE", world.size);
+}
+
 /// The file by which a rank tells its launcher why it ends; empty: the launcher wants none.
 inline std::string error_file(const World::Lookup& lookup) {
   return lookup(lookup("TORCHELASTIC_RUN_ID") ? "TORCHELASTIC_ERROR_FILE" : "DUALPIPE_ERROR_FILE").value_or("");

@@ -43,7 +43,9 @@ World as_launched(World world) {
 
 }  // namespace
 
-std::string detail::failed_file() { return variable("DUALPIPE_FAILED_FILE").value_or(""); }
+std::string detail::failed_file(const World& world) {
+  return is_launched_as(world) ? variable("DUALPIPE_FAILED_FILE").value_or("") : "";
+}
 
 std::optional<detail::FailureReport> detail::failure_in(const std::string& failed_file) noexcept {
   try {

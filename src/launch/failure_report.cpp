@@ -20,6 +20,14 @@ std::string to_json(const FailureReport& report) {
   return json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
+std::string absence_of(const FailureReport& report) {
+  if (report.origin >= 0 && report.origin != report.rank) return report.message;  // it has been told itself
+  const std::string name = "rank " + std::to_string(report.rank);
+  std::string reason = report.message;
+  if (reason.starts_with(name + ": ")) reason.erase(0, name.size() + 2);
+  return name + " ended before it met the others: " + reason;
+}
+
 std::optional<FailureReport> failure_report_from(const std::string& json) {
   try {
     const nlohmann::json parsed = nlohmann::json::parse(json);

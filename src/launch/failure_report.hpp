@@ -18,6 +18,9 @@ struct FailureReport {
 /// JSON that torchrun reads as one of its own error files, and takes for later where the failure began elsewhere.
 std::string to_json(const FailureReport& report);
 
+/// What those say who have waited for that rank to meet them.
+std::string absence_of(const FailureReport& report);
+
 /// @return nullopt for any other text.
 std::optional<FailureReport> failure_report_from(const std::string& json);
 

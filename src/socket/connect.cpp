@@ -75,10 +75,13 @@ class ConnectionBuilder {
   }
 
   Introduction introduction(std::function<std::string(const Greeting&, const Ends&)> check) const {
-    Introduction result{.own = {}, .key = meeting_.session_key(), .encryption = encryption_, .check = std::move(check)};
+    Introduction result{.own = {}, .key = meeting_.session_key(), .encryption = encryption_, .check = {}};
     result.own.rank = world_.rank;
     result.own.size = world_.size;
     result.own.meeting = authentication_code(result.key, {"connections"});
+    result.check = [meeting = result.own.meeting, check = std::move(check)](const Greeting& theirs, const Ends& ends) {
+      return theirs.meeting == meeting ? check(theirs, ends) : another_meeting;
+    };
     return result;
   }
 

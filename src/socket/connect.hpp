@@ -2,25 +2,19 @@
 
 #include <asio/generic/stream_protocol.hpp>
 #include <asio/io_context.hpp>
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
+#include "contact/encryption.hpp"
 #include "dualpipe/comm/socket.hpp"
 
 namespace dualpipe::detail {
-
-class Encryption;
 
 enum class Route {
   best,  ///< Unix domain sockets between ranks of one host, TCP elsewhere
   tcp    ///< TCP everywhere
 };
-
-/// Of an encrypted connection: whether it has ended by another error than the end of the process at its other end. Null
-/// otherwise.
-using Broken = std::shared_ptr<const std::atomic<bool>>;
 
 /// A connection whose two ends have made sure of each other.
 struct Connection {

@@ -10,9 +10,12 @@
 #include <tuple>
 #include <utility>
 
+#include "contact/host.hpp"
 #include "contact/secrets.hpp"
+#include "contact/stand_in.hpp"
 #include "dualpipe/error.hpp"
 #include "launch/failed_file.hpp"
+#include "launch/met_file.hpp"
 #include "socket/meeting_place.hpp"
 
 namespace dualpipe::detail {
@@ -55,9 +58,11 @@ Introduction introduction_of(const World& world, const ConnectOptions& options, 
   introduction.own.size = world.size;
   introduction.own.meeting =
       authentication_code(world.secret, {"meeting", world.run_id, options.name, std::to_string(options.epoch)});
-  introduction.check = [&world, route](const Greeting& theirs, const Ends& ends) -> std::string {
+  introduction.check = [&world, route, meeting = introduction.own.meeting](const Greeting& theirs,
+                                                                           const Ends& ends) -> std::string {
+    if (theirs.meeting != meeting && theirs.meeting != meeting_of_launchers(world)) return another_meeting;
     if (world.rank != 0 && theirs.rank != 0) return str("rank ", theirs.rank, " answers");
-    return ends.are_far() && !may_use_tcp(world, route, ends.other) ? not_by_tcp : "";
+    return ends.are_far() && route == Route::best && !may_use_tcp(world, ends.other) ? not_by_tcp : "";
   };
   return introduction;
 }
@@ -67,7 +72,14 @@ Introduction introduction_of(const World& world, const ConnectOptions& options, 
 // ---- what rank 0 and the others have in common
 
 Meeting::Meeting(asio::io_context& io, const World& world, const ConnectOptions& options)
-    : io_(io), world_(world), options_(options), period_(period_of(options)), failed_file_(failed_file()), timer_(io) {
+    : io_(io),
+      world_(world),
+      options_(options),
+      met_file_(met_file(world)),
+      period_(period_of(options)),
+      failed_file_(failed_file(world)),
+      timer_(io) {
+  note_meeting(met_file_);
   timer_.expires_after(period_);
   beat_regularly();
 }
@@ -87,11 +99,8 @@ void Meeting::beat_regularly() {
 void Meeting::look_for_dead() {
   const auto report = failure_in(failed_file_);
   if (!report || !is_rank(report->rank) || report->rank == world_.rank) return;
-  const std::string name = str("rank ", report->rank);
-  std::string reason = report->message;
-  if (reason.starts_with(name + ": ")) reason.erase(0, name.size() + 2);
   dead_ = report->rank;
-  fail(is_rank(report->origin) ? report->origin : report->rank, name + " ended before it met the others: " + reason);
+  fail(is_rank(report->origin) ? report->origin : report->rank, absence_of(*report));
 }
 
 std::vector<std::string> Meeting::all_gather(const std::string& mine, const std::string& lacks) {
@@ -206,19 +215,6 @@ class MeetingHost final : public Meeting {
     place_.open(listener_, [this](const std::string& place, const auto& free) { wait_for_place(place, free); });
   }
 
-  /// For a rank of the same node as rank 0, which has ended before it listened: tells those who look for it there.
-  /// @throws std::exception  cannot listen there; another rank may do the same.
-  void stand_in(const CommError& error) {
-    dead_ = 0;
-    // The others of this node learn it as this rank did.
-    for (int rank = 1; rank < world_.local_size; ++rank)
-      if (rank != world_.local_rank) came_.insert(rank);
-    place_.open(listener_, [](const std::string& place, const auto& free) {
-      if (!free()) throw std::runtime_error(place + " is taken");
-    });
-    give_up(error);
-  }
-
   void leave() override {
     leaving_ = true;
     // Afterwards the connections are expected to beat, and meanwhile they do not.
@@ -261,7 +257,9 @@ class MeetingHost final : public Meeting {
 
   void admit(Contact contact) {
     const int rank = contact.rank;
-    const bool fits = contact.size == world_.size && rank > 0 && rank < world_.size && lines_[rank] == nullptr;
+    const bool is_new = rank > 0 && rank < world_.size && lines_[rank] == nullptr;
+    if (!is_new && contact.meeting == meeting_of_launchers(world_)) return;  // the rank's own connection tells more
+    const bool fits = contact.size == world_.size && is_new;
     auto line = std::make_shared<Line>(
         std::move(contact.socket),
         [this, rank, fits](const nlohmann::json& message) {
@@ -272,6 +270,7 @@ class MeetingHost final : public Meeting {
         });
     all_.push_back(line);
     if (rank > 0) came_.insert(rank);
+    note_met(met_file_, rank);
     ++sizes_[contact.size];
     line->start();
     if (farewell_) return line->send(farewell_);
@@ -379,8 +378,6 @@ class MeetingGuest final : public Meeting {
   MeetingGuest(asio::io_context& io, const World& world, const ConnectOptions& options, Route route,
                Encryption* encryption)
       : Meeting(io, world, options),
-        route_(route),
-        encryption_(encryption),
         caller_(std::make_shared<Caller>(
             io, introduction_of(world, options, route, encryption),
             [place = std::make_shared<MeetingPlace>(world, options, watch_, route)] { return place->places(); },
@@ -398,9 +395,6 @@ class MeetingGuest final : public Meeting {
   void leave() override { line_->close(); }
 
   void give_up(const CommError& error) noexcept override {
-    if (!line_ && dead_ == 0) return stand_in(error);
-    // Rank 0 may be about to listen, and nobody else can tell it.
-    if (!line_ && dead_) drain(stay_limit, [this] { return line_ != nullptr; });
     if (!line_ || !line_->is_open()) return;
     try {
       line_->send(failure_frame(error));
@@ -420,20 +414,8 @@ class MeetingGuest final : public Meeting {
         std::move(contact.socket), [this](const nlohmann::json& message) { arrived(message); },
         [this](const std::string& why) { fail_by_end(0, why); });
     line_->start();
+    note_met(met_file_, 0);
     look_for_dead();  // the launcher may soon end this rank too
-  }
-
-  void stand_in(const CommError& error) noexcept {
-    try {
-      caller_->close();
-      World world = world_;
-      world.rank = 0;
-      ConnectOptions options = options_;
-      options.timeout = stay_limit;
-      MeetingHost(io_, world, options, route_, encryption_).stand_in(error);
-    } catch (...) {
-      // Another rank of this node tells them, or their own timeouts do.
-    }
   }
 
   void arrived(const nlohmann::json& message) {
@@ -489,8 +471,6 @@ class MeetingGuest final : public Meeting {
   std::string session_;
   Ends ends_;
   std::shared_ptr<Line> line_;  ///< null: not connected so far
-  const Route route_;
-  Encryption* const encryption_;
   const std::shared_ptr<Caller> caller_;
 };
 

@@ -20,8 +20,8 @@ namespace dualpipe::detail {
 
 /// The ranks before they are connected with each other: all but rank 0 call rank 0, and what one says goes through it to
 /// all. From the first connection on every rank beats, so that a rank that is killed, or that falls silent, is named on
-/// all others; and one that gives up says why. Of a rank that ends before its first connection the launcher tells those
-/// of its node.
+/// all others; and one that gives up says why. Of a rank that ends before its first connection the launcher tells: those
+/// of its node by a file, those of others in its place (StandIn).
 ///
 /// Everything happens on the thread that calls the functions, while they wait. Keeps references to the arguments of
 /// meet().
@@ -98,6 +98,7 @@ class Meeting {
   asio::io_context& io_;
   const World& world_;
   const ConnectOptions& options_;
+  const std::string met_file_;
   Stopwatch watch_;  ///< since the beginning
   Status status_;
   std::optional<std::vector<std::string>> result_;  ///< of the round that has ended last

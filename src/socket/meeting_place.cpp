@@ -22,15 +22,9 @@ using asio::ip::tcp;
 constexpr auto name_limit = 5s;
 constexpr std::size_t longest_unix_name = 100;  // of the 107 bytes that Linux allows
 
-/// What looks up the addresses of a host. @throws asio::system_error  the name is unknown.
-std::function<std::vector<tcp::endpoint>()> resolving(const std::string& name, int port) {
-  return [name, port] {
-    asio::io_context io;
-    std::vector<tcp::endpoint> endpoints;
-    for (const auto& entry : tcp::resolver(io).resolve(name, std::to_string(port)))
-      endpoints.push_back(entry.endpoint());
-    return endpoints;
-  };
+/// What looks up the addresses of a host.
+auto resolving(const std::string& name, int port) {
+  return [name, port] { return resolve(name, port); };
 }
 
 /// Repeats `action` while its address is taken. @return any other error
@@ -49,17 +43,7 @@ asio::error_code until_free(const std::string& place, const MeetingPlace::Wait& 
   return problem;
 }
 
-bool is_loopback(const std::string& address) {
-  asio::error_code error;
-  const auto parsed = asio::ip::make_address(address, error);
-  return address == "localhost" || (!error && parsed.is_loopback());
-}
-
 }  // namespace
-
-bool may_use_tcp(const World& world, Route route, const asio::ip::address& address) {
-  return route != Route::best || !world.secret.empty() || !is_of_this_host(address);
-}
 
 MeetingPlace::MeetingPlace(const World& world, const ConnectOptions& options, Stopwatch& watch, Route route)
     : world_(world),
@@ -70,11 +54,7 @@ MeetingPlace::MeetingPlace(const World& world, const ConnectOptions& options, St
       store_(options.store) {
   if (route == Route::tcp) return;
   // The others have to find it: by the same computation, or in the store.
-  unix_name_ = uses_store_
-                   ? random_unix_name()
-                   : "dualpipe." + hexadecimal(authentication_code(
-                                       world.secret, {"place", world.master_address, std::to_string(world.master_port),
-                                                      world.run_id, options.name, std::to_string(options.epoch)}));
+  unix_name_ = uses_store_ ? random_unix_name() : meeting_name(world, options.name, options.epoch);
 }
 
 CommError MeetingPlace::failure(const std::string& what) const {
@@ -89,7 +69,7 @@ bool MeetingPlace::is_local() const {
 
 /// Nobody is called in vain: somebody silent there would keep this rank from looking at the Unix domain socket.
 Place MeetingPlace::place_at(const std::string& name, const tcp::endpoint& endpoint) const {
-  if (!may_use_tcp(world_, route_, endpoint.address())) return {name, std::nullopt, not_by_tcp};
+  if (route_ == Route::best && !may_use_tcp(world_, endpoint.address())) return {name, std::nullopt, not_by_tcp};
   return {name, endpoint, ""};
 }
 

@@ -15,15 +15,6 @@
 
 namespace dualpipe::detail {
 
-/// What is said where may_use_tcp() is false.
-inline constexpr const char* not_by_tcp =
-    "on this host, where only the Unix domain socket tells whose process answers; a rank 0 in a container behind a "
-    "port "
-    "of this host needs a secret: DUALPIPE_SECRET_FILE names a file with one";
-/// Whether a rank talks to a process at `address` by TCP. Without a secret only the kernel tells whose process it is, and
-/// only at a Unix domain socket, which everybody on this host can use.
-bool may_use_tcp(const World& world, Route route, const asio::ip::address& address);
-
 /// Where rank 0 waits for the others: at an abstract Unix domain socket for those of its host, and at a TCP port where
 /// ranks may come from elsewhere. The port is the world's master port, or one that rank 0 chooses and tells in a c10d
 /// store: that of the caller, or the launcher's. Of the store only this one value is used; it proves nothing, so what it

@@ -6,6 +6,7 @@
 #include <string>
 #include <string_view>
 
+#include "contact/protocol.hpp"
 #include "dualpipe/detail/comm/activity.hpp"
 #include "dualpipe/detail/comm/message.hpp"
 #include "socket/commit.hpp"
@@ -13,10 +14,6 @@
 // The bytes on a connection between two ranks: frames of a prefix, a head, and for messages the bytes of the tensors.
 // Numbers are in the machine's byte order; the magic number rejects a peer with another one.
 namespace dualpipe::detail::wire {
-
-/// Raised with every change of this format: ranks with different formats refuse each other.
-constexpr std::uint32_t protocol_version = 5;
-constexpr std::uint64_t protocol_magic = 0x4455'414c'5049'5045;  // "DUALPIPE"
 
 /// The bytes are not what a rank of this version sends.
 class Malformed : public std::runtime_error {

@@ -16,12 +16,15 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <regex>
+#include <set>
 
 #include "comm/socket_tests.hpp"
 #include "contact/contact.hpp"
 #include "contact/host.hpp"
+#include "contact/stand_in.hpp"
 #include "dualpipe/detail/files.hpp"
 #include "launch/failed_file.hpp"
+#include "launch/met_file.hpp"
 #include "socket/connect.hpp"
 #include "socket/meeting.hpp"
 #include "temporary_folder.hpp"
@@ -200,6 +203,12 @@ TEST(Meeting, ARankThatEndsBeforeItComesIsNamedOnAll) {
     EXPECT_THAT(errors_of(2, [&](int rank) { connect_and_sum(world_of(rank, 2), options_with(store)); }), Each(""))
         << text;
   }
+  // Nor does this: the launcher has started eight ranks, of which the program connects two.
+  detail::write_file(file, report(1));
+  ::setenv("WORLD_SIZE", "8", 1);
+  const StorePtr part = c10::make_intrusive<c10d::HashStore>();
+  EXPECT_THAT(errors_of(2, [&](int rank) { connect_and_sum(world_of(rank, 2), options_with(part)); }), Each(""));
+  ::unsetenv("WORLD_SIZE");
   std::filesystem::remove(file);
   const StorePtr store = c10::make_intrusive<c10d::HashStore>();
   std::vector<int> origins(4, -1);
@@ -220,6 +229,141 @@ TEST(Meeting, ARankThatEndsBeforeItComesIsNamedOnAll) {
     EXPECT_EQ(errors[rank], "rank 3 ended before it met the others: killed by SIGKILL (signal 9)");
     EXPECT_EQ(origins[rank], 3);
   }
+}
+
+TEST(Meeting, WhoEndsBecauseItWasToldPassesOnWhatItWasTold) {
+  const std::string text = "rank 2 ended before it met the others: exit code 3";
+  EXPECT_EQ(detail::absence_of({.message = text, .rank = 1, .origin = 2, .operation = "rendezvous", .time_ns = 0}),
+            text);
+}
+
+TEST(Meeting, TheLauncherReadsWhomARankHasMetInItsLastMeeting) {
+  const test::TemporaryFolder folder;
+  const std::string file = folder.path() / "met";
+  const auto expect = [&](const std::set<int>& ranks, bool before) {
+    const detail::Met met = detail::read_met(file);
+    EXPECT_EQ(met.ranks, ranks);
+    EXPECT_EQ(met.before, before);
+  };
+  expect({}, false);
+  detail::note_meeting(file);
+  expect({}, false);
+  detail::note_met(file, 2);
+  detail::note_met(file, 1);
+  expect({1, 2}, false);
+  detail::note_meeting(file);
+  expect({}, true);
+  detail::note_met(file, 3);
+  expect({3}, true);
+  detail::note_met("", 3);  // no launcher
+}
+
+/// For a rank that is alone on its node.
+World alone_on_its_node(int port, int rank, int size) {
+  World world = world_at(port, rank, size);
+  world.local_rank = 0;
+  world.local_size = 1;
+  return world;
+}
+
+detail::FailureReport exit_of(int rank) {
+  return {.message = str("rank ", rank, ": exit code 3"), .rank = rank, .origin = rank, .operation = {}, .time_ns = 0};
+}
+
+TEST(Meeting, ALauncherStandsInForARankThatHasMetNobody) {
+  for (const bool secret : {false, true}) {
+    for (const int absent : {0, 2}) {
+      const int port = free_port();
+      const auto world = [&](int rank) {
+        World own = alone_on_its_node(port, rank, 4);
+        if (secret) own.secret = "a secret of all these ranks";
+        return own;
+      };
+      std::vector<int> origins(4, -1);
+      const auto errors = errors_of(4, [&](int rank) {
+        if (rank == absent) {
+          detail::StandIn stand_in(world(rank), {}, exit_of(rank), 30s);
+          while (!stand_in.is_over()) std::this_thread::sleep_for(1ms);
+          if (!stand_in.all_know()) throw Error("not all know");
+          return;
+        }
+        if (rank == 3) std::this_thread::sleep_for(200ms);  // the others have called by then
+        try {
+          connect_sockets(world(rank), {.timeout = 60s});
+        } catch (const CommError& error) {
+          origins[rank] = error.origin_rank();
+          throw;
+        }
+      });
+      for (int rank = 0; rank < 4; ++rank) {
+        EXPECT_EQ(errors[rank],
+                  rank == absent ? "" : str("rank ", absent, " ended before it met the others: exit code 3"));
+        EXPECT_EQ(origins[rank], rank == absent ? -1 : absent);
+      }
+    }
+  }
+}
+
+TEST(Meeting, ALauncherDoesNotSpeakForARankThatHasCome) {
+  const int port = free_port();
+  std::latch told(1);
+  const auto errors = errors_of(3, [&](int rank) {
+    if (rank == 2) told.wait();
+    meet(world_at(port, rank, 3), {.timeout = 60s}, [&](Meeting& meeting) {
+      if (rank == 1) {
+        const detail::StandIn launcher(alone_on_its_node(port, 1, 3), {}, exit_of(1), 30s);
+        while (!launcher.is_over()) std::this_thread::sleep_for(1ms);
+        told.count_down();
+        if (!launcher.all_know()) throw Error("rank 0 has not answered");
+      }
+      meeting.all_gather("", "");
+    });
+  });
+  EXPECT_THAT(errors, Each(""));
+}
+
+TEST(Meeting, ALauncherLooksForNobodyWhoHasMetItsRank) {
+  const int port = free_port();
+  for (const int absent : {0, 2}) {
+    const auto begin = std::chrono::steady_clock::now();
+    detail::StandIn over(alone_on_its_node(port, absent, 3), absent == 0 ? std::set<int>{1, 2} : std::set<int>{0},
+                         exit_of(absent), 1h);
+    while (!over.is_over()) std::this_thread::sleep_for(1ms);
+    EXPECT_TRUE(over.all_know());
+    detail::StandIn late(alone_on_its_node(port, absent, 3), absent == 0 ? std::set<int>{1} : std::set<int>{},
+                         exit_of(absent), 100ms);
+    while (!late.is_over()) std::this_thread::sleep_for(1ms);
+    EXPECT_FALSE(late.all_know());
+    EXPECT_GE(std::chrono::steady_clock::now() - begin, 100ms);
+  }
+  detail::StandIn(alone_on_its_node(port, 0, 3), {}, exit_of(0), 1h);  // is given up at once
+}
+
+TEST(Meeting, ALauncherOfAnotherRunIsNotHeard) {
+  const int port = free_port();
+  World other = world_at(port, 1, 2);
+  other.run_id += " another";
+  const std::string place = detail::meeting_name(world_at(port, 0, 2), "dualpipe", 0);
+  const auto errors = errors_of(2, [&](int rank) {
+    if (rank == 0) return connect_and_sum(world_at(port, 0, 2), {.timeout = 60s});
+    asio::io_context io;
+    detail::Introduction introduction{
+        .own = {}, .key = "", .check = [](const auto&, const auto&) { return std::string(); }};
+    introduction.own.rank = 1;
+    introduction.own.size = 2;
+    introduction.own.meeting = detail::meeting_of_launchers(other);
+    const auto caller = std::make_shared<detail::Caller>(
+        io, introduction, [&] { return std::vector<detail::Place>{{"here", detail::unix_endpoint(place), ""}}; },
+        [](detail::Contact) { throw Error("heard"); });
+    caller->start();
+    while (caller->outcomes() != "here (it closes the connection)" && io.run_one_for(10s) > 0) {
+    }
+    const std::string outcome = caller->outcomes();
+    caller->close();
+    connect_and_sum(world_at(port, 1, 2), {.timeout = 60s});
+    if (outcome != "here (it closes the connection)") throw Error(outcome);
+  });
+  EXPECT_THAT(errors, Each(""));
 }
 
 TEST(Meeting, WorldsOfDifferentSizesAreOneErrorEverywhere) {

@@ -57,6 +57,12 @@ void exchange(const Ptr& comm, int rounds) {
   comm->barrier().wait();
 }
 
+/// @param name  of the communicator.
+void meets(const World& world, const std::string& name, bool encryption) {
+  connect_sockets(world, {.name = name, .timeout = 60s, .encryption = encryption});
+  std::cout << "connected" << std::endl;
+}
+
 void transfers(const World& world) {
   exchange(connect_sockets(world, {.timeout = 60s}), 20);
   std::cout << "fine" << std::endl;
@@ -261,6 +267,7 @@ int main(int argc, char** argv) {
   using namespace dualpipe;
   const std::map<std::string, std::function<void(const World&)>> modes = {
       {"transfers", transfers},
+      {"meets", [&](const World& world) { meets(world, argv[2], !world.secret.empty()); }},
       {"killed", [](const World& world) { struck(world, SIGKILL, 60s); }},
       {"stopped", [](const World& world) { struck(world, SIGSTOP, 5s); }},
       {"endless", [](const World& world) { struck(world, 0, 4s); }},

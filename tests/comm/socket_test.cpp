@@ -255,6 +255,20 @@ TEST_P(SocketProcesses, Transfer) { expect_fine("transfers"); }
 TEST_P(SocketProcesses, TwoCommunicatorsDoNotSeeEachOther) { expect_fine("two_names"); }
 TEST_P(SocketProcesses, ConnectAgainAfterAFailure) { expect_fine("reconnect"); }
 
+/// In each meeting.
+TEST_P(SocketProcesses, TellTheirLauncherWhomTheyHaveMet) {
+  Process ranks({DUALPIPE_RUN, "-q", "-n", std::to_string(GetParam()), "--", "sh", "-c",
+                 "export DUALPIPE_MET_FILE=$DUALPIPE_ERROR_FILE.met; " SOCKET_RANK
+                 " two_names > /dev/null && echo met $(sort -n $DUALPIPE_MET_FILE)"});
+  EXPECT_EQ(ranks.wait(), 0) << ranks.err();
+  std::string others;
+  for (int rank = 1; rank < GetParam(); ++rank) {
+    others += " " + std::to_string(rank) + " " + std::to_string(rank);
+    EXPECT_THAT(ranks.out(), HasSubstr("[" + std::to_string(rank) + "] met -1 -1 0 0\n"));
+  }
+  EXPECT_THAT(ranks.out(), HasSubstr("[0] met -1 -1" + others + "\n"));
+}
+
 TEST_P(SocketProcesses, AKilledPeerIsNamedAtOnce) {
   Process ranks(run(GetParam(), "killed"));
   EXPECT_EQ(ranks.wait(), 128 + SIGKILL) << ranks.err();

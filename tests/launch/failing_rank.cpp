@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <exception>
 #include <filesystem>
+#include <fstream>
 #include <iostream>
 #include <random>
 #include <stdexcept>
@@ -50,6 +51,10 @@ class Delays {
 
 int run(const std::string& how, int culprit, unsigned seed) {
   const World world = World::from_env();
+  if (const char* met = std::getenv("DUALPIPE_MET_FILE")) {
+    std::ofstream file(met);
+    for (int rank = 0; rank < world.size; ++rank) file << rank << '\n';
+  }
   Delays delays(seed * 1000 + static_cast<unsigned>(world.rank));
   delays.pause();
   if (how == "alone" && world.rank != culprit) hang();

@@ -21,6 +21,7 @@ using ::testing::AllOf;
 using ::testing::ContainsRegex;
 using ::testing::Each;
 using ::testing::HasSubstr;
+using ::testing::Not;
 using testing::Process;
 using testing::TwoNodes;
 using Command = std::vector<std::string>;
@@ -270,32 +271,104 @@ TEST_F(Nodes, AMeetingPlaceOutOfReachIsNamed) {
   EXPECT_THAT(error_with("node0:29501"), HasSubstr("within 4000 ms at node0:29501 (Network is unreachable)"));
 }
 
-/// Leaves ranks that start slowly the time to hear of a failure.
-Command patient_dualpipe_run(int node) {
-  Command command = dualpipe_run(node);
-  command.insert(command.begin() + 1, {"--wait-before-term", "60"});
-  return command;
+// ---- ranks that end before they meet others
+
+/// A rank that ends before it connects; all others find out whom they miss.
+struct Absence {
+  int ranks_per_node = 1;
+  int absent = 0;
+  int after = 0;           ///< how many seconds it lives
+  int late = -1;           ///< a rank that comes two seconds later; -1: none
+  bool encrypted = false;  ///< and a communicator of another name
+};
+
+class NodesMissed : public Nodes {
+ protected:
+  void start_node(int node, int ranks, const Command& program, const Variables& variables = {}) {
+    launches.push_back(std::make_unique<Process>(
+        nodes->on(node,
+                  join({DUALPIPE_RUN, "-n", std::to_string(ranks), "--nnodes", "2", "--node-rank", std::to_string(node),
+                        "--rendezvous", std::string("node0:") + master_port, "--wait-before-term", "0.7", "--"},
+                       program)),
+        variables));
+  }
+  /// Everybody knows, so nobody is looked for.
+  void expect_no_waiting(int node) const {
+    EXPECT_THAT(text(node), AllOf(Not(HasSubstr("were not told")), Not(HasSubstr("found no rank 0")))) << text(node);
+  }
+};
+
+class NodesAbsence : public NodesMissed, public ::testing::WithParamInterface<Absence> {};
+
+/// The launcher of its node stands in for it, also where it was the only rank there or the others have been ended.
+TEST_P(NodesAbsence, IsToldToTheOtherNode) {
+  const Absence& p = GetParam();
+  const dualpipe::test::TemporaryFolder folder;
+  const std::filesystem::path secret = folder.path() / "secret";
+  std::ofstream(secret) << "the secret of this test";
+  std::filesystem::permissions(secret, std::filesystem::perms::owner_read);
+  const std::string script = "[ $RANK = " + std::to_string(p.absent) + " ] && sleep " + std::to_string(p.after) +
+                             " && exit 3; [ $RANK = " + std::to_string(p.late) +
+                             " ] && sleep 2; exec " SOCKET_RANK " meets " + (p.encrypted ? "another" : "dualpipe");
+  for (const int node : {0, 1})
+    start_node(node, p.ranks_per_node, {"sh", "-c", script},
+               p.encrypted ? Variables{{"DUALPIPE_SECRET_FILE", secret}} : Variables{});
+  const std::string name = "rank " + std::to_string(p.absent);
+  const int node = p.absent / p.ranks_per_node;
+  EXPECT_EQ(launches[node]->wait(30s), 3);
+  EXPECT_THAT(text(node), HasSubstr("dualpipe-run: " + name + " failed first: exit code 3"));
+  expect_no_waiting(node);
+  EXPECT_EQ(launches[1 - node]->wait(30s), 1);
+  EXPECT_THAT(text(1 - node),
+              AllOf(HasSubstr(name + " ended before it met the others: exit code 3"),
+                    HasSubstr("dualpipe-run: " + name + " on node " + std::to_string(node) + " failed first")));
+  expect_no_waiting(1 - node);
 }
 
-/// Its launcher tells the other rank of its node, and that one those who look for rank 0.
-TEST_F(Nodes, ARankZeroThatEndsBeforeItListensIsNamedOnAll) {
-  start(patient_dualpipe_run, {"sh", "-c", "[ $RANK = 0 ] && exit 3; exec " SOCKET_RANK " transfers"});
+INSTANTIATE_TEST_SUITE_P(All, NodesAbsence,
+                         ::testing::Values(Absence{.absent = 0}, Absence{.absent = 1}, Absence{.absent = 0, .late = 1},
+                                           Absence{.absent = 1, .late = 0}, Absence{.absent = 0, .encrypted = true},
+                                           Absence{.absent = 1, .encrypted = true},
+                                           Absence{.ranks_per_node = 2, .absent = 0, .late = 1},
+                                           Absence{.ranks_per_node = 2, .absent = 2, .late = 3},
+                                           Absence{.ranks_per_node = 2, .absent = 3, .late = 0},
+                                           Absence{.ranks_per_node = 2, .absent = 2, .after = 1},
+                                           Absence{.ranks_per_node = 2, .absent = 0, .after = 1}),
+                         [](const auto& param) {
+                           const Absence& p = param.param;
+                           return "Rank" + std::to_string(p.absent) + "Of" + std::to_string(2 * p.ranks_per_node) +
+                                  (p.after > 0 ? "Later" : "") + (p.late >= 0 ? "Late" + std::to_string(p.late) : "") +
+                                  (p.encrypted ? "Encrypted" : "");
+                         });
+
+TEST_F(NodesMissed, ANodeThatCannotStartItsRanksSaysSo) {
+  start_node(0, 1, {SOCKET_RANK, "meets", "dualpipe"});
+  start_node(1, 1, {"/no/such/program"});
+  EXPECT_EQ(launches[1]->wait(30s), 127);
+  EXPECT_EQ(launches[0]->wait(30s), 1);
+  EXPECT_THAT(text(0), HasSubstr("rank 1 ended before it met the others: cannot run '/no/such/program': No such file"));
+}
+
+/// A mistake in the command line, say: launchers tell each other, and none waits for ranks that never come.
+TEST_F(NodesMissed, AllOfThemWaitForNobody) {
+  for (const int node : {0, 1}) start_node(node, 2, {"sh", "-c", "exit 3"});
   for (const int node : {0, 1}) {
-    EXPECT_NE(launches[node]->wait(30s), 0);
-    EXPECT_THAT(text(node), HasSubstr("rank 0 ended before it met the others: ")) << text(node);
+    EXPECT_EQ(launches[node]->wait(30s), 3);
+    expect_no_waiting(node);
   }
 }
 
-/// Rank 3 comes last, and finds the word of its launcher.
-TEST_F(Nodes, ARankThatEndsBeforeItComesIsNamedByOneThatIsLate) {
-  start(patient_dualpipe_run,
-        {"sh", "-c", "[ $RANK = 2 ] && exit 3; [ $RANK = 3 ] && sleep 2; exec " SOCKET_RANK " transfers"});
-  for (const int node : {0, 1}) {
-    EXPECT_NE(launches[node]->wait(30s), 0);
-    EXPECT_THAT(text(node), AllOf(HasSubstr("rank 2 ended before it met the others: "),
-                                  ::testing::Not(HasSubstr("rank 3 failed first"))))
-        << text(node);
-  }
+TEST_F(NodesMissed, AnInterruptionEndsTheWaiting) {
+  start_node(1, 1, {"sh", "-c", "exit 3"});
+  ASSERT_TRUE(launches[0]->wait_for_error("looks for rank 0 for up to 10 s"));
+  launches[0]->signal(SIGTERM);
+  EXPECT_EQ(launches[0]->wait(30s), 3);
+  EXPECT_THAT(text(0), HasSubstr("found no rank 0"));
+  start_node(1, 1, {"sh", "-c", "echo ready; exec sleep 100"});
+  ASSERT_TRUE(launches[1]->wait_for_output("ready"));
+  launches[1]->signal(SIGTERM);  // somebody does not want it any more
+  EXPECT_EQ(launches[1]->wait(30s), 128 + SIGTERM);
+  EXPECT_THAT(text(1), Not(HasSubstr("looks for rank 0")));
 }
 
 TEST_F(Nodes, ANodeThatDoesNotComeIsNamed) {

@@ -16,8 +16,8 @@ ALLOWED = {
     "planner": {"base", "schedule", "planner"},
     "launch": {"base", "launch"},
     "pending": {"base", "pending"},
+    "contact": {"base", "launch", "contact"},
     "comm": {"base", "launch", "pending", "comm"},
-    "contact": {"base", "launch", "pending", "comm", "contact", "socket"},
     "socket": {"base", "launch", "pending", "contact", "comm", "socket"},
     "nccl": {"base", "launch", "pending", "contact", "comm", "socket", "nccl"},
     "stage": {"base", "pending", "stage"},
@@ -27,7 +27,7 @@ ALLOWED = {
     "testing": {"base", "pending", "comm", "testing"},
     "config": {"base", "schedule", "planner", "config"},
     "tools/plan": {"base", "schedule", "planner", "tools/plan"},
-    "tools/run": {"base", "launch", "tools/run"},
+    "tools/run": {"base", "launch", "contact", "tools/run"},
 }
 PARTS = {
     "error": "base",
@@ -35,6 +35,7 @@ PARTS = {
     "detail/config": "base",
     "detail/files": "base",
     "detail/host": "base",
+    "detail/comm/stopwatch": "base",
     "detail/error_text": "pending",
     "detail/widened": "pending",
     "config": "config",
@@ -49,7 +50,7 @@ PARTS = {
     "tools/standard_streams": "base",
 }
 TOP = {"dualpipe"}  # may include everything
-WITHOUT_TORCH = {"base", "schedule", "planner", "launch", "config", "tools/plan", "tools/run"}
+WITHOUT_TORCH = {"base", "schedule", "planner", "launch", "contact", "config", "tools/plan", "tools/run"}
 # What dualpipe/dualpipe.hpp includes: what a trainer needs. Pairs by hand and single runs of stages have to be asked for.
 UMBRELLA = {"comm", "config", "error", "launch", "pipeline", "stage", "train", "version"}
 APART = {"dualpipe.hpp", "comm/nccl.hpp", "comm/device_trace.hpp", "pipeline/pair.hpp", "stage/stage_run.hpp"}

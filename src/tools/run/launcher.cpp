@@ -13,6 +13,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstdint>
+#include <exception>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -30,6 +31,7 @@
 #include "launch/failure_report.hpp"
 #include "tools/run/lines.hpp"
 #include "tools/run/origin.hpp"
+#include "tools/run/other_nodes.hpp"
 #include "tools/run/output.hpp"
 #include "tools/run/private_folder.hpp"
 #include "tools/run/spawn.hpp"
@@ -42,6 +44,9 @@ using asio::ip::tcp;
 
 /// How long a rank's own children may go on writing once all ranks have ended.
 constexpr auto kTimeToDrain = 1s;
+/// How long nothing is said while ranks of other nodes are looked for.
+constexpr auto kTimeToTellInSilence = 1s;
+constexpr auto kPauseWhileTelling = 20ms;
 
 /// A port that nobody else is given while the socket lives. It is bound but does not listen, which lets rank 0 listen
 /// there.
@@ -130,6 +135,7 @@ class Launcher {
     end_groups();
     for (Stream& stream : streams_) write_out(stream.target, stream.labeller.finish());
     report();
+    wait_until_told();
     flush();
     if (exit_code_ != 0) return *exit_code_;
     if (unwritable_) return 1;
@@ -169,6 +175,7 @@ class Launcher {
     // Nodes cannot agree on a secret here.
     if (options_.nodes == 1 && ::getenv("DUALPIPE_SECRET_FILE") == nullptr)
       variables["DUALPIPE_SECRET_FILE"] = make_secret(guard_.folder());
+    if (options_.nodes > 1) other_nodes_.emplace(options_, guard_.folder());
     try {
       for (int local_rank = 0; local_rank < options_.ranks; ++local_rank) start_rank(local_rank, variables);
     } catch (...) {
@@ -184,6 +191,7 @@ class Launcher {
     const std::filesystem::path error_file = guard_.folder() / ("error" + std::to_string(rank) + ".json");
     variables["DUALPIPE_ERROR_FILE"] = error_file;
     variables["DUALPIPE_FAILED_FILE"] = failed_file();
+    if (other_nodes_) variables["DUALPIPE_MET_FILE"] = other_nodes_->met_file(rank);
     Command command;
     command.arguments = options_.program;
     command.environment = rank_environment(options_, local_rank, std::move(variables));
@@ -311,6 +319,7 @@ class Launcher {
       if (first_failed_ == nullptr || (!failed_before && rank.ending->killed && !first_failed_->ending->killed))
         first_failed_ = &rank;
     }
+    tell_other_nodes();
     if (all_ended) {
       drain();
     } else if (interrupted_ && !failed_uninterrupted_) {
@@ -328,18 +337,42 @@ class Launcher {
 
   std::filesystem::path failed_file() const { return guard_.folder() / "failed.json"; }
 
+  static detail::FailureReport failure_of(const Rank& failed) {
+    return failed.report.value_or(detail::FailureReport{.message = name(failed) + ": " + failed.ending->describe(),
+                                                        .rank = failed.rank,
+                                                        .origin = failed.rank,
+                                                        .operation = {},
+                                                        .time_ns = failed.ended_ns});
+  }
+
   /// Those that it had not met yet learn of it by this file only.
   void tell_ranks_of(const Rank& failed) const {
-    const detail::FailureReport report =
-        failed.report.value_or(detail::FailureReport{.message = name(failed) + ": " + failed.ending->describe(),
-                                                     .rank = failed.rank,
-                                                     .origin = failed.rank,
-                                                     .operation = {},
-                                                     .time_ns = failed.ended_ns});
     const std::filesystem::path file = failed_file(), unfinished = file.string() + ".unfinished";
-    std::ofstream(unfinished, std::ios::binary) << detail::to_json(report);
+    std::ofstream(unfinished, std::ios::binary) << detail::to_json(failure_of(failed));
     std::error_code ignored;  // without it they find out later
     std::filesystem::rename(unfinished, file, ignored);
+  }
+
+  void tell_other_nodes() {
+    if (!other_nodes_ || first_failed_ == nullptr) return;
+    const Rank& absent = options_.node_rank == 0 ? ranks_.front() : *first_failed_;
+    if (absent.ending) other_nodes_->tell(absent.rank, failure_of(*first_failed_));
+  }
+
+  void wait_until_told() {
+    if (!other_nodes_) return;
+    const auto begin = std::chrono::steady_clock::now();
+    bool said = false;
+    while (!other_nodes_->is_over() && !given_up_by_) {
+      if (!said && std::chrono::steady_clock::now() - begin > kTimeToTellInSilence) {
+        if (interrupted_) return;  // whoever did so does not want to wait
+        say(other_nodes_->wants());
+        said = true;
+      }
+      io_.restart();
+      io_.run_one_for(kPauseWhileTelling);
+    }
+    if (const std::string outcome = other_nodes_->outcome(); !outcome.empty()) say(outcome);
   }
 
   /// After a failure.
@@ -474,6 +507,7 @@ class Launcher {
   std::vector<Rank> ranks_;
   std::list<Stream> streams_;  // that are open
   Output output_{io_, STDOUT_FILENO}, error_{io_, STDERR_FILENO};
+  std::optional<OtherNodes> other_nodes_;
   const Rank* first_failed_ = nullptr;         // by the order in which they ended
   std::optional<std::int64_t> ended_from_ns_;  // when the launcher began to end ranks because another one had failed
   std::optional<std::string> interrupted_;     // by what
@@ -487,6 +521,13 @@ class Launcher {
 
 }  // namespace
 
-int launch(const Options& options) { return Launcher(options).run(); }
+int launch(const Options& options) {
+  try {
+    return Launcher(options).run();
+  } catch (const std::exception& error) {
+    if (options.nodes > 1) tell_that_none_starts(options, error.what());
+    throw;
+  }
+}
 
 }  // namespace dualpipe::run

@@ -70,8 +70,10 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv, int
       "environment,\n"
       "and DUALPIPE_RUN_TERMINAL=1 where their output ends up on a terminal: a line that ends in a carriage return is\n"
       "overwritten there by the next.\n"
-      "When one rank fails, the others of this node are ended, and those of other nodes learn of it by themselves. "
-      "Which one\n"
+      "When one rank fails, the others of this node are ended. Those of other nodes learn of it by themselves, or, "
+      "where "
+      "they\n"
+      "have not met that rank, from the launcher, which stays for up to 10 s to tell them. Which one\n"
       "failed first is what most ranks say that call dualpipe::report_failure, which writes to DUALPIPE_ERROR_FILE. "
       "The "
       "exit\n"
@@ -97,7 +99,8 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv, int
                         ->check(CLI::Range(0, kMaxNodes - 1));
   auto* meeting =
       app.add_option("--rendezvous", rendezvous, "HOST:PORT of node 0 where the ranks meet; needed with --nnodes");
-  app.add_option("--run-id", options.run_id, "tells runs that share a rendezvous apart; the same on every node");
+  app.add_option("--run-id", options.run_id,
+                 "tells runs that share a rendezvous apart; the same on every node, another one after a restart");
   app.add_option("--label", options.label, "text before each line of output, %r stands for the rank")
       ->capture_default_str();
   app.add_flag("--no-prefix", no_prefix, "leave the output as it is");
