@@ -96,7 +96,7 @@ TEST(Meeting, NamesThoseWhoDoNotCome) {
 TEST(Meeting, SaysWhereRankZeroWasLookedFor) {
   const World world = world_at(free_port(), 1, 2);
   try {
-    connect_sockets(world, {.timeout = 200ms});
+    connect_sockets(world, {.timeout = 1s});
     FAIL();
   } catch (const CommError& error) {
     EXPECT_EQ(error.origin_rank(), 0);
@@ -112,8 +112,8 @@ TEST(Meeting, TellsWhatItWaitsForLongBeforeItGivesUp) {
   } warnings;
   const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
   const int port = free_port();
-  EXPECT_THROW(connect_sockets(world_at(port, 1, 3), {.timeout = 400ms}), CommError);
-  EXPECT_THROW(connect_sockets(world_at(port, 0, 3), {.timeout = 400ms}), CommError);
+  EXPECT_THROW(connect_sockets(world_at(port, 1, 3), {.timeout = 2s}), CommError);
+  EXPECT_THROW(connect_sockets(world_at(port, 0, 3), {.timeout = 2s}), CommError);
   EXPECT_THAT(warnings.texts,
               ::testing::ElementsAre(
                   StartsWith(str("rank 1 waits for rank 0 at the Unix domain socket for 127.0.0.1:", port,
@@ -125,7 +125,7 @@ TEST(Meeting, NamesARankThatComesButDoesNotConnect) {
   const StorePtr store = c10::make_intrusive<c10d::HashStore>();
   for (const std::string& host : {detail::host_identity(), std::string("elsewhere")}) {
     const auto errors = errors_of(2, [&](int rank) {
-      if (rank == 0) connect_sockets(world_of(0, 2), options_with(store, 500ms));
+      if (rank == 0) connect_sockets(world_of(0, 2), options_with(store, 1500ms));
       meet(world_of(1, 2), options_with(store), [&](Meeting& meeting) {
         meeting.all_gather(host_text(host), "");
         meeting.all_gather(R"({"address": "", "port": 0})", "");
@@ -142,7 +142,7 @@ TEST(Meeting, SaysWhereARankCannotBeReached) {
   const StorePtr store = c10::make_intrusive<c10d::HashStore>();
   const int closed = free_port();
   const auto errors = errors_of(2, [&](int rank) {
-    if (rank == 1) connect_sockets(world_of(1, 2), options_with(store, 500ms));
+    if (rank == 1) connect_sockets(world_of(1, 2), options_with(store, 1500ms));
     meet(world_of(0, 2), options_with(store), [&](Meeting& meeting) {
       meeting.all_gather(host_text("elsewhere"), "");
       meeting.all_gather(nlohmann::json({{"address", "127.0.0.1"}, {"port", closed}}).dump(), "");
@@ -543,10 +543,10 @@ TEST(Meeting, WhileRankZeroWaitsForItsPortTheOthersAreHeardAndTold) {
     connect_sockets(world(rank), {.timeout = 60s});
   });
   EXPECT_THAT(errors, Each("rank 2 has no disk"));
-  errors = errors_of(3, [&](int rank) { connect_sockets(world(rank), {.timeout = rank == 0 ? 500ms : 60s}); });
+  errors = errors_of(3, [&](int rank) { connect_sockets(world(rank), {.timeout = rank == 0 ? 1500ms : 60s}); });
   EXPECT_THAT(errors,
-              Each(StartsWith(str("rank 0: cannot listen at ", address, ":", port, ", which was taken for 500"))));
-  errors = errors_of(3, [&](int rank) { connect_sockets(world(rank), {.timeout = rank == 0 ? 60s : 500ms}); });
+              Each(StartsWith(str("rank 0: cannot listen at ", address, ":", port, ", which was taken for 1500"))));
+  errors = errors_of(3, [&](int rank) { connect_sockets(world(rank), {.timeout = rank == 0 ? 60s : 1500ms}); });
   EXPECT_THAT(errors, Each(HasSubstr(str("rank 0 cannot listen at ", address, ":", port, ", which is taken"))));
   ::close(fd);
 }
@@ -595,7 +595,7 @@ TEST(Meeting, WhoHasAnotherSecretIsNotLetIn) {
       World world = world_of(rank, 2);
       world.secret = rank == 0 ? "the secret of this job" : "another secret";
       world.run_id = str(static_cast<int>(route));
-      detail::connect_sockets(world, options_with(store, 500ms), route);
+      detail::connect_sockets(world, options_with(store, 1500ms), route);
     });
     EXPECT_THAT(errors[0], HasSubstr("no sign of rank 1"));
     EXPECT_THAT(errors[1], AllOf(HasSubstr("rank 0 cannot be reached"), ::testing::Not(HasSubstr("the secret of"))));
@@ -648,7 +648,7 @@ std::string error_of(const World& world, const ConnectOptions& options, Route ro
 
 TEST(Meeting, WithoutASecretRankZeroOfThisHostAnswersThroughTheUnixSocketOnly) {
   World world = world_of(1, 2);
-  ConnectOptions options{.timeout = 300ms};
+  ConnectOptions options{.timeout = 1500ms};
   const FalseRankZero stranger(world, options, {});
   // The place is in a store, and all ranks are on this host.
   options.store = c10::make_intrusive<c10d::HashStore>();
