@@ -127,8 +127,29 @@ class Launcher {
     handled_.push_back(SIGPIPE);
   }
 
+  void start() {
+    if (options_.master_port == 0) {
+      port_ = reserved_port(io_);
+      options_.master_port = port_->local_endpoint().port();
+    }
+    std::map<std::string, std::string> variables;
+    const bool one_thread = options_.ranks > 1 && ::getenv("OMP_NUM_THREADS") == nullptr;
+    if (one_thread) variables["OMP_NUM_THREADS"] = "1";
+    // Nodes cannot agree on a secret here.
+    if (options_.nodes == 1 && ::getenv("DUALPIPE_SECRET_FILE") == nullptr)
+      variables["DUALPIPE_SECRET_FILE"] = make_secret(guard_.folder());
+    if (options_.nodes > 1) other_nodes_.emplace(options_, guard_.folder());
+    try {
+      for (int local_rank = 0; local_rank < options_.ranks; ++local_rank) start_rank(local_rank, variables);
+    } catch (...) {
+      end_groups();
+      throw;
+    }
+    if (one_thread && !options_.quiet)
+      say("OMP_NUM_THREADS is not set: each rank gets 1 thread, so that ranks do not crowd each other");
+  }
+
   int run() {
-    start();
     await_signal();
     note_endings();  // those that ended before
     io_.run();
@@ -163,28 +184,6 @@ class Launcher {
     LineLabeller labeller;
     std::array<char, 1 << 16> buffer;
   };
-
-  void start() {
-    if (options_.master_port == 0) {
-      port_ = reserved_port(io_);
-      options_.master_port = port_->local_endpoint().port();
-    }
-    std::map<std::string, std::string> variables;
-    const bool one_thread = options_.ranks > 1 && ::getenv("OMP_NUM_THREADS") == nullptr;
-    if (one_thread) variables["OMP_NUM_THREADS"] = "1";
-    // Nodes cannot agree on a secret here.
-    if (options_.nodes == 1 && ::getenv("DUALPIPE_SECRET_FILE") == nullptr)
-      variables["DUALPIPE_SECRET_FILE"] = make_secret(guard_.folder());
-    if (options_.nodes > 1) other_nodes_.emplace(options_, guard_.folder());
-    try {
-      for (int local_rank = 0; local_rank < options_.ranks; ++local_rank) start_rank(local_rank, variables);
-    } catch (...) {
-      end_groups();
-      throw;
-    }
-    if (one_thread && !options_.quiet)
-      say("OMP_NUM_THREADS is not set: each rank gets 1 thread, so that ranks do not crowd each other");
-  }
 
   void start_rank(int local_rank, std::map<std::string, std::string> variables) {
     const int rank = options_.node_rank * options_.ranks + local_rank;
@@ -522,12 +521,16 @@ class Launcher {
 }  // namespace
 
 int launch(const Options& options) {
+  std::optional<Launcher> launcher;
   try {
-    return Launcher(options).run();
+    launcher.emplace(options);
+    launcher->start();
   } catch (const std::exception& error) {
+    launcher.reset();  // signals end this process again
     if (options.nodes > 1) tell_that_none_starts(options, error.what());
     throw;
   }
+  return launcher->run();
 }
 
 }  // namespace dualpipe::run
