@@ -39,6 +39,7 @@
 #include "contact/stand_in.hpp"
 #include "dualpipe/comm/socket.hpp"
 #include "dualpipe/detail/files.hpp"
+#include "dualpipe/detail/host.hpp"
 #include "dualpipe/pipeline/dual_pipe.hpp"
 #include "dualpipe/pipeline/observer.hpp"
 #include "launch/failure_report.hpp"
@@ -49,12 +50,8 @@ namespace {
 
 using namespace dualpipe;
 using namespace std::chrono_literals;
+using dualpipe::detail::now_ns;
 using dualpipe::detail::str;
-
-std::int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
 
 // ---- what ranks do
 

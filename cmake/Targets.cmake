@@ -19,7 +19,7 @@ function(dualpipe_library name)
   dualpipe_warnings(dualpipe_${name})
 endfunction()
 
-# dualpipe_asio(target): Asio. What it allocates by it sees from the headers that a file includes before; all files must see the same.
+# dualpipe_asio(target): Asio chooses how to allocate by the headers that a file includes before it. All files of a program must choose the same.
 function(dualpipe_asio target)
   target_include_directories(${target} SYSTEM PRIVATE ${DUALPIPE_ASIO_INCLUDE})
   target_compile_definitions(${target} PRIVATE ASIO_HAS_STD_ALIGNED_ALLOC)

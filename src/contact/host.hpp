@@ -21,7 +21,7 @@ bool is_of_this_host(const asio::ip::address& address);
 
 bool is_loopback(const std::string& address);
 
-/// What a host is called; blocks. @throws asio::system_error  the name is unknown.
+/// The addresses of a host; blocks. @throws asio::system_error  the name is unknown.
 std::vector<asio::ip::tcp::endpoint> resolve(const std::string& name, int port);
 
 /// The name of the abstract Unix domain socket where rank 0 waits for those of its host to connect `communicator`.

@@ -11,15 +11,15 @@
 
 namespace dualpipe::detail {
 
-/// What the launchers of a job meet its ranks for, whatever communicator these connect.
+/// Greeting::meeting of the launchers of a job, which do not know what communicator its ranks connect.
 Bytes32 meeting_of_launchers(const World& world);
 
 /// Stands in for a rank that has ended before it met those of other nodes, and tells them: they would miss it at their
 /// timeout only. For launchers. In place of rank 0 it waits where rank 0 would, else it calls rank 0. Callers may encrypt
 /// or not.
 ///
-/// Does so on a thread of its own, from the construction on. Between launchers of one host a communicator is found by its
-/// default name and epoch only, as the socket on which they meet is named by them.
+/// Does so on a thread of its own, from the construction on. Where launchers share a host, it finds only communicators
+/// with the default name and epoch: the Unix domain socket at which ranks of one host meet is named by them.
 class StandIn {
  public:
   /// @param absent   the rank; its node holds World::local_size ranks, as all nodes do.

@@ -14,8 +14,8 @@ inline std::optional<std::string> variable(const std::string& name) {
   return value ? std::optional<std::string>(value) : std::nullopt;
 }
 
-/// Whether a launcher has given this process that rank. It need not know of others, as of a part of the ranks that a
-/// program connects with each other.
+/// Whether that is the rank that the launcher has given this process. A program may make other worlds, of a part of the
+/// ranks.
 inline bool is_launched_as(const World& world) {
   const auto is = [](const std::string& name, int number) {
     const std::optional<std::string> value = variable(name);

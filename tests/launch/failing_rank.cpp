@@ -5,7 +5,6 @@
 #include <cstdlib>
 #include <exception>
 #include <filesystem>
-#include <fstream>
 #include <iostream>
 #include <random>
 #include <stdexcept>
@@ -15,6 +14,7 @@
 #include "dualpipe/error.hpp"
 #include "dualpipe/launch/failure.hpp"
 #include "dualpipe/launch/world.hpp"
+#include "launch/met_file.hpp"
 
 namespace dualpipe {
 namespace {
@@ -51,10 +51,7 @@ class Delays {
 
 int run(const std::string& how, int culprit, unsigned seed) {
   const World world = World::from_env();
-  if (const char* met = std::getenv("DUALPIPE_MET_FILE")) {
-    std::ofstream file(met);
-    for (int rank = 0; rank < world.size; ++rank) file << rank << '\n';
-  }
+  for (int rank = 0; rank < world.size; ++rank) detail::note_met(detail::met_file(world), rank);
   Delays delays(seed * 1000 + static_cast<unsigned>(world.rank));
   delays.pause();
   if (how == "alone" && world.rank != culprit) hang();

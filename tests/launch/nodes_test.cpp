@@ -37,10 +37,13 @@ Command join(Command first, const Command& second) {
 }
 
 /// What starts the ranks of one node.
-Command dualpipe_run(int node) {
-  return {DUALPIPE_RUN,         "-n",           std::to_string(ranks_per_node),      "--nnodes", "2", "--node-rank",
-          std::to_string(node), "--rendezvous", std::string("node0:") + master_port, "--"};
+Command dualpipe_run(int node, int ranks, Command flags) {
+  flags.insert(flags.begin(), {DUALPIPE_RUN, "-n", std::to_string(ranks), "--nnodes", "2", "--node-rank",
+                               std::to_string(node), "--rendezvous", std::string("node0:") + master_port});
+  flags.push_back("--");
+  return flags;
 }
+Command dualpipe_run(int node) { return dualpipe_run(node, ranks_per_node, {}); }
 Command torchrun(int node) {
   return {TORCHRUN,
           "--nnodes",
@@ -286,11 +289,7 @@ class NodesMissed : public Nodes {
  protected:
   void start_node(int node, int ranks, const Command& program, const Variables& variables = {}) {
     launches.push_back(std::make_unique<Process>(
-        nodes->on(node,
-                  join({DUALPIPE_RUN, "-n", std::to_string(ranks), "--nnodes", "2", "--node-rank", std::to_string(node),
-                        "--rendezvous", std::string("node0:") + master_port, "--wait-before-term", "0.7", "--"},
-                       program)),
-        variables));
+        nodes->on(node, join(dualpipe_run(node, ranks, {"--wait-before-term", "0.7"}), program)), variables));
   }
   /// Everybody knows, so nobody is looked for.
   void expect_no_waiting(int node) const {

@@ -44,8 +44,6 @@ using asio::ip::tcp;
 
 /// How long a rank's own children may go on writing once all ranks have ended.
 constexpr auto kTimeToDrain = 1s;
-/// How long nothing is said while ranks of other nodes are looked for.
-constexpr auto kTimeToTellInSilence = 1s;
 constexpr auto kPauseWhileTelling = 20ms;
 
 /// A port that nobody else is given while the socket lives. It is bound but does not listen, which lets rank 0 listen
@@ -352,6 +350,7 @@ class Launcher {
     std::filesystem::rename(unfinished, file, ignored);
   }
 
+  /// Other nodes look for rank 0 on the first node, and for the rank that has failed on any other.
   void tell_other_nodes() {
     if (!other_nodes_ || first_failed_ == nullptr) return;
     const Rank& absent = options_.node_rank == 0 ? ranks_.front() : *first_failed_;

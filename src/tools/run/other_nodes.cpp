@@ -82,7 +82,7 @@ void tell_that_none_starts(const Options& options, const std::string& reason) no
     others.tell(first, {.message = reason, .rank = first, .origin = first, .operation = {}, .time_ns = 0});
     const auto begin = std::chrono::steady_clock::now();
     for (bool said = false; !others.is_over(); std::this_thread::sleep_for(10ms)) {
-      if (said || std::chrono::steady_clock::now() - begin < 1s) continue;
+      if (said || std::chrono::steady_clock::now() - begin < kTimeToTellInSilence) continue;
       said = true;
       std::cerr << "dualpipe-run: no rank starts here; " << others.wants() << std::endl;
     }

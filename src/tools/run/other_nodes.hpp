@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <filesystem>
 #include <optional>
 #include <string>
@@ -9,6 +10,9 @@
 #include "tools/run/options.hpp"
 
 namespace dualpipe::run {
+
+/// How long nothing is said while ranks of other nodes are looked for.
+constexpr std::chrono::seconds kTimeToTellInSilence{1};
 
 /// The other nodes of a job. Their ranks look for rank 0, and that one for all others: where a rank that they look for
 /// ends before it has met them, this tells them. Who has met it finds out without.

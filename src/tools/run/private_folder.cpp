@@ -1,17 +1,16 @@
 #include "tools/run/private_folder.hpp"
 
 #include <fcntl.h>
-#include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <array>
 #include <cerrno>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <system_error>
 
+#include "contact/secrets.hpp"
 #include "tools/run/spawn.hpp"
 
 namespace dualpipe::run {
@@ -58,15 +57,7 @@ bool remove_folder(const fs::path& folder) noexcept {
 }
 
 fs::path make_secret(const fs::path& folder) {
-  std::array<unsigned char, 32> bytes{};
-  if (::getrandom(bytes.data(), bytes.size(), 0) != static_cast<ssize_t>(bytes.size()))
-    throw_unusable("a secret", folder, errno);
-  constexpr std::string_view digits = "0123456789abcdef";
-  std::string text;
-  for (const unsigned char byte : bytes) {
-    text += digits[byte >> 4];
-    text += digits[byte & 15];
-  }
+  const std::string text = detail::hexadecimal(detail::random_bytes());
   fs::path path = folder / "secret";
   const Descriptor file(::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600));
   if (file.get() < 0) throw_unusable("a secret", folder, errno);
